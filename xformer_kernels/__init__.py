@@ -1,0 +1,1 @@
+"""Fused cross feature attention (XFA): attention over features instead of tokens."""
