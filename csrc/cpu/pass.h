@@ -1,0 +1,278 @@
+// One pass over token-major data. For a block of tokens that fits the first-level cache, a pass
+//   packs    its operands: any strides and storage dtype -> rows of T padded with zeros to whole vectors, masked tokens
+//            zeroed, rows divided by their norm where the feature norm is asked for;
+//   grams    at most one pair of packed blocks into an accumulated D x D matrix (and sums of squares);
+//   mixes    each token's features by D x D operands into outputs.
+// Everything of size N goes through here; each operand is read from memory once per pass.
+#pragma once
+
+#include "tile.h"
+
+namespace xk {
+namespace XK_LEVEL {
+
+template <class T>
+XK_INLINE int padded(int dim) {
+  return (dim + VL<T> - 1) / VL<T> * VL<T>;
+}
+
+XK_INLINE int itemsize(int dtype) { return dtype == XK_F64 ? 8 : dtype == XK_F32 ? 4 : 2; }
+
+struct Operand {
+  const char* data = nullptr;  // first token, first feature
+  int64_t stride_n = 0, stride_d = 0;
+  int dtype = 0, dim = 0;
+  bool unit_rows = false;  // feature norm: each token's row is divided by max(norm, eps)
+};
+
+inline Operand operand(const xk_tensor& t, int64_t b, int64_t h, int dim, bool unit_rows = false) {
+  Operand o;
+  o.data = (const char*)t.data + (b * t.stride_b + h * t.stride_h) * itemsize(t.dtype);
+  o.stride_n = t.stride_n;
+  o.stride_d = t.stride_d;
+  o.dtype = t.dtype;
+  o.dim = dim;
+  o.unit_rows = unit_rows;
+  return o;
+}
+
+template <class T>
+struct Gram {
+  int a = -1, b = -1;  // operand indices; a is b for a symmetric Gram
+  T* g = nullptr;      // dim_a x padded(dim_b), accumulated into
+};
+
+template <class T>
+struct Mix {
+  int x = -1, x2 = -1, add = -1;  // operand indices
+  const T *w = nullptr, *w2 = nullptr, *bias = nullptr, *scale = nullptr;
+  int unit = -1;    // operand whose unit_rows normalisation is differentiated: y is a gradient with respect to that row
+  int ahead = -1;   // operand whose next block is fetched while this one is mixed
+  Operand y;        // stride_d == 1
+};
+
+constexpr int kMaxOperands = 4, kMaxMixes = 3;
+
+template <class T>
+struct Pass {
+  Operand in[kMaxOperands];
+  T* ssq[kMaxOperands] = {};  // where an operand's sums of squares are added, if anywhere; padded
+  int operands = 0;
+  Gram<T> gram;
+  Mix<T> mix[kMaxMixes];
+  int mixes = 0;
+  const uint8_t* mask = nullptr;
+  int64_t mask_stride = 0;
+  T eps = 0;
+};
+
+template <class T>
+constexpr int kNative = sizeof(T) == sizeof(double) ? XK_F64 : XK_F32;
+
+// NV vectors of each row, the last of `last` lanes; the sums of their squares are added to ssq.
+template <class T, int NV, bool Squares, class S>
+void pack_columns(const S* p, int64_t stride_n, int tokens, int last, T* out, int ld, T* ssq) {
+  V<T> squares[NV] = {};
+  for (int n = 0; n < tokens; ++n, p += stride_n, out += ld) {
+#pragma GCC unroll 4
+    for (int c = 0; c < NV; ++c) {
+      V<T> x = c < NV - 1 || last == VL<T> ? load(p + c * VL<T>) : load(p + c * VL<T>, last);
+      store(out + c * VL<T>, x);
+      if (Squares) squares[c] += x * x;
+    }
+  }
+  if (!Squares) return;
+#pragma GCC unroll 4
+  for (int c = 0; c < NV; ++c) store(ssq + c * VL<T>, load(ssq + c * VL<T>) + squares[c]);
+}
+
+template <class T, bool Squares, class S>
+void pack_rows(const S* p, int64_t stride_n, int tokens, int dim, T* out, int ld, T* ssq) {
+  for (int c = 0; c < ld; c += 4 * VL<T>) {
+    int vectors = (ld - c) / VL<T>, last = dim - c - (vectors - 1) * VL<T>;
+    if (vectors > 4)
+      pack_columns<T, 4, Squares>(p + c, stride_n, tokens, VL<T>, out + c, ld, ssq + c);
+    else if (vectors == 4)
+      pack_columns<T, 4, Squares>(p + c, stride_n, tokens, last, out + c, ld, ssq + c);
+    else if (vectors == 3)
+      pack_columns<T, 3, Squares>(p + c, stride_n, tokens, last, out + c, ld, ssq + c);
+    else if (vectors == 2)
+      pack_columns<T, 2, Squares>(p + c, stride_n, tokens, last, out + c, ld, ssq + c);
+    else
+      pack_columns<T, 1, Squares>(p + c, stride_n, tokens, last, out + c, ld, ssq + c);
+  }
+}
+
+template <class T, class S>
+void pack_strided(const S* p, int64_t stride_n, int64_t stride_d, int tokens, int dim, T* out, int ld) {
+  for (int n = 0; n < tokens; ++n, out += ld) {
+    for (int d = 0; d < dim; ++d) out[d] = widen(p[n * stride_n + d * stride_d]);
+    for (int d = dim; d < ld; ++d) out[d] = 0;
+  }
+}
+
+// norms: per token, the norm before the clamp (unit_rows only).
+template <class T>
+void pack(const Pass<T>& pass, int index, int64_t first, int tokens, T* out, T* norms) {
+  const Operand& o = pass.in[index];
+  T* ssq = pass.ssq[index];
+  int ld = padded<T>(o.dim);
+  bool rows = o.stride_d == 1 || o.dim == 1, squares_on_the_way = ssq && rows && !pass.mask;
+  with_storage<T>(o.dtype, [&](auto* storage) {
+    auto p = (decltype(storage))o.data + first * o.stride_n;
+    if (!rows)
+      pack_strided(p, o.stride_n, o.stride_d, tokens, o.dim, out, ld);
+    else if (squares_on_the_way)
+      pack_rows<T, true>(p, o.stride_n, tokens, o.dim, out, ld, ssq);
+    else
+      pack_rows<T, false>(p, o.stride_n, tokens, o.dim, out, ld, ssq);
+  });
+  if (pass.mask)
+    for (int n = 0; n < tokens; ++n)
+      if (!pass.mask[(first + n) * pass.mask_stride]) memset(out + (ptrdiff_t)n * ld, 0, ld * sizeof(T));
+  if (ssq && !squares_on_the_way)
+    for (int c = 0; c < ld; c += VL<T>) {
+      V<T> squares = {};
+      for (int n = 0; n < tokens; ++n) {
+        V<T> x = load(out + (ptrdiff_t)n * ld + c);
+        squares += x * x;
+      }
+      store(ssq + c, load(ssq + c) + squares);
+    }
+  if (o.unit_rows)
+    for (int n = 0; n < tokens; ++n) {
+      T* row = out + (ptrdiff_t)n * ld;
+      V<T> squares = {};
+      for (int c = 0; c < ld; c += VL<T>) squares += load(row + c) * load(row + c);
+      T norm = T(__builtin_sqrt(sum_lanes<T>(squares)));
+      V<T> inverse = broadcast(1 / (norm < pass.eps ? pass.eps : norm));
+      for (int c = 0; c < ld; c += VL<T>) store(row + c, load(row + c) * inverse);
+      norms[n] = norm;
+    }
+}
+
+// d/dx of x / max(|x|, eps), in place on rows of gradients g: (g - u <g, u>) / |x| with u the unit row.
+template <class T>
+void unit_rows_backward(T* rows, const T* unit, const T* norms, int tokens, int ld, T eps) {
+  for (int n = 0; n < tokens; ++n, rows += ld, unit += ld) {
+    V<T> dot = {};
+    for (int c = 0; c < ld; c += VL<T>) dot += load(rows + c) * load(unit + c);
+    V<T> along = broadcast(norms[n] < eps ? T(0) : sum_lanes<T>(dot));
+    V<T> inverse = broadcast(1 / (norms[n] < eps ? eps : norms[n]));
+    for (int c = 0; c < ld; c += VL<T>) store(rows + c, (load(rows + c) - along * load(unit + c)) * inverse);
+  }
+}
+
+template <class T, class S>
+void unpack(const T* rows, int ld, int tokens, int dim, S* y, int64_t stride_n) {
+  for (int n = 0; n < tokens; ++n, rows += ld, y += stride_n)
+    for (int c = 0; c < dim; c += VL<T>) {
+      if (c + VL<T> <= dim)
+        store(y + c, load(rows + c));
+      else
+        store(y + c, load(rows + c), dim - c);
+    }
+}
+
+// Tokens per block, and the scratch that one thread needs for a pass whose widest operand has `dim` features.
+template <class T>
+int block_tokens(int dim) {
+  int tokens = 16384 / int(sizeof(T)) / padded<T>(dim) / 12 * 12;
+  return tokens < 24 ? 24 : tokens > 96 ? 96 : tokens;
+}
+template <class T>
+size_t pass_scratch(int dim) {
+  size_t tokens = block_tokens<T>(dim);
+  return (kMaxOperands + 1) * tokens * padded<T>(dim) + kMaxOperands * tokens;
+}
+
+// Tokens [first, first + tokens) of one (batch, head), tokens <= block_tokens(widest). scratch: pass_scratch(widest).
+template <class T>
+void run_block(const Pass<T>& pass, int64_t first, int tokens, const Pass<T>* next, int64_t next_first, int widest, T* scratch) {
+  ptrdiff_t block = (ptrdiff_t)block_tokens<T>(widest) * padded<T>(widest);
+  T *packed[kMaxOperands], *norms[kMaxOperands], *staged = scratch + kMaxOperands * block;
+  bool used_packed[kMaxOperands] = {};
+  const Gram<T>& gram = pass.gram;
+  if (gram.g) used_packed[gram.a] = used_packed[gram.b] = true;
+  for (int m = 0; m < pass.mixes; ++m) {
+    if (pass.mix[m].add >= 0) used_packed[pass.mix[m].add] = true;
+    if (pass.mix[m].unit >= 0) used_packed[pass.mix[m].unit] = true;
+  }
+  auto ahead = [&](const Operand& o) {
+    ptrdiff_t row = o.stride_n * itemsize(o.dtype);
+    const char* base = o.data + next_first * row;
+    ptrdiff_t used = o.stride_d == 1 ? o.dim * itemsize(o.dtype) : 0;
+    return Ahead{base, row, used ? ptrdiff_t(((uintptr_t)base & 63) + used + 63) / 64 : 0};
+  };
+  for (int i = 0; i < pass.operands; ++i) {
+    packed[i] = scratch + i * block;
+    norms[i] = staged + block + i * block_tokens<T>(widest);
+    used_packed[i] = used_packed[i] || pass.ssq[i] || pass.in[i].unit_rows || pass.in[i].dtype != kNative<T>;
+    if (used_packed[i]) pack(pass, i, first, tokens, packed[i], norms[i]);
+  }
+
+  if (gram.g) {
+    int dim_a = pass.in[gram.a].dim, dim_b = pass.in[gram.b].dim, ldg = padded<T>(dim_b);
+    GramTile<T> t{packed[gram.a],
+                  packed[gram.b],
+                  padded<T>(dim_a),
+                  ldg,
+                  tokens,
+                  gram.g,
+                  ldg,
+                  next ? ahead(next->in[gram.a]) : Ahead{},
+                  next && gram.a != gram.b ? ahead(next->in[gram.b]) : Ahead{},
+                  0};
+    gram_block(t, dim_a, dim_b, gram.a == gram.b);
+  }
+
+  for (int m = 0; m < pass.mixes; ++m) {
+    const Mix<T>& mix = pass.mix[m];
+    int ld = padded<T>(mix.y.dim), size = itemsize(mix.y.dtype);
+    char* y = (char*)mix.y.data + first * mix.y.stride_n * size;
+    MixTile<T> t{};
+    t.ahead0 = next && mix.ahead >= 0 ? ahead(next->in[mix.ahead]) : Ahead{};
+    t.ahead1 = next ? ahead(next->mix[m].y) : Ahead{};
+    // An operand that is not packed is read where it lies, one broadcast per element.
+    auto source = [&](int i, const T*& x, ptrdiff_t& row, ptrdiff_t& k, ptrdiff_t& K) {
+      const Operand& o = pass.in[i];
+      K = o.dim;
+      x = used_packed[i] ? packed[i] : (const T*)o.data + first * o.stride_n;
+      row = used_packed[i] ? padded<T>(o.dim) : o.stride_n;
+      k = used_packed[i] ? 1 : o.stride_d;
+    };
+    source(mix.x, t.x, t.x_row, t.x_k, t.K);
+    if (mix.x2 >= 0) source(mix.x2, t.x2, t.x2_row, t.x2_k, t.K2);
+    t.w = mix.w;
+    t.w2 = mix.w2;
+    t.ldw = ld;
+    t.bias = mix.bias;
+    t.scale = mix.scale;
+    if (mix.add >= 0) {
+      t.add = packed[mix.add];
+      t.ld_add = padded<T>(pass.in[mix.add].dim);
+    }
+    if (mix.unit < 0) {
+      t.y = y;
+      t.ldy = mix.y.stride_n;
+      t.dtype = mix.y.dtype;
+      mix_block(t, tokens, mix.y.dim, size);
+    } else {
+      t.y = staged;
+      t.ldy = ld;
+      t.dtype = kNative<T>;
+      mix_block(t, tokens, ld, int(sizeof(T)));
+      unit_rows_backward(staged, packed[mix.unit], norms[mix.unit], tokens, ld, pass.eps);
+      with_storage<T>(mix.y.dtype, [&](auto* storage) {
+        unpack(staged, ld, tokens, mix.y.dim, (decltype(storage))y, mix.y.stride_n);
+      });
+    }
+    if (pass.mask)
+      for (int n = 0; n < tokens; ++n)
+        if (!pass.mask[(first + n) * pass.mask_stride])
+          memset(y + n * mix.y.stride_n * size, 0, (size_t)mix.y.dim * size);
+  }
+}
+
+}  // namespace XK_LEVEL
+}  // namespace xk

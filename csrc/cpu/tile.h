@@ -1,0 +1,229 @@
+// Register tiles. Both big products are the same loop,
+//
+//     acc[r][c] += a[r, k] * b[k, c]        r < MR rows, c < NR vectors of columns, k < K
+//
+// with a broadcast element by element and b read by vectors. A Gram tile has features as rows and tokens as k; a mix
+// tile has tokens as rows and input features as k. MR * NR accumulators, NR vectors of b and one broadcast fit the
+// registers. Rows and column vectors of a product are cut into tiles of almost equal size (`Cut`).
+#pragma once
+
+#include "vec.h"
+
+namespace xk {
+namespace XK_LEVEL {
+
+constexpr int kMaxNR = kRegisters >= 32 ? 4 : 3;
+constexpr int max_rows(int nr) {
+  int rows = (kRegisters - 1 - nr) / nr;
+  return rows < 16 ? rows : 16;
+}
+
+// Cuts `total` into the fewest parts of at most `most`, sizes differing by at most one.
+struct Cut {
+  int parts, small, larger;
+  Cut(int total, int most) : parts((total + most - 1) / most), small(parts ? total / parts : 0) {
+    larger = total - parts * small;
+  }
+  int size(int part) const { return small + (part < larger); }
+};
+
+// Cache lines of the next block of tokens, asked for one per step of k while this block is multiplied: memory and
+// arithmetic take about as long as each other, and rows of a head are too short and too far apart for the hardware to
+// guess. One line of `rows` tokens after another; when all `lines` of a token have been asked for, nothing more.
+struct Ahead {
+  const char* base = nullptr;  // first token
+  ptrdiff_t row = 0;           // bytes from token to token
+  ptrdiff_t lines = 0;         // cache lines of a token; 0: off
+};
+
+// rows: how many tokens each line is fetched for; line: the first one.
+template <class T, int MR, int NR>
+XK_INLINE void accumulate(V<T> (&acc)[MR][NR], const T* a, ptrdiff_t row_stride, ptrdiff_t k_stride, const T* b,
+                          ptrdiff_t ldb, ptrdiff_t K, Ahead ahead0, Ahead ahead1, ptrdiff_t rows, ptrdiff_t line) {
+  // Every third row has a pointer: the two after it are reached by scaled index, which keeps all in registers.
+  constexpr int kPointers = (MR + 2) / 3;
+  const char* p[kPointers];
+  const ptrdiff_t row_bytes = row_stride * sizeof(T), k_bytes = k_stride * sizeof(T);
+#pragma GCC unroll 16
+  for (int g = 0; g < kPointers; ++g) p[g] = (const char*)a + 3 * g * row_bytes;
+  for (ptrdiff_t k = 0; k < K; ++line) {
+    ptrdiff_t stop = K - k < rows ? K : k + rows;
+    const char *next0 = (const char*)b, *next1 = (const char*)b;
+    ptrdiff_t step0 = 0, step1 = 0;
+    if (line < ahead0.lines) next0 = ahead0.base + line * 64, step0 = ahead0.row;
+    if (line < ahead1.lines) next1 = ahead1.base + line * 64, step1 = ahead1.row;
+    for (; k < stop; ++k, b += ldb, next0 += step0, next1 += step1) {
+      __builtin_prefetch(next0, 0, 3);
+      __builtin_prefetch(next1, 0, 3);
+      V<T> row[NR];
+#pragma GCC unroll 4
+      for (int c = 0; c < NR; ++c) row[c] = load(b + c * VL<T>);
+#pragma GCC unroll 16
+      for (int r = 0; r < MR; ++r) {
+        V<T> x = broadcast(*(const T*)(p[r / 3] + (r % 3) * row_bytes));
+#pragma GCC unroll 4
+        for (int c = 0; c < NR; ++c) acc[r][c] += x * row[c];
+      }
+#pragma GCC unroll 16
+      for (int g = 0; g < kPointers; ++g) p[g] += k_bytes;
+    }
+  }
+}
+
+// g[r, c] += sum over tokens of a[n, r] * b[n, c], each block of tokens summed by itself first: rounding errors then grow
+// with the number of blocks, not of tokens. a and b are packed blocks (tokens x ld), g is padded to whole vectors.
+template <class T>
+struct GramTile {
+  const T *a, *b;
+  ptrdiff_t lda, ldb, tokens;
+  T* g;
+  ptrdiff_t ldg;
+  Ahead ahead0, ahead1;
+  ptrdiff_t line;
+};
+
+template <class T, int MR, int NR>
+void gram_tile(const GramTile<T>& t) {
+  V<T> acc[MR][NR];
+#pragma GCC unroll 16
+  for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 4
+    for (int c = 0; c < NR; ++c) acc[r][c] = V<T>{};
+  accumulate<T, MR, NR>(acc, t.a, 1, t.lda, t.b, t.ldb, t.tokens, t.ahead0, t.ahead1, t.tokens, t.line);
+#pragma GCC unroll 16
+  for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 4
+    for (int c = 0; c < NR; ++c) {
+      T* g = t.g + r * t.ldg + c * VL<T>;
+      store(g, load(g) + acc[r][c]);
+    }
+}
+
+// y[n, o] = bias[o] + scale[o] * add[n, o] + sum_k x[n, k] w[k, o] (+ the same with x2, w2) for MR tokens.
+// x may have any strides; w, bias, scale and add are padded to whole vectors; y has unit stride along o, and its last
+// vector has `last_lanes` columns.
+template <class T>
+struct MixTile {
+  const T* x;
+  ptrdiff_t x_row, x_k, K;
+  const T* w;
+  ptrdiff_t ldw;
+  const T* x2;
+  ptrdiff_t x2_row, x2_k, K2;
+  const T* w2;
+  const T *bias, *scale, *add;
+  ptrdiff_t ld_add;
+  void* y;
+  ptrdiff_t ldy;
+  int dtype, last_lanes;
+  Ahead ahead0, ahead1;
+};
+
+template <class T, int MR, int NR, class S>
+XK_INLINE void store_tile(V<T> (&acc)[MR][NR], S* y, ptrdiff_t ldy, int last_lanes) {
+#pragma GCC unroll 16
+  for (int r = 0; r < MR; ++r) {
+#pragma GCC unroll 4
+    for (int c = 0; c < NR - 1; ++c) store(y + r * ldy + c * VL<T>, acc[r][c]);
+    if (last_lanes == VL<T>)
+      store(y + r * ldy + (NR - 1) * VL<T>, acc[r][NR - 1]);
+    else
+      store(y + r * ldy + (NR - 1) * VL<T>, acc[r][NR - 1], last_lanes);
+  }
+}
+
+template <class T, int MR, int NR>
+void mix_tile(const MixTile<T>& t) {
+  V<T> acc[MR][NR];
+#pragma GCC unroll 4
+  for (int c = 0; c < NR; ++c) {
+    V<T> start = t.bias ? load(t.bias + c * VL<T>) : V<T>{};
+#pragma GCC unroll 16
+    for (int r = 0; r < MR; ++r) acc[r][c] = start;
+  }
+  if (t.add) {
+#pragma GCC unroll 4
+    for (int c = 0; c < NR; ++c) {
+      V<T> scale = t.scale ? load(t.scale + c * VL<T>) : broadcast(T(1));
+#pragma GCC unroll 16
+      for (int r = 0; r < MR; ++r) acc[r][c] += scale * load(t.add + r * t.ld_add + c * VL<T>);
+    }
+  }
+  accumulate<T, MR, NR>(acc, t.x, t.x_row, t.x_k, t.w, t.ldw, t.K, t.ahead0, t.ahead1, MR, 0);
+  if (t.x2) accumulate<T, MR, NR>(acc, t.x2, t.x2_row, t.x2_k, t.w2, t.ldw, t.K2, Ahead{}, Ahead{}, t.K2, 0);
+  with_storage<T>(t.dtype, [&](auto* storage) { store_tile<T, MR, NR>(acc, (decltype(storage))t.y, t.ldy, t.last_lanes); });
+}
+
+// tiles[nr - 1][mr - 1]; entries that would not fit the registers stay null and are never asked for.
+template <class T>
+struct Tiles {
+  void (*gram[kMaxNR][16])(const GramTile<T>&) = {};
+  void (*mix[kMaxNR][16])(const MixTile<T>&) = {};
+
+  template <int NR, int MR>
+  constexpr void fill() {
+    gram[NR - 1][MR - 1] = gram_tile<T, MR, NR>;
+    mix[NR - 1][MR - 1] = mix_tile<T, MR, NR>;
+    if constexpr (MR < max_rows(NR)) fill<NR, MR + 1>();
+  }
+  constexpr Tiles() {
+    fill<1, 1>();
+    fill<2, 1>();
+    fill<3, 1>();
+    if constexpr (kMaxNR == 4) fill<4, 1>();
+  }
+};
+
+template <class T>
+constexpr Tiles<T> kTiles{};
+
+// Whole products over one packed block of tokens, tile by tile. Columns are the outer loop: a panel of b stays in
+// cache while the rows pass.
+template <class T>
+void gram_block(const GramTile<T>& whole, int rows, int cols, bool lower_only) {
+  Cut panels((cols + VL<T> - 1) / VL<T>, kMaxNR);
+  for (int p = 0, vec = 0; p < panels.parts; vec += panels.size(p++)) {
+    int nr = panels.size(p), first_col = vec * VL<T>;
+    Cut tiles(rows, max_rows(nr));
+    for (int i = 0, row = 0; i < tiles.parts; row += tiles.size(i++)) {
+      if (lower_only && row + tiles.size(i) <= first_col) continue;
+      GramTile<T> t = whole;
+      t.a += row;
+      t.b += first_col;
+      t.g += row * t.ldg + first_col;
+      t.line = p * tiles.parts + i;
+      kTiles<T>.gram[nr - 1][tiles.size(i) - 1](t);
+    }
+  }
+}
+
+template <class T>
+void mix_block(const MixTile<T>& whole, int tokens, int cols, int y_itemsize) {
+  Cut panels((cols + VL<T> - 1) / VL<T>, kMaxNR);
+  for (int p = 0, vec = 0; p < panels.parts; vec += panels.size(p++)) {
+    int nr = panels.size(p), first_col = vec * VL<T>, rest = cols - first_col - (nr - 1) * VL<T>;
+    Cut tiles(tokens, max_rows(nr));
+    MixTile<T> t = whole;
+    t.w += first_col;
+    if (t.w2) t.w2 += first_col;
+    if (t.bias) t.bias += first_col;
+    if (t.scale) t.scale += first_col;
+    if (t.add) t.add += first_col;
+    t.y = (char*)t.y + (ptrdiff_t)first_col * y_itemsize;
+    t.last_lanes = rest < VL<T> ? rest : VL<T>;
+    if (p > 0) t.ahead0.lines = t.ahead1.lines = 0;
+    for (int i = 0; i < tiles.parts; ++i) {
+      int rows = tiles.size(i);
+      kTiles<T>.mix[nr - 1][rows - 1](t);
+      t.ahead0.base += rows * t.ahead0.row;
+      t.ahead1.base += rows * t.ahead1.row;
+      t.x += rows * t.x_row;
+      if (t.x2) t.x2 += rows * t.x2_row;
+      if (t.add) t.add += rows * t.ld_add;
+      t.y = (char*)t.y + rows * t.ldy * y_itemsize;
+    }
+  }
+}
+
+}  // namespace XK_LEVEL
+}  // namespace xk

@@ -1,0 +1,249 @@
+// One vector register of T, written with the compilers' vector extensions (GCC, Clang) so that every instruction level
+// and architecture compiles the same source. Storage types (bf16, f16) are widened on load and rounded to nearest even
+// on store. Only partial loads and stores and f16 conversion use intrinsics, where the level has them.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#include "../include/xformer_kernels.h"
+
+#if defined(__AVX512F__) || defined(__AVX2__) || defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+#define XK_INLINE [[gnu::always_inline]] inline
+
+namespace xk {
+namespace XK_LEVEL {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64, kRegisters = 32;
+#elif defined(__AVX__)
+constexpr int kVectorBytes = 32, kRegisters = 16;
+#elif defined(__aarch64__)
+constexpr int kVectorBytes = 16, kRegisters = 32;
+#else
+constexpr int kVectorBytes = 16, kRegisters = 16;
+#endif
+
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+template <class T, int Bytes>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(Bytes)));
+  typedef T unaligned __attribute__((vector_size(Bytes), aligned(sizeof(T)), may_alias));
+};
+
+template <class T>
+constexpr int VL = kVectorBytes / int(sizeof(T));
+template <class T>
+using V = typename VectorOf<T, kVectorBytes>::type;
+
+typedef typename VectorOf<int32_t, kVectorBytes>::type VI32;
+typedef typename VectorOf<uint32_t, kVectorBytes>::type VU32;
+typedef typename VectorOf<uint16_t, kVectorBytes / 2>::type VU16;
+typedef typename VectorOf<uint16_t, kVectorBytes / 2>::unaligned VU16u;
+
+XK_INLINE float widen(bf16 x) { return __builtin_bit_cast(float, uint32_t(x.bits) << 16); }
+XK_INLINE float widen(float x) { return x; }
+XK_INLINE double widen(double x) { return x; }
+
+XK_INLINE float widen(f16 x) {
+  // Shift exponent and mantissa into place, then rescale by 2^112: subnormals come out exact. Inf and NaN are patched.
+  uint32_t magnitude = uint32_t(x.bits & 0x7fff) << 13;
+  float scaled = __builtin_bit_cast(float, magnitude) * __builtin_bit_cast(float, uint32_t(0x77800000));
+  uint32_t bits = __builtin_bit_cast(uint32_t, scaled);
+  if ((x.bits & 0x7c00) == 0x7c00) bits |= 0x7f800000;
+  return __builtin_bit_cast(float, bits | uint32_t(x.bits & 0x8000) << 16);
+}
+
+XK_INLINE void narrow(float* out, float x) { *out = x; }
+XK_INLINE void narrow(double* out, double x) { *out = x; }
+XK_INLINE void narrow(bf16* out, float x) {
+  uint32_t u = __builtin_bit_cast(uint32_t, x);
+  out->bits = x != x ? 0x7fc0 : uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16);
+}
+XK_INLINE void narrow(f16* out, float x) {
+  uint32_t u = __builtin_bit_cast(uint32_t, x), sign = (u >> 16) & 0x8000, m = u & 0x7fffffff;
+  uint32_t h;
+  if (m > 0x7f800000)
+    h = 0x7e00;  // NaN
+  else if (m >= 0x477ff000)
+    h = 0x7c00;  // rounds to infinity
+  else if (m < 0x38800000) {
+    // Subnormal: adding 0.5 aligns the mantissa so that the hardware does the rounding.
+    float aligned = __builtin_bit_cast(float, m) + 0.5f;
+    h = __builtin_bit_cast(uint32_t, aligned) - 0x3f000000;
+  } else
+    h = (m + 0xc8000fff + ((m >> 13) & 1)) >> 13;
+  out->bits = uint16_t(h | sign);
+}
+
+template <class T>
+XK_INLINE V<T> broadcast(T x) {
+  return x - V<T>{};  // folds to a broadcast, which 0 + x may not (it turns -0 into 0)
+}
+
+XK_INLINE V<float> load(const float* p) { return *(const typename VectorOf<float, kVectorBytes>::unaligned*)p; }
+XK_INLINE V<double> load(const double* p) { return *(const typename VectorOf<double, kVectorBytes>::unaligned*)p; }
+XK_INLINE V<float> widen_bf16(VU16 x) { return (V<float>)(__builtin_convertvector(x, VU32) << 16); }
+XK_INLINE V<float> load(const bf16* p) { return widen_bf16(*(const VU16u*)p); }
+
+XK_INLINE void store(float* p, V<float> x) { *(typename VectorOf<float, kVectorBytes>::unaligned*)p = x; }
+XK_INLINE void store(double* p, V<double> x) { *(typename VectorOf<double, kVectorBytes>::unaligned*)p = x; }
+XK_INLINE VU16 narrow_bf16(V<float> x) {
+  VU32 u = (VU32)x;
+  VU32 rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+  VU32 nan = (VU32)(x != x);
+  return __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0), VU16);
+}
+XK_INLINE void store(bf16* p, V<float> x) { *(VU16u*)p = narrow_bf16(x); }
+
+#if defined(__AVX512F__)
+XK_INLINE V<float> load(const f16* p) { return (V<float>)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+XK_INLINE void store(f16* p, V<float> x) {
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+#elif defined(__F16C__)
+XK_INLINE V<float> load(const f16* p) { return (V<float>)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+XK_INLINE void store(f16* p, V<float> x) {
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
+}
+#else
+XK_INLINE V<float> load(const f16* p) {
+  V<float> x;
+  for (int i = 0; i < VL<float>; ++i) x[i] = widen(p[i]);
+  return x;
+}
+XK_INLINE void store(f16* p, V<float> x) {
+  for (int i = 0; i < VL<float>; ++i) narrow(p + i, x[i]);
+}
+#endif
+
+// First n lanes (0 < n <= VL); the others are zero on load and untouched in memory on store.
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+XK_INLINE V<float> load(const float* p, int n) { return (V<float>)_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p); }
+XK_INLINE V<double> load(const double* p, int n) {
+  return (V<double>)_mm512_maskz_loadu_pd(__mmask8((1u << n) - 1), p);
+}
+XK_INLINE V<float> load(const bf16* p, int n) {
+  return widen_bf16((VU16)_mm256_maskz_loadu_epi16(__mmask16((1u << n) - 1), p));
+}
+XK_INLINE V<float> load(const f16* p, int n) {
+  return (V<float>)_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(__mmask16((1u << n) - 1), p));
+}
+XK_INLINE void store(float* p, V<float> x, int n) { _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), (__m512)x); }
+XK_INLINE void store(double* p, V<double> x, int n) { _mm512_mask_storeu_pd(p, __mmask8((1u << n) - 1), (__m512d)x); }
+XK_INLINE void store(bf16* p, V<float> x, int n) {
+  _mm256_mask_storeu_epi16(p, __mmask16((1u << n) - 1), (__m256i)narrow_bf16(x));
+}
+XK_INLINE void store(f16* p, V<float> x, int n) {
+  _mm256_mask_storeu_epi16(p, __mmask16((1u << n) - 1),
+                           _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+#else
+#if defined(__AVX2__)
+XK_INLINE __m256i first_lanes(int n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+XK_INLINE V<float> load(const float* p, int n) { return (V<float>)_mm256_maskload_ps(p, first_lanes(n)); }
+XK_INLINE void store(float* p, V<float> x, int n) { _mm256_maskstore_ps(p, first_lanes(n), (__m256)x); }
+#else
+XK_INLINE V<float> load(const float* p, int n) {
+  V<float> x = {};
+  for (int i = 0; i < n; ++i) x[i] = p[i];
+  return x;
+}
+XK_INLINE void store(float* p, V<float> x, int n) {
+  for (int i = 0; i < n; ++i) p[i] = x[i];
+}
+#endif
+template <class S>
+XK_INLINE V<float> load(const S* p, int n) {
+  alignas(kVectorBytes) S whole[VL<float>] = {};
+  for (int i = 0; i < n; ++i) whole[i] = p[i];
+  return load(whole);
+}
+XK_INLINE V<double> load(const double* p, int n) {
+  V<double> x = {};
+  for (int i = 0; i < n; ++i) x[i] = p[i];
+  return x;
+}
+template <class S>
+XK_INLINE void store(S* p, V<float> x, int n) {
+  alignas(kVectorBytes) S whole[VL<float>];
+  store(whole, x);
+  for (int i = 0; i < n; ++i) p[i] = whole[i];
+}
+XK_INLINE void store(double* p, V<double> x, int n) {
+  for (int i = 0; i < n; ++i) p[i] = x[i];
+}
+#endif
+
+// f(pointer to the storage type of `dtype`), for the types that T computes on.
+template <class T, class F>
+XK_INLINE void with_storage(int dtype, F f) {
+  if constexpr (sizeof(T) == sizeof(double)) {
+    f((double*)nullptr);
+  } else {
+    if (dtype == XK_F32)
+      f((float*)nullptr);
+    else if (dtype == XK_BF16)
+      f((bf16*)nullptr);
+    else
+      f((f16*)nullptr);
+  }
+}
+
+template <class T>
+XK_INLINE V<T> max(V<T> a, V<T> b) {
+  return b > a ? b : a;
+}
+
+template <class T>
+XK_INLINE T sum_lanes(V<T> x) {
+  T total = 0;
+  for (int i = 0; i < VL<T>; ++i) total += x[i];
+  return total;
+}
+
+// exp(x) for x <= 0 (a softmax after the maximum is taken off): 2^k * p(r), |r| <= ln2 / 2, within 1 ulp. NaN stays NaN;
+// below the smallest normal result the answer is 0.
+XK_INLINE V<float> exp_nonpositive(V<float> x) {
+  const float lowest = -87.33654f;
+  V<float> clamped = x < lowest ? broadcast(lowest) : x;
+  V<float> shifted = clamped * 1.44269504f + 12582912.f;  // rounds x / ln2 to an integer in the low mantissa bits
+  V<float> k = shifted - 12582912.f;
+  V<float> r = clamped - k * 0.693359375f;
+  r = r + k * 2.12194440e-4f;
+  V<float> p = r * 1.3981999507e-3f + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.f;
+  V<float> scale = (V<float>)(((VI32)shifted << 23) + (127 << 23));
+  V<float> y = p * scale;
+  return x < lowest ? broadcast(0.f) : y;
+}
+XK_INLINE V<double> exp_nonpositive(V<double> x) {
+  V<double> y;
+  for (int i = 0; i < VL<double>; ++i) y[i] = __builtin_exp(x[i]);
+  return y;
+}
+
+template <class T>
+XK_INLINE V<T> sqrt(V<T> x) {
+  V<T> y;
+  for (int i = 0; i < VL<T>; ++i) y[i] = sizeof(T) == 4 ? __builtin_sqrtf(float(x[i])) : T(__builtin_sqrt(double(x[i])));
+  return y;
+}
+
+}  // namespace XK_LEVEL
+}  // namespace xk

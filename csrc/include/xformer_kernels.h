@@ -1,0 +1,84 @@
+// C API of the compiled kernels: plain structs of pointers, sizes, strides and codes. No torch, no Python.
+//
+// Every function computes on (batch, heads, tokens, features) tensors of any strides and returns a status.
+// Names and formulas are those of the project's design notes: G = gram, A = map, W = the D x D operand of a mix.
+#pragma once
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum xk_status { XK_OK = 0, XK_OUT_OF_MEMORY = 1, XK_BAD_ARGUMENT = 2 };
+enum xk_dtype { XK_F32 = 0, XK_F64 = 1, XK_BF16 = 2, XK_F16 = 3 };
+enum xk_map { XK_QUERY_KEY = 0, XK_KEY_VALUE = 1 };
+enum xk_norm { XK_TOKEN_NORM = 0, XK_FEATURE_NORM = 1 };
+enum xk_activation { XK_SOFTMAX = 0, XK_IDENTITY = 1 };
+
+// Strides are in elements and may be zero or negative. A null pointer means "absent".
+typedef struct {
+  void* data;
+  int64_t stride_b, stride_h, stride_n, stride_d;
+  int32_t dtype;
+} xk_tensor;
+
+// stride_b and stride_n of a (batch, tokens) bool mask; false tokens take no part.
+typedef struct {
+  const uint8_t* data;
+  int64_t stride_b, stride_n;
+} xk_mask;
+
+// One value per head: temperature (H,) and its gradient.
+typedef struct {
+  void* data;
+  int64_t stride;
+  int32_t dtype;
+} xk_per_head;
+
+// g[b,h,i,j] = sum_n a[b,h,n,i] b[b,h,n,j];  ssq_a[b,h,i] = sum_n a^2;  ssq_b likewise.
+// g, ssq_a, ssq_b are contiguous, in the accumulate dtype (f64 for f64 operands, else f32).
+typedef struct {
+  int64_t batch, heads, tokens, dim_a, dim_b;
+  xk_tensor a, b;
+  int32_t symmetric;  // a is b: only one operand is read and half of g is computed
+  xk_mask mask;
+  void *g, *ssq_a, *ssq_b;
+  int32_t threads;
+} xk_gram_args;
+
+// y[n,o] = sum_i w[o,i] x[n,i] + sum_i w2[o,i] x2[n,i] + bias[o] + scale[o] * add[n,o], for each (b, h).
+// Tensors other than x, x2, add and y use stride_n for the row o and stride_d for the column i.
+// bias and scale: stride_d runs over o. An absent scale with a present add means 1.
+typedef struct {
+  int64_t batch, heads, tokens, dim_in, dim_in2, dim_out;
+  xk_tensor x, weight, bias, add, scale, x2, weight2, y;
+  int32_t threads;
+} xk_channel_mix_args;
+
+// Forward writes out and stats; backward reads stats and writes dq, dk, dv, dtemperature.
+// stats: contiguous (batch, heads, dim * dim + 2 * dim), accumulate dtype: the normalised map with key features
+// as rows, then the norms of q's and k's features over tokens (token norm only, before the clamp by eps).
+typedef struct {
+  int64_t batch, heads, tokens, dim;
+  int32_t map, norm, activation;
+  double eps;
+  xk_tensor q, k, v, out, dout, dq, dk, dv;
+  xk_per_head temperature, dtemperature;
+  xk_mask mask;
+  void* stats;
+  int32_t threads;
+} xk_xfa_args;
+
+int xk_gram(const xk_gram_args* args);
+int xk_channel_mix(const xk_channel_mix_args* args);
+int xk_xfa_forward(const xk_xfa_args* args);
+int xk_xfa_backward(const xk_xfa_args* args);
+
+// Instruction level in use ("x86_64_v4", ...). Chosen at first use: the best that was built and that this processor
+// has, or the one named by XFORMER_KERNELS_CPU_LEVEL. Empty if that name is unknown or not usable here.
+const char* xk_cpu_level(void);
+
+#ifdef __cplusplus
+}
+#endif
