@@ -177,8 +177,8 @@ void unpack(const T* rows, int ld, int tokens, int dim, S* y, int64_t stride_n) 
 // Tokens per block, and the scratch that one thread needs for a pass whose widest operand has `dim` features.
 template <class T>
 int block_tokens(int dim) {
-  int tokens = 16384 / int(sizeof(T)) / padded<T>(dim) / 12 * 12;
-  return tokens < 24 ? 24 : tokens > 96 ? 96 : tokens;
+  int tokens = 8192 / int(sizeof(T)) / padded<T>(dim) / 12 * 12;
+  return tokens < 12 ? 12 : tokens > 96 ? 96 : tokens;
 }
 template <class T>
 size_t pass_scratch(int dim) {
