@@ -28,37 +28,6 @@ struct Head {
   int lanes(int column) const { return dim - column < VL<T> ? dim - column : VL<T>; }
 };
 
-#if defined(__has_builtin)
-#if __has_builtin(__builtin_shufflevector)
-#define XK_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#endif
-#endif
-#ifndef XK_SHUFFLE
-#define XK_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Index<T>{__VA_ARGS__})
-#endif
-
-template <int Bytes>
-struct IntOf;
-template <>
-struct IntOf<4> {
-  typedef int32_t type;
-};
-template <>
-struct IntOf<8> {
-  typedef int64_t type;
-};
-template <class T>
-using Index = typename VectorOf<typename IntOf<sizeof(T)>::type, kVectorBytes>::type;
-
-template <int... I>
-struct Lanes {};
-template <int N, int... I>
-struct FirstLanes : FirstLanes<N - 1, N - 1, I...> {};
-template <int... I>
-struct FirstLanes<0, I...> {
-  typedef Lanes<I...> type;
-};
-
 // Swaps the off-diagonal D-lane halves of two rows, D apart; log2(VL) rounds of it transpose a square of registers.
 template <class T, int D, int... L>
 XK_INLINE void swap_halves(V<T>& a, V<T>& b, Lanes<L...>) {

@@ -13,8 +13,10 @@ namespace xk {
 namespace XK_LEVEL {
 
 constexpr int kMaxNR = kRegisters >= 32 ? 4 : 3;
-constexpr int max_rows(int nr) {
-  int rows = (kRegisters - 1 - nr) / nr;
+// Rows of a tile with nr vectors of columns, the last of them shared by `sharing` rows.
+constexpr int max_rows(int nr, int sharing = 1) {
+  int rows = sharing == 1 ? (kRegisters - 1 - nr) / nr : (kRegisters - 3 - nr) * sharing / (sharing * (nr - 1) + 1);
+  rows = rows / sharing * sharing;
   return rows < 16 ? rows : 16;
 }
 
@@ -36,10 +38,44 @@ struct Ahead {
   ptrdiff_t lines = 0;         // cache lines of a token; 0: off
 };
 
-// rows: how many tokens each line is fetched for; line: the first one.
-template <class T, int MR, int NR>
+// A last vector of columns that is at most half full would waste its other lanes: it is shared by G rows, W = VL / G
+// lanes each, so that G rows cost one multiply-add. `slot` moves lanes 0..W-1 of x to row r's place in the shared vector,
+// `unslot` moves them back, `repeat` copies them to every place, `choose` takes row r's place from x and the rest from t.
+template <class T, int G>
+struct Shared {
+  static constexpr int W = VL<T> / G;
+  template <int R, int... L>
+  XK_INLINE static V<T> slot(V<T> t, V<T> x, Lanes<L...>) {
+    return XK_SHUFFLE(t, x, (L / W == R ? VL<T> + L % W : L)...);
+  }
+  template <int R, int... L>
+  XK_INLINE static V<T> choose(V<T> t, V<T> x, Lanes<L...>) {
+    return XK_SHUFFLE(t, x, (L / W == R ? VL<T> + L : L)...);
+  }
+  template <int R, int... L>
+  XK_INLINE static V<T> unslot(V<T> t, Lanes<L...>) {
+    return XK_SHUFFLE(t, t, (R * W + L % W)...);
+  }
+};
+
+// rows: how many tokens each line is fetched for; line: the first one. G > 1: the last of the NR vectors is shared.
+template <class T, int MR, int NR, int G = 1>
 XK_INLINE void accumulate(V<T> (&acc)[MR][NR], const T* a, ptrdiff_t row_stride, ptrdiff_t k_stride, const T* b,
                           ptrdiff_t ldb, ptrdiff_t K, Ahead ahead0, Ahead ahead1, ptrdiff_t rows, ptrdiff_t line) {
+  constexpr typename FirstLanes<VL<T>>::type lanes{};
+  constexpr int own = G > 1 ? NR - 1 : NR;  // vectors that each row has to itself
+  V<T> shared[MR / G];
+  if constexpr (G > 1) {
+#pragma GCC unroll 16
+    for (int r = 0; r < MR; r += G) {
+      shared[r / G] = acc[r][NR - 1];
+      shared[r / G] = Shared<T, G>::template slot<1>(shared[r / G], acc[r + 1][NR - 1], lanes);
+      if constexpr (G > 2) {
+        shared[r / G] = Shared<T, G>::template slot<2>(shared[r / G], acc[r + 2][NR - 1], lanes);
+        shared[r / G] = Shared<T, G>::template slot<3>(shared[r / G], acc[r + 3][NR - 1], lanes);
+      }
+    }
+  }
   // Every third row has a pointer: the two after it are reached by scaled index, which keeps all in registers.
   constexpr int kPointers = (MR + 2) / 3;
   const char* p[kPointers];
@@ -55,17 +91,37 @@ XK_INLINE void accumulate(V<T> (&acc)[MR][NR], const T* a, ptrdiff_t row_stride,
     for (; k < stop; ++k, b += ldb, next0 += step0, next1 += step1) {
       __builtin_prefetch(next0, 0, 3);
       __builtin_prefetch(next1, 0, 3);
-      V<T> row[NR];
+      V<T> row[NR], mixed{};
 #pragma GCC unroll 4
       for (int c = 0; c < NR; ++c) row[c] = load(b + c * VL<T>);
+      if constexpr (G > 1) row[NR - 1] = Shared<T, G>::template unslot<0>(row[NR - 1], lanes);
 #pragma GCC unroll 16
       for (int r = 0; r < MR; ++r) {
         V<T> x = broadcast(*(const T*)(p[r / 3] + (r % 3) * row_bytes));
+        if constexpr (G > 1) XK_OPAQUE(x);  // seen through, `choose` becomes more instructions than it saves
 #pragma GCC unroll 4
-        for (int c = 0; c < NR; ++c) acc[r][c] += x * row[c];
+        for (int c = 0; c < own; ++c) acc[r][c] += x * row[c];
+        if constexpr (G > 1) {
+          if (r % G == 0) mixed = x;
+          if (r % G == 1) mixed = Shared<T, G>::template choose<1>(mixed, x, lanes);
+          if (r % G == 2) mixed = Shared<T, G>::template choose<2>(mixed, x, lanes);
+          if (r % G == 3) mixed = Shared<T, G>::template choose<3>(mixed, x, lanes);
+          if (r % G == G - 1) shared[r / G] += mixed * row[NR - 1];
+        }
       }
 #pragma GCC unroll 16
       for (int g = 0; g < kPointers; ++g) p[g] += k_bytes;
+    }
+  }
+  if constexpr (G > 1) {
+#pragma GCC unroll 16
+    for (int r = 0; r < MR; r += G) {
+      acc[r][NR - 1] = shared[r / G];
+      acc[r + 1][NR - 1] = Shared<T, G>::template unslot<1>(shared[r / G], lanes);
+      if constexpr (G > 2) {
+        acc[r + 2][NR - 1] = Shared<T, G>::template unslot<2>(shared[r / G], lanes);
+        acc[r + 3][NR - 1] = Shared<T, G>::template unslot<3>(shared[r / G], lanes);
+      }
     }
   }
 }
@@ -82,14 +138,14 @@ struct GramTile {
   ptrdiff_t line;
 };
 
-template <class T, int MR, int NR>
+template <class T, int MR, int NR, int G>
 void gram_tile(const GramTile<T>& t) {
   V<T> acc[MR][NR];
 #pragma GCC unroll 16
   for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 4
     for (int c = 0; c < NR; ++c) acc[r][c] = V<T>{};
-  accumulate<T, MR, NR>(acc, t.a, 1, t.lda, t.b, t.ldb, t.tokens, t.ahead0, t.ahead1, t.tokens, t.line);
+  accumulate<T, MR, NR, G>(acc, t.a, 1, t.lda, t.b, t.ldb, t.tokens, t.ahead0, t.ahead1, t.tokens, t.line);
 #pragma GCC unroll 16
   for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 4
@@ -132,7 +188,7 @@ XK_INLINE void store_tile(V<T> (&acc)[MR][NR], S* y, ptrdiff_t ldy, int last_lan
   }
 }
 
-template <class T, int MR, int NR>
+template <class T, int MR, int NR, int G>
 void mix_tile(const MixTile<T>& t) {
   V<T> acc[MR][NR];
 #pragma GCC unroll 4
@@ -149,79 +205,104 @@ void mix_tile(const MixTile<T>& t) {
       for (int r = 0; r < MR; ++r) acc[r][c] += scale * load(t.add + r * t.ld_add + c * VL<T>);
     }
   }
-  accumulate<T, MR, NR>(acc, t.x, t.x_row, t.x_k, t.w, t.ldw, t.K, t.ahead0, t.ahead1, MR, 0);
-  if (t.x2) accumulate<T, MR, NR>(acc, t.x2, t.x2_row, t.x2_k, t.w2, t.ldw, t.K2, Ahead{}, Ahead{}, t.K2, 0);
+  accumulate<T, MR, NR, G>(acc, t.x, t.x_row, t.x_k, t.w, t.ldw, t.K, t.ahead0, t.ahead1, MR, 0);
+  if (t.x2) accumulate<T, MR, NR, G>(acc, t.x2, t.x2_row, t.x2_k, t.w2, t.ldw, t.K2, Ahead{}, Ahead{}, t.K2, 0);
   with_storage<T>(t.dtype, [&](auto* storage) { store_tile<T, MR, NR>(acc, (decltype(storage))t.y, t.ldy, t.last_lanes); });
 }
 
-// tiles[nr - 1][mr - 1]; entries that would not fit the registers stay null and are never asked for.
+// Tiles by how many rows share the last vector, vectors and rows. Entries that would not fit the registers, or whose rows
+// are not a multiple of the sharing, stay null and are never asked for.
 template <class T>
 struct Tiles {
-  void (*gram[kMaxNR][16])(const GramTile<T>&) = {};
-  void (*mix[kMaxNR][16])(const MixTile<T>&) = {};
+  static constexpr int kSharing = VL<T> >= 16 ? 3 : VL<T> >= 8 ? 2 : 1;  // G = 1, 2, 4: W is never below 4
+  void (*gram[3][kMaxNR][16])(const GramTile<T>&) = {};
+  void (*mix[3][kMaxNR][16])(const MixTile<T>&) = {};
 
-  template <int NR, int MR>
+  template <int S, int NR, int MR>
   constexpr void fill() {
-    gram[NR - 1][MR - 1] = gram_tile<T, MR, NR>;
-    mix[NR - 1][MR - 1] = mix_tile<T, MR, NR>;
-    if constexpr (MR < max_rows(NR)) fill<NR, MR + 1>();
+    constexpr int G = 1 << S;
+    gram[S][NR - 1][MR - 1] = gram_tile<T, MR, NR, G>;
+    mix[S][NR - 1][MR - 1] = mix_tile<T, MR, NR, G>;
+    if constexpr (MR + G <= max_rows(NR, G)) fill<S, NR, MR + G>();
   }
-  constexpr Tiles() {
-    fill<1, 1>();
-    fill<2, 1>();
-    fill<3, 1>();
-    if constexpr (kMaxNR == 4) fill<4, 1>();
+  template <int S>
+  constexpr void fill_sharing() {
+    fill<S, 1, (1 << S)>();
+    fill<S, 2, (1 << S)>();
+    fill<S, 3, (1 << S)>();
+    if constexpr (kMaxNR == 4 && max_rows(4, 1 << S) >= (1 << S)) fill<S, 4, (1 << S)>();
+    if constexpr (S + 1 < kSharing) fill_sharing<S + 1>();
   }
+  constexpr Tiles() { fill_sharing<0>(); }
 };
 
 template <class T>
 constexpr Tiles<T> kTiles{};
+
+// log2 of how many rows may share the last vector of `cols` columns.
+template <class T>
+int sharing(int cols) {
+  int last = (cols - 1) % VL<T> + 1;
+  for (int s = Tiles<T>::kSharing - 1; s > 0; --s)
+    if (last <= VL<T> >> s) return s;
+  return 0;
+}
+
+// Cuts `rows` rows of one panel into tiles and calls f(first row, rows, sharing). Rows left over from a multiple of the
+// sharing make one last tile that does not share.
+template <class F>
+void for_tiles(int rows, int nr, int sharing, F f) {
+  int shared_rows = rows >> sharing, row = 0;
+  Cut tiles(shared_rows, max_rows(nr, 1 << sharing) >> sharing);
+  for (int i = 0; i < tiles.parts; ++i) {
+    int size = tiles.size(i) << sharing;
+    f(row, size, sharing);
+    row += size;
+  }
+  if (row < rows) f(row, rows - row, 0);
+}
 
 // Whole products over one packed block of tokens, tile by tile. Columns are the outer loop: a panel of b stays in
 // cache while the rows pass.
 template <class T>
 void gram_block(const GramTile<T>& whole, int rows, int cols, bool lower_only) {
   Cut panels((cols + VL<T> - 1) / VL<T>, kMaxNR);
+  GramTile<T> t = whole;
+  t.line = 0;
   for (int p = 0, vec = 0; p < panels.parts; vec += panels.size(p++)) {
     int nr = panels.size(p), first_col = vec * VL<T>;
-    Cut tiles(rows, max_rows(nr));
-    for (int i = 0, row = 0; i < tiles.parts; row += tiles.size(i++)) {
-      if (lower_only && row + tiles.size(i) <= first_col) continue;
-      GramTile<T> t = whole;
-      t.a += row;
-      t.b += first_col;
-      t.g += row * t.ldg + first_col;
-      t.line = p * tiles.parts + i;
-      kTiles<T>.gram[nr - 1][tiles.size(i) - 1](t);
-    }
+    for_tiles(rows, nr, p + 1 == panels.parts ? sharing<T>(cols) : 0, [&](int row, int size, int s) {
+      if (lower_only && row + size <= first_col) return;
+      t.a = whole.a + row;
+      t.b = whole.b + first_col;
+      t.g = whole.g + row * t.ldg + first_col;
+      kTiles<T>.gram[s][nr - 1][size - 1](t);
+      ++t.line;
+    });
   }
 }
 
 template <class T>
 void mix_block(const MixTile<T>& whole, int tokens, int cols, int y_itemsize) {
   Cut panels((cols + VL<T> - 1) / VL<T>, kMaxNR);
+  MixTile<T> t = whole;
   for (int p = 0, vec = 0; p < panels.parts; vec += panels.size(p++)) {
     int nr = panels.size(p), first_col = vec * VL<T>, rest = cols - first_col - (nr - 1) * VL<T>;
-    Cut tiles(tokens, max_rows(nr));
-    MixTile<T> t = whole;
-    t.w += first_col;
-    if (t.w2) t.w2 += first_col;
-    if (t.bias) t.bias += first_col;
-    if (t.scale) t.scale += first_col;
-    if (t.add) t.add += first_col;
-    t.y = (char*)t.y + (ptrdiff_t)first_col * y_itemsize;
+    t.w = whole.w + first_col;
+    if (t.w2) t.w2 = whole.w2 + first_col;
+    if (t.bias) t.bias = whole.bias + first_col;
+    if (t.scale) t.scale = whole.scale + first_col;
     t.last_lanes = rest < VL<T> ? rest : VL<T>;
     if (p > 0) t.ahead0.lines = t.ahead1.lines = 0;
-    for (int i = 0; i < tiles.parts; ++i) {
-      int rows = tiles.size(i);
-      kTiles<T>.mix[nr - 1][rows - 1](t);
-      t.ahead0.base += rows * t.ahead0.row;
-      t.ahead1.base += rows * t.ahead1.row;
-      t.x += rows * t.x_row;
-      if (t.x2) t.x2 += rows * t.x2_row;
-      if (t.add) t.add += rows * t.ld_add;
-      t.y = (char*)t.y + rows * t.ldy * y_itemsize;
-    }
+    for_tiles(tokens, nr, p + 1 == panels.parts ? sharing<T>(cols) : 0, [&](int row, int size, int s) {
+      t.x = whole.x + row * t.x_row;
+      if (t.x2) t.x2 = whole.x2 + row * t.x2_row;
+      if (t.add) t.add = whole.add + row * t.ld_add + first_col;
+      t.y = (char*)whole.y + (row * t.ldy + first_col) * y_itemsize;
+      t.ahead0.base = whole.ahead0.base + row * t.ahead0.row;
+      t.ahead1.base = whole.ahead1.base + row * t.ahead1.row;
+      kTiles<T>.mix[s][nr - 1][size - 1](t);
+    });
   }
 }
 

@@ -15,6 +15,15 @@
 
 #define XK_INLINE [[gnu::always_inline]] inline
 
+// Hides from the optimiser how a vector was made.
+#if defined(__x86_64__)
+#define XK_OPAQUE(x) asm("" : "+v"(x))
+#elif defined(__aarch64__)
+#define XK_OPAQUE(x) asm("" : "+w"(x))
+#else
+#define XK_OPAQUE(x) (void)0
+#endif
+
 namespace xk {
 namespace XK_LEVEL {
 
@@ -186,6 +195,38 @@ XK_INLINE void store(double* p, V<double> x, int n) {
   for (int i = 0; i < n; ++i) p[i] = x[i];
 }
 #endif
+
+// Shuffles by constant lanes: XK_SHUFFLE(a, b, f(L)...) with L the lane numbers of a FirstLanes pack.
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define XK_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#endif
+#endif
+#ifndef XK_SHUFFLE
+#define XK_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Index<T>{__VA_ARGS__})
+#endif
+
+template <int Bytes>
+struct IntOf;
+template <>
+struct IntOf<4> {
+  typedef int32_t type;
+};
+template <>
+struct IntOf<8> {
+  typedef int64_t type;
+};
+template <class T>
+using Index = typename VectorOf<typename IntOf<sizeof(T)>::type, kVectorBytes>::type;
+
+template <int... I>
+struct Lanes {};
+template <int N, int... I>
+struct FirstLanes : FirstLanes<N - 1, N - 1, I...> {};
+template <int... I>
+struct FirstLanes<0, I...> {
+  typedef Lanes<I...> type;
+};
 
 // f(pointer to the storage type of `dtype`), for the types that T computes on.
 template <class T, class F>
