@@ -28,21 +28,6 @@ struct Head {
   int lanes(int column) const { return dim - column < VL<T> ? dim - column : VL<T>; }
 };
 
-// Swaps the off-diagonal D-lane halves of two rows, D apart; log2(VL) rounds of it transpose a square of registers.
-template <class T, int D, int... L>
-XK_INLINE void swap_halves(V<T>& a, V<T>& b, Lanes<L...>) {
-  V<T> low = XK_SHUFFLE(a, b, ((L & D) ? L - D + VL<T> : L)...);
-  b = XK_SHUFFLE(a, b, ((L & D) ? L + VL<T> : L + D)...);
-  a = low;
-}
-template <class T, int D>
-XK_INLINE void transpose_rounds(V<T> (&x)[VL<T>]) {
-#pragma GCC unroll 16
-  for (int i = 0; i < VL<T>; ++i)
-    if (!(i & D)) swap_halves<T, D>(x[i], x[i + D], typename FirstLanes<VL<T>>::type{});
-  if constexpr (D > 1) transpose_rounds<T, D / 2>(x);
-}
-
 // out[i, j] = in[j, i]; both dim x ld.
 template <class T>
 void transpose(const T* in, T* out, int dim, int ld) {
@@ -51,7 +36,7 @@ void transpose(const T* in, T* out, int dim, int ld) {
       V<T> x[VL<T>];
       int rows = dim - r < VL<T> ? dim - r : VL<T>, cols = dim - c < VL<T> ? dim - c : VL<T>;
       for (int i = 0; i < VL<T>; ++i) x[i] = i < rows ? load(in + (ptrdiff_t)(r + i) * ld + c) : V<T>{};
-      transpose_rounds<T, VL<T> / 2>(x);
+      transpose_registers<T>(x);
       for (int i = 0; i < cols; ++i) store(out + (ptrdiff_t)(c + i) * ld + r, x[i]);
     }
 }

@@ -111,6 +111,26 @@ void pack_strided(const S* p, int64_t stride_n, int64_t stride_d, int tokens, in
   }
 }
 
+// Tokens side by side in memory (stride_n == 1), as in a (batch, channels, height, width) feature map.
+template <class T, class S>
+void pack_transposed(const S* p, int64_t stride_d, int tokens, int dim, T* out, int ld) {
+  for (int d = 0; d < ld; d += VL<T>)
+    for (int n = 0; n < tokens; n += VL<T>) {
+      int lanes = tokens - n < VL<T> ? tokens - n : VL<T>;
+      V<T> x[VL<T>];
+#pragma GCC unroll 16
+      for (int i = 0; i < VL<T>; ++i) {
+        const S* row = p + (d + i) * stride_d + n;
+        x[i] = d + i >= dim ? V<T>{} : lanes == VL<T> ? load(row) : load(row, lanes);
+      }
+      transpose_registers<T>(x);
+      T* to = out + (ptrdiff_t)n * ld + d;
+#pragma GCC unroll 16
+      for (int i = 0; i < VL<T>; ++i)
+        if (i < lanes) store(to + (ptrdiff_t)i * ld, x[i]);
+    }
+}
+
 // norms: per token, the norm before the clamp (unit_rows only).
 template <class T>
 void pack(const Pass<T>& pass, int index, int64_t first, int tokens, T* out, T* norms) {
@@ -120,7 +140,9 @@ void pack(const Pass<T>& pass, int index, int64_t first, int tokens, T* out, T* 
   bool rows = o.stride_d == 1 || o.dim == 1, squares_on_the_way = ssq && rows && !pass.mask;
   with_storage<T>(o.dtype, [&](auto* storage) {
     auto p = (decltype(storage))o.data + first * o.stride_n;
-    if (!rows)
+    if (!rows && o.stride_n == 1)
+      pack_transposed(p, o.stride_d, tokens, o.dim, out, ld);
+    else if (!rows)
       pack_strided(p, o.stride_n, o.stride_d, tokens, o.dim, out, ld);
     else if (squares_on_the_way)
       pack_rows<T, true>(p, o.stride_n, tokens, o.dim, out, ld, ssq);
@@ -199,15 +221,16 @@ void run_block(const Pass<T>& pass, int64_t first, int tokens, const Pass<T>* ne
     if (pass.mix[m].unit >= 0) used_packed[pass.mix[m].unit] = true;
   }
   auto ahead = [&](const Operand& o) {
-    ptrdiff_t row = o.stride_n * itemsize(o.dtype);
-    const char* base = o.data + next_first * row;
-    ptrdiff_t used = o.stride_d == 1 ? o.dim * itemsize(o.dtype) : 0;
-    return Ahead{base, row, used ? ptrdiff_t(((uintptr_t)base & 63) + used + 63) / 64 : 0};
+    ptrdiff_t size = itemsize(o.dtype), row = (o.stride_d == 1 ? o.stride_n : o.stride_d) * size;
+    const char* base = o.data + next_first * o.stride_n * size;
+    ptrdiff_t used = o.stride_d == 1 ? o.dim * size : o.stride_n == 1 ? tokens * size : 0;
+    return Ahead{base, row, used ? (((ptrdiff_t)base & 63) + used + 63) / 64 : 0};
   };
   for (int i = 0; i < pass.operands; ++i) {
     packed[i] = scratch + i * block;
     norms[i] = staged + block + i * block_tokens<T>(widest);
-    used_packed[i] = used_packed[i] || pass.ssq[i] || pass.in[i].unit_rows || pass.in[i].dtype != kNative<T>;
+    used_packed[i] = used_packed[i] || pass.ssq[i] || pass.in[i].unit_rows || pass.in[i].dtype != kNative<T> ||
+                     pass.in[i].stride_d != 1;
     if (used_packed[i]) pack(pass, i, first, tokens, packed[i], norms[i]);
   }
 
@@ -233,7 +256,7 @@ void run_block(const Pass<T>& pass, int64_t first, int tokens, const Pass<T>* ne
     MixTile<T> t{};
     t.ahead0 = next && mix.ahead >= 0 ? ahead(next->in[mix.ahead]) : Ahead{};
     t.ahead1 = next ? ahead(next->mix[m].y) : Ahead{};
-    // An operand that is not packed is read where it lies, one broadcast per element.
+    // An operand that need not be packed is read where it lies, one broadcast per element.
     auto source = [&](int i, const T*& x, ptrdiff_t& row, ptrdiff_t& k, ptrdiff_t& K) {
       const Operand& o = pass.in[i];
       K = o.dim;

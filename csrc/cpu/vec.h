@@ -228,6 +228,21 @@ struct FirstLanes<0, I...> {
   typedef Lanes<I...> type;
 };
 
+// Swaps the off-diagonal D-lane halves of two rows, D apart; log2(VL) rounds of it transpose a square of registers.
+template <class T, int D, int... L>
+XK_INLINE void swap_halves(V<T>& a, V<T>& b, Lanes<L...>) {
+  V<T> low = XK_SHUFFLE(a, b, ((L & D) ? L - D + VL<T> : L)...);
+  b = XK_SHUFFLE(a, b, ((L & D) ? L + VL<T> : L + D)...);
+  a = low;
+}
+template <class T, int D = VL<T> / 2>
+XK_INLINE void transpose_registers(V<T> (&x)[VL<T>]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < VL<T>; ++i)
+    if (!(i & D)) swap_halves<T, D>(x[i], x[i + D], typename FirstLanes<VL<T>>::type{});
+  if constexpr (D > 1) transpose_registers<T, D / 2>(x);
+}
+
 // f(pointer to the storage type of `dtype`), for the types that T computes on.
 template <class T, class F>
 XK_INLINE void with_storage(int dtype, F f) {
