@@ -102,7 +102,15 @@ XK_INLINE V<T> broadcast(T x) {
 
 XK_INLINE V<float> load(const float* p) { return *(const typename VectorOf<float, kVectorBytes>::unaligned*)p; }
 XK_INLINE V<double> load(const double* p) { return *(const typename VectorOf<double, kVectorBytes>::unaligned*)p; }
-XK_INLINE V<float> widen_bf16(VU16 x) { return (V<float>)(__builtin_convertvector(x, VU32) << 16); }
+// 16-bit lanes to and from the low halves of 32-bit lanes (GCC 12 splits the generic conversion in two).
+#if defined(__AVX512F__)
+XK_INLINE VU32 extend(VU16 x) { return (VU32)_mm512_cvtepu16_epi32((__m256i)x); }
+XK_INLINE VU16 truncate(VU32 x) { return (VU16)_mm512_cvtepi32_epi16((__m512i)x); }
+#else
+XK_INLINE VU32 extend(VU16 x) { return __builtin_convertvector(x, VU32); }
+XK_INLINE VU16 truncate(VU32 x) { return __builtin_convertvector(x, VU16); }
+#endif
+XK_INLINE V<float> widen_bf16(VU16 x) { return (V<float>)(extend(x) << 16); }
 XK_INLINE V<float> load(const bf16* p) { return widen_bf16(*(const VU16u*)p); }
 
 XK_INLINE void store(float* p, V<float> x) { *(typename VectorOf<float, kVectorBytes>::unaligned*)p = x; }
@@ -111,7 +119,7 @@ XK_INLINE VU16 narrow_bf16(V<float> x) {
   VU32 u = (VU32)x;
   VU32 rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
   VU32 nan = (VU32)(x != x);
-  return __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0), VU16);
+  return truncate((rounded & ~nan) | (nan & 0x7fc0));
 }
 XK_INLINE void store(bf16* p, V<float> x) { *(VU16u*)p = narrow_bf16(x); }
 
