@@ -1,0 +1,89 @@
+"""Fixtures: the backends, the state each test starts from, and the proof of which backend ran."""
+
+from __future__ import annotations
+
+import os
+from contextlib import contextmanager
+
+import hypothesis
+import pytest
+import torch
+
+from xformer_kernels import backends, dispatch
+
+KERNELS = backends.ORDER
+REQUIRED = os.environ.get("XFORMER_KERNELS_REQUIRE_EXTENSION", "0") not in ("", "0")
+hypothesis.settings.register_profile("default", deadline=None, derandomize=True, print_blob=True)
+hypothesis.settings.load_profile("default")
+
+
+@pytest.fixture(autouse=True)
+def same_start_for_every_test():
+    torch.set_num_threads(2)
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def need_backend():
+    """Skips where the backend was not built, unless the extension is required: then its absence is a failure."""
+
+    def need(name):
+        module, cause = backends.load(name) if name != "reference" else (None, "")
+        if cause and REQUIRED:
+            pytest.fail(f"backend {name} is required and cannot be imported: {cause}")
+        if cause:
+            pytest.skip(f"backend {name} is not installed here: {cause}")
+
+    return need
+
+
+@pytest.fixture(params=dispatch.BACKENDS)
+def backend(request, need_backend):
+    """Every backend, the reference included."""
+    need_backend(request.param)
+    return request.param
+
+
+@pytest.fixture(params=KERNELS)
+def kernel(request, need_backend):
+    """Every backend of kernels."""
+    need_backend(request.param)
+    return request.param
+
+
+@pytest.fixture
+def device():
+    return "cpu"
+
+
+@pytest.fixture
+def ran_backend():
+    """Within ``ran_backend(name, *ops)`` that backend must run all of these ops, and no other backend any op.
+
+    The reference has no ops: its functions, xfa, gram and channel_mix, are recorded, and nothing in a compiled graph is.
+    """
+
+    @contextmanager
+    def ran(name, *ops):
+        with dispatch.record() as seen:
+            yield
+        others = {backend for backend, _ in seen} - {name}
+        assert not others, f"{others} ran, not {name} alone"
+        if name != "reference":
+            assert set(ops) <= {op for _, op in seen}, f"{name} ran {sorted({op for _, op in seen})}, not {ops}"
+
+    return ran
+
+
+@pytest.fixture
+def ran(request, ran_backend):
+    """``ran(*ops)`` for the backend or kernel that the test is given."""
+    names = [request.getfixturevalue(name) for name in ("backend", "kernel") if name in request.fixturenames]
+    return lambda *ops: ran_backend(names[0], *ops)
+
+
+@pytest.fixture
+def ran_auto(ran_backend):
+    """``ran_auto(*ops)`` for what backend="auto" chooses for ordinary tensors on the CPU."""
+    name = dispatch.choose("auto", "cpu", (torch.float32,), (8,))
+    return lambda *ops: ran_backend(name, *ops)

@@ -1,0 +1,112 @@
+"""Nothing of size N is kept for the backward, and nothing of size N is allocated beside the results."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from cases import CONFIGS, make_problem
+
+import xformer_kernels as xk
+
+MB = 2**20
+
+
+def saved_bytes(function, inputs) -> tuple[int, torch.Tensor]:
+    """Bytes of distinct storages that autograd keeps and that are not the inputs' or the output's."""
+    saved = {}
+
+    def pack(x):
+        saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        out = function(*inputs)
+    for x in inputs:
+        saved.pop(x.untyped_storage().data_ptr(), None)
+    return sum(saved.values()), out
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("D", [8, 256])
+def test_saved_statistics_do_not_grow_with_the_tokens(D, config, masked, kernel, device, ran):
+    saved = []
+    for N in (300, 3000):
+        p = make_problem((2, N, 2, D), config, masked=masked, device=device)
+        mask = p.token_mask
+
+        def function(*x, config=config, mask=mask):
+            return xk.xfa(*x, token_mask=mask, **config.kwargs(), backend=kernel)
+
+        inputs = p.inputs()
+        with ran("xfa_forward"):
+            size, out = saved_bytes(function, inputs)
+        if masked:
+            size -= min(size, mask.numel())
+        saved.append(size)
+        assert out.grad_fn is not None
+    assert saved[0] == saved[1]
+    assert 0 < saved[0] <= 2 * 2 * MB
+
+
+@pytest.mark.parametrize("norm", ["token", "feature"])
+def test_saved_by_map_fn(norm, kernel, device):
+    """Token norms keep the map alone; feature norms are taken before the passes and may keep q and k normalised."""
+    saved = []
+    for N in (300, 3000):
+        p = make_problem((2, N, 2, 8), device=device)
+        size, _ = saved_bytes(lambda *x: xk.xfa(*x, norm=norm, map_fn=lambda S: S.softmax(-1), backend=kernel), p.inputs())
+        saved.append(size)
+    if norm == "token":
+        assert saved[0] == saved[1] <= 2 * 2 * MB
+
+
+PEAK = """
+import sys, torch, xformer_kernels as xk
+torch.set_num_threads(2)
+B, N, H, D = map(int, sys.argv[1].split(","))
+dtype = getattr(torch, sys.argv[2])
+def status(field):
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(field))
+def reset_peak():
+    open("/proc/self/clear_refs", "w").write("5")
+qkv = torch.randn(B, N, 3, H, D).to(dtype)
+q, k, v = (x.requires_grad_() for x in qkv.permute(2, 0, 3, 1, 4).unbind(0))
+t = torch.ones(H, requires_grad=True)
+small = [torch.randn(1, 1, 64, D, dtype=torch.float32).to(dtype).requires_grad_() for _ in range(3)]
+torch.autograd.grad(xk.xfa(*small, t[:1], backend="cpp").sum(), small)       # threads, lazily loaded code
+torch.autograd.grad(torch.ones(1 << 20, requires_grad=True).exp().sum(), [torch.ones(1, requires_grad=True)], allow_unused=True)
+dout = torch.ones(B, N, H, D, dtype=dtype).transpose(1, 2)
+reset_peak(); start = status("VmRSS")
+out = xk.xfa(q, k, v, t, backend="cpp")
+print(status("VmHWM") - start)
+reset_peak(); start = status("VmRSS")
+grads = torch.autograd.grad(out, (q, k, v, t), dout)
+print(status("VmHWM") - start)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak of resident memory from /proc")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(1, 200_000, 2, 48), (4, 30_000, 4, 32), (2, 20_000, 2, 256)], ids=str)
+def test_peak_memory(shape, dtype, need_backend):
+    """Resident memory, so that the kernels' own buffers count too: the results and at most 1 MB per (b, h)."""
+    need_backend("cpp")
+    if not os.access("/proc/self/clear_refs", os.W_OK):
+        pytest.skip("/proc/self/clear_refs, which resets the peak of resident memory, may not be written here")
+    arguments = [",".join(map(str, shape)), str(dtype).removeprefix("torch.")]
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(PEAK), *arguments], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    forward, backward = map(int, done.stdout.split())
+    B, N, H, D = shape
+    one = B * N * H * D * dtype.itemsize
+    noise = 4 * MB  # code and allocator pages touched for the first time
+    assert forward <= one + B * H * MB + noise, f"{(forward - one) / MB:.1f} MB beside the output"
+    assert backward <= 3 * one + B * H * MB + noise, f"{(backward - 3 * one) / MB:.1f} MB beside the gradients"

@@ -1,0 +1,279 @@
+"""The ops as torch.library, torch.compile, torch.export, autocast and functorch see them."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from cases import CONFIGS, LOW_PRECISION, RESULTS, Config, make_problem, randn, random_mask
+from tolerance import assert_bitwise, assert_close
+
+import xformer_kernels as xk
+
+OPS = torch.ops.xformer_kernels
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+# ------------------------------------------------------------------------------------------------------------ opcheck
+
+
+def op_samples(kernel, device, dtype):
+    """(op, arguments) with what the schema allows: masks, absent operands, gradients wanted and not."""
+    for config, masked, grad in ((CONFIGS[0], False, True), (CONFIGS[3], True, True), (CONFIGS[4], True, False)):
+        p = make_problem((2, 9, 2, 4), config, dtype=dtype, masked=masked, device=device)
+        q, k, v, t = p.inputs() if grad else (p.q, p.k, p.v, p.temperature)
+        choices = (p.token_mask, config.map, config.norm, config.activation, config.eps, kernel)
+        yield OPS.xfa_forward, (q, k, v, t, *choices)
+        _, stats = OPS.xfa_forward(p.q, p.k, p.v, p.temperature, *choices)
+        yield OPS.xfa_backward, (p.dout.requires_grad_(grad), q, k, v, t, stats, *choices)
+    a, b = (randn(2, 2, 9, d, seed=d, dtype=dtype, device=device).requires_grad_() for d in (3, 5))
+    yield OPS.gram, (a, b, False, None, kernel)
+    yield OPS.gram, (a, b, False, random_mask(2, 9, device=device), kernel)
+    yield OPS.gram, (b, b, True, None, kernel)
+    weight, weight2 = (randn(2, 2, 5, i, seed=i, dtype=dtype, device=device).requires_grad_() for i in (3, 5))
+    bias = randn(2, 2, 5, seed=9, dtype=dtype, device=device).requires_grad_()
+    yield OPS.channel_mix, (a, weight, None, None, None, None, None, kernel)
+    yield OPS.channel_mix, (a, weight, bias, b, bias, b, weight2, kernel)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_opcheck(dtype, kernel, device):
+    for op, args in op_samples(kernel, device, dtype):
+        tests = ["test_schema", "test_autograd_registration", "test_faketensor"]
+        if dtype == torch.float32:
+            tests.append("test_aot_dispatch_dynamic")
+        torch.library.opcheck(op.default, args, test_utils=tests)
+
+
+def test_fake_tensors_have_the_strides_of_real_ones(kernel, device):
+    """Shapes, dtypes, devices and strides, for inputs of any layout."""
+    for layout in ("packed", "token_contiguous", "padded"):
+        p = make_problem((2, 9, 3, 4), layout=layout, device=device)
+        real = (xk.xfa(p.q, p.k, p.v, p.temperature, backend=kernel), *xk.gram(p.q, p.k, backend=kernel))
+        real += (xk.channel_mix(p.q, randn(7, 4, seed=1, device=device), backend=kernel),)
+        with torch._subclasses.FakeTensorMode() as mode:
+            q, k, v, t, w = map(mode.from_tensor, (p.q, p.k, p.v, p.temperature, randn(7, 4, seed=1, device=device)))
+            fake = (xk.xfa(q, k, v, t, backend=kernel), *xk.gram(q, k, backend=kernel))
+            fake += (xk.channel_mix(q, w, backend=kernel),)
+        for a, b in zip(real, fake, strict=True):
+            assert (a.shape, a.dtype, a.device, a.stride()) == (b.shape, b.dtype, b.device, b.stride())
+
+
+# ------------------------------------------------------------------------------------------------------------ compile
+
+
+def everything(q, k, v, temperature, weight, mask, backend):
+    """Each public function, in a graph with work for the compiler around it."""
+    out = xk.xfa(q * 1.5, k, v, temperature, token_mask=mask, backend=backend)
+    out = out + xk.xfa(q, k, v, temperature, map="key_value", norm="feature", backend=backend)
+    G, ssq, _ = xk.gram(out, v, backend=backend)
+    out = xk.channel_mix(out, weight, add=v, backend=backend).sigmoid()
+    return xk.xfa(out, k, v, temperature, map_fn=lambda S: S.softmax(-1), backend=backend).sum() + G.tanh().sum() + ssq.sum()
+
+
+@pytest.mark.parametrize("compiler", ["inductor", "aot_eager"])
+def test_compile_fullgraph_dynamic(compiler, backend, device, ran):
+    """One graph, compiled once for every number of tokens and every batch, forward and backward."""
+    compiled = torch.compile(everything, fullgraph=True, dynamic=True, backend=compiler)
+    for i, (B, N) in enumerate(((2, 50), (3, 77), (5, 130), (2, 1025))):
+        p = make_problem((B, N, 3, 8), dtype=torch.float64, masked=True, device=device, seed=i)
+        inputs = (*p.inputs(), randn(8, 8, seed=7, dtype=torch.float64, device=device).requires_grad_())
+        expected = everything(*inputs, p.token_mask, backend)
+        wanted = torch.autograd.grad(expected, inputs)
+        stance = "default" if i == 0 else "fail_on_recompile"
+        with torch.compiler.set_stance(stance), ran("xfa_forward", "xfa_backward", "gram", "channel_mix"):
+            result = compiled(*inputs, p.token_mask, backend)
+            grads = torch.autograd.grad(result, inputs)
+        for name, got, want in zip(("value", *RESULTS[1:], "dweight"), (result, *grads), (expected, *wanted), strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_compiled_layer_in_low_precision_autocast(kernel, device, ran):
+    """The way it is trained: a compiled module under bf16 autocast, judged by the rule."""
+    torch.manual_seed(0)
+    layer = xk.XFA(24, num_heads=3, backend=kernel).to(device)
+    x = randn(2, 70, 24, seed=1, device=device)
+
+    def run(module, x, enabled=True):
+        x = x.detach().requires_grad_()
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=enabled):
+            y = module(x)
+        return y.detach(), *torch.autograd.grad(y.float().square().sum(), (x, *module.parameters()))
+
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True)
+    with ran("xfa_forward", "xfa_backward"):
+        ours = run(compiled, x)
+    plain = copy.deepcopy(layer)
+    plain.backend = "reference"
+    eager = run(plain, x)
+    oracle = run(copy.deepcopy(plain).double(), x.double(), enabled=False)
+    for i, (a, b, c) in enumerate(zip(ours, eager, oracle, strict=True)):
+        assert a.dtype == b.dtype
+        assert_close(a, b, c, f"result {i}")
+
+
+def test_export(kernel, device, ran):
+    """The op itself is in the exported graph, for any batch and any number of tokens; the program runs and saves."""
+    torch.manual_seed(0)
+    layer = xk.XFA(12, num_heads=3, backend=kernel).to(device).eval()
+    dynamic = {"x": {0: torch.export.Dim("B", min=1), 1: torch.export.Dim("N", min=2)}}
+    program = torch.export.export(layer, (randn(2, 30, 12, seed=1, device=device),), dynamic_shapes=dynamic)
+    assert "xformer_kernels.xfa_forward" in str(program.graph)
+    for B, N in ((1, 5), (4, 333)):
+        x = randn(B, N, 12, seed=2, device=device)
+        with ran("xfa_forward"):
+            y = program.module()(x)
+        torch.testing.assert_close(y, layer(x))
+
+
+# ----------------------------------------------------------------------------------------------------------- autocast
+
+
+@pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)
+@pytest.mark.parametrize("inputs", [torch.float32, "mixed"], ids=str)
+def test_autocast_is_a_cast_of_the_features(inputs, dtype, backend, device, ran):
+    """q, k and v are cast, like scaled_dot_product_attention's; the temperature keeps its precision."""
+    p = make_problem((2, 40, 3, 8), device=device)
+    q, k, v, t = p.inputs()
+    if inputs == "mixed":
+        q = p.q.to(dtype).requires_grad_()
+    with torch.autocast(device, dtype=dtype), ran("xfa_forward", "xfa_backward"):
+        out = xk.xfa(q, k, v, t, backend=backend)
+        grads = torch.autograd.grad(out, (q, k, v, t), p.dout.to(dtype))
+    assert out.dtype == dtype
+    cast = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
+    expected = xk.xfa(*cast, t, backend=backend)
+    wanted = torch.autograd.grad(expected, (*cast, t), p.dout.to(dtype))
+    assert_bitwise(out.detach(), expected.detach(), "out")
+    for leaf, got, want in zip((q, k, v, t), grads, wanted, strict=True):
+        assert got.dtype == leaf.dtype
+        assert_bitwise(got, want.to(leaf.dtype), "gradient")
+
+
+def test_autocast_leaves_float64_and_disabled_regions_alone(backend, device):
+    p = make_problem((2, 40, 3, 8), device=device)
+    args = (p.q, p.k, p.v, p.temperature)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        assert xk.xfa(*(x.double() for x in args), backend=backend).dtype == torch.float64
+        with torch.autocast(device, enabled=False):
+            assert_bitwise(xk.xfa(*args, backend=backend), xk.xfa(*args, backend=backend), "disabled")
+            assert xk.xfa(*args, backend=backend).dtype == torch.float32
+
+
+def test_autocast_of_primitives(backend, device):
+    """No worse than what autocast does to a matmul; statistics stay in float32."""
+    a, b = randn(2, 2, 30, 8, seed=1, device=device), randn(2, 2, 30, 6, seed=2, device=device)
+    weight = randn(6, 8, seed=3, device=device)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        G, ssq_a, ssq_b = xk.gram(a, b, backend=backend)
+        y = xk.channel_mix(a, weight, add=b, backend=backend)
+    assert G.dtype == ssq_a.dtype == ssq_b.dtype == torch.float32
+    assert y.dtype in (torch.float32, torch.bfloat16)
+    torch.testing.assert_close(G, a.transpose(2, 3) @ b, rtol=0.03, atol=0.2)
+    torch.testing.assert_close(y.float(), a @ weight.T + b, rtol=0.03, atol=0.1)
+
+
+# ---------------------------------------------------------------------------------------------------------- functorch
+
+
+def right_or_refused(compute, expected, *words):
+    """Either the right numbers, or an error that says what is not supported. Never silently wrong."""
+    try:
+        result = compute()
+    except (RuntimeError, NotImplementedError) as error:
+        assert any(word in str(error) for word in words), f"not in words: {error}"
+    else:
+        torch.testing.assert_close(result, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.fixture
+def small(device):
+    return make_problem((3, 10, 2, 4), dtype=torch.float64, device=device)
+
+
+def test_vmap(kernel, small):
+    p = small
+    expected = xk.xfa(p.q, p.k, p.v, p.temperature, backend="reference")
+
+    def each(q, k, v):
+        return xk.xfa(q[None], k[None], v[None], p.temperature, backend=kernel)[0]
+
+    right_or_refused(lambda: torch.vmap(each)(p.q, p.k, p.v), expected, "vmap", "batching")
+    G = xk.gram(p.q, p.k, backend="reference")[0]
+    right_or_refused(
+        lambda: torch.vmap(lambda q, k: xk.gram(q[None], k[None], backend=kernel)[0][0])(p.q, p.k), G, "vmap", "batching"
+    )
+
+
+def test_functional_grad(kernel, small):
+    p = small
+    expected = p.run(xk.xfa, backend="reference")
+
+    def loss(q):
+        return (xk.xfa(q, p.k, p.v, p.temperature, backend=kernel) * p.dout).sum()
+
+    right_or_refused(lambda: torch.func.grad(loss)(p.q), expected["dq"], "setup_context", "functorch", "torch.func", "vmap")
+
+
+def test_forward_mode(kernel, small):
+    p = small
+    tangent = randn(*p.q.shape, seed=9, dtype=torch.float64, device=p.q.device)
+
+    def function(backend):
+        return lambda q: xk.xfa(q, p.k, p.v, p.temperature, backend=backend)
+
+    expected = torch.autograd.functional.jvp(function("reference"), p.q, tangent)[1]
+
+    def dual():
+        with torch.autograd.forward_ad.dual_level():
+            q = torch.autograd.forward_ad.make_dual(p.q, tangent)
+            out = torch.autograd.forward_ad.unpack_dual(function(kernel)(q)).tangent
+            assert out is not None, "the tangent was dropped"
+            return out
+
+    right_or_refused(dual, expected, "forward", "jvp")
+    right_or_refused(lambda: torch.func.jvp(function(kernel), (p.q,), (tangent,))[1], expected, "jvp", "setup_context", "forward")
+
+
+# -------------------------------------------------------------------------------------------------- the rest of PyTorch
+
+
+def test_torch_function_and_dispatch_modes_see_the_ops(kernel, device):
+    """Flop counters, profilers and quantisers work by modes: a mode must meet the op and not be passed by."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func._schema.name)
+            return func(*args, **(kwargs or {}))
+
+    seen: list[str] = []
+    p = make_problem((1, 10, 2, 4), device=device)
+    with Names():
+        p.run(xk.xfa, backend=kernel)
+    assert "xformer_kernels::xfa_forward" in seen and "xformer_kernels::xfa_backward" in seen
+
+
+def test_tensor_subclasses_are_not_taken_for_plain_tensors(kernel, device):
+    class Tagged(torch.Tensor):
+        pass
+
+    p = make_problem((1, 10, 2, 4), Config(), device=device)
+    expected = xk.xfa(p.q, p.k, p.v, p.temperature, backend=kernel)
+    out = xk.xfa(p.q.as_subclass(Tagged), p.k, p.v, p.temperature, backend=kernel)
+    assert_bitwise(out.as_subclass(torch.Tensor), expected, "subclass")
+
+
+def test_layer_pickles_and_copies(kernel, device):
+    layer = xk.XFA(12, num_heads=3, backend=kernel).to(device)
+    x = randn(2, 9, 12, seed=1, device=device)
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert_bitwise(other(x).detach(), layer(x).detach(), "copy")

@@ -1,0 +1,56 @@
+"""A rule that passes everything would let every other test pass: it must refuse what is wrong."""
+
+import pytest
+import torch
+
+from tolerance import assert_bitwise, assert_close
+
+ORACLE = torch.linspace(-3, 3, 1000, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_accepts_rounding_and_refuses_more(dtype):
+    rounded = ORACLE.to(dtype)
+    assert_close(rounded, rounded, ORACLE, "rounded")
+    wrong = rounded.clone()
+    wrong[500] += 32 * torch.finfo(dtype).eps * 3
+    with pytest.raises(AssertionError, match="one value: max error"):
+        assert_close(wrong, rounded, ORACLE, "one value")
+    with pytest.raises(AssertionError, match="rms error"):
+        assert_close((rounded.double() + 20 * torch.finfo(dtype).eps).to(dtype), rounded, ORACLE, "all a little")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), 0.0])
+def test_nan_and_inf_must_stand_where_the_oracle_has_them(value):
+    special = torch.tensor([float("nan"), float("inf"), 1.0], dtype=torch.float64)
+    oracle = torch.cat((special, ORACLE))
+    good = oracle.float()
+    assert_close(good, good, oracle, "good")
+    for place, right in enumerate(special.tolist()):
+        bad = good.clone()
+        bad[place] = value
+        if repr(value) != repr(right):
+            with pytest.raises(AssertionError):
+                assert_close(bad, good, oracle, "bad")
+
+
+def test_where_a_difference_cancels_the_rule_is_relative_to_its_terms():
+    exact, noise = torch.zeros(10, dtype=torch.float64), torch.full((10,), 1e-7)
+    with pytest.raises(AssertionError):
+        assert_close(noise, torch.zeros(10), exact, "without terms")
+    assert_close(noise, torch.zeros(10), exact, "with terms", terms=torch.ones(10, dtype=torch.float64))
+
+
+def test_a_bad_eager_result_excuses_only_itself():
+    """Where eager overflows, the result is still held to the rule by eager's finite values."""
+    eager = ORACLE.half()
+    eager[0] = float("inf")
+    wrong = ORACLE.half()
+    wrong[0] += 1
+    with pytest.raises(AssertionError):
+        assert_close(wrong, eager, ORACLE, "beside an overflow")
+
+
+def test_bitwise_sees_signed_zeros():
+    with pytest.raises(AssertionError, match="bits differ"):
+        assert_bitwise(torch.tensor([0.0]), torch.tensor([-0.0]), "zeros")

@@ -1,0 +1,401 @@
+"""xfa by each backend, against the reference in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import (
+    CONFIGS,
+    DOUTS,
+    DTYPES,
+    EMPTY_SHAPES,
+    LOW_PRECISION,
+    QKV_LAYOUTS,
+    RESULTS,
+    SHAPES,
+    Config,
+    Problem,
+    make_problem,
+    randn,
+)
+from tolerance import assert_bitwise, assert_close
+from torch.autograd import gradcheck, gradgradcheck
+
+import xformer_kernels as xk
+
+
+MIDDLING = ((2, 37, 3, 20), (1, 4100, 2, 48))
+
+
+def check(problem: Problem, backend: str, ran) -> dict[str, torch.Tensor]:
+    with ran("xfa_forward", "xfa_backward"):
+        result = problem.run(xk.xfa, backend=backend)
+    problem.check(result)
+    return result
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_shapes_and_dtypes(shape, dtype, backend, device, ran):
+    check(make_problem(shape, dtype=dtype, device=device), backend, ran)
+
+
+@pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("shape", MIDDLING, ids=str)
+def test_low_precision_is_rounded_once(shape, config, dtype, kernel, device, ran):
+    """All sums, norms and maps are float32's: a result is within one rounding of what float32 gives for the same numbers."""
+    p = make_problem(shape, config, dtype=dtype, temperature_dtype=torch.float32, device=device)
+    with ran("xfa_forward", "xfa_backward"):
+        result = p.run(xk.xfa, backend=kernel)
+    wide = p.to(torch.float32).run(xk.xfa, backend=kernel)
+    for name in RESULTS:
+        x, y = result[name].float(), wide[name]
+        assert (x - y).abs().max() <= torch.finfo(dtype).eps * y.abs().max(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *LOW_PRECISION], ids=str)
+@pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("shape", MIDDLING, ids=str)
+def test_configs(shape, config, masked, dtype, backend, device, ran):
+    check(make_problem(shape, config, dtype=dtype, masked=masked, device=device), backend, ran)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("dout", DOUTS)
+@pytest.mark.parametrize("layout", QKV_LAYOUTS)
+def test_layouts(layout, dout, dtype, backend, device, ran):
+    masked = dtype == torch.float32
+    check(make_problem((2, 67, 3, 24), dtype=dtype, layout=layout, dout=dout, masked=masked, device=device), backend, ran)
+
+
+def test_unlike_layouts_in_one_call(backend, device, ran):
+    layouts = ("padded", "token_contiguous", "contiguous")
+    q, k, v = (getattr(make_problem((2, 50, 2, 12), layout=name, device=device), x) for name, x in zip(layouts, "qkv", strict=True))
+    p = make_problem((2, 50, 2, 12), device=device)
+    check(Problem(q, k, v, p.temperature, p.dout), backend, ran)
+
+
+def test_expanded_inputs(backend, device, ran):
+    """k shared by all heads and v by the batch, as views of stride 0: their gradients are sums."""
+    p = make_problem((3, 40, 4, 8), device=device)
+    k, v = p.k[:, :1].detach().requires_grad_(), p.v[:1].detach().requires_grad_()
+
+    def function(q, k, v, temperature, **kwargs):
+        return xk.xfa(q, k.expand(q.shape), v.expand(q.shape), temperature, **kwargs)
+
+    with ran("xfa_forward", "xfa_backward"):
+        out = function(p.q, k, v, p.temperature, backend=backend)
+        grads = torch.autograd.grad(out, (k, v), p.dout)
+
+    def by_reference(dtype):
+        kr, vr = (x.detach().to(dtype).requires_grad_() for x in (k, v))
+        out = function(p.q.to(dtype), kr, vr, p.temperature.to(dtype), backend="reference")
+        return out, *torch.autograd.grad(out, (kr, vr), p.dout.to(dtype))
+
+    for name, got, eager, oracle in zip(
+        ("out", "dk", "dv"), (out, *grads), by_reference(torch.float32), by_reference(torch.float64), strict=True
+    ):
+        assert_close(got.detach(), eager.detach(), oracle.detach(), name)
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
+@pytest.mark.parametrize("shape", EMPTY_SHAPES, ids=str)
+def test_no_tokens_or_no_batch(shape, masked, backend, device, ran):
+    p = make_problem(shape, device=device, masked=masked)
+    with ran("xfa_forward", "xfa_backward"):
+        result = p.run(xk.xfa, backend=backend)
+    for name in ("out", "dq", "dk", "dv"):
+        assert result[name].shape == p.q.shape
+    assert result["dtemperature"].tolist() == [0.0] * shape[2]
+
+
+def test_output_is_a_view_of_token_major_memory(backend, device, ran):
+    p = make_problem((2, 9, 3, 4), device=device)
+    for tensors in ((p.q, p.k, p.v, p.temperature), p.inputs()):
+        with ran("xfa_forward"):
+            out = xk.xfa(*tensors, backend=backend)
+        assert out.shape == (2, 3, 9, 4)
+        assert out.transpose(1, 2).is_contiguous()
+        assert out.transpose(1, 2).flatten(2).data_ptr() == out.data_ptr()
+
+
+@pytest.mark.parametrize("view", [(3,), (3, 1, 1)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_temperature_shapes_and_dtypes(view, dtype, backend, device, ran):
+    p = make_problem((2, 21, 3, 6), temperature_dtype=dtype, device=device)
+    result = check(p, backend, ran)
+    t = p.temperature.view(view).detach().requires_grad_()
+    with ran("xfa_forward", "xfa_backward"):
+        out = xk.xfa(p.q, p.k, p.v, t, backend=backend)
+        (grad,) = torch.autograd.grad(out, t, p.dout)
+    assert grad.shape == view and grad.dtype == dtype
+    p.check({**result, "out": out.detach(), "dtemperature": grad.view(3)})
+
+
+def test_scalar_temperature(backend, device, ran):
+    """One for all heads, with the sum of their gradients."""
+    p = make_problem((2, 21, 3, 6), dtype=torch.float64, device=device)
+    p.temperature.fill_(1.7)
+    expected = p.run(xk.xfa, backend=backend)
+    for shape in ((), (1,)):
+        t = torch.full(shape, 1.7, dtype=torch.float64, device=device, requires_grad=True)
+        with ran("xfa_forward", "xfa_backward"):
+            out = xk.xfa(p.q, p.k, p.v, t, backend=backend)
+            (grad,) = torch.autograd.grad(out, t, p.dout)
+        assert grad.shape == shape
+        torch.testing.assert_close(out, expected["out"], rtol=1e-13, atol=1e-13)
+        torch.testing.assert_close(grad.sum(), expected["dtemperature"].sum(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("wanted", ["q", "k", "v", "temperature", "qv"])
+def test_only_the_gradients_asked_for(wanted, kernel, device):
+    names = ("q", "k", "v", "temperature")
+    p = make_problem((2, 33, 2, 8), device=device)
+    everything = p.run(xk.xfa, backend=kernel)
+    chosen = [name for name in names if name == wanted or (name in wanted and wanted == "qv")]
+    tensors = {name: getattr(p, name).detach().requires_grad_(name in chosen) for name in names}
+    out = xk.xfa(*tensors.values(), backend=kernel)
+    out.backward(p.dout)
+    for name, tensor in tensors.items():
+        if name in chosen:
+            assert_bitwise(tensor.grad, everything[f"d{name}"], f"d{name}")
+        else:
+            assert tensor.grad is None
+
+
+def test_same_bits_with_and_without_grad(kernel, device, ran):
+    p = make_problem((2, 33, 2, 8), device=device)
+    expected = p.run(xk.xfa, backend=kernel)["out"]
+    tensors = (p.q, p.k, p.v, p.temperature)
+    with ran("xfa_forward"):
+        assert_bitwise(xk.xfa(*tensors, backend=kernel), expected, "plain tensors")
+    with torch.no_grad():
+        assert_bitwise(xk.xfa(*p.inputs(), backend=kernel), expected, "no_grad")
+    with torch.inference_mode():
+        assert_bitwise(xk.xfa(*tensors, backend=kernel), expected, "inference_mode")
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_derivatives(config, masked, backend, device, ran):
+    """First derivatives by the kernels themselves, second ones of whatever they call."""
+    p = make_problem((2, 4, 2, 2), config, dtype=torch.float64, masked=masked, device=device)
+
+    def function(q, k, v, temperature):
+        return xk.xfa(q, k, v, temperature, token_mask=p.token_mask, **config.kwargs(), backend=backend)
+
+    with ran("xfa_forward", "xfa_backward"):
+        assert gradcheck(function, p.inputs())
+        assert gradgradcheck(function, p.inputs())
+
+
+def test_third_derivatives_are_right_or_refused(backend, device):
+    p = make_problem((1, 4, 1, 2), dtype=torch.float64, device=device)
+    q, k, v, t = p.inputs()
+
+    def third(function):
+        (first,) = torch.autograd.grad(function(q, k, v, t).square().sum(), q, create_graph=True)
+        (second,) = torch.autograd.grad(first.square().sum(), q, create_graph=True)
+        return torch.autograd.grad(second.square().sum(), q)[0]
+
+    expected = third(lambda *x: xk.xfa(*x, backend="reference"))
+    try:
+        result = third(lambda *x: xk.xfa(*x, backend=backend))
+    except RuntimeError as error:
+        assert "differentia" in str(error) or "derivative" in str(error)
+    else:
+        torch.testing.assert_close(result, expected)
+
+
+def test_penalty_on_the_gradient(backend, device, ran):
+    """Double backward as it is used: a gradient penalty, in float32, through an otherwise ordinary loss."""
+    p = make_problem((2, 40, 2, 8), device=device)
+
+    def penalty(problem, name):
+        q, k, v, t = problem.inputs()
+        out = xk.xfa(q, k, v, t, backend=name)
+        grads = torch.autograd.grad(out, (q, k, v), problem.dout, create_graph=True)
+        return torch.autograd.grad(out.square().mean() + sum(g.square().sum() for g in grads), (q, k, v, t))
+
+    with ran("xfa_forward", "xfa_backward"):
+        ours = penalty(p, backend)
+    for name, got, eager, oracle in zip(
+        RESULTS[1:], ours, penalty(p, "reference"), penalty(p.to(torch.float64), "reference"), strict=True
+    ):
+        assert_close(got, eager, oracle, name)
+
+
+# ------------------------------------------------------------------------------------------------------------- masks
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_masked_tokens_are_as_if_absent(config, backend, device, ran):
+    """Each sequence alone, with its masked tokens cut out, gives the same; masked rows are exactly 0."""
+    p = make_problem((3, 50, 2, 7), config, dtype=torch.float64, masked=True, device=device)
+    with ran("xfa_forward", "xfa_backward"):
+        result = p.run(xk.xfa, backend=backend)
+    dtemperature = 0
+    for b in range(3):
+        kept = p.token_mask[b]
+        q, k, v, dout = (x[b : b + 1, :, kept] for x in (p.q, p.k, p.v, p.dout))
+        alone = Problem(q, k, v, p.temperature, dout, config).run(xk.xfa, backend=backend)
+        dtemperature = dtemperature + alone.pop("dtemperature")
+        for name, expected in alone.items():
+            torch.testing.assert_close(result[name][b : b + 1, :, kept], expected, rtol=1e-12, atol=1e-12)
+            assert result[name][b, :, ~kept].abs().max() == 0
+    torch.testing.assert_close(result["dtemperature"], dtemperature, rtol=1e-12, atol=1e-12)
+
+
+def test_extreme_masks(backend, device):
+    """All tokens, or none in one sequence of the batch."""
+    p = make_problem((2, 20, 2, 5), dtype=torch.float64, device=device)
+    plain = p.run(xk.xfa, backend=backend)
+    p.token_mask = torch.ones(2, 20, dtype=torch.bool, device=device)
+    for name, x in p.run(xk.xfa, backend=backend).items():
+        torch.testing.assert_close(x, plain[name], rtol=1e-12, atol=1e-12)
+    p.token_mask[1] = False
+    result = p.run(xk.xfa, backend=backend)
+    assert result["dtemperature"].isfinite().all()
+    for name in ("out", "dq", "dk", "dv"):
+        torch.testing.assert_close(result[name][0], plain[name][0], rtol=1e-12, atol=1e-12)
+        assert result[name][1].abs().max() == 0
+
+
+def test_mask_of_any_strides(kernel, device):
+    p = make_problem((4, 30, 2, 5), masked=True, device=device)
+    expected = p.run(xk.xfa, backend=kernel)
+    mask = p.token_mask
+    sliced = torch.zeros(8, 90, dtype=torch.bool, device=device)[::2, 1::3].copy_(mask)
+    for view in (mask.t().contiguous().t(), sliced):
+        p.token_mask = view
+        for name, x in p.run(xk.xfa, backend=kernel).items():
+            assert_bitwise(x, expected[name], name)
+    p.token_mask = mask[:1].expand(4, 30)
+    shared = p.run(xk.xfa, backend=kernel)
+    p.token_mask = p.token_mask.contiguous()
+    for name, x in p.run(xk.xfa, backend=kernel).items():
+        assert_bitwise(x, shared[name], name)
+
+
+# ----------------------------------------------------------------------------------------------- map_fn and dropout_p
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
+@pytest.mark.parametrize("norm", ["token", "feature"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_map_fn_softmax_is_the_softmax(norm, masked, dtype, backend, device, ran):
+    """The user's rule gets the scaled cosines in the accumulate dtype and is differentiated through."""
+    p = make_problem((2, 60, 3, 12), Config(norm=norm), dtype=dtype, masked=masked, device=device)
+    seen = []
+
+    def rule(S):
+        seen.append((S.shape, S.dtype))
+        return S.softmax(-1)
+
+    with ran("gram", "channel_mix"):
+        result = p.run(xk.xfa, map_fn=rule, backend=backend)
+    assert seen == [((2, 3, 12, 12), torch.float32)]
+    p.check(result)
+
+
+def test_map_fn_with_parameters_of_its_own(backend, device, ran):
+    """Talking heads: a learnable mix of the maps of all heads. Also for the reference itself."""
+    p = make_problem((2, 30, 3, 6), dtype=torch.float64, device=device)
+    mix = randn(3, 3, seed=5, dtype=torch.float64, device=device).requires_grad_()
+
+    def function(q, k, v, t, mix):
+        def rule(S):
+            return torch.einsum("gh,bhij->bgij", mix, S).softmax(-1)
+
+        return xk.xfa(q, k, v, t, map_fn=rule, backend=backend)
+
+    def by_hand(q, k, v, t, mix):
+        cos = F.normalize(q, dim=2).transpose(2, 3) @ F.normalize(k, dim=2)
+        A = torch.einsum("gh,bhij->bgij", mix, t.view(1, -1, 1, 1) * cos).softmax(-1)
+        return v @ A.transpose(2, 3)
+
+    inputs = (*p.inputs(), mix)
+    with ran("gram", "channel_mix"):
+        out = function(*inputs)
+        grads = torch.autograd.grad(out, inputs, p.dout)
+    expected = by_hand(*inputs)
+    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+    for got, wanted in zip(grads, torch.autograd.grad(expected, inputs, p.dout), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-11, atol=1e-11)
+
+
+def test_map_fn_of_key_value(backend, device, ran):
+    p = make_problem((2, 30, 3, 6), Config(map="key_value"), dtype=torch.float64, device=device)
+    plain = p.run(xk.xfa, backend=backend)
+    with ran("gram", "channel_mix"):
+        result = p.run(xk.xfa, map_fn=lambda M: M.clone(), backend=backend)
+    for name in RESULTS:
+        torch.testing.assert_close(result[name], plain[name], rtol=1e-12, atol=1e-12)
+
+
+def test_dropout_drops_entries_of_the_map(backend, device, ran):
+    """With v the unit matrix the output is the map: each entry is dropped, or grown by 1 / (1 - p)."""
+    D, rate = 64, 0.25
+    p = make_problem((2, D, 2, D), device=device)
+    v = torch.eye(D, device=device).expand(2, 2, D, D)
+    A = xk.xfa(p.q, p.k, v, p.temperature, backend=backend)
+    torch.manual_seed(0)
+    with ran("gram", "channel_mix"):
+        dropped = xk.xfa(p.q, p.k, v, p.temperature, dropout_p=rate, backend=backend)
+    kept = dropped != 0
+    assert abs(kept.double().mean().item() - (1 - rate)) < 0.02
+    torch.testing.assert_close(dropped[kept], A[kept] / (1 - rate), rtol=1e-5, atol=1e-7)
+    torch.manual_seed(0)
+    assert_bitwise(xk.xfa(p.q, p.k, v, p.temperature, dropout_p=rate, backend=backend), dropped, "same seed")
+    assert not torch.equal(xk.xfa(p.q, p.k, v, p.temperature, dropout_p=rate, backend=backend), dropped)
+
+
+def test_dropout_gradient(backend, device):
+    """The gradient is that of the very map that was dropped."""
+    p = make_problem((1, 9, 2, 3), dtype=torch.float64, device=device)
+
+    def function(q, k, v, t):
+        torch.manual_seed(3)
+        return xk.xfa(q, k, v, t, dropout_p=0.4, backend=backend)
+
+    assert gradcheck(function, p.inputs())
+
+
+# ---------------------------------------------------------------------------------------------------- safety of autograd
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_inputs_changed_before_backward_are_noticed(name, backend, device):
+    p = make_problem((1, 10, 2, 4), device=device)
+    tensors = {x: t * 1.0 for x, t in zip(("q", "k", "v", "temperature"), p.inputs(), strict=True)}
+    out = xk.xfa(*tensors.values(), backend=backend)
+    with torch.no_grad():
+        tensors[name].add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.backward(p.dout)
+
+
+def test_backward_twice(kernel, device):
+    p = make_problem((2, 33, 2, 8), device=device)
+    inputs = p.inputs()
+    out = xk.xfa(*inputs, backend=kernel)
+    first = torch.autograd.grad(out, inputs, p.dout, retain_graph=True)
+    second = torch.autograd.grad(out, inputs, p.dout)
+    for a, b in zip(first, second, strict=True):
+        assert_bitwise(a, b, "the same graph again")
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(out, inputs, p.dout)
+
+
+def test_activation_checkpointing(kernel, device):
+    p = make_problem((2, 33, 2, 8), device=device)
+    expected = p.run(xk.xfa, backend=kernel)
+
+    def checkpointed(*tensors, **kwargs):
+        return torch.utils.checkpoint.checkpoint(lambda *x: xk.xfa(*x, **kwargs), *tensors, use_reentrant=False)
+
+    for name, x in p.run(checkpointed, backend=kernel).items():
+        assert_bitwise(x, expected[name], name)

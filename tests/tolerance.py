@@ -1,0 +1,60 @@
+"""The one rule by which a result is judged.
+
+    err(result, oracle) <= 2 err(eager, oracle) + a few ulp
+
+The oracle is the eager reference in float64 and `eager` the same reference in the dtype of the inputs. Errors are taken
+over the whole tensor, both as the largest and as the root mean square, and a ulp is that of the result's dtype at the
+tensor's magnitude. NaN and Inf must stand where the oracle, rounded to the result's dtype, has them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+ULPS = 8
+# Nothing finer than float64 judges float64: the oracle's own rounding, over sums of thousands of terms, is in the slack.
+ULPS_FLOAT64 = 256
+
+
+def assert_close(result: Tensor, eager: Tensor, oracle: Tensor, what: str, terms: Tensor | None = None) -> None:
+    """The rule above. `terms`: what the last subtraction subtracts from, where a result is a difference of larger numbers."""
+    assert result.shape == oracle.shape, f"{what}: shape {tuple(result.shape)}, not {tuple(oracle.shape)}"
+    assert oracle.dtype == torch.float64, f"{what}: the oracle is {oracle.dtype}"
+    assert_same_nonfinite(result, oracle, what)
+    finite = oracle.to(result.dtype).isfinite()
+    exact = oracle[finite]
+    ours = (result[finite].double() - exact).abs()
+    theirs = (eager[finite].double() - exact).abs()
+    theirs = theirs[theirs.isfinite()]
+    terms = exact if terms is None else terms[terms.isfinite()]
+    ulp = torch.finfo(result.dtype).eps * (ULPS_FLOAT64 if result.dtype == torch.float64 else ULPS)
+    for name, reduce in (("max", _max), ("rms", _rms)):
+        magnitude = max(reduce(exact), reduce(terms))
+        error, allowed = reduce(ours), 2 * reduce(theirs) + ulp * magnitude
+        assert error <= allowed, (
+            f"{what}: {name} error {error:.3e} > {allowed:.3e} allowed "
+            f"(eager's {reduce(theirs):.3e}, magnitude {magnitude:.3e}, {result.dtype}, shape {tuple(result.shape)})"
+        )
+
+
+def assert_same_nonfinite(result: Tensor, oracle: Tensor, what: str) -> None:
+    expected = oracle.to(result.dtype)
+    for kind in (torch.isnan, torch.isposinf, torch.isneginf):
+        got, wanted = kind(result), kind(expected)
+        assert torch.equal(got, wanted), f"{what}: {kind.__name__} at {int(got.sum())} places, not {int(wanted.sum())}"
+
+
+def assert_bitwise(a: Tensor, b: Tensor, what: str) -> None:
+    """Equal bits, NaN payloads and signs of zero included."""
+    assert a.shape == b.shape and a.dtype == b.dtype, f"{what}: {a.dtype} {a.shape} against {b.dtype} {b.shape}"
+    bits = [x.detach().clone(memory_format=torch.contiguous_format).flatten().view(torch.uint8) for x in (a, b)]
+    assert torch.equal(*bits), f"{what}: bits differ, by at most {(a.double() - b.double()).abs().max().item():.3e}"
+
+
+def _max(x: Tensor) -> float:
+    return x.abs().max().item() if x.numel() else 0.0
+
+
+def _rms(x: Tensor) -> float:
+    return x.double().square().mean().sqrt().item() if x.numel() else 0.0

@@ -1,0 +1,131 @@
+"""Which backend serves a call, and every reason why another does not."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from xformer_kernels import backends
+
+BACKENDS = (*backends.ORDER, "reference")
+ENVIRONMENT = "XFORMER_KERNELS_BACKEND"
+"""Environment variable that replaces ``backend="auto"``; read at every call."""
+
+_chosen: dict[tuple[Any, ...], str] = {}
+_records: list[list[tuple[str, str]]] = []
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which backend serves a call and why the others do not. Print it.
+
+    ``reasons`` maps every backend to the reasons why it cannot serve the call; an empty list means that it can.
+    """
+
+    backend: str
+    reasons: dict[str, list[str]]
+    asked: str
+
+    def __str__(self) -> str:
+        lines = [f"{self.backend} serves this call (asked for: {self.asked})"]
+        for name, reasons in self.reasons.items():
+            if reasons:
+                lines += [f"  {name}: no"] + [f"    - {reason}" for reason in reasons]
+            else:
+                lines.append(f"  {name}: {'yes' if name == self.backend else 'could, comes later or was not asked for'}")
+        return "\n".join(lines)
+
+
+def reasons_against(
+    name: str, device_type: str, dtypes: tuple[torch.dtype, ...], head_dims: tuple[int, ...]
+) -> list[str]:
+    """Every reason why backend `name` cannot serve a call; empty when it can."""
+    if name == "reference":
+        return []
+    module, cause = backends.load(name)
+    if module is None:
+        return [f"xformer_kernels.backends.{name} cannot be imported ({cause}); see python -m xformer_kernels.info"]
+    reasons: list[str] = module.unsupported(device_type, dtypes, head_dims)
+    return reasons
+
+
+def _asked(backend: str) -> tuple[str, str]:
+    """The backend to look for, and how to name the wish in messages."""
+    if backend == "auto":
+        value = os.environ.get(ENVIRONMENT) or "auto"
+        if value != "auto" and value not in BACKENDS:
+            raise ValueError(f"{ENVIRONMENT} is {value!r}; it must be one of {_names()}")
+        return value, f"{ENVIRONMENT}={value}" if value != "auto" else "auto"
+    return backend, backend
+
+
+def _names() -> str:
+    return ", ".join(repr(name) for name in ("auto", *BACKENDS))
+
+
+def check_name(backend: str) -> None:
+    """Raises ValueError unless `backend` is "auto" or the name of a backend."""
+    if backend != "auto" and backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {_names()}, got {backend!r}")
+
+
+def explain(
+    backend: str, device_type: str, dtypes: tuple[torch.dtype, ...], head_dims: tuple[int, ...]
+) -> Explanation:
+    """The walk that :func:`choose` takes, with every reason."""
+    check_name(backend)
+    wanted, how = _asked(backend)
+    reasons = {name: reasons_against(name, device_type, dtypes, head_dims) for name in BACKENDS}
+    if wanted == "auto":
+        return Explanation(next(name for name in BACKENDS if not reasons[name]), reasons, how)
+    if reasons[wanted]:
+        raise RuntimeError(f"backend {how} cannot serve this call:\n" + "\n".join(f"- {r}" for r in reasons[wanted]))
+    return Explanation(wanted, reasons, how)
+
+
+@torch.compiler.assume_constant_result
+def choose(backend: str, device_type: str, dtypes: tuple[torch.dtype, ...], head_dims: tuple[int, ...]) -> str:
+    """The name of the backend that serves the call.
+
+    Raises ValueError for an unknown name and RuntimeError, with every reason, when the backend asked for by name (or by
+    the environment) cannot serve it.
+    """
+    key = (os.environ.get(ENVIRONMENT) if backend == "auto" else backend, device_type, dtypes, head_dims)
+    name = _chosen.get(key)
+    if name is None:
+        name = _chosen[key] = explain(backend, device_type, dtypes, head_dims).backend
+    return name
+
+
+def kernel(backend: str, op: str) -> Callable[..., Any]:
+    """The function of a backend that computes `op`."""
+    module, cause = backends.load(backend)
+    if module is None:
+        raise RuntimeError(f"backend {backend} cannot be imported: {cause}")
+    if _records:
+        note(backend, op)
+    function: Callable[..., Any] = getattr(module, op)
+    return function
+
+
+@torch.compiler.assume_constant_result
+def note(backend: str, op: str) -> None:
+    """Tells every open :func:`record` that `backend` runs `op`."""
+    for record in _records:
+        record.append((backend, op))
+
+
+@contextmanager
+def record() -> Iterator[list[tuple[str, str]]]:
+    """Within it, every (backend, op) that runs is appended to the list it gives: for tests and for the curious."""
+    ran: list[tuple[str, str]] = []
+    _records.append(ran)
+    try:
+        yield ran
+    finally:
+        _records.remove(ran)

@@ -1,0 +1,298 @@
+"""What users call: each function checks its arguments, asks dispatch for a backend and calls the op."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from xformer_kernels import dispatch, ops, reference, validate
+
+
+def xfa(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    temperature: Tensor,
+    *,
+    map: str = "query_key",
+    norm: str = "token",
+    activation: str = "softmax",
+    eps: float = 1e-12,
+    token_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    map_fn: Callable[[Tensor], Tensor] | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Cross feature attention: attention whose map is D x D, features against features, and linear in the tokens.
+
+    ::
+
+        norm="token"      q^[n,i] = q[n,i] / max(||q[:,i]||, eps)     one norm per feature, over the tokens (default)
+        norm="feature"    q^[n,i] = q[n,i] / max(||q[n,:]||, eps)     one norm per token, over the features
+        map="query_key"   A = act(temperature * q^T k^)               out[n,i] = sum_j A[i,j] v[n,j]     (default)
+        map="key_value"   M = temperature * k^T v                     out[n,j] = sum_i q^[n,i] M[i,j]
+
+    ``act`` is the softmax over the key features j, or the identity; it applies to ``map="query_key"`` only. The default
+    is XCiT's XCA (arXiv 2106.09681), EdgeNeXt's cross-covariance attention (arXiv 2206.10589) and Restormer's MDTA
+    (arXiv 2111.09881). ``key_value`` is our reading of the abstract of XFormer (arXiv 2207.07268), whose formula is not
+    public. The rule for eps is that of :func:`torch.nn.functional.normalize`, gradient included; an eps below the
+    smallest normal number of the accumulate dtype (1.2e-38 for float32) is taken as that.
+
+    Args:
+        q, k, v: (B, H, N, D), one dtype of float32, float64, bfloat16, float16 and one device, of any strides (views of a
+            packed projection are read in place).
+        temperature: (H,), (H, 1, 1) or one element; any floating dtype; learnable.
+        map, norm, activation, eps: see the formulas.
+        token_mask: (B, N) bool. False tokens take no part, whatever they hold: their output and gradients are 0.
+        dropout_p: probability in [0, 1) of dropping an entry of the map, whenever it is above 0 (as in
+            ``scaled_dot_product_attention``); the rest is scaled by 1 / (1 - dropout_p).
+        map_fn: replaces ``act`` (and, for ``key_value``, the identity): from the scaled map (B, H, D, D), in the
+            accumulate dtype, to A of the same shape.
+        backend: "auto", or the name of one backend, see :func:`explain`. The environment variable
+            ``XFORMER_KERNELS_BACKEND`` replaces "auto".
+
+    Returns:
+        (B, H, N, D) in the dtype of q: a view of (B, N, H, D) memory, so ``.transpose(1, 2).flatten(2)`` is free. Sums,
+        norms and maps are float32 (float64 for float64), results are deterministic. With autocast on, q, k and v are
+        cast as they are for ``scaled_dot_product_attention``.
+
+    Derivatives are of any order: the first by the kernels, higher ones through the reference. With ``map_fn`` or
+    ``dropout_p`` the call is composed of :func:`gram`, the map and :func:`channel_mix`; norms that no Gram matrix gives
+    are then taken in eager PyTorch.
+
+    Raises:
+        TypeError: an argument of another type or dtype.
+        ValueError: an argument of another shape, device or value; an unknown backend.
+        RuntimeError: a backend asked for by name cannot serve the call; the message has every reason.
+    """
+    q, k, v, temperature = _prepare(q, k, v, temperature, map, norm, activation, eps, token_mask, dropout_p, map_fn)
+    name = dispatch.choose(backend, q.device.type, (q.dtype, temperature.dtype), _head_dims(q))
+    eps = max(float(eps), torch.finfo(reference.accumulate_dtype(q.dtype)).tiny)
+    if name != "reference":
+        if map_fn is None and dropout_p == 0:
+            return ops.xfa(q, k, v, temperature, token_mask, map, norm, activation, eps, name)
+        return _composed(q, k, v, temperature, map, norm, activation, eps, token_mask, dropout_p, map_fn, name)
+    _note_reference("xfa")
+    with ops.without_autocast(q):
+        return reference.xfa(
+            q, k, v, temperature, map=map, norm=norm, activation=activation, eps=eps, token_mask=token_mask,
+            dropout_p=dropout_p, map_fn=map_fn and _checked(map_fn),
+        )  # fmt: skip
+
+
+def gram(
+    a: Tensor,
+    b: Tensor,
+    *,
+    symmetric: bool = False,
+    token_mask: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gram matrix over the tokens, and the sums of squares of every feature, in one pass.
+
+    ::
+
+        G[i,j] = sum_n a[n,i] b[n,j]        ssq_a[i] = sum_n a[n,i]^2        ssq_b[j] = sum_n b[n,j]^2
+
+    Args:
+        a, b: (B, H, N, Da) and (B, H, N, Db), or (B, N, Da) and (B, N, Db); dtypes, strides and device as in :func:`xfa`.
+        symmetric: ``b`` is ``a`` itself: half the work, and G is symmetric to the bit.
+        token_mask: (B, N) bool; False tokens take no part.
+        backend: see :func:`xfa`.
+
+    Returns:
+        G (B, H, Da, Db), ssq_a (B, H, Da), ssq_b (B, H, Db) in float32 (float64 for float64); without H for 3-D input.
+        Differentiable to any order.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`xfa`; ValueError if ``symmetric`` and ``b`` is not ``a``.
+    """
+    if isinstance(a, Tensor):
+        a, b = ops.autocast(a) * 2 if a is b else ops.autocast(a, b)  # type: ignore[assignment]
+    validate.gram(a, b, symmetric, token_mask)
+    name = dispatch.choose(backend, a.device.type, (a.dtype,), _head_dims(a, b))
+    single = a.dim() == 3
+    if single:
+        same = a is b
+        a = a.unsqueeze(1)
+        b = a if same else b.unsqueeze(1)
+    if name == "reference":
+        _note_reference("gram")
+        with ops.without_autocast(a):
+            result = reference.gram(a, b, symmetric=symmetric, token_mask=token_mask)
+    else:
+        result = ops.gram(a, b, bool(symmetric), token_mask, name)
+    if single:
+        return result[0].squeeze(1), result[1].squeeze(1), result[2].squeeze(1)
+    return result
+
+
+def channel_mix(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    bias: Tensor | None = None,
+    add: Tensor | None = None,
+    add_scale: Tensor | None = None,
+    x2: Tensor | None = None,
+    weight2: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """A small matrix per head applied to every token, with what is usually added to it, in one pass.
+
+    ::
+
+        y[n,o] = sum_i weight[o,i] x[n,i] + sum_i weight2[o,i] x2[n,i] + bias[o] + add_scale[o] * add[n,o]
+
+    Args:
+        x, x2: (B, H, N, I) and (B, H, N, I2), or (B, N, I) and (B, N, I2); dtypes, strides and device as in :func:`xfa`.
+        weight, weight2: (..., O, I) and (..., O, I2), broadcast over batch and heads; in the dtype of x or in float32
+            (float64 for float64).
+        bias, add_scale: (..., O), broadcast likewise, in the same dtypes. Without add_scale, ``add`` is added as it is.
+        add: (B, H, N, O), or (B, N, O), in the dtype of x.
+        backend: see :func:`xfa`.
+
+    Returns:
+        y (B, H, N, O), a view of (B, N, H, O) memory, or (B, N, O); in the dtype of x, accumulated in float32 (float64 for
+        float64). Differentiable to any order.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`xfa`; ValueError if x2 comes without weight2 or add_scale without add.
+    """
+    if isinstance(x, Tensor):
+        x, add, x2 = ops.autocast(x, add, x2)  # type: ignore[assignment]
+    validate.channel_mix(x, weight, bias, add, add_scale, x2, weight2)
+    heads = x.shape[1] if x.dim() == 4 else 1
+    O = weight.shape[-2]  # noqa: E741
+    weight = _broadcast("weight", weight, x, heads, (O, x.shape[-1]))
+    weight2 = None if x2 is None or weight2 is None else _broadcast("weight2", weight2, x, heads, (O, x2.shape[-1]))
+    bias = None if bias is None else _broadcast("bias", bias, x, heads, (O,))
+    add_scale = None if add_scale is None else _broadcast("add_scale", add_scale, x, heads, (O,))
+    name = dispatch.choose(backend, x.device.type, (x.dtype,), _head_dims(x, weight))
+    single = x.dim() == 3
+    if single:
+        x, add, x2 = (None if t is None else t.unsqueeze(1) for t in (x, add, x2))  # type: ignore[assignment]
+    if name == "reference":
+        _note_reference("channel_mix")
+        with ops.without_autocast(x):
+            y = reference.channel_mix(
+                x, weight, bias=bias, add=add, add_scale=add_scale, x2=x2, weight2=weight2
+            )
+    else:
+        y = ops.channel_mix(x, weight, bias, add, add_scale, x2, weight2, backend=name)
+    return y.squeeze(1) if single else y
+
+
+def explain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    temperature: Tensor,
+    *,
+    map: str = "query_key",
+    norm: str = "token",
+    activation: str = "softmax",
+    eps: float = 1e-12,
+    token_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    map_fn: Callable[[Tensor], Tensor] | None = None,
+    backend: str = "auto",
+) -> dispatch.Explanation:
+    """Which backend would serve the same call of :func:`xfa`, and every reason why the others do not: print the result.
+
+    Computes nothing. Raises what :func:`xfa` would raise for the same arguments.
+    """
+    q, _, _, temperature = _prepare(q, k, v, temperature, map, norm, activation, eps, token_mask, dropout_p, map_fn)
+    return dispatch.explain(backend, q.device.type, (q.dtype, temperature.dtype), _head_dims(q))
+
+
+def _prepare(q: Any, k: Any, v: Any, temperature: Any, *choices: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Autocast and checked arguments, with the temperature as (H,)."""
+    if isinstance(q, Tensor):
+        q, k, v = ops.autocast(q, k, v)
+    validate.xfa(q, k, v, temperature, *choices)
+    if temperature.dim() != 1:
+        temperature = temperature.reshape(-1)
+    if temperature.shape[0] != q.shape[1]:
+        temperature = temperature.expand(q.shape[1])
+    return q, k, v, temperature
+
+
+def _head_dims(*tensors: Tensor) -> tuple[int, ...]:
+    """Numbers of features, for dispatch; in a graph that is compiled for any, they are unknown and left out."""
+    return () if torch.compiler.is_compiling() else tuple(t.shape[-1] for t in tensors)
+
+
+def _note_reference(op: str) -> None:
+    if not torch.compiler.is_compiling():
+        dispatch.note("reference", op)
+
+
+def _broadcast(name: str, t: Tensor, x: Tensor, heads: Any, last: tuple[Any, ...]) -> Tensor:
+    """A weight or vector of (..., *last) as (B, H, *last), without a copy."""
+    full = (x.shape[0], heads, *last)
+    if x.dim() == 3 and t.dim() == len(last) + 1:
+        t = t.unsqueeze(1)
+    try:
+        return t if t.shape == full else t.expand(full)
+    except RuntimeError:
+        meaning = "(..., O, I)" if len(last) == 2 else "(..., O)"
+        raise ValueError(
+            f"{name} must have a shape {meaning} that broadcasts to (B, H, ...) = {full}, got {tuple(t.shape)}"
+        ) from None
+
+
+def _checked(map_fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    def checked(S: Tensor) -> Tensor:
+        A = map_fn(S)
+        validate.tensor("the result of map_fn", A)
+        validate.shape("the result of map_fn", A, S.shape, "that of its argument")
+        return A
+
+    return checked
+
+
+def _composed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    temperature: Tensor,
+    map: str,
+    norm: str,
+    activation: str,
+    eps: float,
+    token_mask: Tensor | None,
+    dropout_p: float,
+    map_fn: Callable[[Tensor], Tensor] | None,
+    backend: str,
+) -> Tensor:
+    """xfa out of the two primitives, with the map between them in eager PyTorch."""
+    if token_mask is not None:
+        # v too: its gradient's Gram matrix would meet what masked tokens hold
+        q, k, v = (torch.where(token_mask[:, None, :, None], x, 0) for x in (q, k, v))
+    if norm == "feature":
+        q, k = F.normalize(q, dim=-1, eps=eps), F.normalize(k, dim=-1, eps=eps)
+    left, right = (q, k) if map == "query_key" else (k, v)
+    S, ssq_left, ssq_right = ops.gram(left, right, False, None, backend)
+    if norm == "token":
+        S = S / _norm(ssq_left, eps).unsqueeze(-1)
+        if map == "query_key":
+            S = S / _norm(ssq_right, eps).unsqueeze(-2)
+        else:
+            q = F.normalize(q, dim=-2, eps=eps)
+    S = S * temperature.to(S.dtype).view(-1, 1, 1)
+    A = reference.activate(S, map, activation) if map_fn is None else _checked(map_fn)(S).to(S.dtype)
+    A = F.dropout(A, dropout_p)
+    x, weight = (v, A) if map == "query_key" else (q, A.transpose(-2, -1))
+    out = ops.channel_mix(x, weight, backend=backend)
+    return out if token_mask is None else torch.where(token_mask[:, None, :, None], out, 0)
+
+
+def _norm(ssq: Tensor, eps: float) -> Tensor:
+    """max(sqrt(ssq), eps) with the gradient of F.normalize: 0, and not NaN, where ssq is 0."""
+    zero = ssq == 0
+    return torch.where(zero, 0, torch.where(zero, 1, ssq).sqrt()).clamp_min(eps)

@@ -1,0 +1,78 @@
+"""Replacing the attention of a model in place, and taking it back."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from torch import nn
+
+from xformer_kernels import dispatch
+from xformer_kernels.integrations.mdta import MDTA, agrees, is_mdta_shaped
+from xformer_kernels.nn import XFA
+
+_XCA = (("timm.models.xcit", "XCA"), ("timm.models.edgenext", "CrossCovarianceAttn"))
+_ORIGINAL = "_xformer_kernels_original_class"
+
+
+def replace_attention(model: nn.Module, *, backend: str = "auto") -> int:
+    """Makes the cross feature attention layers of a model compute with our kernels; returns how many there were.
+
+    Served are timm's XCiT (``XCA``), timm's EdgeNeXt (``CrossCovarianceAttn``), and every module of the shape of
+    Restormer's MDTA whose forward is that formula (it is tried on a small random image). The model itself may be such a
+    layer. Classes derived from these with a forward of their own are left alone.
+
+    Each layer stays the same module object, with its parameters, buffers, hooks, dtype, device and training mode: only its
+    class changes, to :class:`xformer_kernels.XFA` or to :class:`xformer_kernels.integrations.mdta.MDTA`. State dicts are
+    those of the original. Undo with :func:`restore_attention`.
+
+    Args:
+        model: any module.
+        backend: as in :func:`xformer_kernels.xfa`.
+
+    Raises:
+        TypeError: model is not a torch.nn.Module.
+        ValueError: an unknown backend.
+    """
+    _check(model)
+    dispatch.check_name(backend)
+    count = 0
+    for module in model.modules():
+        replacement = _replacement(module)
+        if replacement is not None:
+            module.__dict__[_ORIGINAL] = type(module)
+            module.__class__ = replacement
+            module.backend = backend
+            count += 1
+    return count
+
+
+def restore_attention(model: nn.Module) -> int:
+    """Takes back :func:`replace_attention`, keeping the weights as they are now; returns how many layers there were.
+
+    Raises TypeError if model is not a torch.nn.Module.
+    """
+    _check(model)
+    count = 0
+    for module in model.modules():
+        if _ORIGINAL in module.__dict__:
+            module.__class__ = module.__dict__.pop(_ORIGINAL)
+            del module.backend
+            count += 1
+    return count
+
+
+def _check(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+
+
+def _replacement(module: nn.Module) -> type[nn.Module] | None:
+    if isinstance(module, (XFA, MDTA)):
+        return None
+    for path, name in _XCA:
+        # only a model that comes from timm can hold timm's classes, and then its module is loaded
+        original = getattr(sys.modules.get(path), name, None)
+        if original is not None and isinstance(module, original) and type(module).forward is original.forward:
+            return XFA
+    return MDTA if is_mdta_shaped(module) and agrees(module) else None

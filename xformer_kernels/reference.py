@@ -1,0 +1,88 @@
+"""The definition: every public function in differentiable eager PyTorch, on any device and in any floating dtype.
+
+It is the oracle of every test when given float64, the "eager" of every benchmark, and what serves a call when no kernel
+can. Arguments are those of :mod:`xformer_kernels.functional`, already checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums, norms and maps: float64 for float64, float32 for everything else."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def xfa(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    temperature: Tensor,
+    *,
+    map: str = "query_key",
+    norm: str = "token",
+    activation: str = "softmax",
+    eps: float = 1e-12,
+    token_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    map_fn: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """See :func:`xformer_kernels.xfa`; written as timm's ``XCA`` writes it, in the dtype of the inputs."""
+    keep = None if token_mask is None else token_mask[:, None, :, None]
+    if keep is not None:
+        q, k, v = (torch.where(keep, x, 0) for x in (q, k, v))
+    dim = -2 if norm == "token" else -1
+    # an eps that the dtype rounds to 0 would make NaN of a zero norm
+    eps = max(eps, torch.finfo(q.dtype).smallest_normal * torch.finfo(q.dtype).eps)
+    q, k = F.normalize(q, dim=dim, eps=eps), F.normalize(k, dim=dim, eps=eps)
+    left, right = (q, k) if map == "query_key" else (k, v)
+    S = (left.transpose(-2, -1) @ right) * temperature.reshape(-1, 1, 1)
+    A = map_fn(S.to(accumulate_dtype(q.dtype))) if map_fn is not None else activate(S, map, activation)
+    A = F.dropout(A, dropout_p).to(v.dtype)
+    out = A @ v.transpose(-2, -1) if map == "query_key" else A.transpose(-2, -1) @ q.transpose(-2, -1)
+    # (B, H, D, N) to the (B, N, H, D) memory that is promised
+    out = out.permute(0, 3, 1, 2).contiguous().transpose(1, 2)
+    return out if keep is None else torch.where(keep, out, 0)
+
+
+def activate(S: Tensor, map: str, activation: str) -> Tensor:
+    """The map A from the scaled map S: softmax over the key features, or S itself."""
+    return S.softmax(-1) if map == "query_key" and activation == "softmax" else S
+
+
+def gram(
+    a: Tensor, b: Tensor, *, symmetric: bool = False, token_mask: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`xformer_kernels.gram`; (B, H, N, D) operands."""
+    dtype = accumulate_dtype(a.dtype)
+    a, b = a.to(dtype), b.to(dtype)
+    if token_mask is not None:
+        a, b = (torch.where(token_mask[:, None, :, None], x, 0) for x in (a, b))
+    return a.transpose(-2, -1) @ b, a.square().sum(-2), b.square().sum(-2)
+
+
+def channel_mix(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    bias: Tensor | None = None,
+    add: Tensor | None = None,
+    add_scale: Tensor | None = None,
+    x2: Tensor | None = None,
+    weight2: Tensor | None = None,
+) -> Tensor:
+    """See :func:`xformer_kernels.channel_mix`; (B, H, N, I) tokens, (B, H, O, I) weights, (B, H, O) bias and scale."""
+    dtype = accumulate_dtype(x.dtype)
+    y = x.to(dtype) @ weight.to(dtype).transpose(-2, -1)
+    if x2 is not None and weight2 is not None:
+        y = y + x2.to(dtype) @ weight2.to(dtype).transpose(-2, -1)
+    if bias is not None:
+        y = y + bias.to(dtype).unsqueeze(-2)
+    if add is not None:
+        y = y + (add.to(dtype) if add_scale is None else add.to(dtype) * add_scale.to(dtype).unsqueeze(-2))
+    return y.to(x.dtype).transpose(1, 2).contiguous().transpose(1, 2)

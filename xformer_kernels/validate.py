@@ -1,0 +1,185 @@
+"""Checks of the arguments of public functions: each error names the argument, what came and what is accepted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MAPS = ("query_key", "key_value")
+NORMS = ("token", "feature")
+ACTIVATIONS = ("softmax", "identity")
+
+
+def tensor(name: str, x: Any) -> None:
+    """A floating point tensor."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}: {_short(x)}")
+    if not x.is_floating_point():
+        raise TypeError(f"{name} must have a floating point dtype, got {x.dtype}")
+
+
+def like(name: str, x: Any, other_name: str, other: Tensor) -> None:
+    """A tensor of the dtype and on the device of another."""
+    tensor(name, x)
+    if x.dtype != other.dtype:
+        raise TypeError(f"{name} must have the dtype of {other_name}, {other.dtype}, got {x.dtype}")
+    same_device(name, x, other_name, other)
+
+
+def same_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    if x.device != other.device:
+        raise ValueError(f"{name} must be on the device of {other_name}, {other.device}, got {x.device}")
+
+
+def shape(name: str, x: Tensor, expected: Sequence[Any], meaning: str) -> None:
+    if x.shape != tuple(expected):
+        raise ValueError(f"{name} must have shape {meaning} = {_dims(expected)}, got {_dims(x.shape)}")
+
+
+def choice(name: str, value: Any, accepted: Sequence[str]) -> None:
+    if value not in accepted:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, accepted))}, got {value!r}")
+
+
+def positive(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number above 0, got {type(value).__name__}: {_short(value)}")
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{name} must be a finite number above 0, got {value}")
+
+
+def probability(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number in [0, 1), got {type(value).__name__}: {_short(value)}")
+    if not 0 <= value < 1:
+        raise ValueError(f"{name} must be in [0, 1), got {value}")
+
+
+def token_mask(mask: Any, x: Tensor, x_name: str) -> None:
+    """A (B, N) bool mask for (B, ..., N, D) tokens."""
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"token_mask must be a torch.Tensor of bool, got {type(mask).__name__}: {_short(mask)}")
+    if mask.dtype != torch.bool:
+        raise TypeError(f"token_mask must have dtype torch.bool (False: takes no part), got {mask.dtype}")
+    shape("token_mask", mask, (x.shape[0], x.shape[-2]), "(B, N)")
+    same_device("token_mask", mask, x_name, x)
+
+
+def xfa(
+    q: Any,
+    k: Any,
+    v: Any,
+    temperature: Any,
+    map: Any,
+    norm: Any,
+    activation: Any,
+    eps: Any,
+    mask: Any,
+    dropout_p: Any,
+    map_fn: Callable[[Tensor], Tensor] | None,
+) -> None:
+    """Every argument of xfa, less the backend."""
+    tensor("q", q)
+    if q.dim() != 4:
+        raise ValueError(f"q must have 4 dimensions, (B, H, N, D), got {q.dim()}: {_dims(q.shape)}")
+    for name, x in (("k", k), ("v", v)):
+        like(name, x, "q", q)
+        if x.shape != q.shape:
+            raise ValueError(f"{name} must have the shape of q, {_dims(q.shape)}, (4: B, H, N, D), got {_dims(x.shape)}")
+    tensor("temperature", temperature)
+    H = q.shape[1]
+    if temperature.numel() != 1 and temperature.shape != (H,) and temperature.shape != (H, 1, 1):
+        raise ValueError(
+            f"temperature must have shape (H,) = ({H},), (H, 1, 1) = ({H}, 1, 1) or one element, "
+            f"got {_dims(temperature.shape)}"
+        )
+    same_device("temperature", temperature, "q", q)
+    choice("map", map, MAPS)
+    choice("norm", norm, NORMS)
+    choice("activation", activation, ACTIVATIONS)
+    positive("eps", eps)
+    probability("dropout_p", dropout_p)
+    if mask is not None:
+        token_mask(mask, q, "q")
+    if map_fn is not None and not callable(map_fn):
+        raise TypeError(f"map_fn must be callable, (B, H, D, D) to (B, H, D, D), got {type(map_fn).__name__}")
+
+
+def gram(a: Any, b: Any, symmetric: Any, mask: Any) -> None:
+    """Every argument of gram, less the backend."""
+    _tokens("a", a)
+    like("b", b, "a", a)
+    if b.dim() != a.dim() or b.shape[:-1] != a.shape[:-1]:
+        raise ValueError(
+            f"b must agree with a, {_dims(a.shape)}, in every dimension but the last (features), got {_dims(b.shape)}"
+        )
+    if symmetric and b is not a:
+        raise ValueError("symmetric=True needs b to be the same tensor as a, got another tensor for b")
+    if mask is not None:
+        token_mask(mask, a, "a")
+
+
+def channel_mix(
+    x: Any, weight: Any, bias: Any, add: Any, add_scale: Any, x2: Any, weight2: Any
+) -> None:
+    """Every argument of channel_mix, less the backend and less the shapes of what broadcasts."""
+    _tokens("x", x)
+    weight_of("weight", weight, "x", x)
+    if (x2 is None) != (weight2 is None):
+        raise ValueError(f"x2 and weight2 come together, got x2={_given(x2)} and weight2={_given(weight2)}")
+    if add_scale is not None and add is None:
+        raise ValueError("add_scale scales add, got add_scale without add")
+    if x2 is not None:
+        like("x2", x2, "x", x)
+        if x2.shape[:-1] != x.shape[:-1]:
+            raise ValueError(f"x2 must agree with x, {_dims(x.shape)}, in every dimension but the last, got {_dims(x2.shape)}")
+        weight_of("weight2", weight2, "x2", x2)
+    if add is not None:
+        like("add", add, "x", x)
+        shape("add", add, (*x.shape[:-1], weight.shape[-2]), "(B, H, N, O)" if x.dim() == 4 else "(B, N, O)")
+    for name, y in (("bias", bias), ("add_scale", add_scale)):
+        if y is not None:
+            small(name, y, x)
+
+
+def weight_of(name: str, weight: Any, x_name: str, x: Tensor) -> None:
+    small(name, weight, x)
+    if weight.dim() < 2 or weight.shape[-1] != x.shape[-1]:
+        raise ValueError(
+            f"{name} must have shape (..., O, I) with I = {x.shape[-1]}, the features of {x_name}, "
+            f"got {_dims(weight.shape)}"
+        )
+
+
+def small(name: str, t: Any, x: Tensor) -> None:
+    """A weight, bias or scale: of the dtype of x, or of the dtype its sums are made in."""
+    tensor(name, t)
+    accumulate = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if t.dtype not in (x.dtype, accumulate):
+        accepted = " or ".join(str(dtype) for dtype in dict.fromkeys((x.dtype, accumulate)))
+        raise TypeError(f"{name} must have dtype {accepted} for tokens of {x.dtype}, got {t.dtype}")
+    same_device(name, t, "x", x)
+
+
+def _tokens(name: str, x: Any) -> None:
+    tensor(name, x)
+    if x.dim() not in (3, 4):
+        raise ValueError(
+            f"{name} must have 4 dimensions, (B, H, N, D), or 3, (B, N, D), got {x.dim()}: {_dims(x.shape)}"
+        )
+
+
+def _dims(dims: Sequence[Any]) -> str:
+    return f"({', '.join(map(str, dims))}{',' if len(dims) == 1 else ''})"
+
+
+def _given(x: Any) -> str:
+    return "None" if x is None else "a tensor"
+
+
+def _short(x: Any) -> str:
+    text = repr(x)
+    return text if len(text) <= 60 else text[:57] + "..."
