@@ -1,5 +1,5 @@
-// Python module _C: the C API, taking addresses and stride tuples, and facts about the build. It knows neither torch nor
-// tensors; the shapes and dtypes it is given were checked by the Python side.
+// Python module _C: the C API, taking addresses and stride tuples, and facts about the build. It knows neither torch
+// nor tensors; the shapes and dtypes it is given were checked by the Python side.
 #include <pybind11/pybind11.h>
 
 #include <new>
@@ -57,9 +57,9 @@ void call(int (*function)(const Args*), const Args& args) {
   }
 }
 
-void gram(const Strides& sizes, int64_t dim_b, int dtype, uintptr_t a, const Strides& as, uintptr_t b, const Strides& bs,
-          bool symmetric, uintptr_t mask_data, int64_t mask_b, int64_t mask_n, uintptr_t g, uintptr_t ssq_a,
-          uintptr_t ssq_b, int threads) {
+void gram(const Strides& sizes, int64_t dim_b, int dtype, uintptr_t a, const Strides& as, uintptr_t b,
+          const Strides& bs, bool symmetric, uintptr_t mask_data, int64_t mask_b, int64_t mask_n, uintptr_t g,
+          uintptr_t ssq_a, uintptr_t ssq_b, int threads) {
   xk_gram_args p = {};
   p.batch = sizes.b, p.heads = sizes.h, p.tokens = sizes.n, p.dim_a = sizes.d, p.dim_b = dim_b;
   p.a = tensor(a, as, dtype), p.b = tensor(b, bs, dtype);

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from tolerance import assert_close
 from torch import Tensor
 
-from tolerance import assert_close
 from xformer_kernels import reference
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
@@ -152,7 +152,9 @@ class Problem:
         dq = dq^ / |q| less its part along q, with dS = A * dA less its mean; dtemperature is a sum of either sign.
         """
         p, dim = self.to(torch.float64), 2 if self.config.norm == "token" else 3
-        q, k, v, dout = (x if p.token_mask is None else x * p.token_mask[:, None, :, None] for x in (p.q, p.k, p.v, p.dout))
+        q, k, v, dout = (
+            x if p.token_mask is None else x * p.token_mask[:, None, :, None] for x in (p.q, p.k, p.v, p.dout)
+        )
         norm_q, norm_k = (x.norm(dim=dim, keepdim=True).clamp_min(p.config.eps) for x in (q, k))
         q, k, t = q / norm_q, k / norm_k, p.temperature.view(1, -1, 1, 1)
         if p.config.map == "query_key":

@@ -28,7 +28,7 @@ def need_backend():
     """Skips where the backend was not built, unless the extension is required: then its absence is a failure."""
 
     def need(name):
-        module, cause = backends.load(name) if name != "reference" else (None, "")
+        _, cause = backends.load(name) if name != "reference" else (None, "")
         if cause and REQUIRED:
             pytest.fail(f"backend {name} is required and cannot be imported: {cause}")
         if cause:
@@ -60,7 +60,8 @@ def device():
 def ran_backend():
     """Within ``ran_backend(name, *ops)`` that backend must run all of these ops, and no other backend any op.
 
-    The reference has no ops: its functions, xfa, gram and channel_mix, are recorded, and nothing in a compiled graph is.
+    The reference has no ops: its functions, xfa, gram and channel_mix, are recorded, and nothing in a compiled graph
+    is.
     """
 
     @contextmanager

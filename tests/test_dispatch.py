@@ -62,7 +62,7 @@ def test_environment_overrides_auto_at_every_call(p, monkeypatch, need_backend, 
 
 def test_bad_environment(p, monkeypatch):
     monkeypatch.setenv("XFORMER_KERNELS_BACKEND", "gpu")
-    with pytest.raises(ValueError, match="XFORMER_KERNELS_BACKEND.*gpu.*cpp.*reference"):
+    with pytest.raises(ValueError, match=r"XFORMER_KERNELS_BACKEND.*gpu.*cpp.*reference"):
         xk.xfa(*args(p))
 
 
@@ -82,7 +82,9 @@ def test_explain_of_a_named_backend(p, need_backend):
 
 def test_explain_takes_what_xfa_takes(p):
     mask = torch.ones(2, 9, dtype=torch.bool)
-    xk.explain(*args(p), map="key_value", norm="feature", activation="identity", eps=1e-6, token_mask=mask, dropout_p=0.1)
+    xk.explain(
+        *args(p), map="key_value", norm="feature", activation="identity", eps=1e-6, token_mask=mask, dropout_p=0.1
+    )
     xk.explain(*args(p), map_fn=lambda S: S, backend="auto")
     with pytest.raises(ValueError, match="map"):
         xk.explain(*args(p), map="nothing")
@@ -109,17 +111,29 @@ BAD_XFA = {
     "temperature transposed": (lambda p: {"temperature": torch.ones(1, 1, 3)}, ValueError, ["temperature", r"1, 1, 3"]),
     "temperature of integers": (lambda p: {"temperature": torch.ones(3).int()}, TypeError, ["temperature", "int32"]),
     "temperature on another device": (
-        lambda p: {"temperature": torch.ones(3, device="meta")}, ValueError, ["temperature", "meta", "cpu"],
+        lambda p: {"temperature": torch.ones(3, device="meta")},
+        ValueError,
+        ["temperature", "meta", "cpu"],
     ),
     "mask of other tokens": (
-        lambda p: {"token_mask": torch.ones(2, 8, dtype=torch.bool)}, ValueError, ["token_mask", r"2, 8", r"2, 9"],
+        lambda p: {"token_mask": torch.ones(2, 8, dtype=torch.bool)},
+        ValueError,
+        ["token_mask", r"2, 8", r"2, 9"],
     ),
     "mask of 4 dimensions": (
-        lambda p: {"token_mask": torch.ones(2, 1, 9, 1, dtype=torch.bool)}, ValueError, ["token_mask", r"2, 1, 9, 1"],
+        lambda p: {"token_mask": torch.ones(2, 1, 9, 1, dtype=torch.bool)},
+        ValueError,
+        ["token_mask", r"2, 1, 9, 1"],
     ),
-    "mask of floats": (lambda p: {"token_mask": torch.ones(2, 9)}, (TypeError, ValueError), ["token_mask", "float32", "bool"]),
+    "mask of floats": (
+        lambda p: {"token_mask": torch.ones(2, 9)},
+        (TypeError, ValueError),
+        ["token_mask", "float32", "bool"],
+    ),
     "mask on another device": (
-        lambda p: {"token_mask": torch.ones(2, 9, dtype=torch.bool, device="meta")}, ValueError, ["token_mask", "meta"],
+        lambda p: {"token_mask": torch.ones(2, 9, dtype=torch.bool, device="meta")},
+        ValueError,
+        ["token_mask", "meta"],
     ),
     "eps zero": (lambda p: {"eps": 0.0}, ValueError, ["eps", r"0"]),
     "eps negative": (lambda p: {"eps": -1e-6}, ValueError, ["eps", "-1e-06"]),
@@ -132,7 +146,11 @@ BAD_XFA = {
     "dropout of one": (lambda p: {"dropout_p": 1.0}, ValueError, ["dropout_p", "1.0"]),
     "dropout negative": (lambda p: {"dropout_p": -0.1}, ValueError, ["dropout_p", "-0.1"]),
     "map_fn not callable": (lambda p: {"map_fn": "softmax"}, TypeError, ["map_fn", "str", "callable"]),
-    "map_fn of another shape": (lambda p: {"map_fn": lambda S: S.sum(-1)}, ValueError, ["map_fn", r"2, 3, 4", r"2, 3, 4, 4"]),
+    "map_fn of another shape": (
+        lambda p: {"map_fn": lambda S: S.sum(-1)},
+        ValueError,
+        ["map_fn", r"2, 3, 4", r"2, 3, 4, 4"],
+    ),
     "map_fn giving no tensor": (lambda p: {"map_fn": lambda S: None}, TypeError, ["map_fn", "None"]),
 }
 
@@ -205,13 +223,17 @@ def test_bad_channel_mix(case):
 
 
 @pytest.mark.parametrize("name", ["x", "weight", "bias", "add", "add_scale", "x2", "weight2"])
-@pytest.mark.parametrize("change", [torch.Tensor.int, torch.Tensor.tolist, lambda x: x.to("meta")], ids=["int", "list", "meta"])
+@pytest.mark.parametrize(
+    "change", [torch.Tensor.int, torch.Tensor.tolist, lambda x: x.to("meta")], ids=["int", "list", "meta"]
+)
 def test_bad_channel_mix_tensors(name, change):
     shapes = {"x": (2, 3, 9, 4), "weight": (5, 4), "bias": (5,), "add": (2, 3, 9, 5), "add_scale": (5,)}
     shapes |= {"x2": (2, 3, 9, 6), "weight2": (5, 6)}
     tensors = {key: randn(*shape, seed=1) for key, shape in shapes.items()}
     xk.channel_mix(**tensors)
-    assert_refused(lambda: xk.channel_mix(**{**tensors, name: change(tensors[name])}), (TypeError, ValueError), [rf"\b{name}\b"])
+    assert_refused(
+        lambda: xk.channel_mix(**{**tensors, name: change(tensors[name])}), (TypeError, ValueError), [rf"\b{name}\b"]
+    )
 
 
 @pytest.mark.parametrize(

@@ -68,8 +68,8 @@ for shape in UNWRITTEN_SHAPES:
         for dtype in (torch.float32, torch.float64, torch.bfloat16):
             for masked in (False, True):
                 result = make_problem(shape, config, dtype=dtype, masked=masked).run(xk.xfa, backend="cpp")
-                digest = hashlib.sha256(b"".join(x.contiguous().view(torch.uint8).numpy().tobytes() for x in result.values()))
-                print(shape, config, dtype, masked, digest.hexdigest())
+                digest = hashlib.sha256(b"".join(x.contiguous().view(torch.uint8).numpy().tobytes() for x in
+                result.values())) print(shape, config, dtype, masked, digest.hexdigest())
 """
 
 
@@ -220,7 +220,9 @@ def test_what_masked_tokens_hold_does_not_matter(config, value, backend, device,
 
 
 def test_what_masked_tokens_hold_does_not_matter_to_the_second_derivative(backend, device):
-    p = make_problem((2, 10, 2, 3), layout="contiguous", dout="contiguous", dtype=torch.float64, masked=True, device=device)
+    p = make_problem(
+        (2, 10, 2, 3), layout="contiguous", dout="contiguous", dtype=torch.float64, masked=True, device=device
+    )
 
     def second(p):
         inputs = p.inputs()

@@ -120,8 +120,8 @@ def make_model(name):
 def differences(got, exact):
     """Largest error of each tensor, in units of its largest number.
 
-    Gradients that are zero but for rounding (of the bias of keys under a softmax over tokens) have no such unit: they must
-    be as good as zero beside the largest gradient, and are left out.
+    Gradients that are zero but for rounding (of the bias of keys under a softmax over tokens) have no such unit: they
+    must be as good as zero beside the largest gradient, and are left out.
     """
     largest = max(x.abs().max().item() for x in exact.values())
     zero = {name for name, x in exact.items() if x.abs().max() < 1e-12 * largest}
@@ -180,7 +180,9 @@ def modules():
     yield "MDTA", Holder(MDTA(48, 4, True)), (2, 48, 5, 4)
 
 
-@pytest.mark.parametrize("kind, model, shape", list(modules()), ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    "kind, model, shape", list(modules()), ids=lambda value: value if isinstance(value, str) else ""
+)
 def test_replace_and_restore(kind, model, shape):
     """In place: the same parameters (an optimiser goes on), names, dtype, mode and requires_grad; and back."""
     model = copy.deepcopy(model).double().eval()
@@ -210,7 +212,9 @@ def test_replace_and_restore(kind, model, shape):
     assert replace_attention(model) == 1, "and again"
 
 
-@pytest.mark.parametrize("kind, model, shape", list(modules()), ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    "kind, model, shape", list(modules()), ids=lambda value: value if isinstance(value, str) else ""
+)
 def test_state_dicts_move_both_ways(kind, model, shape):
     other = copy.deepcopy(randomize(copy.deepcopy(model), seed=1))
     new, _ = replaced(model)

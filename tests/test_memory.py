@@ -60,7 +60,9 @@ def test_saved_by_map_fn(norm, kernel, device):
     saved = []
     for N in (300, 3000):
         p = make_problem((2, N, 2, 8), device=device)
-        size, _ = saved_bytes(lambda *x: xk.xfa(*x, norm=norm, map_fn=lambda S: S.softmax(-1), backend=kernel), p.inputs())
+        size, _ = saved_bytes(
+            lambda *x: xk.xfa(*x, norm=norm, map_fn=lambda S: S.softmax(-1), backend=kernel), p.inputs()
+        )
         saved.append(size)
     if norm == "token":
         assert saved[0] == saved[1] <= 2 * 2 * MB
@@ -80,8 +82,8 @@ q, k, v = (x.requires_grad_() for x in qkv.permute(2, 0, 3, 1, 4).unbind(0))
 t = torch.ones(H, requires_grad=True)
 small = [torch.randn(1, 1, 64, D, dtype=torch.float32).to(dtype).requires_grad_() for _ in range(3)]
 torch.autograd.grad(xk.xfa(*small, t[:1], backend="cpp").sum(), small)       # threads, lazily loaded code
-torch.autograd.grad(torch.ones(1 << 20, requires_grad=True).exp().sum(), [torch.ones(1, requires_grad=True)], allow_unused=True)
-dout = torch.ones(B, N, H, D, dtype=dtype).transpose(1, 2)
+torch.autograd.grad(torch.ones(1 << 20, requires_grad=True).exp().sum(), [torch.ones(1, requires_grad=True)],
+allow_unused=True) dout = torch.ones(B, N, H, D, dtype=dtype).transpose(1, 2)
 reset_peak(); start = status("VmRSS")
 out = xk.xfa(q, k, v, t, backend="cpp")
 print(status("VmHWM") - start)

@@ -76,7 +76,11 @@ def everything(q, k, v, temperature, weight, mask, backend):
     out = out + xk.xfa(q, k, v, temperature, map="key_value", norm="feature", backend=backend)
     G, ssq, _ = xk.gram(out, v, backend=backend)
     out = xk.channel_mix(out, weight, add=v, backend=backend).sigmoid()
-    return xk.xfa(out, k, v, temperature, map_fn=lambda S: S.softmax(-1), backend=backend).sum() + G.tanh().sum() + ssq.sum()
+    return (
+        xk.xfa(out, k, v, temperature, map_fn=lambda S: S.softmax(-1), backend=backend).sum()
+        + G.tanh().sum()
+        + ssq.sum()
+    )
 
 
 @pytest.mark.parametrize("compiler", ["inductor", "aot_eager"])
@@ -92,7 +96,9 @@ def test_compile_fullgraph_dynamic(compiler, backend, device, ran):
         with torch.compiler.set_stance(stance), ran("xfa_forward", "xfa_backward", "gram", "channel_mix"):
             result = compiled(*inputs, p.token_mask, backend)
             grads = torch.autograd.grad(result, inputs)
-        for name, got, want in zip(("value", *RESULTS[1:], "dweight"), (result, *grads), (expected, *wanted), strict=True):
+        for name, got, want in zip(
+            ("value", *RESULTS[1:], "dweight"), (result, *grads), (expected, *wanted), strict=True
+        ):
             torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}")
 
 
@@ -209,7 +215,10 @@ def test_vmap(kernel, small):
     right_or_refused(lambda: torch.vmap(each)(p.q, p.k, p.v), expected, "vmap", "batching")
     G = xk.gram(p.q, p.k, backend="reference")[0]
     right_or_refused(
-        lambda: torch.vmap(lambda q, k: xk.gram(q[None], k[None], backend=kernel)[0][0])(p.q, p.k), G, "vmap", "batching"
+        lambda: torch.vmap(lambda q, k: xk.gram(q[None], k[None], backend=kernel)[0][0])(p.q, p.k),
+        G,
+        "vmap",
+        "batching",
     )
 
 
@@ -220,7 +229,9 @@ def test_functional_grad(kernel, small):
     def loss(q):
         return (xk.xfa(q, p.k, p.v, p.temperature, backend=kernel) * p.dout).sum()
 
-    right_or_refused(lambda: torch.func.grad(loss)(p.q), expected["dq"], "setup_context", "functorch", "torch.func", "vmap")
+    right_or_refused(
+        lambda: torch.func.grad(loss)(p.q), expected["dq"], "setup_context", "functorch", "torch.func", "vmap"
+    )
 
 
 def test_forward_mode(kernel, small):
@@ -240,7 +251,9 @@ def test_forward_mode(kernel, small):
             return out
 
     right_or_refused(dual, expected, "forward", "jvp")
-    right_or_refused(lambda: torch.func.jvp(function(kernel), (p.q,), (tangent,))[1], expected, "jvp", "setup_context", "forward")
+    right_or_refused(
+        lambda: torch.func.jvp(function(kernel), (p.q,), (tangent,))[1], expected, "jvp", "setup_context", "forward"
+    )
 
 
 # -------------------------------------------------------------------------------------------------- the rest of PyTorch

@@ -188,7 +188,9 @@ def test_channel_mix_options_and_layouts(chosen, layout, dtype, backend, device,
 @pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)
 def test_channel_mix_takes_weights_of_its_own_or_the_accumulate_dtype(dtype, backend, device, ran):
     for weight_dtype in (dtype, torch.float32):
-        t = mix_inputs((2, 2, 40, 12, 12), ("bias", "add", "add_scale", "x2"), dtype, weight_dtype=weight_dtype, device=device)
+        t = mix_inputs(
+            (2, 2, 40, 12, 12), ("bias", "add", "add_scale", "x2"), dtype, weight_dtype=weight_dtype, device=device
+        )
         check_mix(t, ran, backend)
 
 
@@ -222,12 +224,14 @@ def test_channel_mix_of_single_head(kernel, device, ran):
     assert y.shape == (2, 30, 5)
     expected = xk.channel_mix(x[:, None], weight[:, None], bias=bias, add=add[:, None], backend=kernel)
     assert_bitwise(y, expected[:, 0], "3-D input")
-    torch.testing.assert_close(
-        xk.channel_mix(x, weight[0], backend=kernel), x @ weight[0].T, rtol=1e-5, atol=1e-5
-    )
+    torch.testing.assert_close(xk.channel_mix(x, weight[0], backend=kernel), x @ weight[0].T, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("chosen", [(), ("bias",), ("add",), ("add", "add_scale"), ("x2",), ("bias", "add", "add_scale", "x2")], ids=lambda c: "+".join(c) or "plain")
+@pytest.mark.parametrize(
+    "chosen",
+    [(), ("bias",), ("add",), ("add", "add_scale"), ("x2",), ("bias", "add", "add_scale", "x2")],
+    ids=lambda c: "+".join(c) or "plain",
+)
 def test_channel_mix_derivatives(chosen, backend, device, ran):
     """Of any order, for every argument."""
     t = mix_inputs((2, 1, 2, 2, 2), chosen, torch.float64, device=device)
@@ -250,7 +254,9 @@ def test_channel_mix_derivatives(chosen, backend, device, ran):
 @pytest.mark.parametrize("dtype", [torch.float32, *LOW_PRECISION], ids=str)
 def test_channel_mix_gradients(dtype, weight_dtype, backend, device, ran):
     """In the dtype of each argument, with one weight shared by the batch and the heads."""
-    t = mix_inputs((2, 3, 300, 24, 20), ("bias", "add", "add_scale", "x2"), dtype, weight_dtype=weight_dtype, device=device)
+    t = mix_inputs(
+        (2, 3, 300, 24, 20), ("bias", "add", "add_scale", "x2"), dtype, weight_dtype=weight_dtype, device=device
+    )
     t["weight"] = t["weight"][0, 0]
     dy = randn(2, 3, 300, 20, seed=9, dtype=dtype, device=device)
 

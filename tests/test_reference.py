@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import CONFIGS, Config, make_problem, randn, random_mask
 from torch.autograd import gradcheck, gradgradcheck
 
-from cases import CONFIGS, Config, make_problem, randn, random_mask
 from xformer_kernels import reference
 
 

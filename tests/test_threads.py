@@ -9,7 +9,6 @@ import textwrap
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-import torch
 from cases import make_problem
 from tolerance import assert_bitwise
 

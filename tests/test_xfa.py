@@ -24,7 +24,6 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import xformer_kernels as xk
 
-
 MIDDLING = ((2, 37, 3, 20), (1, 4100, 2, 48))
 
 
@@ -68,12 +67,17 @@ def test_configs(shape, config, masked, dtype, backend, device, ran):
 @pytest.mark.parametrize("layout", QKV_LAYOUTS)
 def test_layouts(layout, dout, dtype, backend, device, ran):
     masked = dtype == torch.float32
-    check(make_problem((2, 67, 3, 24), dtype=dtype, layout=layout, dout=dout, masked=masked, device=device), backend, ran)
+    check(
+        make_problem((2, 67, 3, 24), dtype=dtype, layout=layout, dout=dout, masked=masked, device=device), backend, ran
+    )
 
 
 def test_unlike_layouts_in_one_call(backend, device, ran):
     layouts = ("padded", "token_contiguous", "contiguous")
-    q, k, v = (getattr(make_problem((2, 50, 2, 12), layout=name, device=device), x) for name, x in zip(layouts, "qkv", strict=True))
+    q, k, v = (
+        getattr(make_problem((2, 50, 2, 12), layout=name, device=device), x)
+        for name, x in zip(layouts, "qkv", strict=True)
+    )
     p = make_problem((2, 50, 2, 12), device=device)
     check(Problem(q, k, v, p.temperature, p.dout), backend, ran)
 
@@ -364,7 +368,7 @@ def test_dropout_gradient(backend, device):
     assert gradcheck(function, p.inputs())
 
 
-# ---------------------------------------------------------------------------------------------------- safety of autograd
+# ---------------------------------------------------------------------------------------------- safety of autograd
 
 
 @pytest.mark.parametrize("name", ["q", "k", "v"])

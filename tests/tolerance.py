@@ -13,12 +13,15 @@ import torch
 from torch import Tensor
 
 ULPS = 8
-# Nothing finer than float64 judges float64: the oracle's own rounding, over sums of thousands of terms, is in the slack.
+# Nothing finer than float64 judges float64: the slack holds the oracle's own rounding, over thousands of terms.
 ULPS_FLOAT64 = 256
 
 
 def assert_close(result: Tensor, eager: Tensor, oracle: Tensor, what: str, terms: Tensor | None = None) -> None:
-    """The rule above. `terms`: what the last subtraction subtracts from, where a result is a difference of larger numbers."""
+    """The rule above.
+
+    `terms`: what the last subtraction subtracts from, where a result is a difference of larger numbers.
+    """
     assert result.shape == oracle.shape, f"{what}: shape {tuple(result.shape)}, not {tuple(oracle.shape)}"
     assert oracle.dtype == torch.float64, f"{what}: the oracle is {oracle.dtype}"
     assert_same_nonfinite(result, oracle, what)

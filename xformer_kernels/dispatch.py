@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,7 +38,9 @@ class Explanation:
             if reasons:
                 lines += [f"  {name}: no"] + [f"    - {reason}" for reason in reasons]
             else:
-                lines.append(f"  {name}: {'yes' if name == self.backend else 'could, comes later or was not asked for'}")
+                lines.append(
+                    f"  {name}: {'yes' if name == self.backend else 'could, comes later or was not asked for'}"
+                )
         return "\n".join(lines)
 
 
@@ -74,9 +77,7 @@ def check_name(backend: str) -> None:
         raise ValueError(f"backend must be one of {_names()}, got {backend!r}")
 
 
-def explain(
-    backend: str, device_type: str, dtypes: tuple[torch.dtype, ...], head_dims: tuple[int, ...]
-) -> Explanation:
+def explain(backend: str, device_type: str, dtypes: tuple[torch.dtype, ...], head_dims: tuple[int, ...]) -> Explanation:
     """The walk that :func:`choose` takes, with every reason."""
     check_name(backend)
     wanted, how = _asked(backend)
@@ -98,8 +99,21 @@ def choose(backend: str, device_type: str, dtypes: tuple[torch.dtype, ...], head
     key = (os.environ.get(ENVIRONMENT) if backend == "auto" else backend, device_type, dtypes, head_dims)
     name = _chosen.get(key)
     if name is None:
-        name = _chosen[key] = explain(backend, device_type, dtypes, head_dims).backend
+        explanation = explain(backend, device_type, dtypes, head_dims)
+        name = _chosen[key] = explanation.backend
+        if explanation.asked == "auto" and name == "reference" and device_type == "cpu":
+            _warn_of_slow_path(explanation)
     return name
+
+
+def _warn_of_slow_path(explanation: Explanation) -> None:
+    """Once for each kind of call: on the CPU the kernels are expected, and their absence must not go unseen."""
+    warnings.warn(
+        f"no kernel of xformer_kernels serves this call, it runs on the slower reference:\n{explanation}\n"
+        f"({ENVIRONMENT}=reference chooses the reference without this warning)",
+        RuntimeWarning,
+        stacklevel=4,
+    )
 
 
 def kernel(backend: str, op: str) -> Callable[..., Any]:

@@ -43,7 +43,8 @@ def xfa(
     smallest normal number of the accumulate dtype (1.2e-38 for float32) is taken as that.
 
     Args:
-        q, k, v: (B, H, N, D), one dtype of float32, float64, bfloat16, float16 and one device, of any strides (views of a
+        q, k, v: (B, H, N, D), one dtype of float32, float64, bfloat16, float16 and one device, of any strides (views
+            of a
             packed projection are read in place).
         temperature: (H,), (H, 1, 1) or one element; any floating dtype; learnable.
         map, norm, activation, eps: see the formulas.
@@ -99,8 +100,8 @@ def gram(
         G[i,j] = sum_n a[n,i] b[n,j]        ssq_a[i] = sum_n a[n,i]^2        ssq_b[j] = sum_n b[n,j]^2
 
     Args:
-        a, b: (B, H, N, Da) and (B, H, N, Db), or (B, N, Da) and (B, N, Db); dtypes, strides and device as in :func:`xfa`.
-        symmetric: ``b`` is ``a`` itself: half the work, and G is symmetric to the bit.
+        a, b: (B, H, N, Da) and (B, H, N, Db), or (B, N, Da) and (B, N, Db); dtypes, strides and device as in
+        :func:`xfa`. symmetric: ``b`` is ``a`` itself: half the work, and G is symmetric to the bit.
         token_mask: (B, N) bool; False tokens take no part.
         backend: see :func:`xfa`.
 
@@ -149,19 +150,21 @@ def channel_mix(
         y[n,o] = sum_i weight[o,i] x[n,i] + sum_i weight2[o,i] x2[n,i] + bias[o] + add_scale[o] * add[n,o]
 
     Args:
-        x, x2: (B, H, N, I) and (B, H, N, I2), or (B, N, I) and (B, N, I2); dtypes, strides and device as in :func:`xfa`.
-        weight, weight2: (..., O, I) and (..., O, I2), broadcast over batch and heads; in the dtype of x or in float32
+        x, x2: (B, H, N, I) and (B, H, N, I2), or (B, N, I) and (B, N, I2); dtypes, strides and device as in
+        :func:`xfa`. weight, weight2: (..., O, I) and (..., O, I2), broadcast over batch and heads; in the dtype of x
+        or in float32
             (float64 for float64).
         bias, add_scale: (..., O), broadcast likewise, in the same dtypes. Without add_scale, ``add`` is added as it is.
         add: (B, H, N, O), or (B, N, O), in the dtype of x.
         backend: see :func:`xfa`.
 
     Returns:
-        y (B, H, N, O), a view of (B, N, H, O) memory, or (B, N, O); in the dtype of x, accumulated in float32 (float64 for
-        float64). Differentiable to any order.
+        y (B, H, N, O), a view of (B, N, H, O) memory, or (B, N, O); in the dtype of x, accumulated in float32
+        (float64 for float64). Differentiable to any order.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as :func:`xfa`; ValueError if x2 comes without weight2 or add_scale without add.
+        TypeError, ValueError, RuntimeError: as :func:`xfa`; ValueError if x2 comes without weight2 or add_scale
+            without add.
     """
     if isinstance(x, Tensor):
         x, add, x2 = ops.autocast(x, add, x2)  # type: ignore[assignment]
@@ -179,9 +182,7 @@ def channel_mix(
     if name == "reference":
         _note_reference("channel_mix")
         with ops.without_autocast(x):
-            y = reference.channel_mix(
-                x, weight, bias=bias, add=add, add_scale=add_scale, x2=x2, weight2=weight2
-            )
+            y = reference.channel_mix(x, weight, bias=bias, add=add, add_scale=add_scale, x2=x2, weight2=weight2)
     else:
         y = ops.channel_mix(x, weight, bias, add, add_scale, x2, weight2, backend=name)
     return y.squeeze(1) if single else y

@@ -73,9 +73,7 @@ class XFA(nn.Module):
         """x (B, N, C) to (B, N, C); token_mask (B, N) bool, False tokens take no part in the attention."""
         validate.tensor("x", x)
         if x.dim() != 3 or x.shape[-1] != self.qkv.in_features:
-            raise ValueError(
-                f"x must have shape (B, N, C) with C = {self.qkv.in_features}, got ({', '.join(str(s) for s in x.shape)})"
-            )
+            raise ValueError(f"x must have shape (B, N, C) with C = {self.qkv.in_features}, got {tuple(x.shape)}")
         B, N, C = x.shape
         # split along dim 2: autograd then joins dq, dk and dv into the projection's gradient with one copy
         q, k, v = self.qkv(x).view(B, N, 3, self.num_heads, C // self.num_heads).unbind(2)

@@ -8,9 +8,9 @@ add_scale (B, H, O). Results of size N are ``.transpose(1, 2)`` views of fresh (
 (B, H, D * D + 2 * D) tensor in the accumulate dtype, meant for the same backend's backward: nothing of size N is saved.
 ``backend`` names a kernel backend; the reference is not behind an op.
 
-The functions ``xfa``, ``gram`` and ``channel_mix`` below are how :mod:`xformer_kernels.functional` calls the ops. In plain
-eager mode they take the same autograd.Function or backend function that the dispatcher would reach, without the trip: a
-trip through a Python-registered op costs as much as the whole kernel does on a small tensor.
+The functions ``xfa``, ``gram`` and ``channel_mix`` below are how :mod:`xformer_kernels.functional` calls the ops. In
+plain eager mode they take the same autograd.Function or backend function that the dispatcher would reach, without the
+trip: a trip through a Python-registered op costs as much as the whole kernel does on a small tensor.
 """
 
 from __future__ import annotations
@@ -248,7 +248,7 @@ def _token_major(x: Tensor, features: Any) -> Tensor:
 
 
 def _fake_xfa_forward(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    B, H, _, D = q.shape
+    B, H, D = q.shape[0], q.shape[1], q.shape[-1]
     return _token_major(q, D), q.new_empty((B, H, D * D + 2 * D), dtype=reference.accumulate_dtype(q.dtype))
 
 
@@ -258,10 +258,10 @@ def _fake_xfa_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, temperatur
 
 
 def _fake_gram(a: Tensor, b: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    B, H, _, Da = a.shape
-    Db = b.shape[-1]
+    B, H, Da, Db = a.shape[0], a.shape[1], a.shape[-1], b.shape[-1]
     dtype = reference.accumulate_dtype(a.dtype)
-    return tuple(a.new_empty(size, dtype=dtype) for size in ((B, H, Da, Db), (B, H, Da), (B, H, Db)))  # type: ignore[return-value]
+    G, ssq_a, ssq_b = (a.new_empty(size, dtype=dtype) for size in ((B, H, Da, Db), (B, H, Da), (B, H, Db)))
+    return G, ssq_a, ssq_b
 
 
 def _fake_channel_mix(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
@@ -293,7 +293,9 @@ def _castable(t: Tensor) -> bool:
     return t.is_floating_point() and t.dtype != torch.float64
 
 
-def _register(op: str, fake: Any, function: type[torch.autograd.Function], operands: slice, tokens: tuple[int, ...]) -> None:
+def _register(
+    op: str, fake: Any, function: type[torch.autograd.Function], operands: slice, tokens: tuple[int, ...]
+) -> None:
     """`operands`: the differentiable arguments; `tokens`: the arguments that autocast casts."""
     overload = getattr(_ops, op).default
 

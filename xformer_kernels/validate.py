@@ -88,7 +88,9 @@ def xfa(
     for name, x in (("k", k), ("v", v)):
         like(name, x, "q", q)
         if x.shape != q.shape:
-            raise ValueError(f"{name} must have the shape of q, {_dims(q.shape)}, (4: B, H, N, D), got {_dims(x.shape)}")
+            raise ValueError(
+                f"{name} must have the shape of q, {_dims(q.shape)}, (4: B, H, N, D), got {_dims(x.shape)}"
+            )
     tensor("temperature", temperature)
     H = q.shape[1]
     if temperature.numel() != 1 and temperature.shape != (H,) and temperature.shape != (H, 1, 1):
@@ -122,9 +124,7 @@ def gram(a: Any, b: Any, symmetric: Any, mask: Any) -> None:
         token_mask(mask, a, "a")
 
 
-def channel_mix(
-    x: Any, weight: Any, bias: Any, add: Any, add_scale: Any, x2: Any, weight2: Any
-) -> None:
+def channel_mix(x: Any, weight: Any, bias: Any, add: Any, add_scale: Any, x2: Any, weight2: Any) -> None:
     """Every argument of channel_mix, less the backend and less the shapes of what broadcasts."""
     _tokens("x", x)
     weight_of("weight", weight, "x", x)
@@ -135,7 +135,9 @@ def channel_mix(
     if x2 is not None:
         like("x2", x2, "x", x)
         if x2.shape[:-1] != x.shape[:-1]:
-            raise ValueError(f"x2 must agree with x, {_dims(x.shape)}, in every dimension but the last, got {_dims(x2.shape)}")
+            raise ValueError(
+                f"x2 must agree with x, {_dims(x.shape)}, in every dimension but the last, got {_dims(x2.shape)}"
+            )
         weight_of("weight2", weight2, "x2", x2)
     if add is not None:
         like("add", add, "x", x)

@@ -4,17 +4,22 @@
 
 #include "../include/xformer_kernels.h"
 
-#define XK_DECLARE(level)                              \
-  namespace xk {                                       \
-  namespace level {                                    \
-  int run_gram(const xk_gram_args*);                   \
-  int run_channel_mix(const xk_channel_mix_args*);     \
-  int run_xfa_forward(const xk_xfa_args*);             \
-  int run_xfa_backward(const xk_xfa_args*);            \
-  }                                                    \
+#define XK_DECLARE(level)                          \
+  namespace xk {                                   \
+  namespace level {                                \
+  int run_gram(const xk_gram_args*);               \
+  int run_channel_mix(const xk_channel_mix_args*); \
+  int run_xfa_forward(const xk_xfa_args*);         \
+  int run_xfa_backward(const xk_xfa_args*);        \
+  }                                                \
   }
 #define XK_ENTRY(level, usable) \
-  {#level, usable, xk::level::run_gram, xk::level::run_channel_mix, xk::level::run_xfa_forward, xk::level::run_xfa_backward}
+  {#level,                      \
+   usable,                      \
+   xk::level::run_gram,         \
+   xk::level::run_channel_mix,  \
+   xk::level::run_xfa_forward,  \
+   xk::level::run_xfa_backward}
 
 #ifdef XK_HAVE_x86_64_v4
 XK_DECLARE(x86_64_v4)

@@ -26,7 +26,8 @@ struct Buffer {
   Buffer& operator=(const Buffer&) = delete;
 };
 
-// f(unit, thread) for each unit. Results may depend on the unit alone, so that any number of threads gives the same bits.
+// f(unit, thread) for each unit. Results may depend on the unit alone, so that any number of threads gives the same
+// bits.
 template <class F>
 void parallel_for(int64_t units, int threads, F f) {
 #if defined(_OPENMP)
@@ -39,8 +40,8 @@ void parallel_for(int64_t units, int threads, F f) {
   for (int64_t u = 0; u < units; ++u) f(u, 0);
 }
 
-// How a (batch, heads, tokens) problem is cut, from its shape alone. A unit is (batch, group of heads, chunk of tokens):
-// the heads of a token lie side by side in memory, so a unit walks blocks of tokens and, inside, its heads.
+// How a (batch, heads, tokens) problem is cut, from its shape alone. A unit is (batch, group of heads, chunk of
+// tokens): the heads of a token lie side by side in memory, so a unit walks blocks of tokens and, inside, its heads.
 struct Plan {
   int64_t batch, heads, tokens, chunks, chunk, group, groups;
   int block;  // tokens packed at a time, at most widest_block
@@ -168,7 +169,8 @@ int gram(const xk_gram_args& p) {
     sum_chunks(g, plan.chunks, size);
     T *out = (T*)p.g + bh * da * db, *ssq = g + (size_t)da * ldb;
     for (int i = 0; i < da; ++i)
-      for (int j = 0; j < db; ++j) out[(ptrdiff_t)i * db + j] = p.symmetric && j > i ? g[(ptrdiff_t)j * ldb + i] : g[(ptrdiff_t)i * ldb + j];
+      for (int j = 0; j < db; ++j)
+        out[(ptrdiff_t)i * db + j] = p.symmetric && j > i ? g[(ptrdiff_t)j * ldb + i] : g[(ptrdiff_t)i * ldb + j];
     memcpy((T*)p.ssq_a + bh * da, ssq, da * sizeof(T));
     memcpy((T*)p.ssq_b + bh * db, p.symmetric ? ssq : ssq + lda, db * sizeof(T));
   });
@@ -320,7 +322,8 @@ struct Xfa {
     return pass;
   }
   // The gradients of q and k (and v for key_value). m0, m1, m2: dG^T, dG for query_key; dG, dG^T, W^T for key_value.
-  Pass<T> backward_mix(int64_t b, int64_t h, const T* m0, const T* m1, const T* m2, const T* scale_q, const T* scale_k) const {
+  Pass<T> backward_mix(int64_t b, int64_t h, const T* m0, const T* m1, const T* m2, const T* scale_q,
+                       const T* scale_k) const {
     Pass<T> pass = empty_pass(b);
     pass.in[0] = in(p.q, b, h, true);
     pass.in[1] = in(p.k, b, h, true);

@@ -116,7 +116,8 @@ T norm_term(const Head<T>& head, T along, T norm) {
   return head.token_norm && !(norm < head.eps) ? -along / (norm * norm) : T(0);
 }
 
-// query_key. d: dA^T in, dG^T out; a: A^T in, dG out. scale_q, scale_k: the norm terms, ld each (the padding is zeroed).
+// query_key. d: dA^T in, dG^T out; a: A^T in, dG out. scale_q, scale_k: the norm terms, ld each (the padding is
+// zeroed).
 template <class T>
 T backward_query_key(const Head<T>& head, T* d, T* a, T* scale_q, T* scale_k) {
   int dim = head.dim, ld = head.ld;

@@ -46,9 +46,9 @@ template <class T>
 struct Mix {
   int x = -1, x2 = -1, add = -1;  // operand indices
   const T *w = nullptr, *w2 = nullptr, *bias = nullptr, *scale = nullptr;
-  int unit = -1;    // operand whose unit_rows normalisation is differentiated: y is a gradient with respect to that row
-  int ahead = -1;   // operand whose next block is fetched while this one is mixed
-  Operand y;        // stride_d == 1
+  int unit = -1;   // operand whose unit_rows normalisation is differentiated: y is a gradient with respect to that row
+  int ahead = -1;  // operand whose next block is fetched while this one is mixed
+  Operand y;       // stride_d == 1
 };
 
 constexpr int kMaxOperands = 4, kMaxMixes = 3;
@@ -210,7 +210,8 @@ size_t pass_scratch(int dim) {
 
 // Tokens [first, first + tokens) of one (batch, head), tokens <= block_tokens(widest). scratch: pass_scratch(widest).
 template <class T>
-void run_block(const Pass<T>& pass, int64_t first, int tokens, const Pass<T>* next, int64_t next_first, int widest, T* scratch) {
+void run_block(const Pass<T>& pass, int64_t first, int tokens, const Pass<T>* next, int64_t next_first, int widest,
+               T* scratch) {
   ptrdiff_t block = (ptrdiff_t)block_tokens<T>(widest) * padded<T>(widest);
   T *packed[kMaxOperands], *norms[kMaxOperands], *staged = scratch + kMaxOperands * block;
   bool used_packed[kMaxOperands] = {};

@@ -39,8 +39,9 @@ struct Ahead {
 };
 
 // A last vector of columns that is at most half full would waste its other lanes: it is shared by G rows, W = VL / G
-// lanes each, so that G rows cost one multiply-add. `slot` moves lanes 0..W-1 of x to row r's place in the shared vector,
-// `unslot` moves them back, `repeat` copies them to every place, `choose` takes row r's place from x and the rest from t.
+// lanes each, so that G rows cost one multiply-add. `slot` moves lanes 0..W-1 of x to row r's place in the shared
+// vector, `unslot` moves them back, `repeat` copies them to every place, `choose` takes row r's place from x and the
+// rest from t.
 template <class T, int G>
 struct Shared {
   static constexpr int W = VL<T> / G;
@@ -126,8 +127,8 @@ XK_INLINE void accumulate(V<T> (&acc)[MR][NR], const T* a, ptrdiff_t row_stride,
   }
 }
 
-// g[r, c] += sum over tokens of a[n, r] * b[n, c], each block of tokens summed by itself first: rounding errors then grow
-// with the number of blocks, not of tokens. a and b are packed blocks (tokens x ld), g is padded to whole vectors.
+// g[r, c] += sum over tokens of a[n, r] * b[n, c], each block of tokens summed by itself first: rounding errors then
+// grow with the number of blocks, not of tokens. a and b are packed blocks (tokens x ld), g is padded to whole vectors.
 template <class T>
 struct GramTile {
   const T *a, *b;
@@ -207,11 +208,12 @@ void mix_tile(const MixTile<T>& t) {
   }
   accumulate<T, MR, NR, G>(acc, t.x, t.x_row, t.x_k, t.w, t.ldw, t.K, t.ahead0, t.ahead1, MR, 0);
   if (t.x2) accumulate<T, MR, NR, G>(acc, t.x2, t.x2_row, t.x2_k, t.w2, t.ldw, t.K2, Ahead{}, Ahead{}, t.K2, 0);
-  with_storage<T>(t.dtype, [&](auto* storage) { store_tile<T, MR, NR>(acc, (decltype(storage))t.y, t.ldy, t.last_lanes); });
+  with_storage<T>(t.dtype,
+                  [&](auto* storage) { store_tile<T, MR, NR>(acc, (decltype(storage))t.y, t.ldy, t.last_lanes); });
 }
 
-// Tiles by how many rows share the last vector, vectors and rows. Entries that would not fit the registers, or whose rows
-// are not a multiple of the sharing, stay null and are never asked for.
+// Tiles by how many rows share the last vector, vectors and rows. Entries that would not fit the registers, or whose
+// rows are not a multiple of the sharing, stay null and are never asked for.
 template <class T>
 struct Tiles {
   static constexpr int kSharing = VL<T> >= 16 ? 3 : VL<T> >= 8 ? 2 : 1;  // G = 1, 2, 4: W is never below 4

@@ -278,8 +278,8 @@ XK_INLINE T sum_lanes(V<T> x) {
   return total;
 }
 
-// exp(x) for x <= 0 (a softmax after the maximum is taken off): 2^k * p(r), |r| <= ln2 / 2, within 1 ulp. NaN stays NaN;
-// below the smallest normal result the answer is 0.
+// exp(x) for x <= 0 (a softmax after the maximum is taken off): 2^k * p(r), |r| <= ln2 / 2, within 1 ulp. NaN stays
+// NaN; below the smallest normal result the answer is 0.
 XK_INLINE V<float> exp_nonpositive(V<float> x) {
   const float lowest = -87.33654f;
   V<float> clamped = x < lowest ? broadcast(lowest) : x;
@@ -305,7 +305,8 @@ XK_INLINE V<double> exp_nonpositive(V<double> x) {
 template <class T>
 XK_INLINE V<T> sqrt(V<T> x) {
   V<T> y;
-  for (int i = 0; i < VL<T>; ++i) y[i] = sizeof(T) == 4 ? __builtin_sqrtf(float(x[i])) : T(__builtin_sqrt(double(x[i])));
+  for (int i = 0; i < VL<T>; ++i)
+    y[i] = sizeof(T) == 4 ? __builtin_sqrtf(float(x[i])) : T(__builtin_sqrt(double(x[i])));
   return y;
 }
 

@@ -1,21 +1,21 @@
 """The kernels, one module per backend; none imports another.
 
 A backend offers the ops' functions (``xfa_forward``, ``xfa_backward``, ``gram``, ``channel_mix``) with the schemas of
-:mod:`xformer_kernels.ops` less the ``backend`` argument, and ``unsupported(device_type, dtypes, head_dims)``: every reason
-why it cannot serve a call.
+:mod:`xformer_kernels.ops` less the ``backend`` argument, and ``unsupported(device_type, dtypes, head_dims)``: every
+reason why it cannot serve a call.
 """
 
 from __future__ import annotations
 
 import importlib
-from functools import lru_cache
+from functools import cache
 from types import ModuleType
 
 ORDER = ("cpp",)
 """The order in which ``backend="auto"`` asks. The reference comes after all of them and is not a backend module."""
 
 
-@lru_cache(maxsize=None)
+@cache
 def load(name: str) -> tuple[ModuleType | None, str]:
     """The backend's module, or None and why it cannot be imported."""
     try:

@@ -1,7 +1,7 @@
 """CPU kernels in C++ (csrc/cpu), called through the compiled module ``xformer_kernels._C`` by address and strides.
 
-Each function has the signature of its op and returns freshly allocated tensors. The kernels widen bf16 and fp16 to fp32,
-read any strides in place and accumulate in fp32 (fp64 for fp64).
+Each function has the signature of its op and returns freshly allocated tensors. The kernels widen bf16 and fp16 to
+fp32, read any strides in place and accumulate in fp32 (fp64 for fp64).
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def _token_major(B: int, H: int, N: int, D: int, like: Tensor) -> Tensor:
 
 
 def _mask(token_mask: Tensor | None) -> tuple[int, int, int]:
-    return (0, 0, 0) if token_mask is None else (token_mask.data_ptr(), *token_mask.stride())
+    return (0, 0, 0) if token_mask is None else (token_mask.data_ptr(), token_mask.stride(0), token_mask.stride(1))
 
 
 def _optional(tensor: Tensor | None, strides: tuple[int, ...] | None = None) -> tuple[int, tuple[int, ...], int]:

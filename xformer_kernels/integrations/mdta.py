@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -27,7 +29,7 @@ class MDTA(nn.Module):
         return mdta(self, x, self.backend)
 
 
-def mdta(module: nn.Module, x: Tensor, backend: str) -> Tensor:
+def mdta(module: Any, x: Tensor, backend: str) -> Tensor:
     """The formula of :class:`MDTA` with the parts of `module`."""
     qkv = module.qkv_dwconv(module.qkv(x))
     h, w = qkv.shape[-2:]
@@ -48,6 +50,7 @@ def is_mdta_shaped(module: nn.Module) -> bool:
     heads, temperature = getattr(module, "num_heads", None), getattr(module, "temperature", None)
     if set(parts) != {"qkv", "qkv_dwconv", "project_out"} or not all(isinstance(m, nn.Conv2d) for m in parts.values()):
         return False
+    qkv: Any
     qkv, depthwise, out = parts["qkv"], parts["qkv_dwconv"], parts["project_out"]
     C = qkv.in_channels
     return (
@@ -64,7 +67,7 @@ def is_mdta_shaped(module: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def agrees(module: nn.Module) -> bool:
+def agrees(module: Any) -> bool:
     """Whether the module's forward is MDTA's formula: tried on a small random image, with the module's own weights."""
     weight = module.qkv.weight
     if weight.device.type == "meta":

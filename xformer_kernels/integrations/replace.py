@@ -22,9 +22,9 @@ def replace_attention(model: nn.Module, *, backend: str = "auto") -> int:
     Restormer's MDTA whose forward is that formula (it is tried on a small random image). The model itself may be such a
     layer. Classes derived from these with a forward of their own are left alone.
 
-    Each layer stays the same module object, with its parameters, buffers, hooks, dtype, device and training mode: only its
-    class changes, to :class:`xformer_kernels.XFA` or to :class:`xformer_kernels.integrations.mdta.MDTA`. State dicts are
-    those of the original. Undo with :func:`restore_attention`.
+    Each layer stays the same module object, with its parameters, buffers, hooks, dtype, device and training mode:
+    only its class changes, to :class:`xformer_kernels.XFA` or to :class:`xformer_kernels.integrations.mdta.MDTA`.
+    State dicts are those of the original. Undo with :func:`restore_attention`.
 
     Args:
         model: any module.
@@ -42,7 +42,7 @@ def replace_attention(model: nn.Module, *, backend: str = "auto") -> int:
         if replacement is not None:
             module.__dict__[_ORIGINAL] = type(module)
             module.__class__ = replacement
-            module.backend = backend
+            module.__dict__["backend"] = backend
             count += 1
     return count
 
@@ -57,7 +57,7 @@ def restore_attention(model: nn.Module) -> int:
     for module in model.modules():
         if _ORIGINAL in module.__dict__:
             module.__class__ = module.__dict__.pop(_ORIGINAL)
-            del module.backend
+            del module.__dict__["backend"]
             count += 1
     return count
 

@@ -1,0 +1,59 @@
+# make demo   set up everything and run the main job      make test   set up and test
+# make lint | bench | sanitize | clean
+# The active virtual or conda environment is used if there is one, else .venv is made here.
+PYTHON ?= python3
+ENV := $(or $(VIRTUAL_ENV),$(CONDA_PREFIX),$(CURDIR)/.venv)
+BIN := $(ENV)/bin
+# Set up once for each environment, and again when what is installed or compiled has changed.
+STAMP := build/stamps/$(subst /,_,$(ENV))
+BUILT_FROM := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
+CXX_FILES := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
+JOBS ?= 2
+
+.PHONY: demo test lint bench sanitize setup clean
+
+demo: setup
+	$(BIN)/python -m bench.demo
+
+test: setup
+	$(BIN)/python -m pytest -q -n $(JOBS)
+
+bench: setup
+	$(BIN)/python -m bench op --out bench/results
+	$(BIN)/python -m bench op --out bench/results --allocator raised
+	$(BIN)/python -m bench op --out bench/results --allocator raised --dtype bfloat16
+	$(BIN)/python -m bench layer --out bench/results
+	$(BIN)/python -m bench model --out bench/results
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+	$(BIN)/mypy
+
+# The compiled kernels once more, instrumented, under the tests that reach all of them.
+SANITIZED := build/sanitized
+SANITIZED_TESTS := tests/test_xfa.py tests/test_primitives.py tests/test_determinism.py
+sanitize: setup
+	XFORMER_KERNELS_SANITIZE=address,undefined XFORMER_KERNELS_REQUIRE_EXTENSION=1 CMAKE_ARGS=$(SANITIZE_CMAKE_ARGS) \
+	  $(BIN)/python setup.py -q build --build-lib $(SANITIZED) --build-temp $(SANITIZED)-objects
+	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	  XFORMER_KERNELS_EXPECTED_LOCATION=$(SANITIZED) XFORMER_KERNELS_REQUIRE_EXTENSION=1 PYTHONPATH=$(SANITIZED) \
+	  $(BIN)/pytest -q -n $(JOBS) -k "not reference" $(SANITIZED_TESTS)
+
+setup: $(STAMP)
+
+$(STAMP): $(BUILT_FROM) | $(BIN)/python
+	$(BIN)/python -m pip install -q --upgrade pip
+	$(BIN)/python -m pip install -q -e ".[dev]"
+	$(BIN)/python -m xformer_kernels.info
+	@mkdir -p $(@D)
+	@touch $@
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python >= 3.10 is needed, $(PYTHON) is " + sys.version)'
+	$(PYTHON) -m venv $(ENV)
+
+clean:
+	rm -rf build dist *.egg-info xformer_kernels/_C*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

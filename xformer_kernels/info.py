@@ -1,0 +1,92 @@
+"""``python -m xformer_kernels.info [--json]``: versions, what was built with what, and what runs here.
+
+Backends that are off are listed with the reason; a compiled module that is there and cannot be loaded is reported with
+the loader's own words.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import xformer_kernels
+from xformer_kernels import dispatch
+
+PACKAGE = Path(xformer_kernels.__file__).parent
+
+
+def collect() -> dict[str, Any]:
+    """Everything that is printed, as plain data."""
+    return {
+        "versions": {
+            "xformer_kernels": xformer_kernels.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+        "location": str(PACKAGE),
+        "platform": {"system": platform.platform(), "processor": processor_name(), "threads": torch.get_num_threads()},
+        "extension": _extension(),
+        "backends": {
+            name: dispatch.reasons_against(name, "cpu", (torch.float32,), (32,)) for name in dispatch.BACKENDS
+        },
+        "auto": dispatch.choose("auto", "cpu", (torch.float32,), (32,)),
+        "environment": {key: value for key, value in sorted(os.environ.items()) if key.startswith("XFORMER_KERNELS_")},
+    }
+
+
+def processor_name() -> str:
+    """The processor's own name where the system tells it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _extension() -> dict[str, Any]:
+    """The compiled module's facts about itself, or why it is not in use."""
+    try:
+        module = importlib.import_module("xformer_kernels._C")
+    except ImportError as error:
+        note = PACKAGE / "_no_extension.txt"
+        built = {"why it was not built": note.read_text().strip()} if note.exists() else {}
+        files = [path.name for path in PACKAGE.glob("_C*") if path.suffix in (".so", ".pyd")]
+        return {"loaded": False, "cause": str(error), "files": files, **built}
+    return {"loaded": True, "file": module.__file__, "level in use": module.cpu_level() or None, **module.build_info()}
+
+
+def _print(facts: dict[str, Any]) -> None:
+    for section in ("versions", "platform", "extension", "environment"):
+        print(f"{section}:")
+        for key, value in facts[section].items():
+            print(f"  {key}: " + str(value).replace("\n", "\n    "))
+    print("backends (for float32 on the CPU):")
+    for name, reasons in facts["backends"].items():
+        print(
+            f"  {name}: " + ("; ".join(reasons) if reasons else "yes") + (" <- auto" if name == facts["auto"] else "")
+        )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m xformer_kernels.info", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    facts = collect()
+    if parser.parse_args(arguments).json:
+        print(json.dumps(facts, indent=2))
+    else:
+        _print(facts)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
