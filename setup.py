@@ -41,8 +41,8 @@ class BuildWithCMake(build_ext):
             why_not.write_text(f"{error}\n")
             banner = "*" * 100
             print(
-                f"\n{banner}\nxformer_kernels._C WAS NOT BUILT: {error}\nInstalling pure Python: everything works, through "
-                f"the slower reference.\nXFORMER_KERNELS_REQUIRE_EXTENSION=1 makes this an error.\n{banner}\n",
+                f"\n{banner}\nxformer_kernels._C WAS NOT BUILT: {error}\nInstalling pure Python: everything works, "
+                f"through the slower reference.\nXFORMER_KERNELS_REQUIRE_EXTENSION=1 makes this an error.\n{banner}\n",
                 file=sys.stderr,
                 flush=True,
             )

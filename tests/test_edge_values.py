@@ -68,8 +68,8 @@ for shape in UNWRITTEN_SHAPES:
         for dtype in (torch.float32, torch.float64, torch.bfloat16):
             for masked in (False, True):
                 result = make_problem(shape, config, dtype=dtype, masked=masked).run(xk.xfa, backend="cpp")
-                digest = hashlib.sha256(b"".join(x.contiguous().view(torch.uint8).numpy().tobytes() for x in
-                result.values())) print(shape, config, dtype, masked, digest.hexdigest())
+                bits = (x.contiguous().view(torch.uint8).numpy().tobytes() for x in result.values())
+                print(shape, config, dtype, masked, hashlib.sha256(b"".join(bits)).hexdigest())
 """
 
 

@@ -237,13 +237,22 @@ def test_dropout_rates_are_kept():
 
 
 def test_shared_and_nested_modules():
-    """A module used twice is replaced once; a model that is itself an attention module is refused or replaced, not ignored."""
+    """A module used twice is replaced once."""
     shared = XCA(24, 2)
     model = nn.Sequential(shared, nn.Sequential(shared, XCA(24, 2)))
     expected = model(randn(1, 9, 24, seed=1))
     assert replace_attention(model) == 2
     assert model[0] is model[1][0]
     torch.testing.assert_close(model(randn(1, 9, 24, seed=1)), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_model_that_is_itself_an_attention_layer():
+    layer = randomize(XCA(24, 2))
+    x = randn(1, 9, 24, seed=1)
+    expected = layer(x)
+    assert replace_attention(layer) == 1
+    torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-6)
+    assert restore_attention(layer) == 1 and type(layer) is XCA
 
 
 def test_models_without_such_attention_are_left_alone():

@@ -83,7 +83,8 @@ t = torch.ones(H, requires_grad=True)
 small = [torch.randn(1, 1, 64, D, dtype=torch.float32).to(dtype).requires_grad_() for _ in range(3)]
 torch.autograd.grad(xk.xfa(*small, t[:1], backend="cpp").sum(), small)       # threads, lazily loaded code
 torch.autograd.grad(torch.ones(1 << 20, requires_grad=True).exp().sum(), [torch.ones(1, requires_grad=True)],
-allow_unused=True) dout = torch.ones(B, N, H, D, dtype=dtype).transpose(1, 2)
+                    allow_unused=True)
+dout = torch.ones(B, N, H, D, dtype=dtype).transpose(1, 2)
 reset_peak(); start = status("VmRSS")
 out = xk.xfa(q, k, v, t, backend="cpp")
 print(status("VmHWM") - start)

@@ -44,7 +44,7 @@ def test_shapes_and_dtypes(shape, dtype, backend, device, ran):
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 @pytest.mark.parametrize("shape", MIDDLING, ids=str)
 def test_low_precision_is_rounded_once(shape, config, dtype, kernel, device, ran):
-    """All sums, norms and maps are float32's: a result is within one rounding of what float32 gives for the same numbers."""
+    """All sums, norms and maps are float32's: a result is within one rounding of what float32 gives."""
     p = make_problem(shape, config, dtype=dtype, temperature_dtype=torch.float32, device=device)
     with ran("xfa_forward", "xfa_backward"):
         result = p.run(xk.xfa, backend=kernel)

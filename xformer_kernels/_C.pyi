@@ -1,4 +1,4 @@
-"""The compiled module (csrc/bindings.cpp): functions of addresses, sizes and strides, called by backends/cpp.py alone."""
+"""The compiled module (csrc/bindings.cpp): functions of addresses and strides, called by backends/cpp.py alone."""
 
 from typing import Any
 
