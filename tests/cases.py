@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from tolerance import assert_close
 from torch import Tensor
 
 from xformer_kernels import reference
+from xformer_kernels.testing import assert_close, gradient_terms
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, *LOW_PRECISION, torch.float64)
@@ -147,26 +147,8 @@ class Problem:
         return self.to(torch.float64).run(reference.xfa)
 
     def terms(self) -> dict[str, Tensor]:
-        """What the subtractions of each gradient start from: where they cancel, rounding is relative to these.
-
-        dq = dq^ / |q| less its part along q, with dS = A * dA less its mean; dtemperature is a sum of either sign.
-        """
-        p, dim = self.to(torch.float64), 2 if self.config.norm == "token" else 3
-        q, k, v, dout = (
-            x if p.token_mask is None else x * p.token_mask[:, None, :, None] for x in (p.q, p.k, p.v, p.dout)
-        )
-        norm_q, norm_k = (x.norm(dim=dim, keepdim=True).clamp_min(p.config.eps) for x in (q, k))
-        q, k, t = q / norm_q, k / norm_k, p.temperature.view(1, -1, 1, 1)
-        if p.config.map == "query_key":
-            cos = q.transpose(2, 3) @ k
-            dS = dout.transpose(2, 3) @ v
-            if p.config.activation == "softmax":
-                dS = dS * (t * cos).softmax(-1)
-            dq, dk, dt = t * k @ dS.transpose(2, 3), t * q @ dS, dS * cos
-        else:
-            M, dM = k.transpose(2, 3) @ v, q.transpose(2, 3) @ dout
-            dq, dk, dt = dout @ (t * M).transpose(2, 3), v @ (t * dM).transpose(2, 3), dM * M
-        return {"dq": dq / norm_q, "dk": dk / norm_k, "dtemperature": dt.square().sum((0, 2, 3)).sqrt()}
+        p = self.to(torch.float64)
+        return gradient_terms(p.q, p.k, p.v, p.temperature, p.dout, **p.config.kwargs(), token_mask=p.token_mask)
 
     def check(self, result: dict[str, Tensor], names: tuple[str, ...] = RESULTS) -> None:
         """The rule, for the output and every gradient."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import CONFIGS, make_problem, randn
-from tolerance import assert_bitwise
 
 import xformer_kernels as xk
+from xformer_kernels.testing import assert_bitwise
 
 # One chunk of tokens, several chunks, many small units, one single unit.
 SHAPES = ((1, 20011, 1, 24), (2, 4500, 2, 48), (16, 64, 4, 60), (1, 9, 1, 4), (1, 300, 1, 257))

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from cases import randn
 from test_nn import randomize, run
-from tolerance import assert_close
 from torch import nn
 
 from xformer_kernels.integrations import replace_attention, restore_attention
+from xformer_kernels.testing import assert_close
 
 timm = pytest.importorskip("timm", reason="timm, whose models are converted, is not installed")
 from timm.models.edgenext import CrossCovarianceAttn  # noqa: E402

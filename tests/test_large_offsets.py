@@ -7,9 +7,9 @@ import os
 import pytest
 import torch
 from cases import Problem, make_problem, randn, random_mask
-from tolerance import assert_bitwise
 
 import xformer_kernels as xk
+from xformer_kernels.testing import assert_bitwise
 
 FAR = 2**31 + 12345
 SHAPE = (2, 2, 3, 5)  # (B, H, N, D)

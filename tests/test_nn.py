@@ -7,9 +7,9 @@ import copy
 import pytest
 import torch
 from cases import CONFIGS, randn
-from tolerance import assert_bitwise, assert_close
 
 import xformer_kernels as xk
+from xformer_kernels.testing import assert_bitwise, assert_close
 
 xcit = pytest.importorskip("timm.models.xcit", reason="timm, whose XCA the layer is compared with, is not installed")
 

@@ -8,9 +8,9 @@ import pickle
 import pytest
 import torch
 from cases import CONFIGS, LOW_PRECISION, RESULTS, Config, make_problem, randn, random_mask
-from tolerance import assert_bitwise, assert_close
 
 import xformer_kernels as xk
+from xformer_kernels.testing import assert_bitwise, assert_close
 
 OPS = torch.ops.xformer_kernels
 

@@ -7,11 +7,11 @@ from itertools import chain, combinations
 import pytest
 import torch
 from cases import DTYPES, LAYOUTS, LOW_PRECISION, randn, random_mask
-from tolerance import assert_bitwise, assert_close
 from torch.autograd import gradcheck, gradgradcheck
 
 import xformer_kernels as xk
 from xformer_kernels import reference
+from xformer_kernels.testing import assert_bitwise, assert_close
 
 # (B, H, N, Da, Db)
 GRAM_SHAPES = (

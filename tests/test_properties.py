@@ -8,10 +8,10 @@ import torch
 from cases import Config, Problem, random_mask
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tolerance import assert_bitwise, assert_close
 
 import xformer_kernels as xk
 from xformer_kernels import reference
+from xformer_kernels.testing import assert_bitwise, assert_close
 
 EXAMPLES = settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 

@@ -10,9 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from cases import make_problem
-from tolerance import assert_bitwise
 
 import xformer_kernels as xk
+from xformer_kernels.testing import assert_bitwise
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 needs_cores = pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two processors")

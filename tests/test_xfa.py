@@ -19,10 +19,10 @@ from cases import (
     make_problem,
     randn,
 )
-from tolerance import assert_bitwise, assert_close
 from torch.autograd import gradcheck, gradgradcheck
 
 import xformer_kernels as xk
+from xformer_kernels.testing import assert_bitwise, assert_close
 
 MIDDLING = ((2, 37, 3, 20), (1, 4100, 2, 48))
 

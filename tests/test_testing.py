@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from tolerance import assert_bitwise, assert_close
+
+from xformer_kernels.testing import assert_bitwise, assert_close
 
 ORACLE = torch.linspace(-3, 3, 1000, dtype=torch.float64)
 

@@ -61,3 +61,37 @@ def _max(x: Tensor) -> float:
 
 def _rms(x: Tensor) -> float:
     return x.double().square().mean().sqrt().item() if x.numel() else 0.0
+
+
+def gradient_terms(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    temperature: Tensor,
+    dout: Tensor,
+    *,
+    map: str = "query_key",
+    norm: str = "token",
+    activation: str = "softmax",
+    eps: float = 1e-12,
+    token_mask: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """What the subtractions in the gradients of xfa start from, for :func:`assert_close`; float64 arguments.
+
+    dq = dq^ / |q| less its part along q, with dS = A * dA less its mean; dtemperature is a sum of either sign.
+    """
+    dim = 2 if norm == "token" else 3
+    if token_mask is not None:
+        q, k, v, dout = (torch.where(token_mask[:, None, :, None], x, 0) for x in (q, k, v, dout))
+    norm_q, norm_k = (x.norm(dim=dim, keepdim=True).clamp_min(eps) for x in (q, k))
+    q, k, t = q / norm_q, k / norm_k, temperature.view(1, -1, 1, 1)
+    if map == "query_key":
+        cos = q.transpose(2, 3) @ k
+        dS = dout.transpose(2, 3) @ v
+        if activation == "softmax":
+            dS = dS * (t * cos).softmax(-1)
+        dq, dk, dt = t * k @ dS.transpose(2, 3), t * q @ dS, dS * cos
+    else:
+        M, dM = k.transpose(2, 3) @ v, q.transpose(2, 3) @ dout
+        dq, dk, dt = dout @ (t * M).transpose(2, 3), v @ (t * dM).transpose(2, 3), dM * M
+    return {"dq": dq / norm_q, "dk": dk / norm_k, "dtemperature": dt.square().sum((0, 2, 3)).sqrt()}

@@ -1,0 +1,124 @@
+"""Time and memory. Providers are interleaved in one process: only ratios within a run mean something."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from bench.machine import give_memory_back
+
+Call = Callable[[], object]
+SHORTEST = 2e-4
+"""Seconds: calls shorter than this are timed several at once."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one call."""
+
+    samples: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.samples)
+
+    @property
+    def spread(self) -> float:
+        """Distance between the quartiles, as a fraction of the median."""
+        low, _, high = statistics.quantiles(self.samples, n=4)
+        return (high - low) / self.median
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What this machine does at best: measured with torch, in the dtype that is benchmarked."""
+
+    bytes_per_second: float
+    flops_per_second: float
+
+    def seconds(self, flops: int, least_bytes: int) -> float:
+        return max(flops / self.flops_per_second, least_bytes / self.bytes_per_second)
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def time_once(call: Call, repeat: int, device: str) -> float:
+    synchronize(device)
+    start = time.perf_counter()
+    for _ in range(repeat):
+        call()
+    synchronize(device)
+    return (time.perf_counter() - start) / repeat
+
+
+def interleaved(calls: dict[str, Call], seconds: float, device: str = "cpu") -> dict[str, Timing]:
+    """Rounds in which each call runs once untimed, to bring its memory and threads back, and once timed.
+
+    Each round starts with another call. A call stops when it has used its share of `seconds` and has 5 samples (3 if
+    one lasts longer than its share).
+    """
+    share = seconds / len(calls)
+    first = {name: time_once(call, 1, device) for name, call in calls.items()}
+    repeat = {name: max(1, round(SHORTEST / min(t, time_once(calls[name], 1, device)))) for name, t in first.items()}
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    used = dict.fromkeys(calls, 0.0)
+    names = list(calls)
+    while names:
+        names = names[1:] + names[:1]
+        for name in list(names):
+            call, start = calls[name], time.perf_counter()
+            call()
+            samples[name].append(time_once(call, repeat[name], device))
+            used[name] += time.perf_counter() - start
+            enough = 3 if first[name] > share else 5
+            if used[name] > share and len(samples[name]) >= enough:
+                names.remove(name)
+    return {name: Timing(tuple(taken)) for name, taken in samples.items()}
+
+
+def limits(dtype: torch.dtype, device: str) -> Limits:
+    """Bandwidth of a copy that no cache holds; rate of the best large matrix product in the dtype or in float32."""
+    source = torch.randn(1 << (25 if device == "cpu" else 28), device=device)
+    target = torch.empty_like(source)
+    calls: dict[str, Call] = {"copy": lambda: target.copy_(source)}
+    n = 2048 if device == "cpu" else 8192
+    for kind in {dtype} if dtype == torch.float64 else {dtype, torch.float32}:
+        a = torch.randn(n, n, device=device).to(kind)
+        out = torch.empty_like(a)
+        calls[str(kind)] = lambda a=a, out=out: torch.mm(a, a, out=out)  # type: ignore[misc]
+    times = {name: timing.median for name, timing in interleaved(calls, 4.0, device).items()}
+    copied = 2 * source.numel() * source.element_size() / times.pop("copy")
+    return Limits(copied, 2 * n**3 / min(times.values()))
+
+
+def peak_extra_bytes(call: Call, device: str) -> int | None:
+    """Memory that a call needs at its peak beside what lives before it; None where the system does not tell."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        return torch.cuda.max_memory_allocated() - before
+    try:
+        give_memory_back()
+        Path("/proc/self/clear_refs").write_text("5")
+        before = _status("VmRSS")
+        call()
+        return max(0, _status("VmHWM") - before)
+    except OSError:
+        return None
+
+
+def _status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"no {field} in /proc/self/status")

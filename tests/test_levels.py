@@ -1,0 +1,55 @@
+"""Every instruction level that was built and that this processor has computes the same, within the rule."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import torch
+from cases import CONFIGS, LAYOUTS, make_problem
+from test_primitives import mix_inputs
+import xformer_kernels as xk
+from xformer_kernels import _C, reference
+from xformer_kernels.testing import assert_close
+torch.set_num_threads(1)
+assert _C.cpu_level() == sys.argv[2], _C.cpu_level()
+for shape in ((2, 17, 3, 5), (1, 131, 2, 48), (1, 40, 1, 130), (2, 0, 1, 3)):
+    for config in CONFIGS:
+        for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            for layout in ("packed", "token_contiguous", "padded"):
+                p = make_problem(shape, config, dtype=dtype, layout=layout, masked=layout == "padded")
+                p.check(p.run(xk.xfa, backend="cpp"))
+t = mix_inputs((2, 3, 67, 9, 20), ("bias", "add", "add_scale", "x2"))
+y = xk.channel_mix(**t, backend="cpp")
+assert_close(y, reference.channel_mix(**t), reference.channel_mix(**{k: x.double() for k, x in t.items()}), "y")
+print("same")
+"""
+
+
+def usable_levels():
+    try:
+        from xformer_kernels import _C
+    except ImportError:
+        return ["none"]
+    probe = "from xformer_kernels import _C; print(_C.cpu_level())"
+    found = []
+    for level in _C.build_info()["levels"].split():
+        env = {**os.environ, "XFORMER_KERNELS_CPU_LEVEL": level}
+        if subprocess.run([sys.executable, "-c", probe], env=env, capture_output=True, text=True).stdout.strip():
+            found.append(level)
+    return found
+
+
+@pytest.mark.parametrize("level", usable_levels())
+def test_level(level, need_backend):
+    need_backend("cpp")
+    command = [sys.executable, "-c", SCRIPT, os.path.dirname(__file__), level]
+    env = {**os.environ, "XFORMER_KERNELS_CPU_LEVEL": level}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and done.stdout.strip() == "same", done.stderr[-3000:]
