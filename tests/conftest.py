@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import contextmanager
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -13,6 +14,10 @@ from xformer_kernels import backends, dispatch
 
 KERNELS = backends.ORDER
 REQUIRED = os.environ.get("XFORMER_KERNELS_REQUIRE_EXTENSION", "0") not in ("", "0")
+EXPECTED = os.environ.get("XFORMER_KERNELS_EXPECTED_LOCATION")
+if EXPECTED and not Path(backends.__file__).resolve().is_relative_to(Path(EXPECTED).resolve()):
+    raise pytest.UsageError(f"the package under test is {backends.__file__}, not the build in {EXPECTED}")
+
 hypothesis.settings.register_profile("default", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("default")
 

@@ -1,11 +1,12 @@
 """The ops as torch sees them: schemas, kernels, fakes, autograd and autocast.
 
-    xfa_forward  -> (out, stats)             xfa_backward -> (dq, dk, dv, dtemperature)
+    xfa_forward  -> (out, stats)             xfa_backward -> (dqkv, dtemperature)
     gram         -> (G, ssq_a, ssq_b)        channel_mix  -> y
 
 Tokens are (B, H, N, D) of any strides, temperature is (H,), token_mask (B, N) bool, weights (B, H, O, I), bias and
 add_scale (B, H, O). Results of size N are ``.transpose(1, 2)`` views of fresh (B, N, H, D) buffers. ``stats`` is one
 (B, H, D * D + 2 * D) tensor in the accumulate dtype, meant for the same backend's backward: nothing of size N is saved.
+``dqkv`` is one (3, B, N, H, D) tensor: allocators reuse one large buffer where they give three back to the system.
 ``backend`` names a kernel backend; the reference is not behind an op.
 
 The functions ``xfa``, ``gram`` and ``channel_mix`` below are how :mod:`xformer_kernels.functional` calls the ops. In
@@ -32,7 +33,7 @@ _library.define(
 )
 _library.define(
     "xfa_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor temperature, Tensor stats, Tensor? token_mask,"
-    f" {_CHOICES}) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dtemperature)"
+    f" {_CHOICES}) -> (Tensor dqkv, Tensor dtemperature)"
 )
 _library.define(
     "gram(Tensor a, Tensor b, bool symmetric, Tensor? token_mask, str backend)"
@@ -134,7 +135,8 @@ class _Xfa(torch.autograd.Function):
         if dout is None:
             return (None,) * 10
         args = (dout, *ctx.saved_tensors)
-        return (*_run("xfa_backward", _XfaBackward, args[:5], *args, *ctx.choices), *(None,) * 6)
+        dqkv, dtemperature = _run("xfa_backward", _XfaBackward, args[:5], *args, *ctx.choices)
+        return (*dqkv.transpose(2, 3).unbind(0), dtemperature, *(None,) * 6)
 
 
 class _XfaBackward(torch.autograd.Function):
@@ -148,7 +150,8 @@ class _XfaBackward(torch.autograd.Function):
         return _below_autograd("xfa_backward", dout, q, k, v, temperature, *rest)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, ddqkv: Tensor | None, ddtemperature: Tensor | None) -> tuple[Tensor | None, ...]:
+        grads = (*((None,) * 3 if ddqkv is None else ddqkv.transpose(2, 3).unbind(0)), ddtemperature)
         *tensors, token_mask = ctx.saved_tensors
         map, norm, activation, eps, _ = ctx.choices
         dtype = reference.accumulate_dtype(tensors[1].dtype)
@@ -253,8 +256,8 @@ def _fake_xfa_forward(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 
 def _fake_xfa_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, temperature: Tensor, *_: Any) -> Any:
-    D = q.shape[-1]
-    return *(_token_major(q, D) for _ in range(3)), torch.empty_like(temperature, memory_format=torch.contiguous_format)
+    B, H, N, D = q.shape
+    return q.new_empty((3, B, N, H, D)), torch.empty_like(temperature, memory_format=torch.contiguous_format)
 
 
 def _fake_gram(a: Tensor, b: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:

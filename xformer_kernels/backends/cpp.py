@@ -130,9 +130,10 @@ def xfa_backward(
     norm: str,
     activation: str,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     B, H, N, D = q.shape
-    dq, dk, dv = (_token_major(B, H, N, D, q) for _ in range(3))
+    dqkv = torch.empty((3, B, N, H, D), dtype=q.dtype)
+    dq, dk, dv = dqkv.transpose(2, 3).unbind(0)
     dtemperature = torch.empty((H,), dtype=temperature.dtype)
     _C.xfa_backward(
         (B, H, N, D), _DTYPES[q.dtype], _MAPS[map], _NORMS[norm], _ACTIVATIONS[activation], eps,
@@ -141,4 +142,4 @@ def xfa_backward(
         stats.data_ptr(), torch.get_num_threads(), dout.data_ptr(), dout.stride(),
         dq.data_ptr(), dk.data_ptr(), dv.data_ptr(), dq.stride(), dtemperature.data_ptr(),
     )  # fmt: skip
-    return dq, dk, dv, dtemperature
+    return dqkv, dtemperature
