@@ -55,7 +55,7 @@ struct Plan {
     int64_t blocks = divide_up(most(divide_up(tokens, chunks), 1), widest_block);
     block = int(divide_up(divide_up(most(tokens, 1), chunks), blocks));
     chunk = blocks * block;
-    int64_t fits = most((256 << 10) / matrix, 1), wanted = divide_up(16, most(batch * chunks, 1));
+    int64_t fits = most((256 << 10) / matrix, 1), wanted = divide_up(8, most(batch * chunks, 1));
     groups = least(most(divide_up(heads, fits), wanted), heads);
     group = groups ? divide_up(heads, groups) : 1;
     groups = divide_up(heads, group);
