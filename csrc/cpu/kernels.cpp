@@ -29,7 +29,7 @@ struct Buffer {
 // f(unit, thread) for each unit. Results may depend on the unit alone, so that any number of threads gives the same
 // bits.
 template <class F>
-void parallel_for(int64_t units, int threads, F f) {
+void parallel_for(int64_t units, [[maybe_unused]] int threads, F f) {
 #if defined(_OPENMP)
   if (threads > 1 && units > 1) {
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
