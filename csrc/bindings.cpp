@@ -125,6 +125,8 @@ void xfa_backward(const Strides& sizes, int dtype, int map, int norm, int activa
   call(xk_xfa_backward, p);
 }
 
+void prefer_huge_pages(uintptr_t data, int64_t bytes) { xk_prefer_huge_pages(reinterpret_cast<void*>(data), bytes); }
+
 #ifndef XK_VERSION
 #define XK_VERSION "unknown"
 #endif
@@ -164,6 +166,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("channel_mix", &channel_mix);
   m.def("xfa_forward", &xfa_forward);
   m.def("xfa_backward", &xfa_backward);
+  m.def("prefer_huge_pages", &prefer_huge_pages);
   m.def("cpu_level", &xk_cpu_level);
   m.def("build_info", &build_info);
 }

@@ -113,3 +113,24 @@ def test_peak_memory(shape, dtype, need_backend):
     noise = 4 * MB  # code and allocator pages touched for the first time
     assert forward <= one + B * H * MB + noise, f"{(forward - one) / MB:.1f} MB beside the output"
     assert backward <= 3 * one + B * H * MB + noise, f"{(backward - 3 * one) / MB:.1f} MB beside the gradients"
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="MADV_HUGEPAGE is Linux's")
+def test_large_results_ask_for_huge_pages(need_backend):
+    """Of 32 MiB and more; the wish changes nothing else, and smaller ones are left alone."""
+    need_backend("cpp")
+    from xformer_kernels import _C
+    from xformer_kernels.backends import cpp
+
+    for address, size in ((0, 0), (1 << 20, 1)):
+        _C.prefer_huge_pages(address, size)
+    asked = []
+    original, _C.prefer_huge_pages = _C.prefer_huge_pages, lambda *x: (asked.append(x), original(*x))
+    try:
+        for N in (1000, 2**32 // 2**7):
+            x = torch.ones(1, 1, 1, 1).expand(1, 1, N, 1) if N > 1000 else torch.ones(1, 1, N, 1)
+            y = cpp.channel_mix(x, torch.ones(1, 1, 1, 1), None, None, None, None, None)
+            assert torch.equal(y.flatten(), torch.ones(N))
+    finally:
+        _C.prefer_huge_pages = original
+    assert [size for _, size in asked] == [2**32 // 2**7 * 4]

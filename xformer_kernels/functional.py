@@ -81,7 +81,7 @@ def xfa(
     with ops.without_autocast(q):
         return reference.xfa(
             q, k, v, temperature, map=map, norm=norm, activation=activation, eps=eps, token_mask=token_mask,
-            dropout_p=dropout_p, map_fn=map_fn and _checked(map_fn),
+            dropout_p=dropout_p, map_fn=None if map_fn is None else _checked(map_fn),
         )  # fmt: skip
 
 

@@ -75,6 +75,10 @@ int xk_channel_mix(const xk_channel_mix_args* args);
 int xk_xfa_forward(const xk_xfa_args* args);
 int xk_xfa_backward(const xk_xfa_args* args);
 
+// Asks the system to back fresh memory with huge pages, where it knows how: a large result is otherwise page-faulted
+// 4 KiB at a time, which takes longer than computing it. A wish: it changes no contents and cannot fail.
+void xk_prefer_huge_pages(void* data, int64_t bytes);
+
 // Instruction level in use ("x86_64_v4", ...). Chosen at first use: the best that was built and that this processor
 // has, or the one named by XFORMER_KERNELS_CPU_LEVEL. Empty if that name is unknown or not usable here.
 const char* xk_cpu_level(void);

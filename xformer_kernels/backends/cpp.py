@@ -20,6 +20,8 @@ _MAPS = {"query_key": 0, "key_value": 1}
 _NORMS = {"token": 0, "feature": 1}
 _ACTIVATIONS = {"softmax": 0, "identity": 1}
 _NO_STRIDES = (0, 0, 0, 0)
+# glibc maps tensors above 32 MiB afresh at every call, and smaller ones only until it has seen their size.
+_LARGE = 32 << 20
 _LEVEL = _C.cpu_level()
 
 
@@ -43,8 +45,15 @@ def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype is torch.float64 else torch.float32
 
 
+def _empty(size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    result = torch.empty(size, dtype=dtype)
+    if result.nbytes >= _LARGE:
+        _C.prefer_huge_pages(result.data_ptr(), result.nbytes)
+    return result
+
+
 def _token_major(B: int, H: int, N: int, D: int, like: Tensor) -> Tensor:
-    return torch.empty((B, N, H, D), dtype=like.dtype, device=like.device).transpose(1, 2)
+    return _empty((B, N, H, D), like.dtype).transpose(1, 2)
 
 
 def _mask(token_mask: Tensor | None) -> tuple[int, int, int]:
@@ -132,7 +141,7 @@ def xfa_backward(
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     B, H, N, D = q.shape
-    dqkv = torch.empty((3, B, N, H, D), dtype=q.dtype)
+    dqkv = _empty((3, B, N, H, D), q.dtype)
     dq, dk, dv = dqkv.transpose(2, 3).unbind(0)
     dtemperature = torch.empty((H,), dtype=temperature.dtype)
     _C.xfa_backward(
