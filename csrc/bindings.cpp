@@ -53,7 +53,7 @@ void call(int (*function)(const Args*), const Args& args) {
   }
   if (status == XK_OUT_OF_MEMORY) throw std::bad_alloc();
   if (status != XK_OK) {
-    throw std::runtime_error("xformer_kernels: no usable instruction level (see XFORMER_KERNELS_CPU_LEVEL)");
+    throw std::invalid_argument("xformer_kernels._C: a tensor without features, or no usable instruction level");
   }
 }
 

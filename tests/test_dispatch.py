@@ -74,6 +74,37 @@ def test_named_backend_that_cannot_serve_gives_every_reason(p):
         assert word in str(error.value)
 
 
+def test_no_features_are_for_the_reference(recwarn):
+    """There is nothing to compute; the kernels say so and do not crash."""
+    q, k, v = torch.ones(3, 2, 2, 5, 0, requires_grad=True).unbind(0)
+    t = torch.ones(2)
+    for map in ("query_key", "key_value"):
+        out = xk.xfa(q, k, v, t, map=map)
+        assert out.shape == (2, 2, 5, 0)
+        out.sum().backward()
+    assert xk.gram(q, torch.ones(2, 2, 5, 3))[2].tolist() == torch.full((2, 2, 3), 5.0).tolist()
+    assert xk.channel_mix(q, torch.ones(3, 0), bias=torch.ones(3)).tolist() == torch.ones(2, 2, 5, 3).tolist()
+    assert xk.channel_mix(torch.ones(2, 2, 5, 3), torch.ones(0, 3)).shape == (2, 2, 5, 0)
+    assert "features" in str(xk.explain(q, k, v, t)) or "cannot be imported" in str(xk.explain(q, k, v, t))
+    with pytest.raises(RuntimeError, match="features|imported"):
+        xk.xfa(q, k, v, t, backend="cpp")
+
+
+def test_no_heads(kernel, ran_backend):
+    p = make_problem((2, 5, 0, 3), layout="contiguous", dout="contiguous")
+    with ran_backend(kernel, "xfa_forward", "xfa_backward"):
+        result = p.run(xk.xfa, backend=kernel)
+    assert result["out"].shape == p.q.shape and result["dtemperature"].shape == (0,)
+
+
+@pytest.mark.filterwarnings("ignore:no kernel:RuntimeWarning")
+def test_very_wide_heads_are_for_the_reference(ran_backend):
+    p = make_problem((1, 30, 1, 600), layout="contiguous", dout="contiguous")
+    with ran_backend("reference"):
+        p.check(p.run(xk.xfa))
+    assert "600 features" in str(xk.explain(*args(p))) or "cannot be imported" in str(xk.explain(*args(p)))
+
+
 def test_explain_of_a_named_backend(p, need_backend):
     need_backend("cpp")
     assert "reference" in str(xk.explain(*args(p), backend="reference"))

@@ -175,7 +175,9 @@ def channel_mix(
     weight2 = None if x2 is None or weight2 is None else _broadcast("weight2", weight2, x, heads, (O, x2.shape[-1]))
     bias = None if bias is None else _broadcast("bias", bias, x, heads, (O,))
     add_scale = None if add_scale is None else _broadcast("add_scale", add_scale, x, heads, (O,))
-    name = dispatch.choose(backend, x.device.type, (x.dtype,), _head_dims(x, weight))
+    name = dispatch.choose(
+        backend, x.device.type, (x.dtype,), _head_dims(x, weight, weight.transpose(-2, -1), x if x2 is None else x2)
+    )
     single = x.dim() == 3
     if single:
         x, add, x2 = (None if t is None else t.unsqueeze(1) for t in (x, add, x2))  # type: ignore[assignment]

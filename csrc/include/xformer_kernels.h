@@ -10,6 +10,7 @@
 extern "C" {
 #endif
 
+// XK_BAD_ARGUMENT: a tensor without features (batch, heads and tokens may be 0), or no usable instruction level.
 enum xk_status { XK_OK = 0, XK_OUT_OF_MEMORY = 1, XK_BAD_ARGUMENT = 2 };
 enum xk_dtype { XK_F32 = 0, XK_F64 = 1, XK_BF16 = 2, XK_F16 = 3 };
 enum xk_map { XK_QUERY_KEY = 0, XK_KEY_VALUE = 1 };

@@ -22,11 +22,13 @@ _ACTIVATIONS = {"softmax": 0, "identity": 1}
 _NO_STRIDES = (0, 0, 0, 0)
 # glibc maps tensors above 32 MiB afresh at every call, and smaller ones only until it has seen their size.
 _LARGE = 32 << 20
+# The products add their terms one after another: beyond this many, a blocked matrix product is more accurate.
+_WIDEST = 512
 _LEVEL = _C.cpu_level()
 
 
 def unsupported(device_type: str, dtypes: Iterable[torch.dtype], head_dims: Iterable[int]) -> list[str]:
-    """Every reason why these kernels cannot serve a call; empty when they can. Any head_dim is served."""
+    """Every reason why these kernels cannot serve a call; empty when they can."""
     reasons = []
     if not _LEVEL:
         reasons.append(
@@ -35,6 +37,9 @@ def unsupported(device_type: str, dtypes: Iterable[torch.dtype], head_dims: Iter
         )
     if device_type != "cpu":
         reasons.append(f"tensors are on {device_type}, the kernels run on cpu")
+    bad_dims = [str(dim) for dim in head_dims if not 1 <= dim <= _WIDEST]
+    if bad_dims:
+        reasons.append(f"{', '.join(bad_dims)} features per head, the kernels take 1 to {_WIDEST}")
     bad = [str(dtype) for dtype in dtypes if dtype not in _DTYPES]
     if bad:
         reasons.append(f"dtype {', '.join(bad)} is not one of float32, float64, bfloat16, float16")

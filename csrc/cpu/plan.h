@@ -1,0 +1,141 @@
+// How a (batch, heads, tokens) problem is cut into units of work, and how threads walk them.
+#pragma once
+
+#include <stdlib.h>
+
+#include "pass.h"
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+namespace xk {
+namespace XK_LEVEL {
+namespace {
+
+int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+template <class T>
+struct Buffer {
+  T* data;
+  explicit Buffer(size_t count) : data((T*)aligned_alloc(64, (count * sizeof(T) + 127) / 64 * 64)) {}
+  ~Buffer() { free(data); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+};
+
+// f(unit, thread) for each unit. Results may depend on the unit alone, so that any number of threads gives the same
+// bits.
+template <class F>
+void parallel_for(int64_t units, [[maybe_unused]] int threads, F f) {
+#if defined(_OPENMP)
+  if (threads > 1 && units > 1) {
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+    for (int64_t u = 0; u < units; ++u) f(u, omp_get_thread_num());
+    return;
+  }
+#endif
+  for (int64_t u = 0; u < units; ++u) f(u, 0);
+}
+
+// How a (batch, heads, tokens) problem is cut, from its shape alone. A unit is (batch, group of heads, chunk of
+// tokens): the heads of a token lie side by side in memory, so a unit walks blocks of tokens and, inside, its heads.
+struct Plan {
+  int64_t batch, heads, tokens, chunks, chunk, group, groups;
+  int block;  // tokens packed at a time, at most widest_block
+
+  Plan(int64_t batch, int64_t heads, int64_t tokens, int dim, int widest_block, int itemsize)
+      : batch(batch), heads(heads), tokens(tokens) {
+    const int64_t target = 64, shortest = 1024;
+    int64_t matrix = (int64_t)dim * dim * itemsize;
+    chunks = least(divide_up(target, most(batch, 1)), tokens / shortest);
+    chunks = most(least(chunks, (512 << 10) / matrix), 1);
+    int64_t blocks = divide_up(most(divide_up(tokens, chunks), 1), widest_block);
+    block = int(divide_up(divide_up(most(tokens, 1), chunks), blocks));
+    chunk = blocks * block;
+    int64_t fits = most((256 << 10) / matrix, 1), wanted = divide_up(8, most(batch * chunks, 1));
+    groups = least(most(divide_up(heads, fits), wanted), heads);
+    group = groups ? divide_up(heads, groups) : 1;
+    groups = divide_up(heads, group);
+  }
+  int64_t units() const { return batch * groups * chunks; }
+};
+
+struct Unit {
+  int64_t b, h0, h1, s, n0, n1;
+  Unit(const Plan& p, int64_t u)
+      : b(u / (p.groups * p.chunks)),
+        h0(u / p.chunks % p.groups * p.group),
+        h1(least(h0 + p.group, p.heads)),
+        s(u % p.chunks),
+        n0(s * p.chunk),
+        n1(least(n0 + p.chunk, p.tokens)) {}
+};
+
+// Walks a unit's tokens; make(h) describes the pass of a head.
+template <class T, class F>
+void sweep(const Plan& plan, const Unit& u, int widest, T* scratch, F make) {
+  if (u.n0 >= u.n1) return;
+  Pass<T> pass = make(u.h0);
+  for (int64_t n = u.n0, h = u.h0;;) {
+    int64_t next_h = h + 1 < u.h1 ? h + 1 : u.h0, next_n = next_h > h ? n : n + plan.block;
+    bool more = next_n < u.n1;
+    Pass<T> next = make(next_h);
+    run_block<T>(pass, n, int(least(plan.block, u.n1 - n)), more ? &next : nullptr, next_n, widest, scratch);
+    if (!more) return;
+    pass = next;
+    n = next_n, h = next_h;
+  }
+}
+
+template <class T>
+void zero(T* p, size_t count) {
+  memset(p, 0, count * sizeof(T));
+}
+
+template <class T>
+void sum_chunks(T* first, int64_t chunks, size_t count) {
+  for (int64_t s = 1; s < chunks; ++s)
+    for (size_t i = 0; i < count; i += VL<T>) store(first + i, load(first + i) + load(first + s * count + i));
+}
+
+double load_scalar(const void* p, int64_t i, int dtype) {
+  switch (dtype) {
+    case XK_F64:
+      return ((const double*)p)[i];
+    case XK_BF16:
+      return widen(((const bf16*)p)[i]);
+    case XK_F16:
+      return widen(((const f16*)p)[i]);
+    default:
+      return ((const float*)p)[i];
+  }
+}
+void store_scalar(void* p, int64_t i, int dtype, double x) {
+  switch (dtype) {
+    case XK_F64:
+      ((double*)p)[i] = x;
+      break;
+    case XK_BF16:
+      narrow((bf16*)p + i, float(x));
+      break;
+    case XK_F16:
+      narrow((f16*)p + i, float(x));
+      break;
+    default:
+      ((float*)p)[i] = float(x);
+  }
+}
+
+template <class T>
+void set_mask(Pass<T>& pass, const xk_mask& mask, int64_t b) {
+  if (!mask.data) return;
+  pass.mask = mask.data + b * mask.stride_b;
+  pass.mask_stride = mask.stride_n;
+}
+
+}  // namespace
+}  // namespace XK_LEVEL
+}  // namespace xk

@@ -1,0 +1,48 @@
+"""What the documents say is what is there."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+import xformer_kernels
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_table_of_results_comes_from_the_result_files(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    sys.modules.pop("bench", None)
+    from bench import table
+
+    (folder,) = re.findall(re.escape(table.BEGIN).replace(r"\{\}", "(.*?)"), README)
+    assert table.render(ROOT / folder) in README
+
+
+def test_public_names_are_documented():
+    for name in xformer_kernels.__all__:
+        assert f"`{name}" in README, name
+        assert getattr(xformer_kernels, name).__doc__
+
+
+def test_example_in_the_readme_runs():
+    blocks = re.findall(r"```python\n(.*?)```", README, re.S)
+    assert blocks
+    for block in blocks:
+        if "timm" in block:
+            pytest.importorskip("timm", reason="the README's example of a timm model needs timm")
+        exec(compile(block, "README.md", "exec"), {})
+
+
+def test_commands_in_the_readme_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"^\s*make ([a-z]+)", README, re.M):
+        assert re.search(rf"^{target}:", makefile, re.M), target
+
+
+def test_version_is_in_the_changelog():
+    assert f"## {xformer_kernels.__version__}" in (ROOT / "CHANGELOG.md").read_text()
