@@ -86,7 +86,7 @@ def test_no_features_are_for_the_reference(recwarn):
     assert xk.channel_mix(q, torch.ones(3, 0), bias=torch.ones(3)).tolist() == torch.ones(2, 2, 5, 3).tolist()
     assert xk.channel_mix(torch.ones(2, 2, 5, 3), torch.ones(0, 3)).shape == (2, 2, 5, 0)
     assert "features" in str(xk.explain(q, k, v, t)) or "cannot be imported" in str(xk.explain(q, k, v, t))
-    with pytest.raises(RuntimeError, match="features|imported"):
+    with pytest.raises(RuntimeError, match=r"features|imported"):
         xk.xfa(q, k, v, t, backend="cpp")
 
 
