@@ -31,11 +31,12 @@ lint: setup
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
 	$(BIN)/mypy
 
-# The compiled kernels once more, instrumented, under the tests that reach all of them.
+# The compiled kernels once more, instrumented, under the tests that reach all of them. Warnings are not errors in this
+# build: with sanitizers on, GCC warns of the deliberately undefined values in its own intrinsics.
 SANITIZED := build/sanitized
 SANITIZED_TESTS := tests/test_xfa.py tests/test_primitives.py tests/test_determinism.py
 sanitize: setup
-	XFORMER_KERNELS_SANITIZE=address,undefined XFORMER_KERNELS_REQUIRE_EXTENSION=1 CMAKE_ARGS=$(SANITIZE_CMAKE_ARGS) \
+	XFORMER_KERNELS_SANITIZE=address,undefined XFORMER_KERNELS_REQUIRE_EXTENSION=1 XFORMER_KERNELS_WERROR=0 \
 	  $(BIN)/python setup.py -q build --build-lib $(SANITIZED) --build-temp $(SANITIZED)-objects
 	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
