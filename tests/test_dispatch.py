@@ -137,6 +137,7 @@ BAD_XFA = {
     "v on another device": (lambda p: {"v": p.v.to("meta")}, ValueError, [r"\bv\b", "meta", "cpu"]),
     "integers": (lambda p: {x: getattr(p, x).long() for x in "qkv"}, TypeError, [r"\bq\b", "int64", "float"]),
     "complex": (lambda p: {x: getattr(p, x).cfloat() for x in "qkv"}, TypeError, [r"\bq\b", "complex64", "float"]),
+    "sparse": (lambda p: {"q": p.q.to_sparse()}, TypeError, [r"\bq\b", "sparse_coo", "strided"]),
     "bool": (lambda p: {x: getattr(p, x) > 0 for x in "qkv"}, TypeError, [r"\bq\b", "bool", "float"]),
     "temperature of other heads": (lambda p: {"temperature": torch.ones(2)}, ValueError, ["temperature", "2", "3"]),
     "temperature transposed": (lambda p: {"temperature": torch.ones(1, 1, 3)}, ValueError, ["temperature", r"1, 1, 3"]),

@@ -285,6 +285,28 @@ def test_tensor_subclasses_are_not_taken_for_plain_tensors(kernel, device):
     assert_bitwise(out.as_subclass(torch.Tensor), expected, "subclass")
 
 
+@pytest.mark.filterwarnings("ignore:Casting complex:UserWarning")
+def test_views_that_are_negated_when_read(kernel, device):
+    """The imaginary part of a conjugate has its memory's numbers with the other sign."""
+    p = make_problem((1, 10, 2, 4), device=device)
+    q, k, v = (torch.complex(x, -x).conj().imag for x in (p.q, p.k, p.v))
+    assert q.is_neg()
+    for record in (False, True):
+        out = xk.xfa(q.requires_grad_(record), k, v, p.temperature, backend=kernel)
+        assert_bitwise(out.detach(), xk.xfa(p.q, p.k, p.v, p.temperature, backend=kernel), "negated views")
+
+
+def test_default_device_is_not_that_of_the_results(kernel, device):
+    p = make_problem((1, 10, 2, 4), device=device)
+    expected = p.run(xk.xfa, backend=kernel)
+    G = xk.gram(p.q, p.k, backend=kernel)[0]
+    with torch.device("meta"):
+        result = p.run(xk.xfa, backend=kernel)
+        for name, x in result.items():
+            assert_bitwise(x, expected[name], name)
+        assert_bitwise(xk.gram(p.q, p.k, backend=kernel)[0], G, "G")
+
+
 def test_layer_pickles_and_copies(kernel, device):
     layer = xk.XFA(12, num_heads=3, backend=kernel).to(device)
     x = randn(2, 9, 12, seed=1, device=device)

@@ -55,7 +55,10 @@ _functorch = torch._C._functorch.peek_interpreter_stack
 
 
 def _plain(*tensors: Tensor | None) -> bool:
-    """True if nothing but the kernel has to see this call: no compiler, tracer, mode, transform or tensor subclass."""
+    """True if nothing but the kernel has to see this call.
+
+    No compiler, tracer, mode or transform, no tensor subclass, no view that negates its memory's numbers.
+    """
     return (
         not torch.compiler.is_compiling()
         and not _length_of_dispatch_stack()
@@ -63,7 +66,7 @@ def _plain(*tensors: Tensor | None) -> bool:
         and _functorch() is None
         and torch._C._get_tracing_state() is None
         and torch.autograd.forward_ad._current_level < 0
-        and all(t is None or type(t) in _PLAIN for t in tensors)
+        and all(t is None or (type(t) in _PLAIN and not t.is_neg()) for t in tensors)
     )
 
 

@@ -14,11 +14,13 @@ ACTIVATIONS = ("softmax", "identity")
 
 
 def tensor(name: str, x: Any) -> None:
-    """A floating point tensor."""
+    """A dense floating point tensor."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}: {_short(x)}")
     if not x.is_floating_point():
         raise TypeError(f"{name} must have a floating point dtype, got {x.dtype}")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor (layout torch.strided), got layout {x.layout}")
 
 
 def like(name: str, x: Any, other_name: str, other: Tensor) -> None:

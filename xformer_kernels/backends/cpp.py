@@ -20,6 +20,7 @@ _MAPS = {"query_key": 0, "key_value": 1}
 _NORMS = {"token": 0, "feature": 1}
 _ACTIVATIONS = {"softmax": 0, "identity": 1}
 _NO_STRIDES = (0, 0, 0, 0)
+_CPU = torch.device("cpu")  # said each time: the default device may be another
 # glibc maps tensors above 32 MiB afresh at every call, and smaller ones only until it has seen their size.
 _LARGE = 32 << 20
 # The products add their terms one after another: beyond this many, a blocked matrix product is more accurate.
@@ -51,7 +52,7 @@ def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _empty(size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    result = torch.empty(size, dtype=dtype)
+    result = torch.empty(size, dtype=dtype, device=_CPU)
     if result.nbytes >= _LARGE:
         _C.prefer_huge_pages(result.data_ptr(), result.nbytes)
     return result
@@ -76,8 +77,8 @@ def gram(a: Tensor, b: Tensor, symmetric: bool, token_mask: Tensor | None) -> tu
     B, H, N, Da = a.shape
     Db = b.shape[-1]
     dtype = _accumulate_dtype(a.dtype)
-    G = torch.empty((B, H, Da, Db), dtype=dtype)
-    ssq_a, ssq_b = torch.empty((B, H, Da), dtype=dtype), torch.empty((B, H, Db), dtype=dtype)
+    G = _empty((B, H, Da, Db), dtype)
+    ssq_a, ssq_b = _empty((B, H, Da), dtype), _empty((B, H, Db), dtype)
     _C.gram(
         (B, H, N, Da), Db, _DTYPES[a.dtype], a.data_ptr(), a.stride(), b.data_ptr(), b.stride(), symmetric,
         *_mask(token_mask), G.data_ptr(), ssq_a.data_ptr(), ssq_b.data_ptr(), torch.get_num_threads(),
@@ -122,7 +123,7 @@ def xfa_forward(
 ) -> tuple[Tensor, Tensor]:
     B, H, N, D = q.shape
     out = _token_major(B, H, N, D, q)
-    stats = torch.empty((B, H, D * D + 2 * D), dtype=_accumulate_dtype(q.dtype))
+    stats = _empty((B, H, D * D + 2 * D), _accumulate_dtype(q.dtype))
     _C.xfa_forward(
         (B, H, N, D), _DTYPES[q.dtype], _MAPS[map], _NORMS[norm], _ACTIVATIONS[activation], eps,
         q.data_ptr(), q.stride(), k.data_ptr(), k.stride(), v.data_ptr(), v.stride(),
@@ -148,7 +149,7 @@ def xfa_backward(
     B, H, N, D = q.shape
     dqkv = _empty((3, B, N, H, D), q.dtype)
     dq, dk, dv = dqkv.transpose(2, 3).unbind(0)
-    dtemperature = torch.empty((H,), dtype=temperature.dtype)
+    dtemperature = _empty((H,), temperature.dtype)
     _C.xfa_backward(
         (B, H, N, D), _DTYPES[q.dtype], _MAPS[map], _NORMS[norm], _ACTIVATIONS[activation], eps,
         q.data_ptr(), q.stride(), k.data_ptr(), k.stride(), v.data_ptr(), v.stride(),
