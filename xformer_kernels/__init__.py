@@ -9,8 +9,9 @@
 ``python -m xformer_kernels.info`` prints what was built and what runs here.
 """
 
+from xformer_kernels import integrations
 from xformer_kernels.functional import channel_mix, explain, gram, xfa
 from xformer_kernels.nn import XFA
 
 __version__ = "0.1.0"
-__all__ = ["XFA", "channel_mix", "explain", "gram", "xfa"]
+__all__ = ["XFA", "channel_mix", "explain", "gram", "integrations", "xfa"]
