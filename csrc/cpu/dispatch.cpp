@@ -1,4 +1,4 @@
-// Chooses the instruction level once and forwards the C API to it.
+// Chooses the instruction level and forwards the C API to it.
 #include <stdlib.h>
 #include <string.h>
 
@@ -23,6 +23,9 @@
 
 #ifdef XK_HAVE_x86_64_v4
 XK_DECLARE(x86_64_v4)
+#endif
+#ifdef XK_HAVE_x86_64_v4_256
+XK_DECLARE(x86_64_v4_256)
 #endif
 #ifdef XK_HAVE_x86_64_v3
 XK_DECLARE(x86_64_v3)
@@ -63,6 +66,9 @@ const Level kLevels[] = {
 #ifdef XK_HAVE_x86_64_v4
     XK_ENTRY(x86_64_v4, has_v4),
 #endif
+#ifdef XK_HAVE_x86_64_v4_256
+    XK_ENTRY(x86_64_v4_256, has_v4),
+#endif
 #ifdef XK_HAVE_x86_64_v3
     XK_ENTRY(x86_64_v3, has_v3),
 #endif
@@ -74,12 +80,14 @@ const Level kLevels[] = {
 #endif
 };
 
+const char* asked() {
+  const char* name = getenv("XFORMER_KERNELS_CPU_LEVEL");
+  return name && *name ? name : nullptr;
+}
+
 const Level* choose() {
-  const char* asked = getenv("XFORMER_KERNELS_CPU_LEVEL");
-  for (const Level& level : kLevels) {
-    if (asked && *asked && strcmp(asked, level.name) != 0) continue;
-    if (level.usable()) return &level;
-  }
+  for (const Level& level : kLevels)
+    if ((!asked() || strcmp(asked(), level.name) == 0) && level.usable()) return &level;
   return nullptr;
 }
 
@@ -88,12 +96,42 @@ const Level* level() {
   return chosen;
 }
 
+// Zen 4 computes 512-bit instructions in two turns of 256-bit units: there, half registers cost half, and take over
+// where whole ones would be padded further. Null on other processors, or if a level was asked for by name.
+const Level* choose_half() {
+#ifdef XK_HAVE_x86_64_v4_256
+  if (level() && !asked() && strcmp(level()->name, "x86_64_v4") == 0 && __builtin_cpu_is("amdfam19h"))
+    for (const Level& half : kLevels)
+      if (strcmp(half.name, "x86_64_v4_256") == 0) return &half;
+#endif
+  return nullptr;
+}
+
+// The level for products with `columns` columns of a dtype: by them alone, so that a shape always gives the same bits.
+const Level* level_for(int64_t columns, int32_t dtype) {
+  static const Level* const half = choose_half();
+  const int64_t whole = dtype == XK_F64 ? 8 : 16;
+  return half && (columns + whole / 2 - 1) / (whole / 2) % 2 ? half : level();
+}
+
 }  // namespace
 
 extern "C" {
 const char* xk_cpu_level(void) { return level() ? level()->name : ""; }
-int xk_gram(const xk_gram_args* args) { return level() ? level()->gram(args) : XK_BAD_ARGUMENT; }
-int xk_channel_mix(const xk_channel_mix_args* args) { return level() ? level()->channel_mix(args) : XK_BAD_ARGUMENT; }
-int xk_xfa_forward(const xk_xfa_args* args) { return level() ? level()->xfa_forward(args) : XK_BAD_ARGUMENT; }
-int xk_xfa_backward(const xk_xfa_args* args) { return level() ? level()->xfa_backward(args) : XK_BAD_ARGUMENT; }
+int xk_gram(const xk_gram_args* args) {
+  const Level* l = level_for(args->dim_b, args->b.dtype);
+  return l ? l->gram(args) : XK_BAD_ARGUMENT;
+}
+int xk_channel_mix(const xk_channel_mix_args* args) {
+  const Level* l = level_for(args->dim_out, args->y.dtype);
+  return l ? l->channel_mix(args) : XK_BAD_ARGUMENT;
+}
+int xk_xfa_forward(const xk_xfa_args* args) {
+  const Level* l = level_for(args->dim, args->q.dtype);
+  return l ? l->xfa_forward(args) : XK_BAD_ARGUMENT;
+}
+int xk_xfa_backward(const xk_xfa_args* args) {
+  const Level* l = level_for(args->dim, args->q.dtype);
+  return l ? l->xfa_backward(args) : XK_BAD_ARGUMENT;
+}
 }

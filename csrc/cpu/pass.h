@@ -218,7 +218,6 @@ void run_block(const Pass<T>& pass, int64_t first, int tokens, const Pass<T>* ne
   const Gram<T>& gram = pass.gram;
   if (gram.g) used_packed[gram.a] = used_packed[gram.b] = true;
   for (int m = 0; m < pass.mixes; ++m) {
-    if (pass.mix[m].add >= 0) used_packed[pass.mix[m].add] = true;
     if (pass.mix[m].unit >= 0) used_packed[pass.mix[m].unit] = true;
   }
   auto ahead = [&](const Operand& o) {
@@ -257,7 +256,7 @@ void run_block(const Pass<T>& pass, int64_t first, int tokens, const Pass<T>* ne
     MixTile<T> t{};
     t.ahead0 = next && mix.ahead >= 0 ? ahead(next->in[mix.ahead]) : Ahead{};
     t.ahead1 = next ? ahead(next->mix[m].y) : Ahead{};
-    // An operand that need not be packed is read where it lies, one broadcast per element.
+    // An operand that need not be packed is read where it lies.
     auto source = [&](int i, const T*& x, ptrdiff_t& row, ptrdiff_t& k, ptrdiff_t& K) {
       const Operand& o = pass.in[i];
       K = o.dim;
@@ -272,10 +271,8 @@ void run_block(const Pass<T>& pass, int64_t first, int tokens, const Pass<T>* ne
     t.ldw = ld;
     t.bias = mix.bias;
     t.scale = mix.scale;
-    if (mix.add >= 0) {
-      t.add = packed[mix.add];
-      t.ld_add = padded<T>(pass.in[mix.add].dim);
-    }
+    ptrdiff_t unit = 1, columns;
+    if (mix.add >= 0) source(mix.add, t.add, t.ld_add, unit, columns);
     if (mix.unit < 0) {
       t.y = y;
       t.ldy = mix.y.stride_n;

@@ -12,7 +12,7 @@
 namespace xk {
 namespace XK_LEVEL {
 
-constexpr int kMaxNR = kRegisters >= 32 ? 4 : 3;
+constexpr int kMaxNR = kRegisters >= 32 ? 5 : 3;
 // Rows of a tile with nr vectors of columns, the last of them shared by `sharing` rows.
 constexpr int max_rows(int nr, int sharing = 1) {
   int rows = sharing == 1 ? (kRegisters - 1 - nr) / nr : (kRegisters - 3 - nr) * sharing / (sharing * (nr - 1) + 1);
@@ -31,7 +31,9 @@ struct Cut {
 
 // Cache lines of the next block of tokens, asked for one per step of k while this block is multiplied: memory and
 // arithmetic take about as long as each other, and rows of a head are too short and too far apart for the hardware to
-// guess. One line of `rows` tokens after another; when all `lines` of a token have been asked for, nothing more.
+// guess. One line of `rows` tokens after another; when all `lines` of a token have been asked for, nothing more. They
+// go to the second-level cache: rows a power of two apart would push each other, and the block at hand, out of the
+// first.
 struct Ahead {
   const char* base = nullptr;  // first token
   ptrdiff_t row = 0;           // bytes from token to token
@@ -90,17 +92,17 @@ XK_INLINE void accumulate(V<T> (&acc)[MR][NR], const T* a, ptrdiff_t row_stride,
     if (line < ahead0.lines) next0 = ahead0.base + line * 64, step0 = ahead0.row;
     if (line < ahead1.lines) next1 = ahead1.base + line * 64, step1 = ahead1.row;
     for (; k < stop; ++k, b += ldb, next0 += step0, next1 += step1) {
-      __builtin_prefetch(next0, 0, 3);
-      __builtin_prefetch(next1, 0, 3);
+      __builtin_prefetch(next0, 0, 2);
+      __builtin_prefetch(next1, 0, 2);
       V<T> row[NR], mixed{};
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int c = 0; c < NR; ++c) row[c] = load(b + c * VL<T>);
       if constexpr (G > 1) row[NR - 1] = Shared<T, G>::template unslot<0>(row[NR - 1], lanes);
 #pragma GCC unroll 16
       for (int r = 0; r < MR; ++r) {
         V<T> x = broadcast(*(const T*)(p[r / 3] + (r % 3) * row_bytes));
         if constexpr (G > 1) XK_OPAQUE(x);  // seen through, `choose` becomes more instructions than it saves
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int c = 0; c < own; ++c) acc[r][c] += x * row[c];
         if constexpr (G > 1) {
           if (r % G == 0) mixed = x;
@@ -144,12 +146,12 @@ void gram_tile(const GramTile<T>& t) {
   V<T> acc[MR][NR];
 #pragma GCC unroll 16
   for (int r = 0; r < MR; ++r)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int c = 0; c < NR; ++c) acc[r][c] = V<T>{};
   accumulate<T, MR, NR, G>(acc, t.a, 1, t.lda, t.b, t.ldb, t.tokens, t.ahead0, t.ahead1, t.tokens, t.line);
 #pragma GCC unroll 16
   for (int r = 0; r < MR; ++r)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int c = 0; c < NR; ++c) {
       T* g = t.g + r * t.ldg + c * VL<T>;
       store(g, load(g) + acc[r][c]);
@@ -157,8 +159,8 @@ void gram_tile(const GramTile<T>& t) {
 }
 
 // y[n, o] = bias[o] + scale[o] * add[n, o] + sum_k x[n, k] w[k, o] (+ the same with x2, w2) for MR tokens.
-// x may have any strides; w, bias, scale and add are padded to whole vectors; y has unit stride along o, and its last
-// vector has `last_lanes` columns.
+// x may have any strides; w, bias and scale are padded to whole vectors; add and y have unit stride along o, and their
+// last vector has `last_lanes` columns.
 template <class T>
 struct MixTile {
   const T* x;
@@ -180,7 +182,7 @@ template <class T, int MR, int NR, class S>
 XK_INLINE void store_tile(V<T> (&acc)[MR][NR], S* y, ptrdiff_t ldy, int last_lanes) {
 #pragma GCC unroll 16
   for (int r = 0; r < MR; ++r) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int c = 0; c < NR - 1; ++c) store(y + r * ldy + c * VL<T>, acc[r][c]);
     if (last_lanes == VL<T>)
       store(y + r * ldy + (NR - 1) * VL<T>, acc[r][NR - 1]);
@@ -192,18 +194,24 @@ XK_INLINE void store_tile(V<T> (&acc)[MR][NR], S* y, ptrdiff_t ldy, int last_lan
 template <class T, int MR, int NR, int G>
 void mix_tile(const MixTile<T>& t) {
   V<T> acc[MR][NR];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int c = 0; c < NR; ++c) {
     V<T> start = t.bias ? load(t.bias + c * VL<T>) : V<T>{};
 #pragma GCC unroll 16
     for (int r = 0; r < MR; ++r) acc[r][c] = start;
   }
   if (t.add) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int c = 0; c < NR; ++c) {
       V<T> scale = t.scale ? load(t.scale + c * VL<T>) : broadcast(T(1));
+      const T* add = t.add + c * VL<T>;
+      if (c < NR - 1 || t.last_lanes == VL<T>) {
 #pragma GCC unroll 16
-      for (int r = 0; r < MR; ++r) acc[r][c] += scale * load(t.add + r * t.ld_add + c * VL<T>);
+        for (int r = 0; r < MR; ++r) acc[r][c] += scale * load(add + r * t.ld_add);
+      } else {
+#pragma GCC unroll 16
+        for (int r = 0; r < MR; ++r) acc[r][c] += scale * load(add + r * t.ld_add, t.last_lanes);
+      }
     }
   }
   accumulate<T, MR, NR, G>(acc, t.x, t.x_row, t.x_k, t.w, t.ldw, t.K, t.ahead0, t.ahead1, MR, 0);
@@ -221,21 +229,24 @@ struct Tiles {
   void (*mix[3][kMaxNR][16])(const MixTile<T>&) = {};
 
   template <int S, int NR, int MR>
-  constexpr void fill() {
+  constexpr void fill_rows() {
     constexpr int G = 1 << S;
-    gram[S][NR - 1][MR - 1] = gram_tile<T, MR, NR, G>;
-    mix[S][NR - 1][MR - 1] = mix_tile<T, MR, NR, G>;
-    if constexpr (MR + G <= max_rows(NR, G)) fill<S, NR, MR + G>();
+    if constexpr (MR <= max_rows(NR, G)) {
+      gram[S][NR - 1][MR - 1] = gram_tile<T, MR, NR, G>;
+      mix[S][NR - 1][MR - 1] = mix_tile<T, MR, NR, G>;
+      fill_rows<S, NR, MR + G>();
+    }
   }
-  template <int S>
-  constexpr void fill_sharing() {
-    fill<S, 1, (1 << S)>();
-    fill<S, 2, (1 << S)>();
-    fill<S, 3, (1 << S)>();
-    if constexpr (kMaxNR == 4 && max_rows(4, 1 << S) >= (1 << S)) fill<S, 4, (1 << S)>();
-    if constexpr (S + 1 < kSharing) fill_sharing<S + 1>();
+  template <int S, int NR = 1>
+  constexpr void fill() {
+    fill_rows<S, NR, (1 << S)>();
+    if constexpr (NR < kMaxNR) fill<S, NR + 1>();
   }
-  constexpr Tiles() { fill_sharing<0>(); }
+  constexpr Tiles() {
+    fill<0>();
+    if constexpr (kSharing > 1) fill<1>();
+    if constexpr (kSharing > 2) fill<2>();
+  }
 };
 
 template <class T>

@@ -27,7 +27,12 @@
 namespace xk {
 namespace XK_LEVEL {
 
-#if defined(__AVX512F__)
+// XK_VECTOR_BYTES=32: half of each register, where 512-bit instructions are there but no faster (see dispatch.cpp).
+#if defined(__AVX512F__) && defined(XK_VECTOR_BYTES)
+constexpr int kVectorBytes = XK_VECTOR_BYTES, kRegisters = 32;
+static_assert(kVectorBytes == 32);
+#elif defined(__AVX512F__)
+#define XK_512
 constexpr int kVectorBytes = 64, kRegisters = 32;
 #elif defined(__AVX__)
 constexpr int kVectorBytes = 32, kRegisters = 16;
@@ -103,7 +108,7 @@ XK_INLINE V<T> broadcast(T x) {
 XK_INLINE V<float> load(const float* p) { return *(const typename VectorOf<float, kVectorBytes>::unaligned*)p; }
 XK_INLINE V<double> load(const double* p) { return *(const typename VectorOf<double, kVectorBytes>::unaligned*)p; }
 // 16-bit lanes to and from the low halves of 32-bit lanes (GCC 12 splits the generic conversion in two).
-#if defined(__AVX512F__)
+#if defined(XK_512)
 XK_INLINE VU32 extend(VU16 x) { return (VU32)_mm512_cvtepu16_epi32((__m256i)x); }
 XK_INLINE VU16 truncate(VU32 x) { return (VU16)_mm512_cvtepi32_epi16((__m512i)x); }
 #else
@@ -123,7 +128,7 @@ XK_INLINE VU16 narrow_bf16(V<float> x) {
 }
 XK_INLINE void store(bf16* p, V<float> x) { *(VU16u*)p = narrow_bf16(x); }
 
-#if defined(__AVX512F__)
+#if defined(XK_512)
 XK_INLINE V<float> load(const f16* p) { return (V<float>)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
 XK_INLINE void store(f16* p, V<float> x) {
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
@@ -145,7 +150,7 @@ XK_INLINE void store(f16* p, V<float> x) {
 #endif
 
 // First n lanes (0 < n <= VL); the others are zero on load and untouched in memory on store.
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#if defined(XK_512)
 XK_INLINE V<float> load(const float* p, int n) { return (V<float>)_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p); }
 XK_INLINE V<double> load(const double* p, int n) {
   return (V<double>)_mm512_maskz_loadu_pd(__mmask8((1u << n) - 1), p);
@@ -164,6 +169,25 @@ XK_INLINE void store(bf16* p, V<float> x, int n) {
 XK_INLINE void store(f16* p, V<float> x, int n) {
   _mm256_mask_storeu_epi16(p, __mmask16((1u << n) - 1),
                            _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+#elif defined(__AVX512F__)
+XK_INLINE V<float> load(const float* p, int n) { return (V<float>)_mm256_maskz_loadu_ps(__mmask8((1u << n) - 1), p); }
+XK_INLINE V<double> load(const double* p, int n) {
+  return (V<double>)_mm256_maskz_loadu_pd(__mmask8((1u << n) - 1), p);
+}
+XK_INLINE V<float> load(const bf16* p, int n) {
+  return widen_bf16((VU16)_mm_maskz_loadu_epi16(__mmask8((1u << n) - 1), p));
+}
+XK_INLINE V<float> load(const f16* p, int n) {
+  return (V<float>)_mm256_cvtph_ps(_mm_maskz_loadu_epi16(__mmask8((1u << n) - 1), p));
+}
+XK_INLINE void store(float* p, V<float> x, int n) { _mm256_mask_storeu_ps(p, __mmask8((1u << n) - 1), (__m256)x); }
+XK_INLINE void store(double* p, V<double> x, int n) { _mm256_mask_storeu_pd(p, __mmask8((1u << n) - 1), (__m256d)x); }
+XK_INLINE void store(bf16* p, V<float> x, int n) {
+  _mm_mask_storeu_epi16(p, __mmask8((1u << n) - 1), (__m128i)narrow_bf16(x));
+}
+XK_INLINE void store(f16* p, V<float> x, int n) {
+  _mm_mask_storeu_epi16(p, __mmask8((1u << n) - 1), _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
 }
 #else
 #if defined(__AVX2__)

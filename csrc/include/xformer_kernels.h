@@ -81,7 +81,8 @@ int xk_xfa_backward(const xk_xfa_args* args);
 void xk_prefer_huge_pages(void* data, int64_t bytes);
 
 // Instruction level in use ("x86_64_v4", ...). Chosen at first use: the best that was built and that this processor
-// has, or the one named by XFORMER_KERNELS_CPU_LEVEL. Empty if that name is unknown or not usable here.
+// has, or the one named by XFORMER_KERNELS_CPU_LEVEL. Empty if that name is unknown or not usable here. Beside
+// x86_64_v4, some numbers of features are computed by x86_64_v4_256 where that is faster.
 const char* xk_cpu_level(void);
 
 #ifdef __cplusplus
