@@ -24,8 +24,8 @@
 #ifdef XK_HAVE_x86_64_v4
 XK_DECLARE(x86_64_v4)
 #endif
-#ifdef XK_HAVE_x86_64_v4_256
-XK_DECLARE(x86_64_v4_256)
+#ifdef XK_HAVE_zen4
+XK_DECLARE(zen4)
 #endif
 #ifdef XK_HAVE_x86_64_v3
 XK_DECLARE(x86_64_v3)
@@ -49,6 +49,7 @@ namespace {
   return has_v3() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
+[[maybe_unused]] bool has_zen4() { return has_v4() && __builtin_cpu_supports("avx512bf16"); }
 #endif
 [[maybe_unused]] bool always() { return true; }
 
@@ -66,8 +67,8 @@ const Level kLevels[] = {
 #ifdef XK_HAVE_x86_64_v4
     XK_ENTRY(x86_64_v4, has_v4),
 #endif
-#ifdef XK_HAVE_x86_64_v4_256
-    XK_ENTRY(x86_64_v4_256, has_v4),
+#ifdef XK_HAVE_zen4
+    XK_ENTRY(zen4, has_zen4),
 #endif
 #ifdef XK_HAVE_x86_64_v3
     XK_ENTRY(x86_64_v3, has_v3),
@@ -97,21 +98,22 @@ const Level* level() {
 }
 
 // Zen 4 computes 512-bit instructions in two turns of 256-bit units: there, half registers cost half, and take over
-// where whole ones would be padded further. Null on other processors, or if a level was asked for by name.
-const Level* choose_half() {
-#ifdef XK_HAVE_x86_64_v4_256
-  if (level() && !asked() && strcmp(level()->name, "x86_64_v4") == 0 && __builtin_cpu_is("amdfam19h"))
-    for (const Level& half : kLevels)
-      if (strcmp(half.name, "x86_64_v4_256") == 0) return &half;
+// where whole ones would be padded further, and for bf16, which they multiply by pairs. Null on other processors, or if
+// a level was asked for by name.
+const Level* choose_zen4() {
+#ifdef XK_HAVE_zen4
+  if (level() && !asked() && __builtin_cpu_is("amdfam19h") && has_zen4())
+    for (const Level& zen4 : kLevels)
+      if (strcmp(zen4.name, "zen4") == 0) return &zen4;
 #endif
   return nullptr;
 }
 
 // The level for products with `columns` columns of a dtype: by them alone, so that a shape always gives the same bits.
 const Level* level_for(int64_t columns, int32_t dtype) {
-  static const Level* const half = choose_half();
-  const int64_t whole = dtype == XK_F64 ? 8 : 16;
-  return half && (columns + whole / 2 - 1) / (whole / 2) % 2 ? half : level();
+  static const Level* const zen4 = choose_zen4();
+  const int64_t half = dtype == XK_F64 ? 4 : 8;
+  return zen4 && (dtype == XK_BF16 || (columns + half - 1) / half % 2) ? zen4 : level();
 }
 
 }  // namespace

@@ -16,8 +16,6 @@ XK_INLINE int padded(int dim) {
   return (dim + VL<T> - 1) / VL<T> * VL<T>;
 }
 
-XK_INLINE int itemsize(int dtype) { return dtype == XK_F64 ? 8 : dtype == XK_F32 ? 4 : 2; }
-
 struct Operand {
   const char* data = nullptr;  // first token, first feature
   int64_t stride_n = 0, stride_d = 0;
@@ -64,6 +62,10 @@ struct Pass {
   const uint8_t* mask = nullptr;
   int64_t mask_stride = 0;
   T eps = 0;
+  // bf16 by pairs: the operands of the Gram are packed by pairs of tokens, those of mixes are read where they lie as
+  // pairs of features, and their W has pairs of rows. For bf16 rows of unit stride, an even number of features and an
+  // even distance between tokens, no mask and no unit_rows.
+  bool pairs = false;
 };
 
 template <class T>
@@ -128,6 +130,36 @@ void pack_transposed(const S* p, int64_t stride_d, int tokens, int dim, T* out, 
 #pragma GCC unroll 16
       for (int i = 0; i < VL<T>; ++i)
         if (i < lanes) store(to + (ptrdiff_t)i * ld, x[i]);
+    }
+}
+
+// Row n of out: (token 2n, token 2n + 1) of every feature. After an odd last token comes a zero.
+template <bool Squares>
+void pack_pairs(const bf16* p, int64_t stride_n, int tokens, int dim, float* out, int ld, float* ssq) {
+  constexpr int L = VL<float>;
+  for (int c = 0; c < ld; c += L) {
+    int lanes = dim - c < L ? dim - c : L;
+    V<float> squares{};
+    for (int n = 0; n < tokens; n += 2) {
+      const bf16 *first = p + n * stride_n + c, *second = first + stride_n;
+      VU32 pair = lanes == L ? bits(first) : bits(first, lanes);
+      if (n + 1 < tokens) pair |= (lanes == L ? bits(second) : bits(second, lanes)) << 16;
+      store(out + (ptrdiff_t)(n / 2) * ld + c, (V<float>)pair);
+      if (!Squares) continue;
+      squares += first_of_pair(pair) * first_of_pair(pair);
+      squares += second_of_pair(pair) * second_of_pair(pair);
+    }
+    if (Squares) store(ssq + c, load(ssq + c) + squares);
+  }
+}
+
+// W by pairs of its rows, in place: row i becomes (row 2i, row 2i + 1), rounded to bf16.
+inline void pair_rows(float* w, int dim, int ld) {
+  for (int i = 0; i < dim / 2; ++i)
+    for (int c = 0; c < ld; c += VL<float>) {
+      const float* row = w + (ptrdiff_t)(2 * i) * ld + c;
+      VU32 pair = extend(narrow_bf16(load(row))) | extend(narrow_bf16(load(row + ld))) << 16;
+      store(w + (ptrdiff_t)i * ld + c, (V<float>)pair);
     }
 }
 
@@ -226,9 +258,23 @@ void run_block(const Pass<T>& pass, int64_t first, int tokens, const Pass<T>* ne
     ptrdiff_t used = o.stride_d == 1 ? o.dim * size : o.stride_n == 1 ? tokens * size : 0;
     return Ahead{base, row, used ? (((ptrdiff_t)base & 63) + used + 63) / 64 : 0};
   };
+  constexpr bool kMayPair = kPairs && sizeof(T) == sizeof(float);
+  const bool pairs = kMayPair && pass.pairs;
   for (int i = 0; i < pass.operands; ++i) {
     packed[i] = scratch + i * block;
     norms[i] = staged + block + i * block_tokens<T>(widest);
+    if constexpr (kMayPair)
+      if (pairs) {
+        if (!used_packed[i] && !pass.ssq[i]) continue;
+        const Operand& o = pass.in[i];
+        const bf16* p = (const bf16*)o.data + first * o.stride_n;
+        int ld = padded<T>(o.dim);
+        if (pass.ssq[i])
+          pack_pairs<true>(p, o.stride_n, tokens, o.dim, packed[i], ld, pass.ssq[i]);
+        else
+          pack_pairs<false>(p, o.stride_n, tokens, o.dim, packed[i], ld, nullptr);
+        continue;
+      }
     used_packed[i] = used_packed[i] || pass.ssq[i] || pass.in[i].unit_rows || pass.in[i].dtype != kNative<T> ||
                      pass.in[i].stride_d != 1;
     if (used_packed[i]) pack(pass, i, first, tokens, packed[i], norms[i]);
@@ -246,7 +292,12 @@ void run_block(const Pass<T>& pass, int64_t first, int tokens, const Pass<T>* ne
                   next ? ahead(next->in[gram.a]) : Ahead{},
                   next && gram.a != gram.b ? ahead(next->in[gram.b]) : Ahead{},
                   0};
-    gram_block(t, dim_a, dim_b, gram.a == gram.b);
+    if constexpr (kMayPair)
+      if (pairs) {
+        t.tokens = (tokens + 1) / 2;
+        gram_block<T, true>(t, dim_a, dim_b, false);
+      }
+    if (!pairs) gram_block(t, dim_a, dim_b, gram.a == gram.b);
   }
 
   for (int m = 0; m < pass.mixes; ++m) {
@@ -257,12 +308,13 @@ void run_block(const Pass<T>& pass, int64_t first, int tokens, const Pass<T>* ne
     t.ahead0 = next && mix.ahead >= 0 ? ahead(next->in[mix.ahead]) : Ahead{};
     t.ahead1 = next ? ahead(next->mix[m].y) : Ahead{};
     // An operand that need not be packed is read where it lies.
+    auto in_place = [&](int i) { return pass.in[i].data + first * pass.in[i].stride_n * itemsize(pass.in[i].dtype); };
     auto source = [&](int i, const T*& x, ptrdiff_t& row, ptrdiff_t& k, ptrdiff_t& K) {
       const Operand& o = pass.in[i];
-      K = o.dim;
-      x = used_packed[i] ? packed[i] : (const T*)o.data + first * o.stride_n;
-      row = used_packed[i] ? padded<T>(o.dim) : o.stride_n;
-      k = used_packed[i] ? 1 : o.stride_d;
+      K = pairs ? o.dim / 2 : o.dim;
+      x = used_packed[i] && !pairs ? packed[i] : (const T*)in_place(i);
+      row = pairs ? o.stride_n / 2 : used_packed[i] ? padded<T>(o.dim) : o.stride_n;
+      k = pairs || used_packed[i] ? 1 : o.stride_d;
     };
     source(mix.x, t.x, t.x_row, t.x_k, t.K);
     if (mix.x2 >= 0) source(mix.x2, t.x2, t.x2_row, t.x2_k, t.K2);
@@ -271,13 +323,20 @@ void run_block(const Pass<T>& pass, int64_t first, int tokens, const Pass<T>* ne
     t.ldw = ld;
     t.bias = mix.bias;
     t.scale = mix.scale;
-    ptrdiff_t unit = 1, columns;
-    if (mix.add >= 0) source(mix.add, t.add, t.ld_add, unit, columns);
+    if (mix.add >= 0) {
+      const Operand& o = pass.in[mix.add];
+      bool lies = o.stride_d == 1;
+      t.add = lies ? (const void*)in_place(mix.add) : packed[mix.add];
+      t.ld_add = lies ? o.stride_n : padded<T>(o.dim);
+      t.add_dtype = lies ? o.dtype : kNative<T>;
+    }
     if (mix.unit < 0) {
       t.y = y;
       t.ldy = mix.y.stride_n;
       t.dtype = mix.y.dtype;
-      mix_block(t, tokens, mix.y.dim, size);
+      if constexpr (kMayPair)
+        if (pairs) mix_block<T, true>(t, tokens, mix.y.dim, size);
+      if (!pairs) mix_block(t, tokens, mix.y.dim, size);
     } else {
       t.y = staged;
       t.ldy = ld;

@@ -53,7 +53,7 @@ struct Plan {
     chunks = least(divide_up(target, most(batch, 1)), tokens / shortest);
     chunks = most(least(chunks, (512 << 10) / matrix), 1);
     int64_t blocks = divide_up(most(divide_up(tokens, chunks), 1), widest_block);
-    block = int(divide_up(divide_up(most(tokens, 1), chunks), blocks));
+    block = int(divide_up(divide_up(divide_up(most(tokens, 1), chunks), blocks), 4) * 4);  // few odd tiles at its end
     chunk = blocks * block;
     int64_t fits = most((256 << 10) / matrix, 1), wanted = divide_up(8, most(batch * chunks, 1));
     groups = least(most(divide_up(heads, fits), wanted), heads);

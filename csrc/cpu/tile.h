@@ -2,7 +2,8 @@
 //
 //     acc[r][c] += a[r, k] * b[k, c]        r < MR rows, c < NR vectors of columns, k < K
 //
-// with a broadcast element by element and b read by vectors. A Gram tile has features as rows and tokens as k; a mix
+// with a broadcast element by element and b read by vectors. (PAIRS: the elements are pairs of bf16, and their products
+// sums of two; everything else is the same.) A Gram tile has features as rows and tokens as k; a mix
 // tile has tokens as rows and input features as k. MR * NR accumulators, NR vectors of b and one broadcast fit the
 // registers. Rows and column vectors of a product are cut into tiles of almost equal size (`Cut`).
 #pragma once
@@ -61,8 +62,23 @@ struct Shared {
   }
 };
 
+template <bool PAIRS, class A>
+XK_INLINE A add_product(A sum, A a, A b) {
+  if constexpr (PAIRS)
+    return add_product_of_pairs(sum, a, b);
+  else
+    return sum + a * b;
+}
+template <class T, bool PAIRS>
+XK_INLINE V<T> spread(const char* p) {
+  if constexpr (PAIRS)
+    return (V<T>)(*(const uint32_t*)p - VU32{});
+  else
+    return broadcast(*(const T*)p);
+}
+
 // rows: how many tokens each line is fetched for; line: the first one. G > 1: the last of the NR vectors is shared.
-template <class T, int MR, int NR, int G = 1>
+template <class T, bool PAIRS, int MR, int NR, int G = 1>
 XK_INLINE void accumulate(V<T> (&acc)[MR][NR], const T* a, ptrdiff_t row_stride, ptrdiff_t k_stride, const T* b,
                           ptrdiff_t ldb, ptrdiff_t K, Ahead ahead0, Ahead ahead1, ptrdiff_t rows, ptrdiff_t line) {
   constexpr typename FirstLanes<VL<T>>::type lanes{};
@@ -85,31 +101,36 @@ XK_INLINE void accumulate(V<T> (&acc)[MR][NR], const T* a, ptrdiff_t row_stride,
   const ptrdiff_t row_bytes = row_stride * sizeof(T), k_bytes = k_stride * sizeof(T);
 #pragma GCC unroll 16
   for (int g = 0; g < kPointers; ++g) p[g] = (const char*)a + 3 * g * row_bytes;
+  constexpr int at_once = PAIRS ? 2 : 1;  // lines of each operand per step: a step is worth two tokens, or features
+  const ptrdiff_t steps = (rows + at_once - 1) / at_once;
   for (ptrdiff_t k = 0; k < K; ++line) {
-    ptrdiff_t stop = K - k < rows ? K : k + rows;
+    ptrdiff_t stop = K - k < steps ? K : k + steps;
     const char *next0 = (const char*)b, *next1 = (const char*)b;
     ptrdiff_t step0 = 0, step1 = 0;
     if (line < ahead0.lines) next0 = ahead0.base + line * 64, step0 = ahead0.row;
     if (line < ahead1.lines) next1 = ahead1.base + line * 64, step1 = ahead1.row;
-    for (; k < stop; ++k, b += ldb, next0 += step0, next1 += step1) {
-      __builtin_prefetch(next0, 0, 2);
-      __builtin_prefetch(next1, 0, 2);
+    for (; k < stop; ++k, b += ldb) {
+#pragma GCC unroll 2
+      for (int i = 0; i < at_once; ++i, next0 += step0, next1 += step1) {
+        __builtin_prefetch(next0, 0, 2);
+        __builtin_prefetch(next1, 0, 2);
+      }
       V<T> row[NR], mixed{};
 #pragma GCC unroll 8
       for (int c = 0; c < NR; ++c) row[c] = load(b + c * VL<T>);
       if constexpr (G > 1) row[NR - 1] = Shared<T, G>::template unslot<0>(row[NR - 1], lanes);
 #pragma GCC unroll 16
       for (int r = 0; r < MR; ++r) {
-        V<T> x = broadcast(*(const T*)(p[r / 3] + (r % 3) * row_bytes));
+        V<T> x = spread<T, PAIRS>(p[r / 3] + (r % 3) * row_bytes);
         if constexpr (G > 1) XK_OPAQUE(x);  // seen through, `choose` becomes more instructions than it saves
 #pragma GCC unroll 8
-        for (int c = 0; c < own; ++c) acc[r][c] += x * row[c];
+        for (int c = 0; c < own; ++c) acc[r][c] = add_product<PAIRS>(acc[r][c], x, row[c]);
         if constexpr (G > 1) {
           if (r % G == 0) mixed = x;
           if (r % G == 1) mixed = Shared<T, G>::template choose<1>(mixed, x, lanes);
           if (r % G == 2) mixed = Shared<T, G>::template choose<2>(mixed, x, lanes);
           if (r % G == 3) mixed = Shared<T, G>::template choose<3>(mixed, x, lanes);
-          if (r % G == G - 1) shared[r / G] += mixed * row[NR - 1];
+          if (r % G == G - 1) shared[r / G] = add_product<PAIRS>(shared[r / G], mixed, row[NR - 1]);
         }
       }
 #pragma GCC unroll 16
@@ -141,14 +162,15 @@ struct GramTile {
   ptrdiff_t line;
 };
 
-template <class T, int MR, int NR, int G>
+template <class T, bool PAIRS, int MR, int NR, int G>
 void gram_tile(const GramTile<T>& t) {
   V<T> acc[MR][NR];
 #pragma GCC unroll 16
   for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 8
     for (int c = 0; c < NR; ++c) acc[r][c] = V<T>{};
-  accumulate<T, MR, NR, G>(acc, t.a, 1, t.lda, t.b, t.ldb, t.tokens, t.ahead0, t.ahead1, t.tokens, t.line);
+  accumulate<T, PAIRS, MR, NR, G>(acc, t.a, 1, t.lda, t.b, t.ldb, t.tokens, t.ahead0, t.ahead1,
+                                  PAIRS ? 2 * t.tokens : t.tokens, t.line);
 #pragma GCC unroll 16
   for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 8
@@ -170,8 +192,10 @@ struct MixTile {
   const T* x2;
   ptrdiff_t x2_row, x2_k, K2;
   const T* w2;
-  const T *bias, *scale, *add;
+  const T *bias, *scale;
+  const void* add;
   ptrdiff_t ld_add;
+  int add_dtype;
   void* y;
   ptrdiff_t ldy;
   int dtype, last_lanes;
@@ -191,7 +215,7 @@ XK_INLINE void store_tile(V<T> (&acc)[MR][NR], S* y, ptrdiff_t ldy, int last_lan
   }
 }
 
-template <class T, int MR, int NR, int G>
+template <class T, bool PAIRS, int MR, int NR, int G>
 void mix_tile(const MixTile<T>& t) {
   V<T> acc[MR][NR];
 #pragma GCC unroll 8
@@ -200,29 +224,30 @@ void mix_tile(const MixTile<T>& t) {
 #pragma GCC unroll 16
     for (int r = 0; r < MR; ++r) acc[r][c] = start;
   }
-  if (t.add) {
+  if (t.add)
+    with_storage<T>(t.add_dtype, [&](auto* storage) {
 #pragma GCC unroll 8
-    for (int c = 0; c < NR; ++c) {
-      V<T> scale = t.scale ? load(t.scale + c * VL<T>) : broadcast(T(1));
-      const T* add = t.add + c * VL<T>;
-      if (c < NR - 1 || t.last_lanes == VL<T>) {
+      for (int c = 0; c < NR; ++c) {
+        V<T> scale = t.scale ? load(t.scale + c * VL<T>) : broadcast(T(1));
+        auto add = (decltype(storage))t.add + c * VL<T>;
+        if (c < NR - 1 || t.last_lanes == VL<T>) {
 #pragma GCC unroll 16
-        for (int r = 0; r < MR; ++r) acc[r][c] += scale * load(add + r * t.ld_add);
-      } else {
+          for (int r = 0; r < MR; ++r) acc[r][c] += scale * load(add + r * t.ld_add);
+        } else {
 #pragma GCC unroll 16
-        for (int r = 0; r < MR; ++r) acc[r][c] += scale * load(add + r * t.ld_add, t.last_lanes);
+          for (int r = 0; r < MR; ++r) acc[r][c] += scale * load(add + r * t.ld_add, t.last_lanes);
+        }
       }
-    }
-  }
-  accumulate<T, MR, NR, G>(acc, t.x, t.x_row, t.x_k, t.w, t.ldw, t.K, t.ahead0, t.ahead1, MR, 0);
-  if (t.x2) accumulate<T, MR, NR, G>(acc, t.x2, t.x2_row, t.x2_k, t.w2, t.ldw, t.K2, Ahead{}, Ahead{}, t.K2, 0);
+    });
+  accumulate<T, PAIRS, MR, NR, G>(acc, t.x, t.x_row, t.x_k, t.w, t.ldw, t.K, t.ahead0, t.ahead1, MR, 0);
+  if (t.x2) accumulate<T, PAIRS, MR, NR, G>(acc, t.x2, t.x2_row, t.x2_k, t.w2, t.ldw, t.K2, Ahead{}, Ahead{}, t.K2, 0);
   with_storage<T>(t.dtype,
                   [&](auto* storage) { store_tile<T, MR, NR>(acc, (decltype(storage))t.y, t.ldy, t.last_lanes); });
 }
 
 // Tiles by how many rows share the last vector, vectors and rows. Entries that would not fit the registers, or whose
 // rows are not a multiple of the sharing, stay null and are never asked for.
-template <class T>
+template <class T, bool PAIRS>
 struct Tiles {
   static constexpr int kSharing = VL<T> >= 16 ? 3 : VL<T> >= 8 ? 2 : 1;  // G = 1, 2, 4: W is never below 4
   void (*gram[3][kMaxNR][16])(const GramTile<T>&) = {};
@@ -232,8 +257,8 @@ struct Tiles {
   constexpr void fill_rows() {
     constexpr int G = 1 << S;
     if constexpr (MR <= max_rows(NR, G)) {
-      gram[S][NR - 1][MR - 1] = gram_tile<T, MR, NR, G>;
-      mix[S][NR - 1][MR - 1] = mix_tile<T, MR, NR, G>;
+      gram[S][NR - 1][MR - 1] = gram_tile<T, PAIRS, MR, NR, G>;
+      mix[S][NR - 1][MR - 1] = mix_tile<T, PAIRS, MR, NR, G>;
       fill_rows<S, NR, MR + G>();
     }
   }
@@ -249,14 +274,14 @@ struct Tiles {
   }
 };
 
-template <class T>
-constexpr Tiles<T> kTiles{};
+template <class T, bool PAIRS = false>
+constexpr Tiles<T, PAIRS> kTiles{};
 
 // log2 of how many rows may share the last vector of `cols` columns.
 template <class T>
 int sharing(int cols) {
   int last = (cols - 1) % VL<T> + 1;
-  for (int s = Tiles<T>::kSharing - 1; s > 0; --s)
+  for (int s = Tiles<T, false>::kSharing - 1; s > 0; --s)
     if (last <= VL<T> >> s) return s;
   return 0;
 }
@@ -277,7 +302,7 @@ void for_tiles(int rows, int nr, int sharing, F f) {
 
 // Whole products over one packed block of tokens, tile by tile. Columns are the outer loop: a panel of b stays in
 // cache while the rows pass.
-template <class T>
+template <class T, bool PAIRS = false>
 void gram_block(const GramTile<T>& whole, int rows, int cols, bool lower_only) {
   Cut panels((cols + VL<T> - 1) / VL<T>, kMaxNR);
   GramTile<T> t = whole;
@@ -289,13 +314,13 @@ void gram_block(const GramTile<T>& whole, int rows, int cols, bool lower_only) {
       t.a = whole.a + row;
       t.b = whole.b + first_col;
       t.g = whole.g + row * t.ldg + first_col;
-      kTiles<T>.gram[s][nr - 1][size - 1](t);
+      kTiles<T, PAIRS>.gram[s][nr - 1][size - 1](t);
       ++t.line;
     });
   }
 }
 
-template <class T>
+template <class T, bool PAIRS = false>
 void mix_block(const MixTile<T>& whole, int tokens, int cols, int y_itemsize) {
   Cut panels((cols + VL<T> - 1) / VL<T>, kMaxNR);
   MixTile<T> t = whole;
@@ -310,11 +335,11 @@ void mix_block(const MixTile<T>& whole, int tokens, int cols, int y_itemsize) {
     for_tiles(tokens, nr, p + 1 == panels.parts ? sharing<T>(cols) : 0, [&](int row, int size, int s) {
       t.x = whole.x + row * t.x_row;
       if (t.x2) t.x2 = whole.x2 + row * t.x2_row;
-      if (t.add) t.add = whole.add + row * t.ld_add + first_col;
+      if (t.add) t.add = (const char*)whole.add + (row * t.ld_add + first_col) * itemsize(t.add_dtype);
       t.y = (char*)whole.y + (row * t.ldy + first_col) * y_itemsize;
       t.ahead0.base = whole.ahead0.base + row * t.ahead0.row;
       t.ahead1.base = whole.ahead1.base + row * t.ahead1.row;
-      kTiles<T>.mix[s][nr - 1][size - 1](t);
+      kTiles<T, PAIRS>.mix[s][nr - 1][size - 1](t);
     });
   }
 }

@@ -27,7 +27,7 @@
 namespace xk {
 namespace XK_LEVEL {
 
-// XK_VECTOR_BYTES=32: half of each register, where 512-bit instructions are there but no faster (see dispatch.cpp).
+// XK_VECTOR_BYTES=32: half of each register, for Zen 4 (see dispatch.cpp).
 #if defined(__AVX512F__) && defined(XK_VECTOR_BYTES)
 constexpr int kVectorBytes = XK_VECTOR_BYTES, kRegisters = 32;
 static_assert(kVectorBytes == 32);
@@ -64,6 +64,8 @@ typedef typename VectorOf<int32_t, kVectorBytes>::type VI32;
 typedef typename VectorOf<uint32_t, kVectorBytes>::type VU32;
 typedef typename VectorOf<uint16_t, kVectorBytes / 2>::type VU16;
 typedef typename VectorOf<uint16_t, kVectorBytes / 2>::unaligned VU16u;
+
+XK_INLINE int itemsize(int dtype) { return dtype == XK_F64 ? 8 : dtype == XK_F32 ? 4 : 2; }
 
 XK_INLINE float widen(bf16 x) { return __builtin_bit_cast(float, uint32_t(x.bits) << 16); }
 XK_INLINE float widen(float x) { return x; }
@@ -118,6 +120,21 @@ XK_INLINE VU16 truncate(VU32 x) { return __builtin_convertvector(x, VU16); }
 XK_INLINE V<float> widen_bf16(VU16 x) { return (V<float>)(extend(x) << 16); }
 XK_INLINE V<float> load(const bf16* p) { return widen_bf16(*(const VU16u*)p); }
 
+// Pairs of bf16 in the 32-bit lanes of V<float>, their bits alone. kPairs: the level has the instruction that
+// multiplies both and adds them to a float, which doubles the rate of products.
+#if defined(__AVX512BF16__) && defined(__AVX512VL__) && defined(XK_VECTOR_BYTES)
+constexpr bool kPairs = true;
+XK_INLINE V<float> add_product_of_pairs(V<float> sum, V<float> a, V<float> b) {
+  return (V<float>)_mm256_dpbf16_ps((__m256)sum, (__m256bh)a, (__m256bh)b);
+}
+#else
+constexpr bool kPairs = false;
+XK_INLINE V<float> add_product_of_pairs(V<float> sum, V<float>, V<float>) { return sum; }
+#endif
+XK_INLINE VU32 bits(const bf16* p) { return extend(*(const VU16u*)p); }
+XK_INLINE V<float> first_of_pair(VU32 x) { return (V<float>)(x << 16); }
+XK_INLINE V<float> second_of_pair(VU32 x) { return (V<float>)(x & 0xffff0000u); }
+
 XK_INLINE void store(float* p, V<float> x) { *(typename VectorOf<float, kVectorBytes>::unaligned*)p = x; }
 XK_INLINE void store(double* p, V<double> x) { *(typename VectorOf<double, kVectorBytes>::unaligned*)p = x; }
 XK_INLINE VU16 narrow_bf16(V<float> x) {
@@ -155,9 +172,10 @@ XK_INLINE V<float> load(const float* p, int n) { return (V<float>)_mm512_maskz_l
 XK_INLINE V<double> load(const double* p, int n) {
   return (V<double>)_mm512_maskz_loadu_pd(__mmask8((1u << n) - 1), p);
 }
-XK_INLINE V<float> load(const bf16* p, int n) {
-  return widen_bf16((VU16)_mm256_maskz_loadu_epi16(__mmask16((1u << n) - 1), p));
+XK_INLINE VU32 bits(const bf16* p, int n) {
+  return extend((VU16)_mm256_maskz_loadu_epi16(__mmask16((1u << n) - 1), p));
 }
+XK_INLINE V<float> load(const bf16* p, int n) { return first_of_pair(bits(p, n)); }
 XK_INLINE V<float> load(const f16* p, int n) {
   return (V<float>)_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(__mmask16((1u << n) - 1), p));
 }
@@ -175,9 +193,8 @@ XK_INLINE V<float> load(const float* p, int n) { return (V<float>)_mm256_maskz_l
 XK_INLINE V<double> load(const double* p, int n) {
   return (V<double>)_mm256_maskz_loadu_pd(__mmask8((1u << n) - 1), p);
 }
-XK_INLINE V<float> load(const bf16* p, int n) {
-  return widen_bf16((VU16)_mm_maskz_loadu_epi16(__mmask8((1u << n) - 1), p));
-}
+XK_INLINE VU32 bits(const bf16* p, int n) { return extend((VU16)_mm_maskz_loadu_epi16(__mmask8((1u << n) - 1), p)); }
+XK_INLINE V<float> load(const bf16* p, int n) { return first_of_pair(bits(p, n)); }
 XK_INLINE V<float> load(const f16* p, int n) {
   return (V<float>)_mm256_cvtph_ps(_mm_maskz_loadu_epi16(__mmask8((1u << n) - 1), p));
 }
@@ -211,6 +228,11 @@ XK_INLINE V<float> load(const S* p, int n) {
   alignas(kVectorBytes) S whole[VL<float>] = {};
   for (int i = 0; i < n; ++i) whole[i] = p[i];
   return load(whole);
+}
+XK_INLINE VU32 bits(const bf16* p, int n) {
+  alignas(kVectorBytes) bf16 whole[VL<float>] = {};
+  for (int i = 0; i < n; ++i) whole[i] = p[i];
+  return bits(whole);
 }
 XK_INLINE V<double> load(const double* p, int n) {
   V<double> x = {};

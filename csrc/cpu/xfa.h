@@ -26,7 +26,7 @@ template <class T>
 struct Xfa {
   const xk_xfa_args& p;
   int dim, ld, block;
-  bool key_value, token_norm;
+  bool key_value, token_norm, pairs;
   size_t matrix, sums_size, scratch;
   Plan plan;
 
@@ -37,15 +37,25 @@ struct Xfa {
         block(block_tokens<T>(dim)),
         key_value(p.map == XK_KEY_VALUE),
         token_norm(p.norm == XK_TOKEN_NORM),
+        pairs(kPairs && p.q.dtype == XK_BF16 && token_norm && dim % 2 == 0 && !p.mask.data && pairable(p.q) &&
+              pairable(p.k) && pairable(p.v) && pairable(p.dout)),
         matrix((size_t)dim * ld),
         sums_size(matrix + 2 * ld),
         scratch(pass_scratch<T>(dim)),
         plan(p.batch, p.heads, p.tokens, dim, block, sizeof(T)) {}
 
+  static bool pairable(const xk_tensor& t) { return !t.data || (t.stride_d == 1 && t.stride_n % 2 == 0); }
+  // W as the mixes read it.
+  void ready(T* w) const {
+    if constexpr (kPairs && sizeof(T) == sizeof(float))
+      if (pairs) pair_rows(w, dim, ld);
+  }
+
   Pass<T> empty_pass(int64_t b) const {
     Pass<T> pass;
     set_mask(pass, p.mask, b);
     pass.eps = T(p.eps);
+    pass.pairs = pairs;
     return pass;
   }
   Operand in(const xk_tensor& t, int64_t b, int64_t h, bool normalised) const {
@@ -144,6 +154,7 @@ struct Xfa {
     auto finish = [&](int64_t b, int64_t h, T* g, int thread) {
       sum_chunks(g, plan.chunks, sums_size);
       forward_map(head_of<T>(p, b, h), g, g + matrix, g + matrix + ld, own.data + thread * (scratch + ld) + scratch);
+      ready(g);
     };
     auto mix = [&](const Unit& u, int thread) {
       sweep<T>(plan, u, dim, own.data + thread * (scratch + ld),
@@ -186,7 +197,10 @@ struct Xfa {
     auto prepare = [&](int64_t b, int64_t h, T* m, int thread) {
       Head<T> head = head_of<T>(p, b, h);
       saved_map(head, m, own.data + thread * (scratch + ld) + scratch);
-      if (!key_value) transpose(m, m + matrix, dim, ld);
+      if (!key_value) {
+        transpose(m, m + matrix, dim, ld);
+        ready(m + matrix);
+      }
     };
     auto gather = [&](const Unit& u, int thread) {
       for (int64_t h = u.h0; h < u.h1; ++h) zero(sums_of(u, h, thread, u.s), matrix);
@@ -200,6 +214,9 @@ struct Xfa {
       T *scale_q = m + 2 * matrix, *scale_k = scale_q + ld;
       dt.data[b * p.heads + h] = key_value ? backward_key_value(head, d, m, m + matrix, scale_q, scale_k)
                                            : backward_query_key(head, d, m, scale_q, scale_k);
+      ready(d);
+      ready(m);
+      if (key_value) ready(m + matrix);
     };
     auto mix = [&](const Unit& u, int thread) {
       sweep<T>(plan, u, dim, own.data + thread * (scratch + ld), [&](int64_t h) {
