@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import statistics
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -71,19 +72,13 @@ def main(arguments: list[str] | None = None) -> int:
     sets, cases_of, _ = KINDS[options.what]
     shapes = sets[options.shapes]
     console = Console(width=None if sys.stdout.isatty() else 140)
-    limits = measure.limits(dtype, options.device)
-    facts = {
-        **machine.facts(options.device),
-        "device": options.device,
-        "dtype": options.dtype,
-        "copy_gb_per_s": limits.bytes_per_second / 1e9,
-        "matmul_gflop_per_s": limits.flops_per_second / 1e9,
-    }
+    facts = {**machine.facts(options.device), "device": options.device, "dtype": options.dtype}
     console.print(
         f"{facts['machine']}, {facts['threads']} threads, torch {torch.__version__}, allocator {facts['allocator']}, "
-        f"copy {facts['copy_gb_per_s']:.1f} GB/s, matmul {facts['matmul_gflop_per_s']:.0f} GFLOP/s, "
         f"commit {facts['commit']}"
     )
+    yardsticks = measure.Yardsticks(dtype, options.device)
+    limits: list[measure.Limits] = []
     rows: list[report.Row] = []
     wrong: dict[tuple[str, str], str] = {}
     with Progress(console=console, transient=True) as progress:
@@ -94,8 +89,15 @@ def main(arguments: list[str] | None = None) -> int:
                 case for case in cases_of(shape, dtype, options.device, options.providers) if _right(case, shape, wrong)
             ]
             for direction in DIRECTIONS:
-                rows += _measure(shape, direction, cases, limits, options)
+                rows += _measure(shape, direction, cases, yardsticks, limits, options)
             progress.advance(task)
+    if limits:
+        facts["copy_gb_per_s"] = statistics.median(limit.bytes_per_second for limit in limits) / 1e9
+        facts["matmul_gflop_per_s"] = statistics.median(limit.flops_per_second for limit in limits) / 1e9
+        console.print(
+            "medians over the rounds: copy {copy_gb_per_s:.1f} GB/s, matrix product {matmul_gflop_per_s:.0f} "
+            "GFLOP/s".format(**facts)
+        )
     title = f"{options.what}, {options.dtype}, shapes {options.shapes}"
     report.print_table(title, rows, console)
     for direction in DIRECTIONS:
@@ -126,19 +128,29 @@ def _right(case: providers.Case, shape: object, wrong: dict[tuple[str, str], str
 
 
 def _measure(
-    shape: Any, direction: str, cases: list[providers.Case], limits: measure.Limits, options: argparse.Namespace
+    shape: Any,
+    direction: str,
+    cases: list[providers.Case],
+    yardsticks: measure.Yardsticks,
+    limits: list[measure.Limits],
+    options: argparse.Namespace,
 ) -> list[report.Row]:
+    """Times all cases in one interleaved run, with the yardsticks among them; appends what these gave to `limits`."""
     backward = direction != "forward"
     calls = {case.provider: case.both if backward else case.forward for case in cases}
     if not calls:
         return []
     default = 12.0 if options.what == "model" else 6.0
     seconds = (options.seconds or default) / (10 if options.quick else 1)
-    times = measure.interleaved(calls, seconds, options.device)
     limit = least = None
     if hasattr(shape, "flops"):
+        times = measure.interleaved({**calls, **yardsticks.calls}, seconds, options.device)
+        limits.append(yardsticks.limits(times))
+        times = {name: times[name] for name in calls}
         least = shape.least_bytes(backward, getattr(torch, options.dtype).itemsize)
-        limit = limits.seconds(shape.flops(backward), least)
+        limit = limits[-1].seconds(shape.flops(backward), least)
+    else:
+        times = measure.interleaved(calls, seconds, options.device)
 
     def ratio(provider: str, name: str) -> float | None:
         return times[provider].median / times[name].median if provider in times else None

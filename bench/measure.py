@@ -84,19 +84,26 @@ def interleaved(calls: dict[str, Call], seconds: float, device: str = "cpu") -> 
     return {name: Timing(tuple(taken)) for name, taken in samples.items()}
 
 
-def limits(dtype: torch.dtype, device: str) -> Limits:
-    """Bandwidth of a copy that no cache holds; rate of the best large matrix product in the dtype or in float32."""
-    source = torch.randn(1 << (25 if device == "cpu" else 28), device=device)
-    target = torch.empty_like(source)
-    calls: dict[str, Call] = {"copy": lambda: target.copy_(source)}
-    n = 2048 if device == "cpu" else 8192
-    for kind in {dtype} if dtype == torch.float64 else {dtype, torch.float32}:
-        a = torch.randn(n, n, device=device).to(kind)
-        out = torch.empty_like(a)
-        calls[str(kind)] = lambda a=a, out=out: torch.mm(a, a, out=out)  # type: ignore[misc]
-    times = {name: timing.median for name, timing in interleaved(calls, 4.0, device).items()}
-    copied = 2 * source.numel() * source.element_size() / times.pop("copy")
-    return Limits(copied, 2 * n**3 / min(times.values()))
+class Yardsticks:
+    """What the limit of a call is measured with, in the same rounds as the call: a copy that no cache holds, and the
+    best large matrix product in the dtype or in float32."""
+
+    def __init__(self, dtype: torch.dtype, device: str) -> None:
+        source = torch.randn(1 << (24 if device == "cpu" else 28), device=device)
+        target = torch.empty_like(source)
+        self._bytes = 2 * source.numel() * source.element_size()
+        n = 1024 if device == "cpu" else 8192
+        self._flops = 2 * n**3
+        self.calls: dict[str, Call] = {"copy": lambda: target.copy_(source)}
+        for kind in {dtype} if dtype == torch.float64 else {dtype, torch.float32}:
+            a = torch.randn(n, n, device=device).to(kind)
+            out = torch.empty_like(a)
+            self.calls[f"product in {kind}"] = lambda a=a, out=out: torch.mm(a, a, out=out)  # type: ignore[misc]
+
+    def limits(self, times: dict[str, Timing]) -> Limits:
+        """From the times of ``calls``."""
+        products = [times[name].median for name in self.calls if name != "copy"]
+        return Limits(self._bytes / times["copy"].median, self._flops / min(products))
 
 
 def peak_extra_bytes(call: Call, device: str) -> int | None:

@@ -10,18 +10,15 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- results: python -m bench.table {} -->", "<!-- end of results -->"
-SUMMARIES = (
-    ("op-cpu-float32.json", "float32"),
-    ("op-cpu-float32-raised.json", "float32, raised allocator"),
-    ("op-cpu-bfloat16-raised.json", "bfloat16, raised allocator"),
-)
+# (dtype, allocator) of the runs; the first one is shown in full
+RUNS = (("float32", "default"), ("float32", "raised"), ("bfloat16", "raised"))
 FIELDS = ("speedup_over_eager", "speedup_over_compile", "fraction_of_limit")
 
 
 def render(folder: Path) -> str:
     """Ratios of our kernels for each workload, then geometric means of every run over the workloads of many tokens."""
-    runs = {name: json.loads((folder / name).read_text()) for name, _ in SUMMARIES}
-    first = runs[SUMMARIES[0][0]]
+    runs = {run: _load(folder, *run) for run in RUNS}
+    first = runs[RUNS[0]]
     lines = [
         BEGIN.format(folder.relative_to(ROOT)),
         f"{first['machine']}, {first['threads']} threads, torch {first['versions']['torch']}, {first['date'][:10]}, "
@@ -34,10 +31,20 @@ def render(folder: Path) -> str:
     for workload in dict.fromkeys(row["workload"] for row in first["rows"]):
         cells = [_cell(_find(first, workload, d).get(field)) for d in _directions(first) for field in FIELDS]
         lines.append(f"| {workload} | {' | '.join(cells)} |")
-    for name, label in SUMMARIES:
-        means = [_cell(_mean(runs[name], direction, field)) for direction in _directions(first) for field in FIELDS]
+    for (dtype, allocator), run in runs.items():
+        label = dtype if allocator == "default" else f"{dtype}, {allocator} allocator"
+        means = [_cell(_mean(run, direction, field)) for direction in _directions(first) for field in FIELDS]
         lines.append(f"| mean of N >= 1024, {label} | {' | '.join(means)} |")
     return "\n".join([*lines, END])
+
+
+def _load(folder: Path, dtype: str, allocator: str) -> dict[str, Any]:
+    """A result file, which must be what its name says."""
+    path = folder / f"op-cpu-{dtype}{'-raised' if allocator == 'raised' else ''}.json"
+    run: dict[str, Any] = json.loads(path.read_text())
+    if (run["dtype"], run["allocator"]) != (dtype, allocator):
+        raise ValueError(f"{path} is a run of {run['dtype']} with the {run['allocator']} allocator")
+    return run
 
 
 def _directions(run: dict[str, Any]) -> list[str]:

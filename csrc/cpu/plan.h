@@ -74,19 +74,22 @@ struct Unit {
         n1(least(n0 + p.chunk, p.tokens)) {}
 };
 
-// Walks a unit's tokens; make(h) describes the pass of a head.
+// Walks a unit's tokens; make(h) describes the pass of a head. The heads of a block of tokens are taken together, few
+// enough at a time that their descriptions stay at hand.
 template <class T, class F>
 void sweep(const Plan& plan, const Unit& u, int widest, T* scratch, F make) {
-  if (u.n0 >= u.n1) return;
-  Pass<T> pass = make(u.h0);
-  for (int64_t n = u.n0, h = u.h0;;) {
-    int64_t next_h = h + 1 < u.h1 ? h + 1 : u.h0, next_n = next_h > h ? n : n + plan.block;
-    bool more = next_n < u.n1;
-    Pass<T> next = make(next_h);
-    run_block<T>(pass, n, int(least(plan.block, u.n1 - n)), more ? &next : nullptr, next_n, widest, scratch);
-    if (!more) return;
-    pass = next;
-    n = next_n, h = next_h;
+  constexpr int together = 8;
+  Pass<T> passes[together];
+  for (int64_t h = u.h0; h < u.h1; h += together) {
+    int heads = int(least(u.h1 - h, together));
+    for (int i = 0; i < heads; ++i) passes[i] = make(h + i);
+    for (int64_t n = u.n0; n < u.n1; n += plan.block)
+      for (int i = 0; i < heads; ++i) {
+        int next = i + 1 < heads ? i + 1 : 0;
+        int64_t next_n = next ? n : n + plan.block;
+        run_block<T>(passes[i], n, int(least(plan.block, u.n1 - n)), next_n < u.n1 ? &passes[next] : nullptr, next_n,
+                     widest, scratch);
+      }
   }
 }
 
