@@ -115,7 +115,9 @@ def main(arguments: list[str] | None = None) -> int:
                 if len(tokens) > 2:
                     written.append(report.plot_over_tokens(stem, facts, rows, tokens, "B{}-H{}-D{}".format(*key)))
         console.print("written: " + ", ".join(map(str, written)))
-    return 1 if any(name.split("+")[0] in KERNELS for name, _ in wrong) else 0
+    # a model that torch.compile gets wrong by itself is not our mistake
+    ours = [key for key in wrong if key[0].split("+")[0] in KERNELS]
+    return 1 if any(name in KERNELS or ("compile", shape) not in wrong for name, shape in ours) else 0
 
 
 def _right(case: providers.Case, shape: object, wrong: dict[tuple[str, str], str]) -> bool:

@@ -158,12 +158,14 @@ def test_a_mean_far_above_the_spread(backend, device, ran):
 # -------------------------------------------------------------------------------------------------------- NaN and Inf
 
 
+# bf16 may be multiplied by pairs, of tokens and of features: an even number of features, an odd one of tokens
+@pytest.mark.parametrize("dtype, N, D", [(torch.float32, 40, 5), (torch.bfloat16, 41, 6)], ids=str)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("name", ["q", "k", "v"])
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
-def test_nonfinite_inputs_propagate(config, name, value, backend, device, ran):
+def test_nonfinite_inputs_propagate(config, name, value, dtype, N, D, backend, device, ran):
     """The output is NaN or Inf exactly where the definition's is; no gradient hides it; no other head is touched."""
-    p = make_problem((2, 40, 2, 5), config, layout="contiguous", device=device)
+    p = make_problem((2, N, 2, D), config, dtype=dtype, layout="contiguous", device=device)
     clean = p.run(xk.xfa, backend=backend)
     getattr(p, name)[1, 0, 3, 2] = value
     with ran("xfa_forward", "xfa_backward"):
@@ -179,9 +181,10 @@ def test_nonfinite_inputs_propagate(config, name, value, backend, device, ran):
     assert result["dtemperature"][1].isfinite()
 
 
+@pytest.mark.parametrize("dtype, N, D", [(torch.float32, 40, 5), (torch.bfloat16, 41, 6)], ids=str)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_nonfinite_dout(value, backend, device, ran):
-    p = make_problem((1, 40, 2, 5), layout="contiguous", dout="contiguous", device=device)
+def test_nonfinite_dout(value, dtype, N, D, backend, device, ran):
+    p = make_problem((1, N, 2, D), dtype=dtype, layout="contiguous", dout="contiguous", device=device)
     clean = p.run(xk.xfa, backend=backend)
     p.dout[0, 1, 3, 2] = value
     with ran("xfa_forward", "xfa_backward"):

@@ -44,8 +44,7 @@ def xfa(
 
     Args:
         q, k, v: (B, H, N, D), one dtype of float32, float64, bfloat16, float16 and one device, of any strides (views
-            of a
-            packed projection are read in place).
+            of a packed projection are read in place).
         temperature: (H,), (H, 1, 1) or one element; any floating dtype; learnable.
         map, norm, activation, eps: see the formulas.
         token_mask: (B, N) bool. False tokens take no part, whatever they hold: their output and gradients are 0.
@@ -58,8 +57,9 @@ def xfa(
 
     Returns:
         (B, H, N, D) in the dtype of q: a view of (B, N, H, D) memory, so ``.transpose(1, 2).flatten(2)`` is free. Sums,
-        norms and maps are float32 (float64 for float64), results are deterministic. With autocast on, q, k and v are
-        cast as they are for ``scaled_dot_product_attention``.
+        norms and maps are float32 (float64 for float64), results are deterministic. Where a processor multiplies
+        bfloat16 by bfloat16, the map is rounded to it for that. With autocast on, q, k and v are cast as they are for
+        ``scaled_dot_product_attention``.
 
     Derivatives are of any order: the first by the kernels, higher ones through the reference. With ``map_fn`` or
     ``dropout_p`` the call is composed of :func:`gram`, the map and :func:`channel_mix`; norms that no Gram matrix gives
@@ -101,7 +101,8 @@ def gram(
 
     Args:
         a, b: (B, H, N, Da) and (B, H, N, Db), or (B, N, Da) and (B, N, Db); dtypes, strides and device as in
-        :func:`xfa`. symmetric: ``b`` is ``a`` itself: half the work, and G is symmetric to the bit.
+        :func:`xfa`.
+        symmetric: ``b`` is ``a`` itself: half the work, and G is symmetric to the bit.
         token_mask: (B, N) bool; False tokens take no part.
         backend: see :func:`xfa`.
 
@@ -151,8 +152,8 @@ def channel_mix(
 
     Args:
         x, x2: (B, H, N, I) and (B, H, N, I2), or (B, N, I) and (B, N, I2); dtypes, strides and device as in
-        :func:`xfa`. weight, weight2: (..., O, I) and (..., O, I2), broadcast over batch and heads; in the dtype of x
-        or in float32
+        :func:`xfa`.
+        weight, weight2: (..., O, I) and (..., O, I2), broadcast over batch and heads; in the dtype of x or in float32
             (float64 for float64).
         bias, add_scale: (..., O), broadcast likewise, in the same dtypes. Without add_scale, ``add`` is added as it is.
         add: (B, H, N, O), or (B, N, O), in the dtype of x.

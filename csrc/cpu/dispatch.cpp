@@ -49,7 +49,9 @@ namespace {
   return has_v3() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
-[[maybe_unused]] bool has_zen4() { return has_v4() && __builtin_cpu_supports("avx512bf16"); }
+#endif
+#ifdef XK_HAVE_zen4
+bool has_zen4() { return has_v4() && __builtin_cpu_supports("avx512bf16"); }
 #endif
 [[maybe_unused]] bool always() { return true; }
 

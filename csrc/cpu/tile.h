@@ -71,8 +71,9 @@ XK_INLINE A add_product(A sum, A a, A b) {
 }
 template <class T, bool PAIRS>
 XK_INLINE V<T> spread(const char* p) {
+  typedef uint32_t pair __attribute__((aligned(2), may_alias));
   if constexpr (PAIRS)
-    return (V<T>)(*(const uint32_t*)p - VU32{});
+    return (V<T>)(*(const pair*)p - VU32{});
   else
     return broadcast(*(const T*)p);
 }

@@ -1,7 +1,7 @@
 """CPU kernels in C++ (csrc/cpu), called through the compiled module ``xformer_kernels._C`` by address and strides.
 
-Each function has the signature of its op and returns freshly allocated tensors. The kernels widen bf16 and fp16 to
-fp32, read any strides in place and accumulate in fp32 (fp64 for fp64).
+Each function has the signature of its op and returns freshly allocated tensors. The kernels read any strides in place
+and accumulate in fp32 (fp64 for fp64). They widen bf16 and fp16 to fp32; on Zen 4, xfa multiplies bf16 by pairs.
 """
 
 from __future__ import annotations
