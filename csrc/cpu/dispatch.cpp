@@ -118,24 +118,19 @@ const Level* level_for(int64_t columns, int32_t dtype) {
   return zen4 && (dtype == XK_BF16 || (columns + half - 1) / half % 2) ? zen4 : level();
 }
 
+template <class Args>
+int call(const Level* level, int (*Level::*function)(const Args*), const Args* args) {
+  return level ? (level->*function)(args) : int(XK_BAD_ARGUMENT);
+}
+
 }  // namespace
 
 extern "C" {
 const char* xk_cpu_level(void) { return level() ? level()->name : ""; }
-int xk_gram(const xk_gram_args* args) {
-  const Level* l = level_for(args->dim_b, args->b.dtype);
-  return l ? l->gram(args) : XK_BAD_ARGUMENT;
+int xk_gram(const xk_gram_args* p) { return call(level_for(p->dim_b, p->b.dtype), &Level::gram, p); }
+int xk_channel_mix(const xk_channel_mix_args* p) {
+  return call(level_for(p->dim_out, p->y.dtype), &Level::channel_mix, p);
 }
-int xk_channel_mix(const xk_channel_mix_args* args) {
-  const Level* l = level_for(args->dim_out, args->y.dtype);
-  return l ? l->channel_mix(args) : XK_BAD_ARGUMENT;
-}
-int xk_xfa_forward(const xk_xfa_args* args) {
-  const Level* l = level_for(args->dim, args->q.dtype);
-  return l ? l->xfa_forward(args) : XK_BAD_ARGUMENT;
-}
-int xk_xfa_backward(const xk_xfa_args* args) {
-  const Level* l = level_for(args->dim, args->q.dtype);
-  return l ? l->xfa_backward(args) : XK_BAD_ARGUMENT;
-}
+int xk_xfa_forward(const xk_xfa_args* p) { return call(level_for(p->dim, p->q.dtype), &Level::xfa_forward, p); }
+int xk_xfa_backward(const xk_xfa_args* p) { return call(level_for(p->dim, p->q.dtype), &Level::xfa_backward, p); }
 }
