@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -53,3 +54,41 @@ def test_level(level, need_backend):
     env = {**os.environ, "XFORMER_KERNELS_CPU_LEVEL": level}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and done.stdout.strip() == "same", done.stderr[-3000:]
+
+
+PAIRS = """
+import torch, xformer_kernels as xk
+def largest(D, masked):
+    q, k = torch.randn(2, 1, 2, 41, D).to(torch.bfloat16).unbind(0)
+    v, mask = torch.full_like(q, 1e-39), torch.ones(1, 41, dtype=torch.bool) if masked else None
+    return xk.xfa(q, k, v, torch.ones(2), token_mask=mask, backend="cpp").abs().max().item()
+print(*(int(largest(*case) > 0) for case in ((24, False), (32, False), (25, False), (24, True))))
+"""
+
+
+def features_of_this_processor():
+    """Family and flags, as the system tells them; empty where it does not."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return "", ()
+    facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    return facts.get("cpu family", ""), facts.get("flags", "").split()
+
+
+@pytest.mark.parametrize("level", usable_levels())
+def test_bf16_is_multiplied_by_pairs_on_zen4_alone(level, need_backend):
+    """Seen by what the instruction does with subnormal numbers: they are zero to it, and to no other path."""
+    need_backend("cpp")
+    env = {**os.environ, "XFORMER_KERNELS_CPU_LEVEL": level}
+    done = subprocess.run([sys.executable, "-c", PAIRS], env=env, capture_output=True, text=True, timeout=300)
+    assert done.stdout.split() == (["0", "0", "1", "1"] if level == "zen4" else ["1"] * 4), done.stderr[-3000:]
+
+
+def test_zen4_takes_bf16_without_being_asked(need_backend):
+    need_backend("cpp")
+    family, flags = features_of_this_processor()
+    expected = family == "25" and "avx512_bf16" in flags and "zen4" in usable_levels()
+    env = {key: value for key, value in os.environ.items() if key != "XFORMER_KERNELS_CPU_LEVEL"}
+    done = subprocess.run([sys.executable, "-c", PAIRS], env=env, capture_output=True, text=True, timeout=300)
+    assert done.stdout.split() == (["0", "0", "1", "1"] if expected else ["1"] * 4), done.stderr[-3000:]

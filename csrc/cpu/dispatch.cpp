@@ -112,10 +112,11 @@ const Level* choose_zen4() {
 }
 
 // The level for products with `columns` columns of a dtype: by them alone, so that a shape always gives the same bits.
-const Level* level_for(int64_t columns, int32_t dtype) {
+// pairs: the kernel multiplies bf16 by pairs where the level can.
+const Level* level_for(int64_t columns, int32_t dtype, bool pairs = false) {
   static const Level* const zen4 = choose_zen4();
   const int64_t half = dtype == XK_F64 ? 4 : 8;
-  return zen4 && (dtype == XK_BF16 || (columns + half - 1) / half % 2) ? zen4 : level();
+  return zen4 && ((pairs && dtype == XK_BF16) || (columns + half - 1) / half % 2) ? zen4 : level();
 }
 
 template <class Args>
@@ -131,6 +132,6 @@ int xk_gram(const xk_gram_args* p) { return call(level_for(p->dim_b, p->b.dtype)
 int xk_channel_mix(const xk_channel_mix_args* p) {
   return call(level_for(p->dim_out, p->y.dtype), &Level::channel_mix, p);
 }
-int xk_xfa_forward(const xk_xfa_args* p) { return call(level_for(p->dim, p->q.dtype), &Level::xfa_forward, p); }
-int xk_xfa_backward(const xk_xfa_args* p) { return call(level_for(p->dim, p->q.dtype), &Level::xfa_backward, p); }
+int xk_xfa_forward(const xk_xfa_args* p) { return call(level_for(p->dim, p->q.dtype, true), &Level::xfa_forward, p); }
+int xk_xfa_backward(const xk_xfa_args* p) { return call(level_for(p->dim, p->q.dtype, true), &Level::xfa_backward, p); }
 }
