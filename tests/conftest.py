@@ -13,6 +13,12 @@ import hypothesis
 import pytest
 import torch
 
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    # Read when kernels are defined: Triton's kernels run on CPU tensors then.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
 from xformer_kernels import backends, dispatch
 
 KERNELS = backends.ORDER
@@ -45,14 +51,40 @@ def need_backend():
     return need
 
 
-@pytest.fixture(params=dispatch.BACKENDS)
+def devices_of(name):
+    """Where the tests run a backend."""
+    on_cpu = ["cpu"] if name in ("cpp", "reference") or (name == "triton" and INTERPRETING) else []
+    on_gpu = ["cuda"] if HAS_GPU and name != "cpp" and not INTERPRETING else []
+    return on_cpu + on_gpu
+
+
+def pytest_generate_tests(metafunc):
+    """`backend` (every one), `kernel` (every one but the reference) and `device`; tests on a GPU are marked gpu."""
+    asked = [name for name in ("backend", "kernel", "device") if name in metafunc.fixturenames]
+    if not asked:
+        return
+    names = KERNELS if "kernel" in asked else dispatch.BACKENDS
+    pairs = [(name, device) for name in names for device in devices_of(name)]
+    if "device" not in asked:
+        pairs = [(name, device) for name, device in pairs if device == "cpu"]
+    if len(asked) == 1 and asked[0] == "device":
+        pairs = [(None, device) for device in ("cpu", "cuda") if device == "cpu" or HAS_GPU]
+    params = []
+    for name, device in pairs:
+        values = [device if what == "device" else name for what in asked]
+        marks = [pytest.mark.gpu] if device == "cuda" else []
+        params.append(pytest.param(*values, marks=marks, id="-".join(filter(None, (name, device if marks else "")))))
+    metafunc.parametrize(asked, params, indirect=True)
+
+
+@pytest.fixture
 def backend(request, need_backend):
     """Every backend, the reference included."""
     need_backend(request.param)
     return request.param
 
 
-@pytest.fixture(params=KERNELS)
+@pytest.fixture
 def kernel(request, need_backend):
     """Every backend of kernels."""
     need_backend(request.param)
@@ -60,8 +92,8 @@ def kernel(request, need_backend):
 
 
 @pytest.fixture
-def device():
-    return "cpu"
+def device(request):
+    return request.param
 
 
 @pytest.fixture

@@ -99,10 +99,15 @@ def choose(backend: str, device_type: str, dtypes: tuple[torch.dtype, ...], head
     key = (os.environ.get(ENVIRONMENT) if backend == "auto" else backend, device_type, dtypes, head_dims)
     name = _chosen.get(key)
     if name is None:
-        explanation = explain(backend, device_type, dtypes, head_dims)
-        name = _chosen[key] = explanation.backend
-        if explanation.asked == "auto" and name == "reference" and device_type == "cpu":
-            _warn_of_slow_path(explanation)
+        check_name(backend)
+        if _asked(backend)[0] == "auto":
+            # the first that can: later backends are not even imported
+            name = next(x for x in BACKENDS if not reasons_against(x, device_type, dtypes, head_dims))
+            if name == "reference" and device_type == "cpu":
+                _warn_of_slow_path(explain(backend, device_type, dtypes, head_dims))
+        else:
+            name = explain(backend, device_type, dtypes, head_dims).backend
+        _chosen[key] = name
     return name
 
 

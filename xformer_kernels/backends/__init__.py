@@ -11,7 +11,7 @@ import importlib
 from functools import cache
 from types import ModuleType
 
-ORDER = ("cpp",)
+ORDER = ("cpp", "triton")
 """The order in which ``backend="auto"`` asks. The reference comes after all of them and is not a backend module."""
 
 

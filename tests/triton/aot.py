@@ -1,0 +1,213 @@
+"""Compiles what the ops would launch for GPUs that are not there, and reads what the assembler says of it.
+
+python tests/triton/aot.py --arch sm_90 --dtype bfloat16 --features 32 [--maps query_key-token,...] [--out table.csv]
+
+The launches are recorded from the ops themselves, on meta tensors, so that nothing is compiled that is not launched and
+nothing launched that is not compiled. Needs neither a GPU nor a driver, and no TRITON_INTERPRET. One row per kernel:
+registers, stack (spills), shared memory, and how often the instructions occur that matter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from xformer_kernels.backends.triton import configs, launch, ops
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+MAPS = ("query_key-token", "query_key-feature", "key_value-token", "key_value-feature")
+# bytes of shared memory that one program may have
+SHARED = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "sm_120": 101_376, "gfx942": 65_536}
+PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "sm_120": 170, "gfx942": 304}
+TYPES = {torch.float32: "*fp32", torch.float64: "*fp64", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+TENSOR_CORE = re.compile(r"HMMA|HGMMA|UTC\w*MMA|DMMA|v_mfma")
+INSTRUCTION = re.compile(
+    r"\b((?:HMMA|HGMMA|UTC\w*MMA|DMMA|LDGSTS|LDG|STG|LDL|STL)[.\w]*|v_mfma_\w+|(?:global|buffer)_load_\w+)\b"
+)
+
+
+class Launch(NamedTuple):
+    kernel: Any
+    config: configs.Config
+    args: tuple[Any, ...]
+    constants: dict[str, Any]
+
+
+class Job(NamedTuple):
+    arch: str
+    dtype: torch.dtype
+    features: int
+    map: str
+    masked: bool = False
+    tf32: bool = False
+
+
+@contextmanager
+def recording(arch: str) -> Iterator[list[Launch]]:
+    """Within it, ops on meta tensors launch nothing and think that they are on `arch`."""
+    recorded: list[Launch] = []
+    saved = ops._run, launch.target
+
+    def run(kernel: Any, grid: int, config: configs.Config, *args: Any, **constants: Any) -> None:
+        recorded.append(Launch(kernel, config, args, constants))
+
+    ops._run = run
+    launch.target = lambda device: launch.Target(arch, PROCESSORS[arch])
+    try:
+        yield recorded
+    finally:
+        ops._run, launch.target = saved
+
+
+def launches(job: Job) -> dict[str, Launch]:
+    """Every kernel of xfa, forward in one launch and in two, and of the primitives, by name."""
+    D, dtype = job.features, job.dtype
+    map, norm = job.map.split("-")
+    choices = (map, norm, "softmax", 1e-12)
+    found: dict[str, Launch] = {}
+    matmul = torch.backends.cuda.matmul
+    before, matmul.allow_tf32 = matmul.allow_tf32, job.tf32
+    with recording(job.arch) as recorded:
+        for B in (1, 512):
+            q, k, v = torch.empty(B, 4096, 3, 4, D, dtype=dtype, device="meta").permute(2, 0, 3, 1, 4).unbind(0)
+            temperature = torch.empty(4, device="meta")
+            mask = torch.empty(B, 4096, dtype=torch.bool, device="meta") if job.masked else None
+            out, stats = ops.xfa_forward(q, k, v, temperature, mask, *choices)
+            if B == 1:
+                ops.xfa_backward(out, q, k, v, temperature, stats, mask, *choices)
+        names = ("gram", "apply", "gram of dout", "map_backward", "gradients", "forward")
+        found.update(zip(names, recorded, strict=len(recorded) == len(names)))
+        if len(recorded) > len(names):
+            # a map that one program cannot hold takes two launches whatever the batch
+            found.pop("forward")
+        if map == "query_key" and norm == "token":
+            recorded.clear()
+            weight, vector = (torch.empty(1, 4, *size, dtype=dtype, device="meta") for size in ((D, D), (D,)))
+            ops.channel_mix(v, weight, vector, v, vector, q, weight)
+            ops.channel_mix(v, weight.float(), None, None, None, None, None)
+            ops.gram(v, v, True, mask)
+            found.update(zip(("channel_mix", "channel_mix, wide", "gram, symmetric"), recorded, strict=True))
+    matmul.allow_tf32 = before
+    return found
+
+
+def target(arch: str) -> GPUTarget:
+    return GPUTarget("hip", arch, 64) if arch.startswith("gfx") else GPUTarget("cuda", int(arch[3:]), 32)
+
+
+def signature(launched: Launch) -> dict[str, str]:
+    """Types as the JIT gives them; see compiler.kernel for why integers are all alike."""
+    names = [parameter.name for parameter in launched.kernel.params]
+
+    def type_of(argument: Any) -> str:
+        if isinstance(argument, torch.Tensor):
+            return "*i1" if argument.dtype == torch.bool else TYPES[argument.dtype]
+        return "i64"
+
+    types = {name: type_of(argument) for name, argument in zip(names, launched.args, strict=False)}
+    return {**types, **dict.fromkeys(launched.constants, "constexpr")}
+
+
+def compile_one(job: Job, name: str, launched: Launch) -> dict[str, Any]:
+    """A row of the table; raises what the compiler raises."""
+    config = launched.config
+    source = ASTSource(launched.kernel, signature(launched), launched.constants)
+    options = {"num_warps": config.warps, "num_stages": config.stages}
+    compiled = triton.compile(source, target=target(job.arch), options=options)
+    row = {
+        "arch": job.arch,
+        "dtype": str(job.dtype).removeprefix("torch.") + (" tf32" if job.tf32 else ""),
+        "features": job.features,
+        "map": job.map,
+        "masked": job.masked,
+        "kernel": name,
+        **config._asdict(),
+        "shared": compiled.metadata.shared,
+    }
+    if "cubin" in compiled.asm:
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(compiled.asm["cubin"])
+            file.flush()
+            usage = _output(TOOLS / "cuobjdump", "--dump-resource-usage", file.name)
+            code = _output(TOOLS / "nvdisasm", "-c", file.name)
+        numbers = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+        row |= {"registers": numbers["REG"], "spilled": numbers["STACK"] + numbers["LOCAL"]}
+    else:
+        code = compiled.asm["amdgcn"]
+        row |= {
+            "registers": int(re.search(r"\.vgpr_count: *(\d+)", code)[1]),
+            "spilled": int(re.search(r"\.private_segment_fixed_size: *(\d+)", code)[1]),
+        }
+    counts = Counter(re.sub(r"\.EL?\b|\.BYPASS|\.64x\w+", "", found) for found in INSTRUCTION.findall(code))
+    row["tensor_core"] = sum(count for found, count in counts.items() if TENSOR_CORE.match(found))
+    row["instructions"] = dict(sorted(counts.items()))
+    return row
+
+
+def _output(*command: Any) -> str:
+    return subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True).stdout
+
+
+def rows_of(job: Job) -> list[dict[str, Any]]:
+    """The rows of a job; what does not compile is a row with its error."""
+    rows = []
+    for name, launched in launches(job).items():
+        try:
+            rows.append(compile_one(job, name, launched))
+        except Exception as error:  # whatever the compiler raises is the finding
+            rows.append({**job._asdict(), "dtype": str(job.dtype), "kernel": name, "error": repr(error)[:400]})
+    return rows
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--arch", default=",".join(configs.ARCHITECTURES))
+    parser.add_argument("--dtype", default="float32,bfloat16,float16")
+    parser.add_argument("--features", default="16,32,64,128,256,512")
+    parser.add_argument("--maps", default=",".join(MAPS))
+    parser.add_argument("--masked", action="store_true")
+    parser.add_argument("--tf32", action="store_true")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--json", action="store_true", help="print JSON lines instead of a table")
+    parser.add_argument("--out", type=Path, help="also write CSV")
+    options = parser.parse_args(arguments)
+    jobs = [
+        Job(arch, getattr(torch, dtype), int(features), map, options.masked, options.tf32)
+        for arch in options.arch.split(",")
+        for dtype in options.dtype.split(",")
+        for features in options.features.split(",")
+        for map in options.maps.split(",")
+    ]
+    rows: list[dict[str, Any]] = []
+    with ProcessPoolExecutor(options.jobs) as pool:
+        for found in pool.map(rows_of, jobs):
+            rows += found
+            for row in found:
+                print(json.dumps(row) if options.json else "  ".join(map(str, row.values())), flush=True)
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        with options.out.open("w", newline="") as file:
+            writer = csv.DictWriter(file, sorted({key for row in rows for key in row}, key=list(rows[0]).index))
+            writer.writeheader()
+            writer.writerows(rows)
+    return any("error" in row for row in rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,59 @@
+"""GPU kernels in Triton; under ``TRITON_INTERPRET=1`` they run on CPU tensors instead, slowly, for tests.
+
+Each function has the signature of its op and returns freshly allocated tensors. The kernels read any strides in place,
+accumulate in fp32 (fp64 for fp64) and sum in an order that shapes and the device alone decide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+try:
+    import triton
+except ImportError as error:
+    raise ImportError(f"triton is not installed ({error}); pip install 'xformer-kernels[triton]'") from error
+
+OLDEST = (3, 6)
+if tuple(int(part) for part in triton.__version__.split(".")[:2]) < OLDEST:
+    raise ImportError(f"triton {triton.__version__} is too old: {OLDEST[0]}.{OLDEST[1]} or newer is needed")
+
+from xformer_kernels.backends.triton.launch import INTERPRETING
+from xformer_kernels.backends.triton.ops import channel_mix, gram, xfa_backward, xfa_forward
+from xformer_kernels.backends.triton.plan import WIDEST
+
+__all__ = ["NAME", "channel_mix", "gram", "unsupported", "xfa_backward", "xfa_forward"]
+
+NAME = "triton"
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def unsupported(device_type: str, dtypes: Iterable[torch.dtype], head_dims: Iterable[int]) -> list[str]:
+    """Every reason why these kernels cannot serve a call; empty when they can."""
+    reasons = []
+    if INTERPRETING and device_type != "cpu":
+        reasons.append(f"TRITON_INTERPRET is set: kernels are interpreted, on CPU tensors only, got {device_type}")
+    elif not INTERPRETING and device_type != "cuda":
+        reasons.append(
+            f"tensors are on {device_type}, the kernels run on cuda (on cpu under TRITON_INTERPRET=1, for tests)"
+        )
+    if not INTERPRETING and device_type == "cuda":
+        reasons += _of_device()
+    bad_dims = [str(dim) for dim in head_dims if not 1 <= dim <= WIDEST]
+    if bad_dims:
+        reasons.append(f"{', '.join(bad_dims)} features per head, the kernels take 1 to {WIDEST}")
+    bad = [str(dtype) for dtype in dtypes if dtype not in _DTYPES]
+    if bad:
+        reasons.append(f"dtype {', '.join(bad)} is not one of float32, float64, bfloat16, float16")
+    return reasons
+
+
+def _of_device() -> list[str]:
+    if not torch.cuda.is_available():
+        return ["torch sees no CUDA device"]
+    if torch.version.hip is None:
+        major, minor = torch.cuda.get_device_capability()
+        if major < 8:
+            return [f"the device is of compute capability {major}.{minor}, the kernels need 8.0 or newer"]
+    return []

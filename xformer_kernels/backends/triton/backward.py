@@ -1,0 +1,333 @@
+"""xfa backward, after the Gram matrix of x and dout: the D x D algebra, then dq, dk and dv in one pass."""
+
+import triton.language as tl
+
+from xformer_kernels.backends.triton.compiler import device, kernel
+from xformer_kernels.backends.triton.tiles import (
+    clamped,
+    cosines,
+    head_base,
+    kept,
+    load_tokens,
+    locate,
+    narrow,
+    product,
+    record_base,
+    softmax_over_keys,
+    store_tokens,
+    sum_of_parts,
+    token_norms,
+)
+
+
+@device
+def along(total, ssq, EPS: tl.constexpr):
+    """What token norms add to a gradient, per feature: -total / |x|^2 times x, and nothing where eps holds the norm up."""
+    norm = clamped(ssq, EPS)
+    return tl.where((tl.sqrt(ssq) < tl.full([], EPS, ssq.dtype)) | (ssq == 0), 0.0, -total / norm / norm)
+
+
+@kernel
+def map_backward_kernel(
+    partial_ptr,
+    stats_ptr,
+    temperature_ptr,
+    weights_ptr,
+    vectors_ptr,
+    stride_t: tl.int64,
+    B: tl.int64,
+    H: tl.int64,
+    parts: tl.int64,
+    ACC: tl.constexpr,
+    EPS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    KEY_VALUE: tl.constexpr,
+    TOKEN_NORM: tl.constexpr,
+    SOFTMAX: tl.constexpr,
+    RECORD_ALIGN: tl.constexpr,
+    WEIGHT_ALIGN: tl.constexpr,
+):
+    """A program owns a (b, h), and walks over its map in tiles (D in, BLOCK_O out).
+
+    From the sum dW of the partial Gram matrices (x against dout) to the three maps that give the gradients, as
+    (in, out) in `weights` (B, H, 3, D, D), and to `vectors` (B, H, 2 D + 1): what the norms of q and of k add, and the
+    part of dtemperature.
+
+        query_key   dcos = t A (dW - sum_in A dW)     dq = k @ dcos'   dk = q @ dcos'^T   dv = dout @ A^T
+        key_value   U = t dW'                         dq = dout @ W^T  dk = v @ U^T       dv = k @ U
+    with ' for the division by the token norms of k and q.
+    """
+    b, h, _ = locate(H, 1)
+    RECORD: tl.constexpr = D * D + 2 * D
+    stats_ptr = record_base(stats_ptr, (b * H + h) * RECORD, RECORD_ALIGN)
+    partial_ptr = record_base(partial_ptr, (b * H + h) * D * D, RECORD_ALIGN)
+    weights_ptr = record_base(weights_ptr, (b * H + h) * 3 * D * D, WEIGHT_ALIGN)
+    vectors_ptr += (b * H + h) * (2 * D + 1)
+    i = tl.arange(0, BLOCK_D)
+    temperature = tl.load(temperature_ptr + h * stride_t).to(ACC)
+    ssq_k = tl.load(stats_ptr + D * D + i, mask=i < D, other=0.0)
+    norm_k = clamped(ssq_k, EPS)
+    total_in = tl.zeros((BLOCK_D,), ACC)
+    dtemperature = tl.zeros((BLOCK_D,), ACC)
+    for first in range(0, D, BLOCK_O):
+        o = first + tl.arange(0, BLOCK_O)
+        inside = (i < D)[:, None] & (o < D)[None, :]
+        forth = i[:, None] * D + o[None, :]
+        back = i[:, None] + o[None, :] * D
+        raw = tl.load(stats_ptr + forth, mask=inside, other=0.0)
+        dW = sum_of_parts(partial_ptr, forth, inside, parts, B * H * D * D, ACC, RECORD_ALIGN)
+        if KEY_VALUE:
+            ssq_q = tl.load(stats_ptr + D * D + D + i, mask=i < D, other=0.0)
+        else:
+            ssq_q = tl.load(stats_ptr + D * D + D + o, mask=o < D, other=0.0)
+        cos = cosines(raw, ssq_k, ssq_q, EPS, KEY_VALUE, TOKEN_NORM)
+        W = temperature * cos
+        if KEY_VALUE:
+            dtemperature += tl.sum(dW * cos, axis=1)
+            total_in += tl.sum(W * dW, axis=1)
+            U = temperature * cosines(dW, ssq_k, ssq_q, EPS, KEY_VALUE, TOKEN_NORM)
+            for_q, for_k, for_v = W, U, U
+            tl.store(weights_ptr + back, narrow(for_q, weights_ptr.dtype.element_ty), mask=inside)
+            tl.store(weights_ptr + D * D + back, narrow(for_k, weights_ptr.dtype.element_ty), mask=inside)
+            tl.store(weights_ptr + 2 * D * D + forth, narrow(for_v, weights_ptr.dtype.element_ty), mask=inside)
+        else:
+            dS = dW
+            if SOFTMAX:
+                W = softmax_over_keys(W, i < D)
+                dS = W * (dW - tl.sum(W * dW, axis=0)[None, :])
+            dtemperature += tl.sum(tl.where(inside, dS * cos, 0.0), axis=1)
+            dcos = temperature * dS
+            along_cos = tl.where(inside, dcos * cos, 0.0)
+            total_in += tl.sum(along_cos, axis=1)
+            if TOKEN_NORM:
+                tl.store(vectors_ptr + o, along(tl.sum(along_cos, axis=0), ssq_q, EPS), mask=o < D)
+            both = narrow(
+                cosines(dcos, ssq_k, ssq_q, EPS, KEY_VALUE, TOKEN_NORM), weights_ptr.dtype.element_ty
+            )
+            tl.store(weights_ptr + forth, both, mask=inside)
+            tl.store(weights_ptr + D * D + back, both, mask=inside)
+            tl.store(weights_ptr + 2 * D * D + back, narrow(W, weights_ptr.dtype.element_ty), mask=inside)
+    if TOKEN_NORM:
+        tl.store(vectors_ptr + D + i, along(total_in, ssq_k, EPS), mask=i < D)
+        if KEY_VALUE:
+            ssq_q = tl.load(stats_ptr + D * D + D + i, mask=i < D, other=0.0)
+            tl.store(vectors_ptr + i, along(total_in, ssq_q, EPS), mask=i < D)
+    tl.store(vectors_ptr + 2 * D, tl.sum(dtemperature, axis=0))
+
+
+@device
+def mix(
+    x,
+    x_base,
+    x_scale,
+    rows,
+    keep,
+    stride_n,
+    stride_d,
+    weights_ptr,
+    first,
+    ACC: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    UNIT: tl.constexpr,
+    ALIGN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """(BLOCK_N, BLOCK_O): features [first, first + BLOCK_O) of x_scale * (x @ weights).
+
+    Where a product takes fewer than all features of x at a time, they are loaded anew, out of the cache.
+    """
+    o = first + tl.arange(0, BLOCK_O)
+    y = tl.zeros((x.shape[0], BLOCK_O), ACC)
+    for begin in range(0, D, BLOCK_K):
+        i = begin + tl.arange(0, BLOCK_K)
+        inside = (i < D)[:, None] & (o < D)[None, :]
+        w = tl.load(weights_ptr + i[:, None] * D + o[None, :], mask=inside, other=0.0)
+        if BLOCK_K < BLOCK_D:
+            part = load_tokens(x_base, rows, keep, begin, stride_n, stride_d, D, BLOCK_K, UNIT, ALIGN)
+        else:
+            part = x
+        y = product(part.to(w.dtype), w, y, PRECISION)
+    return y * x_scale[:, None]
+
+
+@device
+def store_gradient(
+    x,
+    x_base,
+    x_scale,
+    x_stride_n,
+    x_stride_d,
+    weights_ptr,
+    vector_ptr,
+    own,
+    own_base,
+    own_norm,
+    own_scale,
+    stride_n,
+    stride_d,
+    ptr,
+    b,
+    h,
+    rows,
+    keep,
+    N,
+    H,
+    ACC: tl.constexpr,
+    EPS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    ADD: tl.constexpr,
+    PROJECT: tl.constexpr,
+    UNIT: tl.constexpr,
+    ALIGN: tl.constexpr,
+    OUT_ALIGN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Stores x @ weights, for tokens `own` that are normalised less what lies along `own`.
+
+    ADD: norms over tokens, which add own times a vector. PROJECT: norms of the tokens themselves.
+    """
+    if PROJECT:
+        # first the part along each token, which needs all of its features
+        total = tl.zeros((x.shape[0],), ACC)
+        for first in range(0, D, BLOCK_O):
+            y = mix(
+                x, x_base, x_scale, rows, keep, x_stride_n, x_stride_d, weights_ptr, first, ACC, D, BLOCK_D, BLOCK_O,
+                BLOCK_K, UNIT, ALIGN, PRECISION,
+            )  # fmt: skip
+            if BLOCK_O < BLOCK_D:
+                part = load_tokens(own_base, rows, keep, first, stride_n, stride_d, D, BLOCK_O, UNIT, ALIGN)
+            else:
+                part = own
+            total += tl.sum(y * part.to(ACC), axis=1)
+        held_up = (own_norm < tl.full([], EPS, ACC)) | (own_norm == 0)
+        total = tl.where(held_up, 0.0, total * own_scale * own_scale)
+    for first in range(0, D, BLOCK_O):
+        y = mix(
+            x, x_base, x_scale, rows, keep, x_stride_n, x_stride_d, weights_ptr, first, ACC, D, BLOCK_D, BLOCK_O,
+            BLOCK_K, UNIT, ALIGN, PRECISION,
+        )  # fmt: skip
+        if ADD or PROJECT:
+            if BLOCK_O < BLOCK_D:
+                part = load_tokens(own_base, rows, keep, first, stride_n, stride_d, D, BLOCK_O, UNIT, ALIGN)
+            else:
+                part = own
+        if ADD:
+            o = first + tl.arange(0, BLOCK_O)
+            y += part.to(ACC) * tl.load(vector_ptr + o, mask=o < D, other=0.0)[None, :]
+        if PROJECT:
+            y = (y - part.to(ACC) * total[:, None]) * own_scale[:, None]
+        y = tl.where(keep[:, None], y, 0.0)
+        store_tokens(ptr, y, b, h, rows, rows < N, first, N, H, D, BLOCK_O, OUT_ALIGN)
+
+
+@kernel
+def gradients_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    dout_ptr,
+    mask_ptr,
+    weights_ptr,
+    vectors_ptr,
+    dq_ptr,
+    dk_ptr,
+    dv_ptr,
+    dtemperature_ptr,
+    stride_qb: tl.int64,
+    stride_qh: tl.int64,
+    stride_qn: tl.int64,
+    stride_qd: tl.int64,
+    stride_kb: tl.int64,
+    stride_kh: tl.int64,
+    stride_kn: tl.int64,
+    stride_kd: tl.int64,
+    stride_vb: tl.int64,
+    stride_vh: tl.int64,
+    stride_vn: tl.int64,
+    stride_vd: tl.int64,
+    stride_gb: tl.int64,
+    stride_gh: tl.int64,
+    stride_gn: tl.int64,
+    stride_gd: tl.int64,
+    stride_mb: tl.int64,
+    stride_mn: tl.int64,
+    N: tl.int64,
+    B: tl.int64,
+    H: tl.int64,
+    blocks: tl.int64,
+    ACC: tl.constexpr,
+    EPS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    KEY_VALUE: tl.constexpr,
+    TOKEN_NORM: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    UNIT: tl.constexpr,
+    ALIGN: tl.constexpr,
+    OUT_ALIGN: tl.constexpr,
+    WEIGHT_ALIGN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """A program owns BLOCK_N tokens of one (b, h): it reads them once and writes their dq, dk and dv.
+
+    The program of the first tokens of (0, h) also adds up dtemperature[h] over the batch, in order.
+    """
+    b, h, block = locate(H, blocks)
+    if block == 0:
+        if b == 0:
+            total = tl.zeros((), ACC)
+            for other in range(0, B):
+                total += tl.load(vectors_ptr + (other * H + h) * (2 * D + 1) + 2 * D)
+            tl.store(dtemperature_ptr + h, narrow(total, dtemperature_ptr.dtype.element_ty))
+    rows = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    keep = kept(rows, N, mask_ptr, b, stride_mb, stride_mn, HAS_MASK)
+    weights_ptr = record_base(weights_ptr, (b * H + h) * 3 * D * D, WEIGHT_ALIGN)
+    vectors_ptr += (b * H + h) * (2 * D + 1)
+    q_base = head_base(q_ptr, b, h, stride_qb, stride_qh, ALIGN)
+    k_base = head_base(k_ptr, b, h, stride_kb, stride_kh, ALIGN)
+    g_base = head_base(dout_ptr, b, h, stride_gb, stride_gh, ALIGN)
+    q = load_tokens(q_base, rows, keep, 0, stride_qn, stride_qd, D, BLOCK_D, UNIT, ALIGN)
+    k = load_tokens(k_base, rows, keep, 0, stride_kn, stride_kd, D, BLOCK_D, UNIT, ALIGN)
+    g = load_tokens(g_base, rows, keep, 0, stride_gn, stride_gd, D, BLOCK_D, UNIT, ALIGN)
+    one = tl.full((BLOCK_N,), 1.0, ACC)
+    if TOKEN_NORM:
+        norm_q, scale_q, norm_k, scale_k = one, one, one, one
+    else:
+        norm_q, scale_q = token_norms(q.to(ACC), EPS)
+        norm_k, scale_k = token_norms(k.to(ACC), EPS)
+    if KEY_VALUE:
+        v_base = head_base(v_ptr, b, h, stride_vb, stride_vh, ALIGN)
+        v = load_tokens(v_base, rows, keep, 0, stride_vn, stride_vd, D, BLOCK_D, UNIT, ALIGN)
+        for_q, base_for_q, scale_for_q, stride_n_for_q, stride_d_for_q = g, g_base, one, stride_gn, stride_gd
+        for_k, base_for_k, scale_for_k, stride_n_for_k, stride_d_for_k = v, v_base, one, stride_vn, stride_vd
+        for_v, base_for_v, scale_for_v, stride_n_for_v, stride_d_for_v = k, k_base, scale_k, stride_kn, stride_kd
+    else:
+        for_q, base_for_q, scale_for_q, stride_n_for_q, stride_d_for_q = k, k_base, scale_k, stride_kn, stride_kd
+        for_k, base_for_k, scale_for_k, stride_n_for_k, stride_d_for_k = q, q_base, scale_q, stride_qn, stride_qd
+        for_v, base_for_v, scale_for_v, stride_n_for_v, stride_d_for_v = g, g_base, one, stride_gn, stride_gd
+    store_gradient(
+        for_q, base_for_q, scale_for_q, stride_n_for_q, stride_d_for_q, weights_ptr, vectors_ptr,
+        q, q_base, norm_q, scale_q, stride_qn, stride_qd, dq_ptr, b, h, rows, keep, N, H,
+        ACC, EPS, D, BLOCK_D, BLOCK_O, BLOCK_K, TOKEN_NORM, not TOKEN_NORM, UNIT, ALIGN, OUT_ALIGN, PRECISION,
+    )  # fmt: skip
+    store_gradient(
+        for_k, base_for_k, scale_for_k, stride_n_for_k, stride_d_for_k, weights_ptr + D * D, vectors_ptr + D,
+        k, k_base, norm_k, scale_k, stride_kn, stride_kd, dk_ptr, b, h, rows, keep, N, H,
+        ACC, EPS, D, BLOCK_D, BLOCK_O, BLOCK_K, TOKEN_NORM, not TOKEN_NORM, UNIT, ALIGN, OUT_ALIGN, PRECISION,
+    )  # fmt: skip
+    store_gradient(
+        for_v, base_for_v, scale_for_v, stride_n_for_v, stride_d_for_v, weights_ptr + 2 * D * D, vectors_ptr,
+        g, g_base, one, one, stride_gn, stride_gd, dv_ptr, b, h, rows, keep, N, H,
+        ACC, EPS, D, BLOCK_D, BLOCK_O, BLOCK_K, False, False, UNIT, ALIGN, OUT_ALIGN, PRECISION,
+    )  # fmt: skip

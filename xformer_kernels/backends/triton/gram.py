@@ -1,0 +1,203 @@
+"""Gram matrices over the tokens: the first pass of everything."""
+
+import triton.language as tl
+
+from xformer_kernels.backends.triton.compiler import device, kernel
+from xformer_kernels.backends.triton.tiles import (
+    head_base,
+    kept,
+    load_tokens,
+    locate,
+    narrow,
+    product,
+    token_norms,
+)
+
+
+@device
+def accumulate(
+    a_base,
+    b_base,
+    c_base,
+    mask_ptr,
+    batch,
+    begin,
+    end,
+    first_a,
+    first_b,
+    stride_an,
+    stride_ad,
+    stride_bn,
+    stride_bd,
+    stride_cn,
+    stride_cd,
+    stride_mb,
+    stride_mn,
+    ACC: tl.constexpr,
+    EPS: tl.constexpr,
+    DA: tl.constexpr,
+    DB: tl.constexpr,
+    BLOCK_A: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SAME: tl.constexpr,
+    SQUARES: tl.constexpr,
+    NORM_A: tl.constexpr,
+    NORM_B: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    UNIT: tl.constexpr,
+    ALIGN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """(BLOCK_A, BLOCK_B) sum of a[n]^T b[n] over the tokens [begin, end), and the sums of squares of their features.
+
+    SQUARES: "" none, "ab" of a and of b, "ac" of a and of c (as wide as b), which is read for them alone. SAME: b is a.
+    NORM_A, NORM_B: each token of a, of b is first divided by its own norm.
+    """
+    G = tl.zeros((BLOCK_A, BLOCK_B), ACC)
+    squares_a = tl.zeros((BLOCK_N, BLOCK_A), ACC)
+    squares_b = tl.zeros((BLOCK_N, BLOCK_B), ACC)
+    for start in range(begin, end, BLOCK_N):
+        rows = start + tl.arange(0, BLOCK_N).to(tl.int64)
+        keep = kept(rows, end, mask_ptr, batch, stride_mb, stride_mn, HAS_MASK)
+        a = load_tokens(a_base, rows, keep, first_a, stride_an, stride_ad, DA, BLOCK_A, UNIT, ALIGN)
+        if SAME:
+            b = a
+        else:
+            b = load_tokens(b_base, rows, keep, first_b, stride_bn, stride_bd, DB, BLOCK_B, UNIT, ALIGN)
+        if SQUARES != "":
+            wide_a = a.to(ACC)
+            squares_a += wide_a * wide_a
+        if SQUARES == "ab":
+            wide_b = b.to(ACC)
+            squares_b += wide_b * wide_b
+        if SQUARES == "ac":
+            c = load_tokens(c_base, rows, keep, first_b, stride_cn, stride_cd, DB, BLOCK_B, UNIT, ALIGN).to(ACC)
+            squares_b += c * c
+        if NORM_A:
+            a = narrow(a.to(ACC) * token_norms(a.to(ACC), EPS)[1][:, None], a.dtype)
+        if NORM_B:
+            b = narrow(b.to(ACC) * token_norms(b.to(ACC), EPS)[1][:, None], b.dtype)
+        G = product(tl.trans(a), b, G, PRECISION)
+    return G, tl.sum(squares_a, axis=0), tl.sum(squares_b, axis=0)
+
+
+@kernel
+def gram_kernel(
+    a_ptr,
+    b_ptr,
+    c_ptr,
+    mask_ptr,
+    G_ptr,
+    ssq_a_ptr,
+    ssq_b_ptr,
+    stride_ab: tl.int64,
+    stride_ah: tl.int64,
+    stride_an: tl.int64,
+    stride_ad: tl.int64,
+    stride_bb: tl.int64,
+    stride_bh: tl.int64,
+    stride_bn: tl.int64,
+    stride_bd: tl.int64,
+    stride_cb: tl.int64,
+    stride_ch: tl.int64,
+    stride_cn: tl.int64,
+    stride_cd: tl.int64,
+    stride_mb: tl.int64,
+    stride_mn: tl.int64,
+    step_G: tl.int64,
+    step_a: tl.int64,
+    step_b: tl.int64,
+    N: tl.int64,
+    B: tl.int64,
+    H: tl.int64,
+    parts: tl.int64,
+    chunk: tl.int64,
+    ACC: tl.constexpr,
+    EPS: tl.constexpr,
+    DA: tl.constexpr,
+    DB: tl.constexpr,
+    BLOCK_A: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
+    SQUARES: tl.constexpr,
+    NORM_A: tl.constexpr,
+    NORM_B: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    UNIT: tl.constexpr,
+    ALIGN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """A program owns one (BLOCK_A, BLOCK_B) tile of one (b, h) over one chunk of the tokens, its `part`.
+
+    Results are (parts, B, H) records, `step_*` numbers apart. SYMMETRIC: tiles below the diagonal return at once, and
+    each number above it is stored at both of its places, the diagonal as the sums of squares: equal to the bit.
+    """
+    TILES_A: tl.constexpr = (DA + BLOCK_A - 1) // BLOCK_A
+    TILES_B: tl.constexpr = (DB + BLOCK_B - 1) // BLOCK_B
+    b, h, rest = locate(H, parts * TILES_A * TILES_B)
+    part = rest // (TILES_A * TILES_B)
+    tile_a = (rest // TILES_B % TILES_A).to(tl.int32)
+    tile_b = (rest % TILES_B).to(tl.int32)
+    if SYMMETRIC:
+        if tile_a > tile_b:
+            return
+    first_a = tile_a * BLOCK_A
+    first_b = tile_b * BLOCK_B
+    begin = part * chunk
+    # off the diagonal of a symmetric matrix, b is other features of a
+    SAME: tl.constexpr = SYMMETRIC and TILES_B == 1
+    G, squares_a, squares_b = accumulate(
+        head_base(a_ptr, b, h, stride_ab, stride_ah, ALIGN),
+        head_base(b_ptr, b, h, stride_bb, stride_bh, ALIGN),
+        head_base(c_ptr, b, h, stride_cb, stride_ch, ALIGN),
+        mask_ptr,
+        b,
+        begin,
+        tl.minimum(begin + chunk, N),
+        first_a,
+        first_b,
+        stride_an,
+        stride_ad,
+        stride_bn,
+        stride_bd,
+        stride_cn,
+        stride_cd,
+        stride_mb,
+        stride_mn,
+        ACC,
+        EPS,
+        DA,
+        DB,
+        BLOCK_A,
+        BLOCK_B,
+        BLOCK_N,
+        SAME,
+        "" if SYMMETRIC else SQUARES,
+        NORM_A,
+        NORM_B,
+        HAS_MASK,
+        UNIT,
+        ALIGN,
+        PRECISION,
+    )
+    record = (part * B + b) * H + h
+    i = first_a + tl.arange(0, BLOCK_A)
+    j = first_b + tl.arange(0, BLOCK_B)
+    inside = (i < DA)[:, None] & (j < DB)[None, :]
+    G_ptr += record * step_G
+    ssq_a_ptr += record * step_a
+    ssq_b_ptr += record * step_b
+    if SYMMETRIC:
+        upper = inside & (i[:, None] <= j[None, :])
+        tl.store(G_ptr + i[:, None] * DB + j[None, :], G, mask=upper)
+        tl.store(G_ptr + i[:, None] + j[None, :] * DB, G, mask=upper & (i[:, None] < j[None, :]))
+        diagonal = inside & (i[:, None] == j[None, :])
+        tl.store(ssq_a_ptr + i[:, None] + 0 * j[None, :], G, mask=diagonal)
+        tl.store(ssq_b_ptr + i[:, None] + 0 * j[None, :], G, mask=diagonal)
+    else:
+        tl.store(G_ptr + i[:, None] * DB + j[None, :], G, mask=inside)
+        if SQUARES != "":
+            tl.store(ssq_a_ptr + i, squares_a, mask=(i < DA) & (tile_b == 0))
+            tl.store(ssq_b_ptr + j, squares_b, mask=(j < DB) & (tile_a == 0))

@@ -1,0 +1,85 @@
+"""From tensors to launches: what kernels may assume of strides and addresses, precisions, devices."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from xformer_kernels.backends.triton.tiles import INTERPRETED
+
+INTERPRETING = bool(INTERPRETED)
+VECTOR_BYTES = 16
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+class Target(NamedTuple):
+    """What a launch depends on beside its tensors."""
+
+    arch: str
+    processors: int
+
+
+@cache
+def target(device: torch.device) -> Target:
+    """Architecture and number of multiprocessors; the interpreter runs one program at a time and calls itself four."""
+    if INTERPRETING:
+        return Target("interpreter", 4)
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return Target(properties.gcnArchName.partition(":")[0], properties.multi_processor_count)
+    return Target(f"sm_{properties.major}{properties.minor}", properties.multi_processor_count)
+
+
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Launches go to the current device: makes it that of the tensors."""
+    if device.type != "cuda" or torch.cuda.current_device() == device.index:
+        return nullcontext()
+    return torch.cuda.device(device)
+
+
+def _power_of_two(number: int, most: int) -> int:
+    """The largest power of two that divides the number, at most `most`."""
+    return min(number & -number, most) if number else most
+
+
+def alignment(*tokens: Tensor | None) -> dict[str, Any]:
+    """UNIT: the features of every tensor are next to each other; ALIGN: every token starts at a multiple of so many."""
+    given = [t for t in tokens if t is not None]
+    unit = all(t.stride(-1) == 1 or t.shape[-1] == 1 for t in given)
+    align = 1
+    if unit:
+        most = VECTOR_BYTES // given[0].element_size()
+        for t in given:
+            most = _power_of_two(t.data_ptr() // t.element_size(), most)
+            for size, stride in zip(t.shape[:-1], t.stride()[:-1], strict=True):
+                if size > 1:
+                    most = _power_of_two(stride, most)
+        align = most
+    return {"UNIT": unit, "ALIGN": align}
+
+
+def out_alignment(features: int, itemsize: int) -> int:
+    return _power_of_two(features, VECTOR_BYTES // itemsize)
+
+
+def tokens_precision(dtype: torch.dtype, arch: str) -> str:
+    """Of products of tokens with tokens, and of float32 tokens with maps: tf32 where the user allows it for matmuls."""
+    return "tf32" if dtype is torch.float32 and arch != "interpreter" and _tf32_allowed() else "ieee"
+
+
+def map_precision(dtype: torch.dtype, arch: str) -> str:
+    """Of products of tokens with maps. Maps of float16 are tf32, which holds the tokens exactly and has the range."""
+    return "tf32" if dtype.itemsize == 2 and arch.startswith("sm_") else tokens_precision(dtype, arch)
+
+
+def _tf32_allowed() -> bool:
+    matmul = torch.backends.cuda.matmul
+    precision = getattr(matmul, "fp32_precision", None)
+    return precision == "tf32" if precision is not None else matmul.allow_tf32

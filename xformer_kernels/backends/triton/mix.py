@@ -1,0 +1,130 @@
+"""A small matrix applied to every token: the second pass of everything."""
+
+import triton.language as tl
+
+from xformer_kernels.backends.triton.compiler import device, kernel
+from xformer_kernels.backends.triton.tiles import head_base, load_tokens, locate, product, store_tokens
+
+
+@device
+def multiply(
+    x_ptr,
+    weight_ptr,
+    y,
+    b,
+    h,
+    rows,
+    keep,
+    o,
+    stride_xb,
+    stride_xh,
+    stride_xn,
+    stride_xd,
+    stride_wb,
+    stride_wh,
+    stride_wo,
+    stride_wi,
+    I: tl.constexpr,
+    O: tl.constexpr,  # noqa: E741
+    BLOCK_K: tl.constexpr,
+    WIDE_MAP: tl.constexpr,
+    UNIT: tl.constexpr,
+    ALIGN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """y + x @ weight^T, BLOCK_K features of x at a time."""
+    x_base = head_base(x_ptr, b, h, stride_xb, stride_xh, ALIGN)
+    w_base = weight_ptr + b * stride_wb + h * stride_wh
+    for first in range(0, I, BLOCK_K):
+        i = (first + tl.arange(0, BLOCK_K)).to(tl.int64)
+        x = load_tokens(x_base, rows, keep, first, stride_xn, stride_xd, I, BLOCK_K, UNIT, ALIGN)
+        inside = (i < I)[:, None] & (o < O)[None, :]
+        w = tl.load(w_base + i[:, None] * stride_wi + o[None, :] * stride_wo, mask=inside, other=0.0)
+        if WIDE_MAP:
+            x, w = x.to(y.dtype), w.to(y.dtype)
+        y = product(x, w, y, PRECISION)
+    return y
+
+
+@kernel
+def channel_mix_kernel(
+    x_ptr,
+    weight_ptr,
+    x2_ptr,
+    weight2_ptr,
+    bias_ptr,
+    add_ptr,
+    scale_ptr,
+    y_ptr,
+    stride_xb: tl.int64,
+    stride_xh: tl.int64,
+    stride_xn: tl.int64,
+    stride_xd: tl.int64,
+    stride_wb: tl.int64,
+    stride_wh: tl.int64,
+    stride_wo: tl.int64,
+    stride_wi: tl.int64,
+    stride_x2b: tl.int64,
+    stride_x2h: tl.int64,
+    stride_x2n: tl.int64,
+    stride_x2d: tl.int64,
+    stride_w2b: tl.int64,
+    stride_w2h: tl.int64,
+    stride_w2o: tl.int64,
+    stride_w2i: tl.int64,
+    stride_bb: tl.int64,
+    stride_bh: tl.int64,
+    stride_bo: tl.int64,
+    stride_ab: tl.int64,
+    stride_ah: tl.int64,
+    stride_an: tl.int64,
+    stride_ad: tl.int64,
+    stride_sb: tl.int64,
+    stride_sh: tl.int64,
+    stride_so: tl.int64,
+    N: tl.int64,
+    H: tl.int64,
+    blocks: tl.int64,
+    ACC: tl.constexpr,
+    I: tl.constexpr,
+    I2: tl.constexpr,
+    O: tl.constexpr,  # noqa: E741
+    BLOCK_K: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_ADD: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    WIDE_MAP: tl.constexpr,
+    UNIT: tl.constexpr,
+    ALIGN: tl.constexpr,
+    OUT_ALIGN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """A program owns a (BLOCK_N, BLOCK_O) tile of y; I2 = 0: no second pair. WIDE_MAP: multiplied in the dtype of ACC."""
+    TILES: tl.constexpr = (O + BLOCK_O - 1) // BLOCK_O
+    b, h, rest = locate(H, blocks * TILES)
+    first = (rest % TILES).to(tl.int32) * BLOCK_O
+    rows = rest // TILES * BLOCK_N + tl.arange(0, BLOCK_N)
+    present = rows < N
+    o = (first + tl.arange(0, BLOCK_O)).to(tl.int64)
+    y = multiply(
+        x_ptr, weight_ptr, tl.zeros((BLOCK_N, BLOCK_O), ACC), b, h, rows, present, o, stride_xb, stride_xh, stride_xn,
+        stride_xd, stride_wb, stride_wh, stride_wo, stride_wi, I, O, BLOCK_K, WIDE_MAP, UNIT, ALIGN, PRECISION,
+    )  # fmt: skip
+    if I2 > 0:
+        y = multiply(
+            x2_ptr, weight2_ptr, y, b, h, rows, present, o, stride_x2b, stride_x2h, stride_x2n, stride_x2d, stride_w2b,
+            stride_w2h, stride_w2o, stride_w2i, I2, O, BLOCK_K, WIDE_MAP, UNIT, ALIGN, PRECISION,
+        )  # fmt: skip
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + b * stride_bb + h * stride_bh + o * stride_bo, mask=o < O, other=0.0)
+        y += bias.to(ACC)[None, :]
+    if HAS_ADD:
+        add_base = head_base(add_ptr, b, h, stride_ab, stride_ah, ALIGN)
+        add = load_tokens(add_base, rows, present, first, stride_an, stride_ad, O, BLOCK_O, UNIT, ALIGN).to(ACC)
+        if HAS_SCALE:
+            scale = tl.load(scale_ptr + b * stride_sb + h * stride_sh + o * stride_so, mask=o < O, other=0.0)
+            add *= scale.to(ACC)[None, :]
+        y += add
+    store_tokens(y_ptr, y, b, h, rows, present, first, N, H, O, BLOCK_O, OUT_ALIGN)

@@ -1,0 +1,41 @@
+"""How a call is cut into launches and programs, from its shapes and the number of multiprocessors alone."""
+
+from __future__ import annotations
+
+from math import isqrt
+from typing import NamedTuple
+
+WIDEST = 512
+"""Features per head that the kernels hold in one tile."""
+ONE_LAUNCH = 128 * 4
+"""Bytes of a row of the map up to which one program holds a whole map."""
+CHUNK = 256
+"""Tokens that are worth a program of their own; chunks are multiples of it, and so of every block of tokens."""
+
+
+class Split(NamedTuple):
+    """`parts` programs of `chunk` tokens each."""
+
+    parts: int
+    chunk: int
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def split_tokens(N: int, units: int, record: int, row: int, processors: int) -> Split:
+    """Chunks of the tokens of each of `units` (batch, head and tile of the map) that fill the machine twice.
+
+    `record`: bytes of a partial result, which every program of the next launch reads from every part; `row`: bytes of a
+    token. Parts are few enough for that to stay below twice the bytes of the tokens: parts^2 record <= 2 N row.
+    """
+    wanted = cdiv(2 * processors, max(1, units))
+    parts = max(1, min(wanted, cdiv(N, CHUNK), isqrt(2 * N * row // record)))
+    chunk = cdiv(cdiv(N, parts), CHUNK) * CHUNK
+    return Split(max(1, cdiv(N, chunk)) if chunk else 1, chunk)
+
+
+def fits_one_launch(D: int, itemsize: int) -> bool:
+    """Whether one program can hold a whole map of numbers of so many bytes."""
+    return D * itemsize <= ONE_LAUNCH
