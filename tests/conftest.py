@@ -19,7 +19,7 @@ if not HAS_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
-from xformer_kernels import backends, dispatch
+from xformer_kernels import backends, dispatch  # noqa: E402
 
 KERNELS = backends.ORDER
 REQUIRED = os.environ.get("XFORMER_KERNELS_REQUIRE_EXTENSION", "0") not in ("", "0")
@@ -96,6 +96,36 @@ def device(request):
     return request.param
 
 
+def _named(request):
+    """The backend or kernel that the test is given."""
+    return next(request.getfixturevalue(name) for name in ("backend", "kernel") if name in request.fixturenames)
+
+
+@pytest.fixture
+def interpreted(request):
+    """Whether the test's kernels run in Triton's interpreter, which takes a thousand times as long: fewer examples."""
+    return _named(request) == "triton" and INTERPRETING
+
+
+@pytest.fixture
+def shorter(interpreted):
+    """A shape of the tables, (B, N, ...), of at most 700 tokens for the interpreter: enough to be cut into parts."""
+    return lambda shape: (shape[0], min(shape[1], 700), *shape[2:]) if interpreted else shape
+
+
+@pytest.fixture
+def need_features(request):
+    """Skips what the test's backend refuses for its number of features, in words that it must have for it."""
+
+    def need(*head_dims):
+        device = "cuda" if HAS_GPU and not INTERPRETING else "cpu"
+        reasons = dispatch.reasons_against(_named(request), device, (torch.float32,), head_dims)
+        if any("features per head" in reason for reason in reasons):
+            pytest.skip(f"{_named(request)}: {'; '.join(reasons)}")
+
+    return need
+
+
 @pytest.fixture
 def ran_backend():
     """Within ``ran_backend(name, *ops)`` that backend must run all of these ops, and no other backend any op.
@@ -119,8 +149,8 @@ def ran_backend():
 @pytest.fixture
 def ran(request, ran_backend):
     """``ran(*ops)`` for the backend or kernel that the test is given."""
-    names = [request.getfixturevalue(name) for name in ("backend", "kernel") if name in request.fixturenames]
-    return lambda *ops: ran_backend(names[0], *ops)
+    name = _named(request)
+    return lambda *ops: ran_backend(name, *ops)
 
 
 @pytest.fixture

@@ -86,11 +86,13 @@ def test_mask(dim, kernel, device, ran, buffer):
         assert_bitwise(x, expected[key], key)
 
 
-def test_output_of_more_than_2_31_elements(kernel, device, ran):
+def test_output_of_more_than_2_31_elements(kernel, device, ran, interpreted):
     """The one buffer that must be real: 4.3 GB of bfloat16 written by channel_mix."""
+    if interpreted:
+        pytest.skip("4.3 GB take the interpreter hours; far inputs are tested above, and a GPU runs this")
     if device == "cpu" and available_bytes() < 6 * 2**30:
         pytest.skip("needs 6 GiB of free memory for an output of 2^31 elements")
-    features = 512
+    features = 256
     N = 2**31 // features + 3
     x = torch.ones(1, 1, 1, 1, dtype=torch.bfloat16, device=device).expand(1, 1, N, 1)
     weight = torch.arange(features, dtype=torch.float32, device=device).view(features, 1) % 128

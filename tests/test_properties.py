@@ -13,7 +13,11 @@ import xformer_kernels as xk
 from xformer_kernels import reference
 from xformer_kernels.testing import assert_bitwise, assert_close
 
-EXAMPLES = settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+def for_all(strategy, check, interpreted):
+    """The check for many drawn arguments, for fewer where each takes seconds."""
+    settings(max_examples=12 if interpreted else 100, suppress_health_check=list(HealthCheck))(given(strategy)(check))()
+
 
 batches = st.sampled_from([0, 1, 1, 2, 3])
 heads = st.integers(1, 4)
@@ -30,7 +34,7 @@ configs = st.builds(
 
 
 @st.composite
-def strided(draw, shape, dtype):
+def strided(draw, shape, dtype, device):
     """Random numbers in a view with dimensions in any order in memory, any steps, any offset; the rest is NaN."""
     order = draw(st.permutations(range(len(shape))))
     steps = [draw(st.sampled_from([1, 1, 1, 2, 3])) for _ in shape]
@@ -40,81 +44,89 @@ def strided(draw, shape, dtype):
         extent *= max(shape[dim], 1) * steps[dim] + draw(st.sampled_from([0, 0, 1, 5]))
     offset = draw(st.integers(0, 9))
     numbers = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
-    view = torch.full((offset + extent,), math.nan, dtype=dtype).as_strided(shape, strides, offset)
+    view = torch.full((offset + extent,), math.nan, dtype=dtype, device=device).as_strided(shape, strides, offset)
     view.copy_(torch.randn(shape, generator=numbers, dtype=torch.float64) + 0.2)
     expanded = draw(st.sampled_from([None, None, None, *range(len(shape))]))
     return view if expanded is None or 0 in shape else view.narrow(expanded, 0, 1).expand(shape)
 
 
 @st.composite
-def problems(draw):
+def problems(draw, device):
     B, H, N, D = draw(batches), draw(heads), draw(tokens), draw(features)
     dtype = draw(dtypes)
-    q, k, v, dout = (draw(strided((B, H, N, D), dtype)) for _ in range(4))
-    temperature = torch.linspace(0.5, 2.0, H, dtype=torch.float64).to(draw(st.sampled_from([dtype, torch.float32])))
-    mask = random_mask(B, N, draw(st.integers(0, 9))) if draw(st.booleans()) else None
+    q, k, v, dout = (draw(strided((B, H, N, D), dtype, device)) for _ in range(4))
+    temperature = torch.linspace(0.5, 2.0, H, dtype=torch.float64, device=device).to(
+        draw(st.sampled_from([dtype, torch.float32]))
+    )
+    mask = random_mask(B, N, draw(st.integers(0, 9)), device) if draw(st.booleans()) else None
     return Problem(q, k, v, temperature, dout, draw(configs), mask)
 
 
-@EXAMPLES
-@given(p=problems())
-def test_xfa(p, kernel, device, ran):
-    with ran("xfa_forward", "xfa_backward"):
-        result = p.run(xk.xfa, backend=kernel)
-    p.check(result)
-    again = p.run(xk.xfa, backend=kernel)
-    for name, x in result.items():
-        assert_bitwise(x, again[name], name)
+def test_xfa(kernel, device, ran, interpreted):
+    def check(p):
+        with ran("xfa_forward", "xfa_backward"):
+            result = p.run(xk.xfa, backend=kernel)
+        p.check(result)
+        again = p.run(xk.xfa, backend=kernel)
+        for name, x in result.items():
+            assert_bitwise(x, again[name], name)
+
+    for_all(problems(device), check, interpreted)
 
 
 @st.composite
-def gram_arguments(draw):
+def gram_arguments(draw, device):
     B, H, N = draw(batches), draw(heads), draw(tokens)
     dtype = draw(dtypes)
-    a = draw(strided((B, H, N, draw(features)), dtype))
+    a = draw(strided((B, H, N, draw(features)), dtype, device))
     symmetric = draw(st.booleans())
-    b = a if symmetric else draw(strided((B, H, N, draw(features)), dtype))
-    mask = random_mask(B, N, draw(st.integers(0, 9))) if draw(st.booleans()) else None
+    b = a if symmetric else draw(strided((B, H, N, draw(features)), dtype, device))
+    mask = random_mask(B, N, draw(st.integers(0, 9)), device) if draw(st.booleans()) else None
     return a, b, {"symmetric": symmetric, "token_mask": mask}
 
 
-@EXAMPLES
-@given(arguments=gram_arguments())
-def test_gram(arguments, kernel, device, ran):
-    a, b, kwargs = arguments
-    with ran("gram"):
-        result = xk.gram(a, b, backend=kernel, **kwargs)
-    a64 = a.double()
-    oracle = reference.gram(a64, a64 if b is a else b.double(), **kwargs)
-    for name, got, eager, exact in zip(
-        ("G", "ssq_a", "ssq_b"), result, reference.gram(a, b, **kwargs), oracle, strict=True
-    ):
-        assert_close(got, eager, exact, name)
+def test_gram(kernel, device, ran, interpreted):
+    def check(arguments):
+        a, b, kwargs = arguments
+        with ran("gram"):
+            result = xk.gram(a, b, backend=kernel, **kwargs)
+        a64 = a.double()
+        oracle = reference.gram(a64, a64 if b is a else b.double(), **kwargs)
+        for name, got, eager, exact in zip(
+            ("G", "ssq_a", "ssq_b"), result, reference.gram(a, b, **kwargs), oracle, strict=True
+        ):
+            assert_close(got, eager, exact, name)
+
+    for_all(gram_arguments(device), check, interpreted)
 
 
 @st.composite
-def mix_arguments(draw):
+def mix_arguments(draw, device):
     B, H, N, I, O = draw(batches), draw(heads), draw(tokens), draw(features), draw(features)  # noqa: E741
     dtype = draw(dtypes)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     weight_dtype = draw(st.sampled_from([dtype, wide]))
-    t = {"x": draw(strided((B, H, N, I), dtype)), "weight": draw(strided((B, H, O, I), weight_dtype))}
+    t = {"x": draw(strided((B, H, N, I), dtype, device)), "weight": draw(strided((B, H, O, I), weight_dtype, device))}
     if draw(st.booleans()):
-        t["bias"] = draw(strided((B, H, O), weight_dtype))
+        t["bias"] = draw(strided((B, H, O), weight_dtype, device))
     if draw(st.booleans()):
-        t["add"] = draw(strided((B, H, N, O), dtype))
+        t["add"] = draw(strided((B, H, N, O), dtype, device))
         if draw(st.booleans()):
-            t["add_scale"] = draw(strided((B, H, O), weight_dtype))
+            t["add_scale"] = draw(strided((B, H, O), weight_dtype, device))
     if draw(st.booleans()):
         I2 = draw(features)
-        t["x2"], t["weight2"] = draw(strided((B, H, N, I2), dtype)), draw(strided((B, H, O, I2), weight_dtype))
+        t["x2"], t["weight2"] = (
+            draw(strided((B, H, N, I2), dtype, device)),
+            draw(strided((B, H, O, I2), weight_dtype, device)),
+        )
     return t
 
 
-@EXAMPLES
-@given(t=mix_arguments())
-def test_channel_mix(t, kernel, device, ran):
-    with ran("channel_mix"):
-        y = xk.channel_mix(**t, backend=kernel)
-    oracle = reference.channel_mix(**{name: x.double() for name, x in t.items()})
-    assert_close(y, reference.channel_mix(**t), oracle, "y")
+def test_channel_mix(kernel, device, ran, interpreted):
+    def check(t):
+        with ran("channel_mix"):
+            y = xk.channel_mix(**t, backend=kernel)
+        oracle = reference.channel_mix(**{name: x.double() for name, x in t.items()})
+        assert_close(y, reference.channel_mix(**t), oracle, "y")
+
+    for_all(mix_arguments(device), check, interpreted)

@@ -128,8 +128,7 @@ def compile_one(job: Job, name: str, launched: Launch) -> dict[str, Any]:
     """A row of the table; raises what the compiler raises."""
     config = launched.config
     source = ASTSource(launched.kernel, signature(launched), launched.constants)
-    options = {"num_warps": config.warps, "num_stages": config.stages}
-    compiled = triton.compile(source, target=target(job.arch), options=options)
+    compiled = triton.compile(source, target=target(job.arch), options=config.options())
     row = {
         "arch": job.arch,
         "dtype": str(job.dtype).removeprefix("torch.") + (" tf32" if job.tf32 else ""),
@@ -179,7 +178,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--arch", default=",".join(configs.ARCHITECTURES))
     parser.add_argument("--dtype", default="float32,bfloat16,float16")
-    parser.add_argument("--features", default="16,32,64,128,256,512")
+    parser.add_argument("--features", default="16,32,64,128,256")
     parser.add_argument("--maps", default=",".join(MAPS))
     parser.add_argument("--masked", action="store_true")
     parser.add_argument("--tf32", action="store_true")

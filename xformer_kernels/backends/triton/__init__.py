@@ -19,9 +19,9 @@ OLDEST = (3, 6)
 if tuple(int(part) for part in triton.__version__.split(".")[:2]) < OLDEST:
     raise ImportError(f"triton {triton.__version__} is too old: {OLDEST[0]}.{OLDEST[1]} or newer is needed")
 
-from xformer_kernels.backends.triton.launch import INTERPRETING
-from xformer_kernels.backends.triton.ops import channel_mix, gram, xfa_backward, xfa_forward
-from xformer_kernels.backends.triton.plan import WIDEST
+from xformer_kernels.backends.triton.launch import INTERPRETING  # noqa: E402
+from xformer_kernels.backends.triton.ops import channel_mix, gram, xfa_backward, xfa_forward  # noqa: E402
+from xformer_kernels.backends.triton.plan import WIDEST  # noqa: E402
 
 __all__ = ["NAME", "channel_mix", "gram", "unsupported", "xfa_backward", "xfa_forward"]
 

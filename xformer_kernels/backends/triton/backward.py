@@ -22,7 +22,7 @@ from xformer_kernels.backends.triton.tiles import (
 
 @device
 def along(total, ssq, EPS: tl.constexpr):
-    """What token norms add to a gradient, per feature: -total / |x|^2 times x, and nothing where eps holds the norm up."""
+    """What token norms add to a gradient: -total / |x|^2 for each feature, and nothing where eps holds the norm up."""
     norm = clamped(ssq, EPS)
     return tl.where((tl.sqrt(ssq) < tl.full([], EPS, ssq.dtype)) | (ssq == 0), 0.0, -total / norm / norm)
 
@@ -68,7 +68,6 @@ def map_backward_kernel(
     i = tl.arange(0, BLOCK_D)
     temperature = tl.load(temperature_ptr + h * stride_t).to(ACC)
     ssq_k = tl.load(stats_ptr + D * D + i, mask=i < D, other=0.0)
-    norm_k = clamped(ssq_k, EPS)
     total_in = tl.zeros((BLOCK_D,), ACC)
     dtemperature = tl.zeros((BLOCK_D,), ACC)
     for first in range(0, D, BLOCK_O):
@@ -103,9 +102,7 @@ def map_backward_kernel(
             total_in += tl.sum(along_cos, axis=1)
             if TOKEN_NORM:
                 tl.store(vectors_ptr + o, along(tl.sum(along_cos, axis=0), ssq_q, EPS), mask=o < D)
-            both = narrow(
-                cosines(dcos, ssq_k, ssq_q, EPS, KEY_VALUE, TOKEN_NORM), weights_ptr.dtype.element_ty
-            )
+            both = narrow(cosines(dcos, ssq_k, ssq_q, EPS, KEY_VALUE, TOKEN_NORM), weights_ptr.dtype.element_ty)
             tl.store(weights_ptr + forth, both, mask=inside)
             tl.store(weights_ptr + D * D + back, both, mask=inside)
             tl.store(weights_ptr + 2 * D * D + back, narrow(W, weights_ptr.dtype.element_ty), mask=inside)
@@ -287,7 +284,7 @@ def gradients_kernel(
     if block == 0:
         if b == 0:
             total = tl.zeros((), ACC)
-            for other in range(0, B):
+            for other in range(B):
                 total += tl.load(vectors_ptr + (other * H + h) * (2 * D + 1) + 2 * D)
             tl.store(dtemperature_ptr + h, narrow(total, dtemperature_ptr.dtype.element_ty))
     rows = block * BLOCK_N + tl.arange(0, BLOCK_N)

@@ -1,4 +1,4 @@
-"""How kernels are compiled: once for each set of constants, never again for another length, batch or number of heads."""
+"""How kernels are compiled: once for each set of constants, whatever the length, the batch and the number of heads."""
 
 import inspect
 from collections.abc import Callable
@@ -11,9 +11,9 @@ from triton import knobs
 def kernel(function: Callable[..., Any]) -> Any:
     """triton.jit that specialises on nothing but constexprs and dtypes.
 
-    Sizes and strides are 64-bit integers whatever their value, and nothing is compiled anew where one of them happens to
-    be 1 or a multiple of 16, or an address to be aligned: what kernels may assume of strides and addresses are their
-    constants UNIT and ALIGN.
+    Sizes and strides are 64-bit integers whatever their value, and nothing is compiled anew where one of them happens
+    to be 1 or a multiple of 16, or an address to be aligned: what kernels may assume of strides and addresses are
+    their constants UNIT and ALIGN.
     """
     names = [name for name, p in inspect.signature(function).parameters.items() if "constexpr" not in str(p.annotation)]
     return triton.jit(do_not_specialize=names, do_not_specialize_on_alignment=names)(function)

@@ -126,7 +126,8 @@ def apply_kernel(
     """The second launch of forward. A program owns BLOCK_O features of out for one chunk of the tokens of one (b, h).
 
     It sums the partial records of its (b, h) and finishes its (D, BLOCK_O) part of the map; programs of the first chunk
-    also store the sums in stats, for the backward (where there is one part, it lies there already, and does again). All of x's features are read by each of the D / BLOCK_O programs.
+    also store the sums in stats, for the backward (a single part lies there already). All of x's features are read by
+    each of the D / BLOCK_O programs.
     """
     TILES: tl.constexpr = (D + BLOCK_O - 1) // BLOCK_O
     RECORD: tl.constexpr = D * D + 2 * D
@@ -235,7 +236,7 @@ def forward_kernel(
     PRECISION: tl.constexpr,
     MAP_PRECISION: tl.constexpr,
 ):
-    """The whole forward in one launch: a program owns a (b, h), its map stays in registers from one pass to the next."""
+    """The whole forward in one launch: a program owns a (b, h), and keeps its map in registers between the passes."""
     RECORD: tl.constexpr = D * D + 2 * D
     b, h, _ = locate(H, 1)
     q_base = head_base(q_ptr, b, h, stride_qb, stride_qh, ALIGN)
@@ -285,6 +286,8 @@ def forward_kernel(
     )
     i = tl.arange(0, BLOCK_D)
     inside = (i < D)[:, None] & (i < D)[None, :]
+    # infinite tokens times the zeros beyond D are NaN
+    raw = tl.where(inside, raw, 0.0)
     record = record_base(stats_ptr, (b * H + h) * RECORD, RECORD_ALIGN)
     tl.store(record + i[:, None] * D + i[None, :], raw, mask=inside)
     tl.store(record + D * D + i, ssq_k, mask=i < D)

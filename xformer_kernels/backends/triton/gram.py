@@ -4,14 +4,38 @@ import triton.language as tl
 
 from xformer_kernels.backends.triton.compiler import device, kernel
 from xformer_kernels.backends.triton.tiles import (
+    clamped,
     head_base,
     kept,
     load_tokens,
     locate,
-    narrow,
     product,
-    token_norms,
 )
+
+
+@device
+def reciprocal_norms(
+    tile,
+    base,
+    rows,
+    keep,
+    stride_n,
+    stride_d,
+    EPS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    UNIT: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    """(BLOCK_N,): 1 / max(norm, eps) of whole tokens, of which `tile` may be but some features."""
+    if D <= BLOCK:
+        ssq = tl.sum(tile * tile, axis=1)
+    else:
+        ssq = tl.zeros((tile.shape[0],), tile.dtype)
+        for first in range(0, D, BLOCK):
+            part = load_tokens(base, rows, keep, first, stride_n, stride_d, D, BLOCK, UNIT, ALIGN).to(tile.dtype)
+            ssq += tl.sum(part * part, axis=1)
+    return 1.0 / clamped(ssq, EPS)
 
 
 @device
@@ -52,7 +76,7 @@ def accumulate(
     """(BLOCK_A, BLOCK_B) sum of a[n]^T b[n] over the tokens [begin, end), and the sums of squares of their features.
 
     SQUARES: "" none, "ab" of a and of b, "ac" of a and of c (as wide as b), which is read for them alone. SAME: b is a.
-    NORM_A, NORM_B: each token of a, of b is first divided by its own norm.
+    NORM_A, NORM_B: each token of a, of b is first divided by its own norm, and the product is of wide numbers.
     """
     G = tl.zeros((BLOCK_A, BLOCK_B), ACC)
     squares_a = tl.zeros((BLOCK_N, BLOCK_A), ACC)
@@ -74,10 +98,12 @@ def accumulate(
         if SQUARES == "ac":
             c = load_tokens(c_base, rows, keep, first_b, stride_cn, stride_cd, DB, BLOCK_B, UNIT, ALIGN).to(ACC)
             squares_b += c * c
+        if NORM_A or NORM_B:
+            a, b = a.to(ACC), b.to(ACC)
         if NORM_A:
-            a = narrow(a.to(ACC) * token_norms(a.to(ACC), EPS)[1][:, None], a.dtype)
+            a *= reciprocal_norms(a, a_base, rows, keep, stride_an, stride_ad, EPS, DA, BLOCK_A, UNIT, ALIGN)[:, None]
         if NORM_B:
-            b = narrow(b.to(ACC) * token_norms(b.to(ACC), EPS)[1][:, None], b.dtype)
+            b *= reciprocal_norms(b, b_base, rows, keep, stride_bn, stride_bd, EPS, DB, BLOCK_B, UNIT, ALIGN)[:, None]
         G = product(tl.trans(a), b, G, PRECISION)
     return G, tl.sum(squares_a, axis=0), tl.sum(squares_b, axis=0)
 

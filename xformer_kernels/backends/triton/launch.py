@@ -74,6 +74,13 @@ def tokens_precision(dtype: torch.dtype, arch: str) -> str:
     return "tf32" if dtype is torch.float32 and arch != "interpreter" and _tf32_allowed() else "ieee"
 
 
+def gram_precision(dtype: torch.dtype, normalised: bool, arch: str) -> str:
+    """Of a Gram matrix of tokens. Those of 16 bits that were divided by their norms are wide, and are not cut again."""
+    if normalised and dtype.itemsize == 2 and arch.startswith("sm_"):
+        return "tf32x3"
+    return tokens_precision(dtype, arch)
+
+
 def map_precision(dtype: torch.dtype, arch: str) -> str:
     """Of products of tokens with maps. Maps of float16 are tf32, which holds the tokens exactly and has the range."""
     return "tf32" if dtype.itemsize == 2 and arch.startswith("sm_") else tokens_precision(dtype, arch)

@@ -24,7 +24,7 @@ def multiply(
     stride_wh,
     stride_wo,
     stride_wi,
-    I: tl.constexpr,
+    I: tl.constexpr,  # noqa: E741
     O: tl.constexpr,  # noqa: E741
     BLOCK_K: tl.constexpr,
     WIDE_MAP: tl.constexpr,
@@ -86,7 +86,7 @@ def channel_mix_kernel(
     H: tl.int64,
     blocks: tl.int64,
     ACC: tl.constexpr,
-    I: tl.constexpr,
+    I: tl.constexpr,  # noqa: E741
     I2: tl.constexpr,
     O: tl.constexpr,  # noqa: E741
     BLOCK_K: tl.constexpr,
@@ -101,7 +101,7 @@ def channel_mix_kernel(
     OUT_ALIGN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """A program owns a (BLOCK_N, BLOCK_O) tile of y; I2 = 0: no second pair. WIDE_MAP: multiplied in the dtype of ACC."""
+    """A program owns a (BLOCK_N, BLOCK_O) tile of y. I2 = 0: no second pair. WIDE_MAP: products are of ACC numbers."""
     TILES: tl.constexpr = (O + BLOCK_O - 1) // BLOCK_O
     b, h, rest = locate(H, blocks * TILES)
     first = (rest % TILES).to(tl.int32) * BLOCK_O

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +17,9 @@ from xformer_kernels.backends.triton.gram import gram_kernel
 from xformer_kernels.backends.triton.mix import channel_mix_kernel
 
 _ACC = {torch.float32: tl.float32, torch.float64: tl.float64}
-# No matrix of another head_dim has any of these, nor a tensor that is not there.
+# Triton's interpreter keeps the program's index in a global.
+_one_at_a_time: AbstractContextManager[Any] = threading.Lock() if launch.INTERPRETING else nullcontext()
+# Strides of tensors that are not there.
 _NONE3, _NONE4 = (0, 0, 0), (0, 0, 0, 0)
 
 
@@ -38,6 +42,13 @@ class Choices(NamedTuple):
         return "" if not self.TOKEN_NORM else "ac" if self.KEY_VALUE else "ab"
 
 
+def _gram_key(dtype: torch.dtype, D: int, choices: Choices, norm: bool, suffix: str = "") -> configs.Key:
+    """Tokens that are normalised are multiplied in the accumulate dtype."""
+    if norm:
+        return configs.Key("gram_normalised", launch.accumulate_dtype(dtype), D, choices.name + suffix)
+    return configs.Key("gram", dtype, D, choices.name + suffix)
+
+
 def _choices(map: str, norm: str, activation: str, eps: float) -> Choices:
     key_value = map == "key_value"
     return Choices(key_value, norm == "token", activation == "softmax" and not key_value, eps)
@@ -57,7 +68,8 @@ def _mask(token_mask: Tensor | None, other: Tensor) -> tuple[Tensor, tuple[int, 
 
 
 def _run(kernel: Any, grid: int, config: configs.Config, *args: Any, **constants: Any) -> None:
-    kernel[(grid,)](*args, **constants, num_warps=config.warps, num_stages=config.stages)
+    with _one_at_a_time:
+        kernel[(grid,)](*args, **constants, **config.options())
 
 
 def _split(x: Tensor, features: int, key: configs.Key) -> plan.Split:
@@ -90,7 +102,7 @@ def _gram(
     DB = b.shape[-1]
     mask, mask_strides = _mask(token_mask, a)
     arch = launch.target(a.device).arch
-    precision = launch.tokens_precision(a.dtype, arch)
+    precision = launch.gram_precision(a.dtype, norm_a or norm_b, arch)
     facts = launch.alignment(a, b, c)
     acc = _ACC[launch.accumulate_dtype(a.dtype)]
 
@@ -116,7 +128,8 @@ def gram(a: Tensor, b: Tensor, symmetric: bool, token_mask: Tensor | None) -> tu
     key = configs.Key("gram", a.dtype, max(DA, DB), "symmetric" if symmetric else "gram")
     split = _split(a, DB, key)
     sizes = ((DA, DB), (DA,), (DB,))
-    results = tuple(_empty((split.parts, B, H, *size), dtype, a) for size in sizes)
+    parts_G, parts_a, parts_b = (_empty((split.parts, B, H, *size), dtype, a) for size in sizes)
+    results = (parts_G, parts_a, parts_b)
     if B * H:
         with launch.on_device(a.device):
             _gram(key, split, a, b, a, token_mask, results, (DA * DB, DA, DB), symmetric=symmetric)
@@ -186,7 +199,7 @@ def xfa_forward(
     if B * H == 0:
         return out, stats
     choices = _choices(map, norm, activation, eps)
-    split = _split(q, D, configs.Key("gram", q.dtype, D, choices.name))
+    split = _split(q, D, _gram_key(q.dtype, D, choices, not choices.TOKEN_NORM))
     with launch.on_device(q.device):
         if split.parts == 1 and plan.fits_one_launch(D, stats.element_size()):
             _forward_at_once(q, k, v, temperature, token_mask, choices, out, stats)
@@ -222,7 +235,7 @@ def _forward_at_once(
     mask, mask_strides = _mask(token_mask, q)
     target = launch.target(q.device)
     constants = {**_of_map(q, choices), **launch.alignment(q, k, v)}
-    key = configs.Key("forward", q.dtype, D, choices.name)
+    key = configs.Key("forward", q.dtype if choices.TOKEN_NORM else stats.dtype, D, choices.name)
 
     def run(config: configs.Config) -> None:
         _run(
@@ -231,7 +244,7 @@ def _forward_at_once(
             *mask_strides, N, H,
             BLOCK_N=config.block_n, WIDE_MAP=q.dtype is not torch.bfloat16, SOFTMAX=choices.SOFTMAX,
             HAS_MASK=token_mask is not None, OUT_ALIGN=launch.out_alignment(D, q.element_size()),
-            PRECISION=launch.tokens_precision(q.dtype, target.arch),
+            PRECISION=launch.gram_precision(q.dtype, not choices.TOKEN_NORM, target.arch),
             MAP_PRECISION=launch.map_precision(q.dtype, target.arch), **constants,
         )  # fmt: skip
 
@@ -254,7 +267,7 @@ def _forward_in_two(
     partial = stats if split.parts == 1 else _empty((split.parts, B, H, record), stats.dtype, q)
     x, b = (q, v) if choices.KEY_VALUE else (v, q)
     _gram(
-        configs.Key("gram", q.dtype, D, choices.name), split, k, b, q, token_mask,
+        _gram_key(q.dtype, D, choices, not choices.TOKEN_NORM), split, k, b, q, token_mask,
         (partial, partial[..., D * D :], partial[..., D * D + D :]), (record,) * 3, choices.EPS,
         squares=choices.squares, norm_a=not choices.TOKEN_NORM,
         norm_b=not choices.TOKEN_NORM and not choices.KEY_VALUE,
@@ -302,7 +315,8 @@ def xfa_backward(
         return dqkv, dtemperature.zero_()
     choices = _choices(map, norm, activation, eps)
     x = q if choices.KEY_VALUE else v
-    key = configs.Key("gram", q.dtype, D, f"{choices.name}-backward")
+    norm_x = choices.KEY_VALUE and not choices.TOKEN_NORM
+    key = _gram_key(q.dtype, D, choices, norm_x, "-backward")
     split = _split(q, D, key)
     partial = _empty((split.parts, B, H, D * D), stats.dtype, q)
     weights = _empty((B, H, 3, D * D), q.dtype if q.dtype is torch.bfloat16 else stats.dtype, q)
@@ -335,7 +349,7 @@ def xfa_backward(
     with launch.on_device(q.device):
         _gram(
             key, split, x, dout, x, token_mask, (partial,) * 3, (D * D,) * 3, choices.EPS, squares="",
-            norm_a=choices.KEY_VALUE and not choices.TOKEN_NORM,
+            norm_a=norm_x,
         )  # fmt: skip
         configs.launch(configs.Key("map_backward", q.dtype, D, choices.name), target.arch, run_map_backward)
         configs.launch(configs.Key("gradients", q.dtype, D, choices.name), target.arch, run_gradients)

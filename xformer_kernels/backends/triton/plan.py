@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import isqrt
 from typing import NamedTuple
 
-WIDEST = 512
+WIDEST = 256
 """Features per head that the kernels hold in one tile."""
 ONE_LAUNCH = 128 * 4
 """Bytes of a row of the map up to which one program holds a whole map."""

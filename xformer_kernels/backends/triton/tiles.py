@@ -1,7 +1,7 @@
 """Device functions that the kernels share: where a program works, tiles of tokens, products, norms and maps.
 
-Tiles are named by their shapes. Tokens are (BLOCK_N, BLOCK_D): tokens by features, 0 beyond N, beyond D and where masked.
-Maps are (in, out): features of what is mixed by features of the result, so that a mix is always ``tokens @ map``.
+Tiles are named by their shapes. Tokens are (BLOCK_N, BLOCK_D): tokens by features, 0 beyond N, beyond D and where
+masked. Maps are (in, out): features of what is mixed by features of the result, so that a mix is ``tokens @ map``.
 """
 
 import triton.language as tl
@@ -23,7 +23,7 @@ def locate(H, parts):
 
 @device
 def head_base(ptr, b, h, stride_b, stride_h, ALIGN: tl.constexpr):
-    """Where token 0 of (b, h) starts; ALIGN numbers are a promise of launch.py, of this address and of the rows after."""
+    """Where token 0 of (b, h) starts. ALIGN, in numbers, is a promise of launch.py for this address and all rows."""
     base = ptr + b * stride_b + h * stride_h
     return tl.multiple_of(base, ALIGN * (ptr.dtype.element_ty.primitive_bitwidth // 8))
 
@@ -79,7 +79,7 @@ def store_tokens(
 @device
 def narrow(x, DTYPE: tl.constexpr):
     """x rounded to DTYPE, to nearest even; by hand where Triton's interpreter would cut bfloat16 off."""
-    if INTERPRETED and DTYPE == tl.bfloat16:
+    if INTERPRETED and tl.bfloat16 == DTYPE:
         bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         rounded = tl.where(x != x, 0x7FC0, rounded)
