@@ -294,10 +294,14 @@ def gradients_kernel(
     q_base = head_base(q_ptr, b, h, stride_qb, stride_qh, ALIGN)
     k_base = head_base(k_ptr, b, h, stride_kb, stride_kh, ALIGN)
     g_base = head_base(dout_ptr, b, h, stride_gb, stride_gh, ALIGN)
-    q = load_tokens(q_base, rows, keep, 0, stride_qn, stride_qd, D, BLOCK_D, UNIT, ALIGN)
-    k = load_tokens(k_base, rows, keep, 0, stride_kn, stride_kd, D, BLOCK_D, UNIT, ALIGN)
-    g = load_tokens(g_base, rows, keep, 0, stride_gn, stride_gd, D, BLOCK_D, UNIT, ALIGN)
     one = tl.full((BLOCK_N,), 1.0, ACC)
+    # whole tokens, where something takes them whole: a product, the end of a gradient, a norm
+    q, k, g, v = one, one, one, one
+    if BLOCK_K >= BLOCK_D or BLOCK_O >= BLOCK_D or not TOKEN_NORM:
+        q = load_tokens(q_base, rows, keep, 0, stride_qn, stride_qd, D, BLOCK_D, UNIT, ALIGN)
+        k = load_tokens(k_base, rows, keep, 0, stride_kn, stride_kd, D, BLOCK_D, UNIT, ALIGN)
+    if BLOCK_K >= BLOCK_D:
+        g = load_tokens(g_base, rows, keep, 0, stride_gn, stride_gd, D, BLOCK_D, UNIT, ALIGN)
     if TOKEN_NORM:
         norm_q, scale_q, norm_k, scale_k = one, one, one, one
     else:
@@ -305,7 +309,8 @@ def gradients_kernel(
         norm_k, scale_k = token_norms(k.to(ACC), EPS)
     if KEY_VALUE:
         v_base = head_base(v_ptr, b, h, stride_vb, stride_vh, ALIGN)
-        v = load_tokens(v_base, rows, keep, 0, stride_vn, stride_vd, D, BLOCK_D, UNIT, ALIGN)
+        if BLOCK_K >= BLOCK_D:
+            v = load_tokens(v_base, rows, keep, 0, stride_vn, stride_vd, D, BLOCK_D, UNIT, ALIGN)
         for_q, base_for_q, scale_for_q, stride_n_for_q, stride_d_for_q = g, g_base, one, stride_gn, stride_gd
         for_k, base_for_k, scale_for_k, stride_n_for_k, stride_d_for_k = v, v_base, one, stride_vn, stride_vd
         for_v, base_for_v, scale_for_v, stride_n_for_v, stride_d_for_v = k, k_base, scale_k, stride_kn, stride_kd

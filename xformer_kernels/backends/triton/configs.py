@@ -8,10 +8,19 @@ under the same variable.
 
 from __future__ import annotations
 
+import json
+import os
+import tempfile
+import time
+import warnings
 from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import triton
+from triton.runtime.errors import OutOfResources, PTXASError
 
 AUTOTUNE = "XFORMER_KERNELS_AUTOTUNE"
 CACHE = "XFORMER_KERNELS_CACHE"
@@ -49,6 +58,8 @@ class Key(NamedTuple):
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 KERNELS = ("gram", "gram_normalised", "apply", "forward", "map_backward", "gradients", "channel_mix")
 BLOCKS = (16, 32, 64, 128, 256)
+REGISTERS = 65536
+"""Of a multiprocessor."""
 
 
 def block(features: int) -> int:
@@ -167,8 +178,93 @@ _TABLE["map_backward", 4] = _TABLE["map_backward", 2]
 
 
 def get(key: Key, arch: str) -> Config:
-    return shipped(key, arch)
+    """The table's choice, or the tuned one where that was asked for and is known."""
+    return (_tuned().get(_name(key, arch)) if autotuning() else None) or shipped(key, arch)
 
 
 def launch(key: Key, arch: str, run: Callable[[Config], None]) -> None:
+    """Runs with the best known choice. `run` may be called many times: it writes its results and reads none of them."""
+    if autotuning() and _name(key, arch) not in _tuned() and not _capturing():
+        _remember(_name(key, arch), fastest(candidates(key, arch), run))
     run(get(key, arch))
+
+
+# ---------------------------------------------------------------------------------------------------------------- tuner
+
+
+def autotuning() -> bool:
+    return os.environ.get(AUTOTUNE, "0") not in ("", "0")
+
+
+def candidates(key: Key, arch: str) -> list[Config]:
+    """The table's choice and its neighbours. Features of a tile stay: how the tokens are split depends on them."""
+    first = shipped(key, arch)
+    least = 16
+    tokens = {first.block_n} if first.block_n == 0 else {max(least, first.block_n * x // 2) for x in (1, 2, 4)}
+    warps = {max(1, first.warps // 2), first.warps, min(16, first.warps * 2)}
+    stages = {first.stages} if first.stages == 1 else {2, 3, 4}
+    found = [
+        Config(n, first.block_o, first.block_k, w, s, first.registers)
+        for n in sorted(tokens)
+        for w in sorted(warps)
+        for s in sorted(stages)
+        if first.registers * 32 * w <= REGISTERS
+    ]
+    return [first, *(config for config in found if config != first)]
+
+
+def fastest(configs: list[Config], run: Callable[[Config], None]) -> Config:
+    """The one that takes the least time; those that the device has not the resources for are passed over."""
+    times: dict[Config, float] = {}
+    for config in configs:
+        try:
+            times[config] = _seconds(lambda config=config: run(config))  # type: ignore[misc]
+        except (OutOfResources, PTXASError):
+            continue
+    if not times:
+        raise RuntimeError(f"none of {len(configs)} configurations runs on this device")
+    return min(times, key=times.__getitem__)
+
+
+def _seconds(call: Callable[[], None]) -> float:
+    if torch.cuda.is_available():
+        return float(triton.testing.do_bench(call, warmup=5, rep=20, return_mode="median")) / 1e3
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def _name(key: Key, arch: str) -> str:
+    dtype = str(key.dtype).removeprefix("torch.")
+    return "/".join((triton.__version__, arch, key.kernel, dtype, str(key.features), key.map))
+
+
+def cache_file() -> Path:
+    folder = os.environ.get(CACHE) or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "xformer-kernels"
+    return Path(folder).expanduser() / "tuned.json"
+
+
+@cache
+def _tuned() -> dict[str, Config]:
+    """What is known, by name: from the file, and of this process."""
+    try:
+        return {name: Config(*values) for name, values in json.loads(cache_file().read_text()).items()}
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+def _remember(name: str, config: Config) -> None:
+    """Also in the file, whole at any time; a file that cannot be written costs later processes their time only."""
+    _tuned()[name] = config
+    path = cache_file()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".json", delete=False) as file:
+            json.dump(_tuned(), file, indent=1)
+        os.replace(file.name, path)
+    except OSError as error:
+        warnings.warn(f"tuned configurations are not kept: {error}", RuntimeWarning, stacklevel=2)

@@ -1,0 +1,103 @@
+"""Which block sizes a kernel gets: the shipped table, and the tuner that replaces it when asked."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from cases import make_problem
+
+import xformer_kernels as xk
+
+configs = pytest.importorskip("xformer_kernels.backends.triton.configs", reason="triton is not installed")
+KEY = configs.Key("gradients", torch.float32, 24, "query_key-token")
+
+
+@pytest.fixture
+def tuner(monkeypatch, tmp_path):
+    """An empty cache and the variable set; what this test tunes is forgotten afterwards."""
+    monkeypatch.setenv(configs.AUTOTUNE, "1")
+    monkeypatch.setenv(configs.CACHE, str(tmp_path))
+    configs._tuned.cache_clear()
+    yield tmp_path / "tuned.json"
+    configs._tuned.cache_clear()
+
+
+@pytest.mark.parametrize("arch", (*configs.ARCHITECTURES, "interpreter", "sm_89", "gfx950"))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_every_size_has_a_choice_that_covers_it(dtype, arch):
+    """For any number of features, on architectures with a row of their own and without."""
+    for features in (1, 15, 16, 17, 24, 36, 48, 100, 128, 129, 256):
+        for kernel in configs.KERNELS:
+            if (kernel == "forward" and configs.block(features) * max(4, dtype.itemsize) > 512) or (
+                kernel == "gram_normalised" and dtype.itemsize == 2
+            ):
+                continue  # two launches; wide tokens
+            config = configs.get(configs.Key(kernel, dtype, features, "any"), arch)
+            assert config.block_o & (config.block_o - 1) == 0
+            assert config.block_n & (config.block_n - 1) == 0 and config.block_n <= 256
+            assert config.warps in (1, 2, 4, 8, 16)
+
+
+def test_numbers_of_tokens_batches_and_heads_are_no_part_of_a_key():
+    assert set(configs.Key._fields) == {"kernel", "dtype", "features", "map"}
+
+
+def test_tuner_takes_the_fastest_and_keeps_it_on_disk(tuner, monkeypatch):
+    """One that does not fit the device is passed over; the same key is never tuned again, a new process reads it."""
+    options = configs.candidates(KEY, "sm_90")
+    assert len(options) > 3 and len(set(options)) == len(options) and options[0] == configs.shipped(KEY, "sm_90")
+    best, seen = options[3], []
+
+    def run(config):
+        seen.append(config)
+        if config == options[1]:
+            raise configs.OutOfResources(1, 2, "shared memory")
+
+    monkeypatch.setattr(configs, "_seconds", lambda call: (call(), 1.0 if seen[-1] == best else 2.0)[1])
+    configs.launch(KEY, "sm_90", run)
+    assert set(seen) == set(options) and seen[-1] == best
+    seen.clear()
+    configs.launch(KEY, "sm_90", run)
+    assert seen == [best]
+    assert list(json.loads(tuner.read_text()).values()) == [list(best)]
+    configs._tuned.cache_clear()
+    assert configs.get(KEY, "sm_90") == best
+    assert configs.get(KEY, "sm_80") == configs.shipped(KEY, "sm_80")
+    monkeypatch.delenv(configs.AUTOTUNE)
+    assert configs.get(KEY, "sm_90") == configs.shipped(KEY, "sm_90")
+
+
+def test_tuner_with_nothing_that_fits(tuner):
+    def run(config):
+        raise configs.OutOfResources(1, 2, "shared memory")
+
+    with pytest.raises(RuntimeError, match="configurations"):
+        configs.launch(KEY, "sm_90", run)
+
+
+def test_a_broken_or_unwritable_cache_is_survived(tuner, monkeypatch):
+    tuner.write_text("{")
+    assert configs.get(KEY, "sm_90") == configs.shipped(KEY, "sm_90")
+    monkeypatch.setenv(configs.CACHE, "/proc/nowhere")
+    monkeypatch.setattr(configs, "_seconds", lambda call: 1.0)
+    with pytest.warns(RuntimeWarning, match="not kept"):
+        configs.launch(KEY, "sm_90", lambda config: None)
+
+
+def test_results_are_right_while_tuning(tuner, ran_backend):
+    """The real tuner on the real kernels: in the interpreter they are timed by the clock."""
+    if not configs.torch.cuda.is_available() and xk.explain(*_small()).reasons["triton"]:
+        pytest.skip("the kernels run neither on this device nor in the interpreter")
+    p = make_problem((1, 9, 1, 3), device="cuda" if torch.cuda.is_available() else "cpu")
+    with ran_backend("triton", "xfa_forward", "xfa_backward"):
+        result = p.run(xk.xfa, backend="triton")
+    p.check(result)
+    kernels = {name.split("/")[2] for name in json.loads(tuner.read_text())}
+    assert kernels == {"forward", "gram", "map_backward", "gradients"}
+
+
+def _small():
+    p = make_problem((1, 9, 1, 3))
+    return p.q, p.k, p.v, p.temperature

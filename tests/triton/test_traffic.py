@@ -1,0 +1,151 @@
+"""How often each tensor is read and written: the model, held against what the kernels do in Triton's interpreter."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from contextlib import contextmanager
+
+import pytest
+import torch
+from cases import Config, randn
+
+triton = pytest.importorskip("triton", reason="triton is not installed")
+
+from xformer_kernels.backends.triton import configs, launch, ops, traffic  # noqa: E402
+
+pytestmark = pytest.mark.skipif(not launch.INTERPRETING, reason="counts what Triton's interpreter does")
+B, H, N = 1, 1, 1024
+CHOICES = [(map, norm) for map in ("query_key", "key_value") for norm in ("token", "feature")]
+
+
+@contextmanager
+def counting(tensors):
+    """Within it, bytes loaded and stored are counted for each tensor, and the terms of products."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    loads, stores, terms = defaultdict(int), defaultdict(int), [0]
+    originals = {x: getattr(InterpreterBuilder, x) for x in ("create_masked_load", "create_masked_store", "create_dot")}
+
+    def count(counts, pointers, mask):
+        addresses = pointers.data[mask.data.astype(bool)]
+        size = pointers.get_element_ty().primitive_bitwidth // 8
+        for name, tensor in tensors.items():
+            begin = tensor.data_ptr()
+            counts[name] += size * int(((addresses >= begin) & (addresses < begin + tensor.nbytes)).sum())
+
+    def load(self, pointers, mask, *args, **kwargs):
+        count(loads, pointers, mask)
+        return originals["create_masked_load"](self, pointers, mask, *args, **kwargs)
+
+    def store(self, pointers, value, mask, *args, **kwargs):
+        count(stores, pointers, mask)
+        return originals["create_masked_store"](self, pointers, value, mask, *args, **kwargs)
+
+    def dot(self, a, b, *args, **kwargs):
+        terms[0] += a.data.shape[0] * a.data.shape[1] * b.data.shape[1]
+        return originals["create_dot"](self, a, b, *args, **kwargs)
+
+    replaced = {"create_masked_load": load, "create_masked_store": store, "create_dot": dot}
+    for name, function in replaced.items():
+        setattr(InterpreterBuilder, name, function)
+    try:
+        yield loads, stores, terms
+    finally:
+        for name, function in originals.items():
+            setattr(InterpreterBuilder, name, function)
+
+
+def run(D, dtype, map, norm):
+    """Counts of forward, counts of backward; features and tokens are whole blocks, so that nothing is padded."""
+    inputs = {name: randn(B, H, N, D, seed=i, dtype=dtype) for i, name in enumerate(("q", "k", "v", "dout"))}
+    t, choices = torch.ones(H), (map, norm, "softmax", 1e-12)
+    q, k, v, dout = inputs.values()
+    with counting(inputs) as forward:
+        _, stats = ops.xfa_forward(q, k, v, t, None, *choices)
+    with counting(inputs) as backward:
+        ops.xfa_backward(dout, q, k, v, t, stats, None, *choices)
+    return inputs, forward, backward
+
+
+def models(D, dtype, map, norm, at_once):
+    key_value, token = map == "key_value", norm == "token"
+    wide = launch.accumulate_dtype(dtype)
+
+    def config(kernel, normalised=False):
+        kernel = "gram_normalised" if normalised else kernel
+        return configs.get(configs.Key(kernel, wide if normalised else dtype, D, f"{map}-{norm}"), "interpreter")
+
+    forward = traffic.forward(D, key_value, token, config("gram", not token), None if at_once else config("apply"))
+    backward = traffic.backward(D, key_value, token, config("gram", key_value and not token), config("gradients"))
+    return forward, backward
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("map, norm", CHOICES, ids="-".join)
+@pytest.mark.parametrize("D", [32, 256])
+def test_model_is_what_the_kernels_do(D, map, norm, dtype):
+    inputs, forward, backward = run(D, dtype, map, norm)
+    size = inputs["q"].nbytes
+    for (loads, stores, terms), model in zip((forward, backward), models(D, dtype, map, norm, False), strict=True):
+        assert {name: count / size for name, count in loads.items() if count} == model.reads
+        assert not any(stores.values())
+        assert terms[0] == model.products * B * H * N * D * D
+
+
+@pytest.mark.parametrize("map, norm", CHOICES, ids="-".join)
+def test_one_launch(map, norm, monkeypatch):
+    """As many heads as fill the machine: simulated by a machine of one processor."""
+    monkeypatch.setattr(launch, "target", lambda device: launch.Target("interpreter", 0))
+    inputs, (loads, _, terms), _ = run(32, torch.float32, map, norm)
+    model, _ = models(32, torch.float32, map, norm, True)
+    assert {name: count / inputs["q"].nbytes for name, count in loads.items() if count} == model.reads
+    assert terms[0] == model.products * B * H * N * 32 * 32
+
+
+def test_results_are_written_once():
+    """Every number of out, dq, dk and dv, and no other, by exactly one store."""
+    q, k, v, dout = (randn(2, 3, 1000, 20, seed=i).transpose(1, 2).contiguous().transpose(1, 2) for i in range(4))
+    results, empty = {}, ops._empty
+
+    def remembering(size, dtype, like):
+        results[f"{len(results)}: {tuple(size)}"] = tensor = empty(size, dtype, like)
+        return tensor
+
+    ops._empty = remembering
+    try:
+        with counting(results) as (_, stores, _):
+            choices = ("query_key", "token", "softmax", 1e-12)
+            _, stats = ops.xfa_forward(q, k, v, torch.ones(3), None, *choices)
+            ops.xfa_backward(dout, q, k, v, torch.ones(3), stats, None, *choices)
+    finally:
+        ops._empty = empty
+    large = {name: tensor for name, tensor in results.items() if tensor.numel() >= q.numel()}
+    assert [tuple(tensor.shape) for tensor in large.values()] == [(2, 1000, 3, 20), (3, 2, 1000, 3, 20)]
+    for name, tensor in large.items():
+        assert stores[name] == tensor.nbytes
+
+
+def test_the_least_is_reached_by_the_default():
+    """XCA reads q, k and v once and writes out once; its backward reads dout twice, once for each pass."""
+    for dtype in (torch.bfloat16, torch.float16):
+        for features in (16, 32, 48, 64):
+            forward, backward = models(features, dtype, "query_key", "token", False)
+            assert forward.over_least(4) == 1
+            assert backward.over_least(7) == 8 / 7
+
+
+def test_launches(monkeypatch):
+    """At most two forward and three backward, one forward where the heads alone fill the machine."""
+    launched = []
+    run = ops._run
+    monkeypatch.setattr(ops, "_run", lambda kernel, *args, **kw: (launched.append(kernel), run(kernel, *args, **kw)))
+    for config in (Config(), Config("key_value", "feature")):
+        choices = (config.map, config.norm, config.activation, config.eps)
+        for shape, launches in (((1, 1, 700, 16), 2), ((4, 4, 30, 16), 1), ((4, 4, 30, 200), 2)):
+            q, k, v, dout = (randn(*shape, seed=i) for i in range(4))
+            launched.clear()
+            _, stats = ops.xfa_forward(q, k, v, torch.ones(shape[1]), None, *choices)
+            assert len(launched) == launches
+            launched.clear()
+            ops.xfa_backward(dout, q, k, v, torch.ones(shape[1]), stats, None, *choices)
+            assert len(launched) == 3
