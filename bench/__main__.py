@@ -126,6 +126,7 @@ def _run(
             cases = [case for case in given if _right(case, shape, wrong, options.device)]
             for direction in DIRECTIONS:
                 rows += _measure(shape, direction, cases, yardsticks, limits, options)
+            del cases  # the next shape needs the memory
     if limits:
         facts["copy_gb_per_s"] = statistics.median(limit.bytes_per_second for limit in limits) / 1e9
         facts["matmul_gflop_per_s"] = statistics.median(limit.flops_per_second for limit in limits) / 1e9
