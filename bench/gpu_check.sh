@@ -90,6 +90,7 @@ step() { # NAME LIMIT COMMAND...
 
 # -------------------------------------------------------------------------------------------------------------- facts
 
+# shellcheck disable=SC2329 # runs in the shell of its step
 facts() {
     nvidia-smi
     nvcc --version
