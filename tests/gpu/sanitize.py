@@ -19,7 +19,7 @@ import xformer_kernels as xk
 from xformer_kernels import dispatch, reference
 from xformer_kernels.testing import assert_close
 
-# One launch; two launches over three parts; a map of more than one tile.
+# One launch; two launches over three parts. WIDE: a map of more than one tile, and norms of tokens over tiles.
 SHAPES = ((2, 77, 3, 37), (1, 601, 1, 37))
 WIDE = (1, 300, 1, 131)
 DTYPES = (torch.float32, torch.bfloat16)
@@ -76,12 +76,13 @@ def main(device: str = "cuda", backend: str = "triton") -> None:
                     check_xfa(shape, config, dtype, True, device, backend)
                     count += 1
             check_xfa(SHAPES[0], CONFIGS[0], dtype, False, device, backend)
-            check_xfa(WIDE, CONFIGS[0], dtype, False, device, backend)
+            for config in CONFIGS[:2] + CONFIGS[-1:]:
+                check_xfa(WIDE, config, dtype, False, device, backend)
             for flag in (False, True):
                 check_gram(dtype, False, flag, device, backend)
                 check_gram(dtype, True, flag, device, backend)
                 check_channel_mix(dtype, flag, device, backend)
-            count += 8
+            count += 10
     assert {name for name, _ in ran} == {backend}, f"others ran than {backend}: {set(ran)}"
     print(f"{count} calls, those of xfa with their gradients, agree with the reference: {backend} on {device}")
 
