@@ -1,5 +1,5 @@
 # make demo   set up everything and run the main job      make test   set up and test
-# make lint | bench | sanitize | clean
+# make lint | bench | sanitize | gpu-sanitize | clean
 # The active virtual or conda environment is used if there is one, else .venv is made here.
 PYTHON ?= python3
 ENV := $(or $(VIRTUAL_ENV),$(CONDA_PREFIX),$(CURDIR)/.venv)
@@ -10,7 +10,7 @@ BUILT_FROM := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/
 CXX_FILES := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
 JOBS ?= 2
 
-.PHONY: demo test lint bench sanitize setup clean
+.PHONY: demo test lint bench sanitize gpu-sanitize setup clean
 
 demo: setup
 	$(BIN)/python -m bench.demo
@@ -42,6 +42,10 @@ sanitize: setup
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  XFORMER_KERNELS_EXPECTED_LOCATION=$(SANITIZED) XFORMER_KERNELS_REQUIRE_EXTENSION=1 PYTHONPATH=$(SANITIZED) \
 	  $(BIN)/pytest -q -n $(JOBS) -k "not reference" $(SANITIZED_TESTS)
+
+# The Triton kernels under the tools of compute-sanitizer; needs a GPU and the CUDA toolkit.
+gpu-sanitize: setup
+	bash tests/gpu/sanitize.sh $(BIN)/python
 
 setup: $(STAMP)
 

@@ -1,30 +1,35 @@
 """Throughput and memory of XFA, its layer and whole models, against what users would run instead.
 
-python -m bench op|layer|model [--device cpu] [--dtype float32] [--shapes main] [--quick] [--out bench/results]
+python -m bench op|layer|model [--device cpu] [--dtype float32] [--shapes main,xcit] [--quick] [--out bench/results]
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 import statistics
 import sys
+import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
 
 from bench import machine, measure, providers, report, workloads
+from bench.terminal import Terminal
 from xformer_kernels import dispatch
 
 DIRECTIONS = ("forward", "forward+backward")
 KERNELS = tuple(name for name in dispatch.BACKENDS if name != "reference")
+DEFAULT = "; ".join(f"on {device} {','.join(names)}" for device, names in workloads.DEFAULT.items())
 # what is measured -> (shape sets, cases of a shape, providers)
 KINDS: dict[str, tuple[dict[str, Any], Callable[..., Iterator[providers.Case]], tuple[str, ...]]] = {
-    "op": (dict(workloads.OP_SHAPES), providers.op_cases, ("eager", "compile", *KERNELS, "sdpa")),
+    "op": (
+        dict(workloads.OP_SHAPES),
+        providers.op_cases,
+        ("eager", "compile", "compile+graphs", *KERNELS, "triton+graphs", "sdpa"),
+    ),
     "layer": (dict(workloads.LAYER_SHAPES), providers.layer_cases, ("eager", "compile", *KERNELS, "sdpa")),
     "model": (
         dict(workloads.MODEL_SHAPES),
@@ -41,17 +46,22 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("what", choices=KINDS)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16", "float64"))
-    parser.add_argument("--shapes", default="main", help="name of a shape set: " + ", ".join(workloads.OP_SHAPES))
+    parser.add_argument(
+        "--shapes", default="", help=f"comma-separated sets of {', '.join(workloads.OP_SHAPES)}; by default {DEFAULT}"
+    )
     parser.add_argument("--providers", default="", help="comma-separated; all by default")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=0.0, help="measuring time per workload and direction")
+    parser.add_argument("--stop-after", type=float, default=0.0, help="seconds after which no workload is begun")
     parser.add_argument("--quick", action="store_true", help="a tenth of the time, and no torch.compile")
     parser.add_argument("--allocator", default="default", choices=("default", "raised"), help="glibc's thresholds")
     parser.add_argument("--out", type=Path, help="also write JSON, CSV and PNG to OUT/<machine>/")
     options = parser.parse_args(arguments)
     sets, _, known = KINDS[options.what]
-    if options.shapes not in sets:
-        parser.error(f"--shapes {options.shapes}: for {options.what} there are {', '.join(sets)}")
+    options.shapes = tuple(filter(None, options.shapes.split(","))) or workloads.DEFAULT[options.device]
+    unknown = set(options.shapes) - set(sets)
+    if unknown:
+        parser.error(f"--shapes {', '.join(sorted(unknown))}: for {options.what} there are {', '.join(sets)}")
     chosen = tuple(filter(None, options.providers.split(","))) or known
     unknown = set(chosen) - set(known)
     if unknown:
@@ -63,70 +73,109 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Prints one table; returns 1 if a result of ours was wrong."""
+    """Prints one table for each set of shapes; returns 1 if a result of ours was wrong, 3 if time was too short."""
+    begun = time.monotonic()
     options = parse(arguments)
     if options.allocator == "raised":
         machine.restart_with_raised_allocator()
     torch.set_num_threads(options.threads)
-    dtype = getattr(torch, options.dtype)
-    sets, cases_of, _ = KINDS[options.what]
-    shapes = sets[options.shapes]
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    terminal = Terminal()
     facts = {**machine.facts(options.device), "device": options.device, "dtype": options.dtype}
-    console.print(
+    terminal.print(
         f"{facts['machine']}, {facts['threads']} threads, torch {torch.__version__}, allocator {facts['allocator']}, "
         f"commit {facts['commit']}"
     )
-    yardsticks = measure.Yardsticks(dtype, options.device)
+    yardsticks = measure.Yardsticks(getattr(torch, options.dtype), options.device)
+    wrong: dict[tuple[str, str], str] = {}
+    late: list[str] = []
+    for name in options.shapes:
+        _run(name, dict(facts), yardsticks, wrong, late, begun, options, terminal)
+    for message in wrong.values():
+        terminal.print(f"WRONG: {message}", style="bold red")
+    if late:
+        terminal.print(f"NOT MEASURED within {options.stop_after:.0f} s: {', '.join(late)}", style="bold red")
+    # a model that torch.compile gets wrong by itself is not our mistake
+    ours = [(name, shape) for name, shape in wrong if name.split("+")[0] in KERNELS]
+    if any(not name.endswith("+compile") or ("compile", shape) not in wrong for name, shape in ours):
+        return 1
+    return 3 if late else 0
+
+
+def _run(
+    name: str,
+    facts: dict[str, Any],
+    yardsticks: measure.Yardsticks,
+    wrong: dict[tuple[str, str], str],
+    late: list[str],
+    begun: float,
+    options: argparse.Namespace,
+    terminal: Terminal,
+) -> None:
+    """Measures, prints and saves one set of shapes; appends to `wrong` and `late`."""
+    sets, cases_of, _ = KINDS[options.what]
+    shapes = sets[name]
     limits: list[measure.Limits] = []
     rows: list[report.Row] = []
-    wrong: dict[tuple[str, str], str] = {}
-    with Progress(console=console, transient=True) as progress:
-        task = progress.add_task(options.what, total=len(shapes))
+    with terminal.progress(len(shapes)) as begin:
         for shape in shapes:
-            progress.update(task, description=f"{options.what} {shape}")
-            cases = [
-                case for case in cases_of(shape, dtype, options.device, options.providers) if _right(case, shape, wrong)
-            ]
+            begin(f"{options.what} {shape}")
+            if options.stop_after and time.monotonic() - begun > options.stop_after:
+                late.append(str(shape))
+                continue
+            given = cases_of(shape, getattr(torch, options.dtype), options.device, options.providers)
+            cases = [case for case in given if _right(case, shape, wrong, options.device)]
             for direction in DIRECTIONS:
                 rows += _measure(shape, direction, cases, yardsticks, limits, options)
-            progress.advance(task)
+            del cases  # the next shape needs the memory
     if limits:
         facts["copy_gb_per_s"] = statistics.median(limit.bytes_per_second for limit in limits) / 1e9
         facts["matmul_gflop_per_s"] = statistics.median(limit.flops_per_second for limit in limits) / 1e9
-        console.print(
+        terminal.print(
             "medians over the rounds: copy {copy_gb_per_s:.1f} GB/s, matrix product {matmul_gflop_per_s:.0f} "
             "GFLOP/s".format(**facts)
         )
-    title = f"{options.what}, {options.dtype}, shapes {options.shapes}"
-    report.print_table(title, rows, console)
-    for direction in DIRECTIONS:
-        _print_means(direction, rows, shapes, console)
-    for message in wrong.values():
-        console.print(f"WRONG: {message}", style="bold red")
-    if options.out:
-        suffix = "" if options.shapes == "main" else f"-{options.shapes}"
-        suffix += "-raised" if facts["allocator"] == "raised" else ""
-        stem = options.out / machine.slug(options.device) / f"{options.what}-{options.device}-{options.dtype}{suffix}"
-        written = report.save(stem, facts, rows)
-        if options.what == "op":
-            for key in dict.fromkeys((s.B, s.H, s.D) for s in shapes):
-                tokens = {str(s): s.N for s in shapes if key == (s.B, s.H, s.D)}
-                if len(tokens) > 2:
-                    written.append(report.plot_over_tokens(stem, facts, rows, tokens, "B{}-H{}-D{}".format(*key)))
-        console.print("written: " + ", ".join(map(str, written)))
-    # a model that torch.compile gets wrong by itself is not our mistake
-    ours = [key for key in wrong if key[0].split("+")[0] in KERNELS]
-    return 1 if any(name in KERNELS or ("compile", shape) not in wrong for name, shape in ours) else 0
+    report.print_table(f"{options.what}, {options.dtype}, shapes {name}", rows, terminal)
+    report.print_means(rows, {str(shape) for shape in shapes if getattr(shape, "N", 0) >= 1024}, terminal)
+    if options.out and rows:
+        terminal.print("written: " + ", ".join(map(str, _save(name, shapes, facts, rows, options, terminal))))
 
 
-def _right(case: providers.Case, shape: object, wrong: dict[tuple[str, str], str]) -> bool:
+def _save(
+    name: str,
+    shapes: tuple[Any, ...],
+    facts: dict[str, Any],
+    rows: list[report.Row],
+    options: argparse.Namespace,
+    terminal: Terminal,
+) -> list[Path]:
+    suffix = "" if name == "main" else f"-{name}"
+    suffix += "-raised" if facts["allocator"] == "raised" else ""
+    stem = options.out / machine.slug(options.device) / f"{options.what}-{options.device}-{options.dtype}{suffix}"
+    written = report.save(stem, facts, rows)
+    if not report.can_plot():
+        terminal.print("no plots: matplotlib is not installed")
+        return written
+    written += report.plot(stem, facts, rows)
+    if options.what == "op":
+        for key in dict.fromkeys((s.B, s.H, s.D) for s in shapes):
+            tokens = {str(s): s.N for s in shapes if key == (s.B, s.H, s.D)}
+            if len(tokens) > 2:
+                written.append(report.plot_over_tokens(stem, facts, rows, tokens, "B{}-H{}-D{}".format(*key)))
+    return written
+
+
+def _right(case: providers.Case, shape: object, wrong: dict[tuple[str, str], str], device: str) -> bool:
+    """Whether the result is right; a provider that fails leaves the others their turn."""
     try:
         case.check()
     except AssertionError as error:
         wrong[case.provider, str(shape)] = f"{case.provider} at {shape}, not timed: {error}"
-        return False
-    return True
+    except Exception as error:
+        traceback.print_exc()
+        wrong[case.provider, str(shape)] = f"{case.provider} at {shape} failed: {type(error).__name__}: {error}"
+    if device == "cuda":
+        torch.cuda.empty_cache()  # CUDA graphs have pools of their own
+    return (case.provider, str(shape)) not in wrong
 
 
 def _measure(
@@ -139,7 +188,8 @@ def _measure(
 ) -> list[report.Row]:
     """Times all cases in one interleaved run, with the yardsticks among them; appends what these gave to `limits`."""
     backward = direction != "forward"
-    calls = {case.provider: case.both if backward else case.forward for case in cases}
+    either = {case.provider: case.both if backward else case.forward for case in cases}
+    calls = {name: call for name, call in either.items() if call is not None}
     if not calls:
         return []
     default = 12.0 if options.what == "model" else 6.0
@@ -157,11 +207,15 @@ def _measure(
     def ratio(provider: str, name: str) -> float | None:
         return times[provider].median / times[name].median if provider in times else None
 
+    def peak(name: str) -> float | None:
+        """A CUDA graph's memory is reserved when it is captured, which no call shows."""
+        size = None if name.endswith("+graphs") else measure.peak_extra_bytes(calls[name], options.device)
+        return None if size is None else size / 1e6
+
     rows = []
     for name, timing in times.items():
         # sdpa is another operator: the limit is not its own
         of_limit = limit if name != "sdpa" else None
-        peak = measure.peak_extra_bytes(calls[name], options.device)
         rows.append(
             report.Row(
                 workload=str(shape),
@@ -175,35 +229,11 @@ def _measure(
                 fraction_of_limit=of_limit / timing.median if of_limit else None,
                 speedup_over_eager=ratio("eager", name),
                 speedup_over_compile=ratio("compile", name),
-                peak_extra_mb=None if peak is None else peak / 1e6,
+                speedup_over_graphs=ratio("compile+graphs", name),
+                peak_extra_mb=peak(name),
             )
         )
     return rows
-
-
-def _print_means(direction: str, rows: list[report.Row], shapes: tuple[Any, ...], console: Console) -> None:
-    """Geometric means of our kernels, over all workloads and over those of many tokens."""
-    many = {str(shape) for shape in shapes if getattr(shape, "N", 0) >= 1024}
-    for name in KERNELS:
-        mine = [row for row in rows if row.provider == name and row.direction == direction]
-        for chosen, which in ((mine, "all"), ([row for row in mine if row.workload in many], "N >= 1024")):
-            if chosen and (which == "all" or len(chosen) < len(mine)):
-                means = ", ".join(filter(None, (_mean(chosen, *field) for field in MEANS)))
-                console.print(f"{name}, {direction}, {which}, geometric mean: {means}")
-
-
-MEANS = (
-    ("speedup_over_eager", "x eager"),
-    ("speedup_over_compile", "x compile"),
-    ("fraction_of_limit", "of limit"),
-)
-
-
-def _mean(rows: list[report.Row], field: str, label: str) -> str:
-    values = [value for row in rows if (value := getattr(row, field))]
-    if not values:
-        return ""
-    return f"{math.exp(sum(map(math.log, values)) / len(values)):.2f} {label} (least {min(values):.2f})"
 
 
 if __name__ == "__main__":

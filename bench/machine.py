@@ -18,6 +18,7 @@ import torch
 from xformer_kernels.info import processor_name
 
 ROOT = Path(__file__).parent.parent
+COMMIT = "XFORMER_KERNELS_COMMIT"
 # glibc gives tensors above 32 MiB back to the system after each call and page-faults them again in the next one, and it
 # trims the heap. These settings keep them: what a long-running process would choose. They are read when it starts.
 RAISED_ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 33)}
@@ -71,6 +72,10 @@ def facts(device: str) -> dict[str, Any]:
 
 
 def _commit() -> str:
+    """The commit of these files; of a copy that lies outside the repository, what COMMIT says."""
+    if COMMIT in os.environ:
+        return os.environ[COMMIT]
+
     def git(*arguments: str) -> str:
         return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True).stdout.strip()
 

@@ -33,7 +33,7 @@ class Case:
 
     provider: str
     forward: Callable[[], object]
-    both: Callable[[], object]
+    both: Callable[[], object] | None  # None: this provider is for the forward only
     check: Callable[[], None]
 
 
@@ -93,6 +93,15 @@ def op_cases(shape: OpShape, dtype: torch.dtype, device: str, wanted: set[str]) 
 
         return Case(provider, forward, lambda: _gradients(function, leaves, dout), check)
 
+    def graph_case(provider: str, replay: Callable[[], Tensor]) -> Case:
+        def check() -> None:
+            exact = reference.xfa(*(x.double() for x in tensors))
+            for _ in range(3):  # torch.compile records at its second call
+                got = replay()
+            _compare(["out"], [got], [reference.xfa(*tensors)], [exact])
+
+        return Case(provider, replay, None, check)
+
     if "eager" in wanted:
         yield case("eager", reference.xfa)
     if "compile" in wanted:
@@ -100,8 +109,50 @@ def op_cases(shape: OpShape, dtype: torch.dtype, device: str, wanted: set[str]) 
     for name in dispatch.BACKENDS:
         if name in wanted and name != "reference" and not dispatch.reasons_against(name, device, (dtype,), (shape.D,)):
             yield case(name, lambda *x, name=name: xk.xfa(*x, backend=name))  # type: ignore[misc]
+    if device == "cuda" and shape.B == 1:
+        if "compile+graphs" in wanted:
+            yield graph_case("compile+graphs", _compiled_into_graph(reference.xfa, tensors))
+        if "triton+graphs" in wanted and not dispatch.reasons_against("triton", device, (dtype,), (shape.D,)):
+            yield graph_case("triton+graphs", _captured(lambda: xk.xfa(*tensors, backend="triton")))
     if "sdpa" in wanted and 4 * shape.B * shape.H * shape.N**2 * shape.D <= SDPA_FLOPS:
         yield _sdpa_case(leaves[:3], dout)
+
+
+def _compiled_into_graph(function: Function, inputs: tuple[Tensor, ...]) -> Callable[[], Tensor]:
+    """torch.compile's forward as a CUDA graph, told that its inputs stay where they are: it copies none of them."""
+    inputs = tuple(x.detach() for x in inputs)
+    for x in inputs:
+        torch._dynamo.mark_static_address(x)
+    compiled: Function = torch.compile(function, dynamic=False, mode="reduce-overhead")
+
+    def run() -> Tensor:
+        with torch.no_grad():
+            return compiled(*inputs)
+
+    return run
+
+
+def _captured(function: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """The function in a CUDA graph, captured at the first call: what is timed is a replay."""
+    graph: torch.cuda.CUDAGraph | None = None
+    out = torch.empty(0)
+
+    def replay() -> Tensor:
+        nonlocal graph, out
+        if graph is None:
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.no_grad(), torch.cuda.stream(stream):
+                function()  # compiles
+            torch.cuda.current_stream().wait_stream(stream)
+            captured = torch.cuda.CUDAGraph()
+            with torch.no_grad(), torch.cuda.graph(captured):
+                out = function()
+            graph = captured
+        graph.replay()
+        return out
+
+    return replay
 
 
 softmax_attention: Function = F.scaled_dot_product_attention
@@ -109,7 +160,7 @@ softmax_attention: Function = F.scaled_dot_product_attention
 
 def _sdpa_case(leaves: tuple[Tensor, ...], dout: Tensor) -> Case:
     """Another operator: softmax attention over tokens, at the same shape."""
-    rows = torch.arange(0, dout.shape[2], max(1, dout.shape[2] // 16))
+    rows = torch.arange(0, dout.shape[2], max(1, dout.shape[2] // 16), device=dout.device)
 
     def check() -> None:
         """A gradient that is zero but in a few queries is that of attention from these queries alone."""

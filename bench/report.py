@@ -1,15 +1,17 @@
-"""Results as rows: a table on the terminal, CSV, JSON and plots."""
+"""Results as rows: a table on the terminal, CSV, JSON and plots where matplotlib is installed."""
 
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
+import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
+from bench.terminal import Line, Terminal
+from xformer_kernels.backends import ORDER as KERNELS
 
 
 @dataclass(frozen=True)
@@ -27,37 +29,33 @@ class Row:
     fraction_of_limit: float | None
     speedup_over_eager: float | None
     speedup_over_compile: float | None
+    speedup_over_graphs: float | None  # over torch.compile's CUDA graphs
     peak_extra_mb: float | None
 
 
-def print_table(title: str, rows: list[Row], console: Console) -> None:
-    table = Table(title=title, title_justify="left")
-    table.add_column("workload")
-    table.add_column("direction")
-    table.add_column("provider")
-    for heading in ("ms", "spread", "GB/s", "of limit", "x eager", "x compile", "peak MB"):
-        table.add_column(heading, justify="right")
-    last = ("", "")
+def print_table(title: str, rows: list[Row], terminal: Terminal) -> None:
+    columns: tuple[tuple[str, str, int], ...] = (
+        ("ms", "ms", 3),
+        ("GB/s", "gb_per_s", 1),
+        ("of limit", "fraction_of_limit", 2),
+        ("x eager", "speedup_over_eager", 2),
+        ("x compile", "speedup_over_compile", 2),
+        ("x compile+graphs", "speedup_over_graphs", 2),
+        ("peak MB", "peak_extra_mb", 1),
+    )
+    columns = tuple(c for c in columns if c[1] != "speedup_over_graphs" or any(r.speedup_over_graphs for r in rows))
+    lines: list[Line] = []
+    last: tuple[str, str] | None = None
     for row in rows:
         here = (row.workload, row.direction)
-        if here != last and last[0]:
-            table.add_section()
-        style = None if row.provider in ("eager", "compile", "sdpa") else "bold"
-        table.add_row(
-            row.workload if here != last else "",
-            row.direction if here != last else "",
-            row.provider,
-            _format(row.ms, 3),
-            f"{row.spread:.0%}",
-            _format(row.gb_per_s, 1),
-            _format(row.fraction_of_limit, 2),
-            _format(row.speedup_over_eager, 2),
-            _format(row.speedup_over_compile, 2),
-            _format(row.peak_extra_mb, 1),
-            style=style,
-        )
+        numbers = [_format(getattr(row, field), digits) for _, field, digits in columns]
+        numbers.insert(1, f"{row.spread:.0%}")
+        names = (*(here if here != last else ("", "")), row.provider)
+        lines.append(Line((*names, *numbers), last not in (None, here), row.provider.split("+")[0] in KERNELS))
         last = here
-    console.print(table)
+    headings = [heading for heading, _, _ in columns]
+    headings.insert(1, "spread")
+    terminal.table(title, ("workload", "direction", "provider", *headings), 3, lines)
 
 
 def _format(value: float | None, digits: int) -> str:
@@ -65,7 +63,7 @@ def _format(value: float | None, digits: int) -> str:
 
 
 def save(stem: Path, facts: dict[str, Any], rows: list[Row]) -> list[Path]:
-    """<stem>.json with everything, <stem>.csv with the rows, <stem>*.png; returns what was written."""
+    """<stem>.json with everything and <stem>.csv with the rows; returns what was written."""
     stem.parent.mkdir(parents=True, exist_ok=True)
     written = [stem.with_suffix(".json"), stem.with_suffix(".csv")]
     records = [{key: _rounded(value) for key, value in asdict(row).items()} for row in rows]
@@ -74,11 +72,15 @@ def save(stem: Path, facts: dict[str, Any], rows: list[Row]) -> list[Path]:
         writer = csv.DictWriter(file, [field.name for field in fields(Row)])
         writer.writeheader()
         writer.writerows(records)
-    return written + plot(stem, facts, rows)
+    return written
 
 
 def _rounded(value: Any) -> Any:
     return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def can_plot() -> bool:
+    return importlib.util.find_spec("matplotlib") is not None
 
 
 def plot(stem: Path, facts: dict[str, Any], rows: list[Row]) -> list[Path]:
@@ -147,6 +149,32 @@ def plot_over_tokens(stem: Path, facts: dict[str, Any], rows: list[Row], tokens:
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return path
+
+
+def print_means(rows: list[Row], many: set[str], terminal: Terminal) -> None:
+    """Geometric means of our kernels, over all workloads and over those of many tokens."""
+    ours = [row for row in rows if row.provider.split("+")[0] in KERNELS]
+    for direction, name in dict.fromkeys((row.direction, row.provider) for row in ours):
+        mine = [row for row in ours if (row.direction, row.provider) == (direction, name)]
+        for chosen, which in ((mine, "all"), ([row for row in mine if row.workload in many], "N >= 1024")):
+            if chosen and (which == "all" or len(chosen) < len(mine)):
+                means = ", ".join(filter(None, (_mean(chosen, *field) for field in MEANS)))
+                terminal.print(f"{name}, {direction}, {which}, geometric mean: {means}")
+
+
+MEANS = (
+    ("speedup_over_eager", "x eager"),
+    ("speedup_over_compile", "x compile"),
+    ("speedup_over_graphs", "x compile+graphs"),
+    ("fraction_of_limit", "of limit"),
+)
+
+
+def _mean(rows: list[Row], field: str, label: str) -> str:
+    values = [value for row in rows if (value := getattr(row, field))]
+    if not values:
+        return ""
+    return f"{math.exp(sum(map(math.log, values)) / len(values)):.2f} {label} (least {min(values):.2f})"
 
 
 def _title(facts: dict[str, Any]) -> str:
