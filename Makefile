@@ -41,7 +41,7 @@ sanitize: setup
 	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  XFORMER_KERNELS_EXPECTED_LOCATION=$(SANITIZED) XFORMER_KERNELS_REQUIRE_EXTENSION=1 PYTHONPATH=$(SANITIZED) \
-	  $(BIN)/pytest -q -n $(JOBS) -k "not reference" $(SANITIZED_TESTS)
+	  $(BIN)/pytest -q -n $(JOBS) -k "not reference and not triton" $(SANITIZED_TESTS)
 
 # The Triton kernels under the tools of compute-sanitizer; needs a GPU and the CUDA toolkit.
 gpu-sanitize: setup

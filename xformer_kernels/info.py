@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ def collect() -> dict[str, Any]:
         "versions": {
             "xformer_kernels": xformer_kernels.__version__,
             "torch": torch.__version__,
+            "triton": _version("triton"),
             "python": platform.python_version(),
         },
         "location": str(PACKAGE),
@@ -38,7 +40,27 @@ def collect() -> dict[str, Any]:
             name: dispatch.reasons_against(name, "cpu", (torch.float32,), (32,)) for name in dispatch.BACKENDS
         },
         "auto": dispatch.choose("auto", "cpu", (torch.float32,), (32,)),
+        "gpu": _gpu(),
         "environment": {key: value for key, value in sorted(os.environ.items()) if key.startswith("XFORMER_KERNELS_")},
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _gpu() -> dict[str, Any]:
+    """The GPU that torch sees, and the backends for it, or that there is none."""
+    if not torch.cuda.is_available():
+        return {"device": "none that torch sees"}
+    reasons = {name: dispatch.reasons_against(name, "cuda", (torch.float32,), (32,)) for name in dispatch.BACKENDS}
+    return {
+        "device": torch.cuda.get_device_name(),
+        "auto": dispatch.choose("auto", "cuda", (torch.float32,), (32,)),
+        **{name: "; ".join(found) or "yes" for name, found in reasons.items()},
     }
 
 
@@ -66,7 +88,7 @@ def _extension() -> dict[str, Any]:
 
 
 def _print(facts: dict[str, Any]) -> None:
-    for section in ("versions", "platform", "extension", "environment"):
+    for section in ("versions", "platform", "gpu", "extension", "environment"):
         print(f"{section}:")
         for key, value in facts[section].items():
             print(f"  {key}: " + str(value).replace("\n", "\n    "))

@@ -32,8 +32,6 @@ from xformer_kernels.backends.triton import configs, launch, ops
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 MAPS = ("query_key-token", "query_key-feature", "key_value-token", "key_value-feature")
-# bytes of shared memory that one program may have
-SHARED = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "sm_120": 101_376, "gfx942": 65_536}
 PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "sm_120": 170, "gfx942": 304}
 TYPES = {torch.float32: "*fp32", torch.float64: "*fp64", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 TENSOR_CORE = re.compile(r"HMMA|HGMMA|UTC\w*MMA|DMMA|v_mfma")

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from xformer_kernels.backends.triton.tiles import INTERPRETED
+from xformer_kernels.backends.triton.kernels.tiles import INTERPRETED
 
 INTERPRETING = bool(INTERPRETED)
 VECTOR_BYTES = 16

@@ -11,14 +11,16 @@ import triton.language as tl
 from torch import Tensor
 
 from xformer_kernels.backends.triton import configs, launch, plan
-from xformer_kernels.backends.triton.backward import gradients_kernel, map_backward_kernel
-from xformer_kernels.backends.triton.forward import apply_kernel, forward_kernel
-from xformer_kernels.backends.triton.gram import gram_kernel
-from xformer_kernels.backends.triton.mix import channel_mix_kernel
+from xformer_kernels.backends.triton.kernels.backward import gradients_kernel, map_backward_kernel
+from xformer_kernels.backends.triton.kernels.forward import apply_kernel, forward_kernel
+from xformer_kernels.backends.triton.kernels.gram import gram_kernel
+from xformer_kernels.backends.triton.kernels.mix import channel_mix_kernel
 
 _ACC = {torch.float32: tl.float32, torch.float64: tl.float64}
 # Triton's interpreter keeps the program's index in a global.
 _one_at_a_time: AbstractContextManager[Any] = threading.Lock() if launch.INTERPRETING else nullcontext()
+# Their tensor cores take tf32 with the tokens innermost: asynchronous loads would transpose 32 bits at a time.
+_TRANSPOSING = ("sm_90", "sm_100")
 # Strides of tensors that are not there.
 _NONE3, _NONE4 = (0, 0, 0), (0, 0, 0, 0)
 
@@ -107,6 +109,8 @@ def _gram(
     acc = _ACC[launch.accumulate_dtype(a.dtype)]
 
     def run(config: configs.Config) -> None:
+        if precision == "tf32" and arch in _TRANSPOSING:
+            config = config._replace(stages=1)
         block_a, block_b = (min(config.block_o, configs.block(D)) for D in (DA, DB))
         tiles = plan.cdiv(DA, block_a) * plan.cdiv(DB, block_b)
         _run(

@@ -7,7 +7,7 @@ masked. Maps are (in, out): features of what is mixed by features of the result,
 import triton.language as tl
 from triton import knobs
 
-from xformer_kernels.backends.triton.compiler import device
+from xformer_kernels.backends.triton.kernels.compiler import device
 
 INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
 

@@ -2,9 +2,9 @@
 
 import triton.language as tl
 
-from xformer_kernels.backends.triton.compiler import device, kernel
-from xformer_kernels.backends.triton.gram import accumulate
-from xformer_kernels.backends.triton.tiles import (
+from xformer_kernels.backends.triton.kernels.compiler import device, kernel
+from xformer_kernels.backends.triton.kernels.gram import accumulate
+from xformer_kernels.backends.triton.kernels.tiles import (
     cosines,
     head_base,
     kept,

@@ -2,8 +2,8 @@
 
 import triton.language as tl
 
-from xformer_kernels.backends.triton.compiler import device, kernel
-from xformer_kernels.backends.triton.tiles import (
+from xformer_kernels.backends.triton.kernels.compiler import device, kernel
+from xformer_kernels.backends.triton.kernels.tiles import (
     clamped,
     cosines,
     head_base,

@@ -2,8 +2,8 @@
 
 import triton.language as tl
 
-from xformer_kernels.backends.triton.compiler import device, kernel
-from xformer_kernels.backends.triton.tiles import head_base, load_tokens, locate, product, store_tokens
+from xformer_kernels.backends.triton.kernels.compiler import device, kernel
+from xformer_kernels.backends.triton.kernels.tiles import head_base, load_tokens, locate, product, store_tokens
 
 
 @device

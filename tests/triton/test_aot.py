@@ -1,0 +1,67 @@
+"""Every kernel at every shipped configuration, compiled for GPUs that are not there; see aot.py.
+
+What must hold: it compiles, its shared memory fits, nothing spills, products of 16 bits and of tf32 use tensor cores,
+contiguous tokens are loaded by 128 bits (on NVIDIA). The table of registers, shared memory and spills is left in
+build/triton.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+triton = pytest.importorskip("triton", reason="triton is not installed")
+
+HERE = Path(__file__).parent
+ARTEFACTS = HERE.parent.parent / "build" / "triton"
+# bytes of shared memory that one program may have
+SHARED = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "sm_120": 101_376, "gfx942": 65_536}
+EVERY_ROW = ("--features", "16,32,64,128,256", "--maps", "query_key-token")
+OTHERS = ("--features", "24,64,256", "--maps", "query_key-feature,key_value-token,key_value-feature", "--masked")
+CASES = {
+    # the table has rows for 2 and for 4 bytes, which 16-bit dtypes share
+    **{f"{arch}-{dtype}": (arch, dtype, EVERY_ROW) for arch in SHARED for dtype in ("bfloat16", "float32")},
+    "sm_90-float16": ("sm_90", "float16", EVERY_ROW),
+    "sm_90-tf32": ("sm_90", "float32", (*EVERY_ROW, "--tf32")),
+    "sm_90-others": ("sm_90", "bfloat16", OTHERS),
+    "sm_90-float64": ("sm_90", "float64", ("--features", "16,64", "--maps", "query_key-token")),
+}
+# D x D numbers alone, which need no such width
+NO_PRODUCT = ("map_backward",)
+
+
+def compiled(name, arch, dtype, arguments):
+    """Rows of the table; the interpreter's variable, which the tests set, must not be seen by the compiler."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, HERE / "aot.py", "--arch", arch, "--dtype", dtype, *arguments, "--json", "--jobs", "1"]
+    command += ["--out", ARTEFACTS / f"{name}.csv"]
+    done = subprocess.run([str(x) for x in command], env=environment, capture_output=True, text=True)
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert rows, done.stderr[-3000:]
+    return rows
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_resources(name):
+    arch, dtype, arguments = CASES[name]
+    faults = []
+    for row in compiled(name, arch, dtype, arguments):
+        what = f"{row['kernel']} of {row['features']} features, {row['map']}"
+        if "error" in row:
+            faults.append(f"{what}: {row['error']}")
+            continue
+        if row["spilled"]:
+            faults.append(f"{what}: spills {row['spilled']} bytes of a thread's registers ({row['registers']})")
+        if row["shared"] > SHARED[arch]:
+            faults.append(f"{what}: {row['shared']} bytes of shared memory")
+        multiplies = row["kernel"] not in NO_PRODUCT
+        if multiplies and not row["tensor_core"] and (dtype != "float32" or "tf32" in row["dtype"]):
+            faults.append(f"{what}: no tensor core")
+        if multiplies and arch.startswith("sm_") and not any("128" in found for found in row["instructions"]):
+            faults.append(f"{what}: no load of 128 bits: {row['instructions']}")
+    assert not faults, "\n".join(faults)

@@ -1,0 +1,205 @@
+"""What the Triton backend serves, what it says where it cannot, and what its launches depend on."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from cases import make_problem, packed, randn
+
+import xformer_kernels as xk
+from xformer_kernels import dispatch
+
+backend = pytest.importorskip("xformer_kernels.backends.triton", reason="triton is not installed")
+
+from xformer_kernels.backends.triton import configs, launch, plan  # noqa: E402
+
+
+def fresh(code: str, **environment: str) -> str:
+    """What a new process prints, without the interpreter's variable unless given."""
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(command, env={**env, **environment}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+# ------------------------------------------------------------------------------------------------------------ reasons
+
+
+def test_reasons_name_what_came_and_what_is_accepted(monkeypatch):
+    f32 = (torch.float32,)
+    monkeypatch.setattr(backend, "INTERPRETING", True)
+    assert backend.unsupported("cpu", f32, (1, 256)) == []
+    (reason,) = backend.unsupported("cuda", f32, (32,))
+    assert "TRITON_INTERPRET" in reason and "cuda" in reason
+    monkeypatch.setattr(backend, "INTERPRETING", False)
+    (reason,) = backend.unsupported("cpu", f32, (32,))
+    assert "cpu" in reason and "cuda" in reason and "TRITON_INTERPRET" in reason
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "no CUDA device" in str(backend.unsupported("cuda", f32, (32,)))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    assert ["7.5" in reason and "8.0" in reason for reason in backend.unsupported("cuda", f32, (32,))] == [True]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    assert backend.unsupported("cuda", f32, (32,)) == []
+    reasons = backend.unsupported("cuda", (torch.float8_e4m3fn,), (0, 300))
+    assert "0, 300" in str(reasons) and "256" in str(reasons) and "float8_e4m3fn" in str(reasons)
+
+
+def test_every_reason_is_in_the_error_and_in_explain():
+    p = make_problem((1, 9, 1, 300), layout="contiguous")
+    with pytest.raises(RuntimeError, match="300 features per head"):
+        xk.xfa(p.q, p.k, p.v, p.temperature, backend="triton")
+    assert "300 features per head" in str(xk.explain(p.q, p.k, p.v, p.temperature))
+
+
+WHY = """
+    import warnings
+    import torch, xformer_kernels as xk
+    q = torch.ones(1, 1, 4, 3)
+    xk.xfa(q, q, q, torch.ones(1))
+    print(xk.explain(q, q, q, torch.ones(1)))
+"""
+
+
+def test_triton_missing():
+    text = fresh("import sys; sys.modules['triton'] = None\n" + textwrap.dedent(WHY))
+    assert "triton is not installed" in text and "pip install" in text
+
+
+def test_triton_too_old():
+    text = fresh("import triton; triton.__version__ = '3.1.0'\n" + textwrap.dedent(WHY))
+    assert "3.1.0 is too old" in text and "3.6" in text
+
+
+def test_without_the_interpreter_cpu_tensors_are_refused_with_the_reason():
+    text = fresh(WHY)
+    assert "tensors are on cpu, the kernels run on cuda" in text
+
+
+def test_calls_on_the_cpu_do_not_even_import_triton(need_backend):
+    need_backend("cpp")
+    code = """
+        import sys, torch, xformer_kernels as xk
+        q = torch.ones(1, 1, 4, 3)
+        xk.xfa(q, q, q, torch.ones(1))
+        print(any(name.startswith("xformer_kernels.backends.triton") for name in sys.modules))
+    """
+    assert fresh(code).strip() == "False"
+
+
+# ------------------------------------------------------------------------------------- what launches may depend on
+
+RECORDED = """
+    import sys
+    sys.path.insert(0, {tests!r})
+    import torch, aot
+    from xformer_kernels.backends.triton import ops
+
+    def variants(B, N, H, layout):
+        shape = (B, N, 3, H, 32)
+        qkv = torch.empty(shape, device="meta", dtype=torch.bfloat16).permute(2, 0, 3, 1, 4)
+        if layout == "contiguous":
+            qkv = torch.empty((3, B, H, N, 32), device="meta", dtype=torch.bfloat16)
+        q, k, v = qkv.unbind(0)
+        t, choices = torch.empty(H, device="meta"), ("query_key", "token", "softmax", 1e-12)
+        with aot.recording("sm_90") as recorded:
+            out, stats = ops.xfa_forward(q, k, v, t, None, *choices)
+            ops.xfa_backward(out, q, k, v, t, stats, None, *choices)
+        return {{
+            (x.kernel.__name__, tuple(sorted(aot.signature(x).items())), str(sorted(x.constants.items())), x.config)
+            for x in recorded
+        }}
+
+    known = variants(1, 20000, 4, "packed")
+    for B, N, H, layout in ((1, 20001, 4, "packed"), (3, 5000, 1, "packed"), (2, 2**33, 5, "packed"),
+                            (7, 4097, 3, "contiguous")):
+        assert variants(B, N, H, layout) == known, (B, N, H, layout)
+    from xformer_kernels.backends.triton.kernels import backward, forward, gram, mix
+
+    for kernel in (gram.gram_kernel, forward.apply_kernel, forward.forward_kernel, backward.map_backward_kernel,
+                   backward.gradients_kernel, mix.channel_mix_kernel):
+        for p in kernel.params:
+            assert p.is_constexpr or (p.do_not_specialize and p.do_not_specialize_on_alignment), p.name
+            assert p.is_constexpr or p.name.endswith("_ptr") or p.annotation_type == "i64", p.name
+    print("one variant")
+"""
+
+
+def test_tokens_batches_heads_and_strides_compile_nothing_new():
+    """Same kernels, types, constants and configurations for every length: even beyond 2^31, and for 1."""
+    assert fresh(RECORDED.format(tests=str(Path(__file__).parent))).strip() == "one variant"
+
+
+def test_alignment_is_what_all_rows_have():
+    """UNIT and ALIGN are promises to the compiler: true of every address that a kernel computes."""
+
+    def facts(*tensors):
+        found = launch.alignment(*tensors)
+        return found["UNIT"], found["ALIGN"]
+
+    bf16 = [randn(2, 3, 8, 24, seed=i, dtype=torch.bfloat16) for i in range(3)]
+    assert facts(*packed(*bf16)) == (True, 8)
+    assert facts(*packed(*(x.float() for x in bf16))) == (True, 4)
+    assert facts(*packed(*(x[..., :12].contiguous() for x in bf16))) == (True, 4)
+    assert facts(*packed(*(x[..., :9].contiguous() for x in bf16))) == (True, 1)
+    assert facts(bf16[0].transpose(2, 3)) == (False, 1)
+    assert facts(bf16[0][..., 2:10]) == (True, 2)
+    assert facts(bf16[0], bf16[1][..., 4:]) == (True, 4)
+    expanded = bf16[0][:1, :1, :1].expand(2, 3, 8, 24)
+    assert facts(expanded) == (True, 8)
+
+
+@pytest.mark.parametrize("N", [0, 1, 255, 256, 257, 5000, 10**6, 2**33])
+@pytest.mark.parametrize("units", [1, 8, 1000])
+def test_split_covers_the_tokens(N, units):
+    """In whole chunks, with no empty part, and with partial results that cost less to read than the tokens."""
+    record, row = 4 * 32 * 32, 4 * 32
+    parts, chunk = plan.split_tokens(N, units, record, row, 132)
+    assert parts >= 1 and parts * chunk >= N and (parts - 1) * chunk < max(N, 1)
+    assert chunk % plan.CHUNK == 0
+    assert parts == 1 or parts * parts * record <= 2 * N * row
+    assert parts == 1 or units < 2 * 132
+
+
+def test_tf32_is_the_users_choice():
+    """Read at each call, as for torch's own products; other dtypes do not ask."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_tf32
+    try:
+        matmul.allow_tf32 = False
+        assert launch.tokens_precision(torch.float32, "sm_90") == "ieee"
+        assert launch.map_precision(torch.float32, "gfx942") == "ieee"
+        torch.set_float32_matmul_precision("high")
+        assert launch.tokens_precision(torch.float32, "sm_90") == "tf32"
+        assert launch.map_precision(torch.float32, "sm_90") == "tf32"
+        assert launch.tokens_precision(torch.float64, "sm_90") == "ieee"
+        assert launch.tokens_precision(torch.float32, "interpreter") == "ieee"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        matmul.allow_tf32 = before
+
+
+# ----------------------------------------------------------------------------------- the kernels at every table's row
+
+
+@pytest.mark.skipif(not launch.INTERPRETING, reason="other architectures' rows run in Triton's interpreter only")
+@pytest.mark.parametrize("D", [16, 24, 50, 100, 200])
+@pytest.mark.parametrize("arch", ["sm_90", "gfx942"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_rows_of_real_architectures(dtype, arch, D, monkeypatch, ran_backend):
+    """Their tiles, of few tokens and few features at a time, in two launches and in one."""
+    for processors, shape in ((4, (1, 600, 1, D)), (1, (2, 70, 1, D))):
+        monkeypatch.setattr(launch, "target", lambda device, n=processors: launch.Target(arch, n))
+        p = make_problem(shape, dtype=dtype, masked=True)
+        with ran_backend("triton", "xfa_forward", "xfa_backward"):
+            result = p.run(xk.xfa, backend="triton")
+        p.check(result)
+    assert configs.shipped(configs.Key("gradients", dtype, D, ""), arch).block_n <= 64
+    assert dispatch.reasons_against("triton", "cpu", (dtype,), (D,)) == []
