@@ -121,9 +121,10 @@ def test_symmetric_gram(D, dtype, backend, device, ran, need_features):
 @pytest.mark.parametrize("symmetric", [False, True], ids=["", "symmetric"])
 def test_gram_derivatives(symmetric, masked, backend, device, ran, interpreted):
     """Of any order: the backward is made of the same two primitives."""
-    a = randn(2, 2, 3, 2, seed=1, dtype=torch.float64, device=device).requires_grad_()
-    b = randn(2, 2, 3, 2, seed=2, dtype=torch.float64, device=device).requires_grad_()
-    mask = random_mask(2, 3, seed=1, device=device) if masked else None
+    B, H = (1, 1) if interpreted else (2, 2)
+    a = randn(B, H, 3, 2, seed=1, dtype=torch.float64, device=device).requires_grad_()
+    b = randn(B, H, 3, 2, seed=2, dtype=torch.float64, device=device).requires_grad_()
+    mask = random_mask(B, 3, seed=1, device=device) if masked else None
     inputs = (a,) if symmetric else (a, b)
 
     def function(a, b=None):
@@ -238,7 +239,7 @@ def test_channel_mix_of_single_head(kernel, device, ran):
 )
 def test_channel_mix_derivatives(chosen, backend, device, ran, interpreted):
     """Of any order, for every argument."""
-    t = mix_inputs((2, 1, 2, 2, 2), chosen, torch.float64, device=device)
+    t = mix_inputs((1 if interpreted else 2, 1, 2, 2, 2), chosen, torch.float64, device=device)
     inputs = tuple(x.requires_grad_() for x in t.values())
 
     def function(*inputs):

@@ -16,7 +16,7 @@ from xformer_kernels.testing import assert_bitwise, assert_close
 
 def for_all(strategy, check, interpreted):
     """The check for many drawn arguments, for fewer where each takes seconds."""
-    settings(max_examples=12 if interpreted else 100, suppress_health_check=list(HealthCheck))(given(strategy)(check))()
+    settings(max_examples=8 if interpreted else 100, suppress_health_check=list(HealthCheck))(given(strategy)(check))()
 
 
 batches = st.sampled_from([0, 1, 1, 2, 3])

@@ -57,6 +57,16 @@ def reasons_against(
     return reasons
 
 
+def _against_auto(
+    name: str, device_type: str, dtypes: tuple[torch.dtype, ...], head_dims: tuple[int, ...]
+) -> list[str]:
+    """Every reason why ``backend="auto"`` passes over backend `name`."""
+    reasons = reasons_against(name, device_type, dtypes, head_dims)
+    module = None if name == "reference" else backends.load(name)[0]
+    only_by_name: str = getattr(module, "ONLY_BY_NAME", "")
+    return [*reasons, only_by_name] if only_by_name else reasons
+
+
 def _asked(backend: str) -> tuple[str, str]:
     """The backend to look for, and how to name the wish in messages."""
     if backend == "auto":
@@ -81,7 +91,8 @@ def explain(backend: str, device_type: str, dtypes: tuple[torch.dtype, ...], hea
     """The walk that :func:`choose` takes, with every reason."""
     check_name(backend)
     wanted, how = _asked(backend)
-    reasons = {name: reasons_against(name, device_type, dtypes, head_dims) for name in BACKENDS}
+    against = _against_auto if wanted == "auto" else reasons_against
+    reasons = {name: against(name, device_type, dtypes, head_dims) for name in BACKENDS}
     if wanted == "auto":
         return Explanation(next(name for name in BACKENDS if not reasons[name]), reasons, how)
     if reasons[wanted]:
@@ -102,7 +113,7 @@ def choose(backend: str, device_type: str, dtypes: tuple[torch.dtype, ...], head
         check_name(backend)
         if _asked(backend)[0] == "auto":
             # the first that can: later backends are not even imported
-            name = next(x for x in BACKENDS if not reasons_against(x, device_type, dtypes, head_dims))
+            name = next(x for x in BACKENDS if not _against_auto(x, device_type, dtypes, head_dims))
             if name == "reference" and device_type == "cpu":
                 _warn_of_slow_path(explain(backend, device_type, dtypes, head_dims))
         else:

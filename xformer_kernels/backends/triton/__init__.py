@@ -23,9 +23,12 @@ from xformer_kernels.backends.triton.launch import INTERPRETING  # noqa: E402
 from xformer_kernels.backends.triton.ops import channel_mix, gram, xfa_backward, xfa_forward  # noqa: E402
 from xformer_kernels.backends.triton.plan import WIDEST  # noqa: E402
 
-__all__ = ["NAME", "channel_mix", "gram", "unsupported", "xfa_backward", "xfa_forward"]
+__all__ = ["NAME", "ONLY_BY_NAME", "channel_mix", "gram", "unsupported", "xfa_backward", "xfa_forward"]
 
 NAME = "triton"
+ONLY_BY_NAME = (
+    "TRITON_INTERPRET is set: interpreted kernels serve calls that ask for triton by name" if INTERPRETING else ""
+)
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
