@@ -101,6 +101,9 @@ def launches(job: Job) -> dict[str, Launch]:
             ops.channel_mix(v, weight.float(), None, None, None, None, None)
             ops.gram(v, v, True, mask)
             found.update(zip(("channel_mix", "channel_mix, wide", "gram, symmetric"), recorded, strict=True))
+            recorded.clear()
+            ops.xfa_forward(*(x[:1] for x in (q, k, v)), temperature, None, map, "feature", *choices[2:])
+            found["gram, normalised"] = recorded[0]
     matmul.allow_tf32 = before
     return found
 

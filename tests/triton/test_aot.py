@@ -29,7 +29,7 @@ CASES = {
     "sm_90-float16": ("sm_90", "float16", EVERY_ROW),
     "sm_90-tf32": ("sm_90", "float32", (*EVERY_ROW, "--tf32")),
     "sm_90-others": ("sm_90", "bfloat16", OTHERS),
-    "sm_90-float64": ("sm_90", "float64", ("--features", "16,64", "--maps", "query_key-token")),
+    "sm_90-float64": ("sm_90", "float64", EVERY_ROW),
 }
 # D x D numbers alone, which need no such width
 NO_PRODUCT = ("map_backward",)

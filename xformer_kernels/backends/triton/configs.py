@@ -100,9 +100,9 @@ _TABLE: dict[tuple[str, int], dict[Any, tuple[int, ...]]] = {
         128: (32, 128, 0, 8, 3, 255),
         256: (32, 128, 0, 8, 3, 255),
     },
-    ("gram", 8): {d: (16, min(d, 32), 0, 4, 2) for d in BLOCKS},
+    ("gram", 8): {d: (16, min(d, 32), 0, 4, 2, 255) for d in BLOCKS},
     ("gram_normalised", 4): {d: (32, min(d, 64), 0, 4, 3, 255) for d in BLOCKS},
-    ("gram_normalised", 8): {d: (16, min(d, 32), 0, 4, 2) for d in BLOCKS},
+    ("gram_normalised", 8): {d: (16, min(d, 32), 0, 4, 2, 255) for d in BLOCKS},
     ("apply", 2): {
         16: (64, 16, 16, 4, 2),
         32: (64, 32, 32, 4, 2),
@@ -141,7 +141,7 @@ _TABLE: dict[tuple[str, int], dict[Any, tuple[int, ...]]] = {
         128: (0, 16, 0, 4, 1, 255),
         256: (0, 16, 0, 8, 1, 255),
     },
-    ("map_backward", 8): {d: (0, 8, 0, 16 if d > 128 else 8, 1) for d in BLOCKS},
+    ("map_backward", 8): {d: (0, 8, 0, 16, 1) if d > 128 else (0, 8, 0, 8, 1, 255) for d in BLOCKS},
     ("gradients", 2): {
         16: (64, 16, 16, 4, 2),
         32: (64, 32, 32, 4, 2),
