@@ -37,6 +37,19 @@ def same_start_for_every_test():
     torch.manual_seed(0)
 
 
+def broken_interpreter():
+    """Why Triton's interpreter cannot run here, or nothing."""
+    import numpy
+    import triton
+
+    try:
+        int(numpy.zeros(1))
+    except TypeError:
+        if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7):
+            return f"the interpreter of triton {triton.__version__} does not work with numpy {numpy.__version__}"
+    return ""
+
+
 @pytest.fixture
 def need_backend():
     """Skips where the backend was not built, unless the extension is required: then its absence is a failure."""
@@ -47,8 +60,16 @@ def need_backend():
             pytest.fail(f"backend {name} is required and cannot be imported: {cause}")
         if cause:
             pytest.skip(f"backend {name} is not installed here: {cause}")
+        if name == "triton" and INTERPRETING and broken_interpreter():
+            pytest.skip(broken_interpreter())
 
     return need
+
+
+@pytest.fixture
+def triton_runs(need_backend):
+    """For tests that reach the Triton kernels without the `kernel` fixture."""
+    need_backend("triton")
 
 
 def devices_of(name):

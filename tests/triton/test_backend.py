@@ -201,7 +201,7 @@ def test_tf32_is_the_users_choice():
 @pytest.mark.parametrize("D", [16, 24, 50, 100, 200])
 @pytest.mark.parametrize("arch", ["sm_90", "gfx942"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_rows_of_real_architectures(dtype, arch, D, monkeypatch, ran_backend):
+def test_rows_of_real_architectures(dtype, arch, D, monkeypatch, ran_backend, triton_runs):
     """Their tiles, of few tokens and few features at a time, in two launches and in one."""
     for processors, shape in ((4, (1, 600, 1, D)), (1, (2, 70, 1, D))):
         monkeypatch.setattr(launch, "target", lambda device, n=processors: launch.Target(arch, n))

@@ -86,7 +86,7 @@ def test_a_broken_or_unwritable_cache_is_survived(tuner, monkeypatch):
         configs.launch(KEY, "sm_90", lambda config: None)
 
 
-def test_results_are_right_while_tuning(tuner, ran_backend):
+def test_results_are_right_while_tuning(tuner, ran_backend, triton_runs):
     """The real tuner on the real kernels: in the interpreter they are timed by the clock."""
     if not configs.torch.cuda.is_available() and xk.explain(*_small()).reasons["triton"]:
         pytest.skip("the kernels run neither on this device nor in the interpreter")

@@ -13,7 +13,10 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 
 from xformer_kernels.backends.triton import configs, launch, ops, traffic  # noqa: E402
 
-pytestmark = pytest.mark.skipif(not launch.INTERPRETING, reason="counts what Triton's interpreter does")
+pytestmark = [
+    pytest.mark.skipif(not launch.INTERPRETING, reason="counts what Triton's interpreter does"),
+    pytest.mark.usefixtures("triton_runs"),
+]
 B, H, N = 1, 1, 1024
 CHOICES = [(map, norm) for map in ("query_key", "key_value") for norm in ("token", "feature")]
 
