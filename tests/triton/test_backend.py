@@ -189,6 +189,7 @@ def test_tf32_is_the_users_choice():
         assert launch.map_precision(torch.float32, "sm_90") == "tf32"
         assert launch.tokens_precision(torch.float64, "sm_90") == "ieee"
         assert launch.tokens_precision(torch.float32, "interpreter") == "ieee"
+        assert launch.tokens_precision(torch.float32, "gfx90a") == "ieee"  # has no tf32
     finally:
         torch.set_float32_matmul_precision("highest")
         matmul.allow_tf32 = before

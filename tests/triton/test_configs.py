@@ -64,6 +64,10 @@ def test_tuner_takes_the_fastest_and_keeps_it_on_disk(tuner, monkeypatch):
     assert list(json.loads(tuner.read_text()).values()) == [list(best)]
     configs._tuned.cache_clear()
     assert configs.get(KEY, "sm_90") == best
+    # another process adds to the file what this one has not seen
+    tuner.write_text(json.dumps({**json.loads(tuner.read_text()), "another's": list(best)}))
+    configs.launch(KEY._replace(features=48), "sm_90", run)
+    assert len(json.loads(tuner.read_text())) == 3
     assert configs.get(KEY, "sm_80") == configs.shipped(KEY, "sm_80")
     monkeypatch.delenv(configs.AUTOTUNE)
     assert configs.get(KEY, "sm_90") == configs.shipped(KEY, "sm_90")

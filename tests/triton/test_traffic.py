@@ -12,6 +12,7 @@ from cases import Config, randn
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
 from xformer_kernels.backends.triton import configs, launch, ops, traffic  # noqa: E402
+from xformer_kernels.reference import accumulate_dtype  # noqa: E402
 
 pytestmark = [
     pytest.mark.skipif(not launch.INTERPRETING, reason="counts what Triton's interpreter does"),
@@ -72,7 +73,7 @@ def run(D, dtype, map, norm):
 
 def models(D, dtype, map, norm, at_once):
     key_value, token = map == "key_value", norm == "token"
-    wide = launch.accumulate_dtype(dtype)
+    wide = accumulate_dtype(dtype)
 
     def config(kernel, normalised=False):
         kernel = "gram_normalised" if normalised else kernel

@@ -8,8 +8,11 @@ reason why it cannot serve a call. If it has a text ``ONLY_BY_NAME``, ``backend=
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterable
 from functools import cache
 from types import ModuleType
+
+import torch
 
 ORDER = ("cpp", "triton")
 """The order in which ``backend="auto"`` asks. The reference comes after all of them and is not a backend module."""
@@ -22,3 +25,19 @@ def load(name: str) -> tuple[ModuleType | None, str]:
         return importlib.import_module(f"{__name__}.{name}"), ""
     except ImportError as error:
         return None, f"{type(error).__name__}: {error}"
+
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def unsupported_numbers(dtypes: Iterable[torch.dtype], head_dims: Iterable[int], widest: int) -> list[str]:
+    """What kernels of these dtypes and of 1 to `widest` features have against a call."""
+    reasons = []
+    bad_dims = [str(dim) for dim in head_dims if not 1 <= dim <= widest]
+    if bad_dims:
+        reasons.append(f"{', '.join(bad_dims)} features per head, the kernels take 1 to {widest}")
+    bad = [str(dtype) for dtype in dtypes if dtype not in DTYPES]
+    if bad:
+        accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        reasons.append(f"dtype {', '.join(bad)} is not one of {accepted}")
+    return reasons

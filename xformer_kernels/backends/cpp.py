@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from xformer_kernels import _C
+from xformer_kernels.backends import unsupported_numbers
+from xformer_kernels.reference import accumulate_dtype
 
 NAME = "cpp"
 
@@ -38,17 +40,7 @@ def unsupported(device_type: str, dtypes: Iterable[torch.dtype], head_dims: Iter
         )
     if device_type != "cpu":
         reasons.append(f"tensors are on {device_type}, the kernels run on cpu")
-    bad_dims = [str(dim) for dim in head_dims if not 1 <= dim <= _WIDEST]
-    if bad_dims:
-        reasons.append(f"{', '.join(bad_dims)} features per head, the kernels take 1 to {_WIDEST}")
-    bad = [str(dtype) for dtype in dtypes if dtype not in _DTYPES]
-    if bad:
-        reasons.append(f"dtype {', '.join(bad)} is not one of float32, float64, bfloat16, float16")
-    return reasons
-
-
-def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype is torch.float64 else torch.float32
+    return reasons + unsupported_numbers(dtypes, head_dims, _WIDEST)
 
 
 def _empty(size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -76,7 +68,7 @@ def _optional(tensor: Tensor | None, strides: tuple[int, ...] | None = None) -> 
 def gram(a: Tensor, b: Tensor, symmetric: bool, token_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     B, H, N, Da = a.shape
     Db = b.shape[-1]
-    dtype = _accumulate_dtype(a.dtype)
+    dtype = accumulate_dtype(a.dtype)
     G = _empty((B, H, Da, Db), dtype)
     ssq_a, ssq_b = _empty((B, H, Da), dtype), _empty((B, H, Db), dtype)
     _C.gram(
@@ -123,7 +115,7 @@ def xfa_forward(
 ) -> tuple[Tensor, Tensor]:
     B, H, N, D = q.shape
     out = _token_major(B, H, N, D, q)
-    stats = _empty((B, H, D * D + 2 * D), _accumulate_dtype(q.dtype))
+    stats = _empty((B, H, D * D + 2 * D), accumulate_dtype(q.dtype))
     _C.xfa_forward(
         (B, H, N, D), _DTYPES[q.dtype], _MAPS[map], _NORMS[norm], _ACTIVATIONS[activation], eps,
         q.data_ptr(), q.stride(), k.data_ptr(), k.stride(), v.data_ptr(), v.stride(),

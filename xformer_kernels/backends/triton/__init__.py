@@ -19,6 +19,7 @@ OLDEST = (3, 6)
 if tuple(int(part) for part in triton.__version__.split(".")[:2]) < OLDEST:
     raise ImportError(f"triton {triton.__version__} is too old: {OLDEST[0]}.{OLDEST[1]} or newer is needed")
 
+from xformer_kernels.backends import unsupported_numbers  # noqa: E402
 from xformer_kernels.backends.triton.launch import INTERPRETING  # noqa: E402
 from xformer_kernels.backends.triton.ops import channel_mix, gram, xfa_backward, xfa_forward  # noqa: E402
 from xformer_kernels.backends.triton.plan import WIDEST  # noqa: E402
@@ -29,7 +30,6 @@ NAME = "triton"
 ONLY_BY_NAME = (
     "TRITON_INTERPRET is set: interpreted kernels serve calls that ask for triton by name" if INTERPRETING else ""
 )
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def unsupported(device_type: str, dtypes: Iterable[torch.dtype], head_dims: Iterable[int]) -> list[str]:
@@ -43,13 +43,7 @@ def unsupported(device_type: str, dtypes: Iterable[torch.dtype], head_dims: Iter
         )
     if not INTERPRETING and device_type == "cuda":
         reasons += _of_device()
-    bad_dims = [str(dim) for dim in head_dims if not 1 <= dim <= WIDEST]
-    if bad_dims:
-        reasons.append(f"{', '.join(bad_dims)} features per head, the kernels take 1 to {WIDEST}")
-    bad = [str(dtype) for dtype in dtypes if dtype not in _DTYPES]
-    if bad:
-        reasons.append(f"dtype {', '.join(bad)} is not one of float32, float64, bfloat16, float16")
-    return reasons
+    return reasons + unsupported_numbers(dtypes, head_dims, WIDEST)
 
 
 def _of_device() -> list[str]:

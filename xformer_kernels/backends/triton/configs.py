@@ -67,6 +67,7 @@ def block(features: int) -> int:
     return max(16, 1 << (features - 1).bit_length())
 
 
+@cache
 def shipped(key: Key, arch: str) -> Config:
     """The table's choice; an architecture that has no row of its own gets the common one."""
     d = block(key.features)
@@ -252,9 +253,13 @@ def cache_file() -> Path:
 @cache
 def _tuned() -> dict[str, Config]:
     """What is known, by name: from the file, and of this process."""
+    return _in_file()
+
+
+def _in_file() -> dict[str, Config]:
     try:
         return {name: Config(*values) for name, values in json.loads(cache_file().read_text()).items()}
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, AttributeError):
         return {}
 
 
@@ -265,7 +270,8 @@ def _remember(name: str, config: Config) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".json", delete=False) as file:
-            json.dump(_tuned(), file, indent=1)
+            # with what other processes have found meanwhile
+            json.dump({**_in_file(), **_tuned()}, file, indent=1)
         os.replace(file.name, path)
     except OSError as error:
         warnings.warn(f"tuned configurations are not kept: {error}", RuntimeWarning, stacklevel=2)

@@ -15,10 +15,6 @@ INTERPRETING = bool(INTERPRETED)
 VECTOR_BYTES = 16
 
 
-def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype is torch.float64 else torch.float32
-
-
 class Target(NamedTuple):
     """What a launch depends on beside its tensors."""
 
@@ -71,7 +67,8 @@ def out_alignment(features: int, itemsize: int) -> int:
 
 def tokens_precision(dtype: torch.dtype, arch: str) -> str:
     """Of products of tokens with tokens, and of float32 tokens with maps: tf32 where the user allows it for matmuls."""
-    return "tf32" if dtype is torch.float32 and arch != "interpreter" and _tf32_allowed() else "ieee"
+    has_it = arch.startswith("sm_") or arch == "gfx942"
+    return "tf32" if dtype is torch.float32 and has_it and _tf32_allowed() else "ieee"
 
 
 def gram_precision(dtype: torch.dtype, normalised: bool, arch: str) -> str:

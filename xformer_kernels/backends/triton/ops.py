@@ -15,6 +15,7 @@ from xformer_kernels.backends.triton.kernels.backward import gradients_kernel, m
 from xformer_kernels.backends.triton.kernels.forward import apply_kernel, forward_kernel
 from xformer_kernels.backends.triton.kernels.gram import gram_kernel
 from xformer_kernels.backends.triton.kernels.mix import channel_mix_kernel
+from xformer_kernels.reference import accumulate_dtype
 
 _ACC = {torch.float32: tl.float32, torch.float64: tl.float64}
 # Triton's interpreter keeps the program's index in a global.
@@ -47,7 +48,7 @@ class Choices(NamedTuple):
 def _gram_key(dtype: torch.dtype, D: int, choices: Choices, norm: bool, suffix: str = "") -> configs.Key:
     """Tokens that are normalised are multiplied in the accumulate dtype."""
     if norm:
-        return configs.Key("gram_normalised", launch.accumulate_dtype(dtype), D, choices.name + suffix)
+        return configs.Key("gram_normalised", accumulate_dtype(dtype), D, choices.name + suffix)
     return configs.Key("gram", dtype, D, choices.name + suffix)
 
 
@@ -79,7 +80,7 @@ def _split(x: Tensor, features: int, key: configs.Key) -> plan.Split:
     B, H, N, D = x.shape
     side = min(configs.get(key, launch.target(x.device).arch).block_o, configs.block(D))
     tiles = plan.cdiv(D, side) * plan.cdiv(features, side)
-    record = D * features * launch.accumulate_dtype(x.dtype).itemsize
+    record = D * features * accumulate_dtype(x.dtype).itemsize
     return plan.split_tokens(N, B * H * tiles, record, D * x.element_size(), launch.target(x.device).processors)
 
 
@@ -106,7 +107,7 @@ def _gram(
     arch = launch.target(a.device).arch
     precision = launch.gram_precision(a.dtype, norm_a or norm_b, arch)
     facts = launch.alignment(a, b, c)
-    acc = _ACC[launch.accumulate_dtype(a.dtype)]
+    acc = _ACC[accumulate_dtype(a.dtype)]
 
     def run(config: configs.Config) -> None:
         if precision == "tf32" and arch in _TRANSPOSING:
@@ -128,7 +129,7 @@ def _gram(
 def gram(a: Tensor, b: Tensor, symmetric: bool, token_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     B, H, _, DA = a.shape
     DB = b.shape[-1]
-    dtype = launch.accumulate_dtype(a.dtype)
+    dtype = accumulate_dtype(a.dtype)
     key = configs.Key("gram", a.dtype, max(DA, DB), "symmetric" if symmetric else "gram")
     split = _split(a, DB, key)
     sizes = ((DA, DB), (DA,), (DB,))
@@ -174,7 +175,7 @@ def channel_mix(
             weight if bias is None else bias, x if add is None else add, weight if add_scale is None else add_scale, y,
             *x.stride(), *weight.stride(), *strides(x2, _NONE4), *strides(weight2, _NONE4), *strides(bias, _NONE3),
             *strides(add, _NONE4), *strides(add_scale, _NONE3), N, H, blocks,
-            ACC=_ACC[launch.accumulate_dtype(x.dtype)], I=I, I2=I2, O=O,
+            ACC=_ACC[accumulate_dtype(x.dtype)], I=I, I2=I2, O=O,
             BLOCK_K=min(config.block_k, configs.block(max(I, I2))), BLOCK_O=block_o, BLOCK_N=config.block_n,
             HAS_BIAS=bias is not None, HAS_ADD=add is not None, HAS_SCALE=add_scale is not None, WIDE_MAP=not own,
             OUT_ALIGN=launch.out_alignment(O, x.element_size()), PRECISION=precision, **facts,
@@ -199,7 +200,7 @@ def xfa_forward(
     """out, and stats: per (b, h) the sums k^T q (for key_value k^T v), |k|^2 and |q|^2 over the tokens."""
     B, H, N, D = q.shape
     out = _token_major(B, H, N, D, q)
-    stats = _empty((B, H, D * D + 2 * D), launch.accumulate_dtype(q.dtype), q)
+    stats = _empty((B, H, D * D + 2 * D), accumulate_dtype(q.dtype), q)
     if B * H == 0:
         return out, stats
     choices = _choices(map, norm, activation, eps)
@@ -215,13 +216,13 @@ def xfa_forward(
 def _of_map(q: Tensor, choices: Choices) -> dict[str, Any]:
     """Constants of the kernels that meet a map."""
     return {
-        "ACC": _ACC[launch.accumulate_dtype(q.dtype)],
+        "ACC": _ACC[accumulate_dtype(q.dtype)],
         "EPS": choices.EPS,
         "D": q.shape[-1],
         "BLOCK_D": configs.block(q.shape[-1]),
         "KEY_VALUE": choices.KEY_VALUE,
         "TOKEN_NORM": choices.TOKEN_NORM,
-        "RECORD_ALIGN": launch.out_alignment(q.shape[-1], launch.accumulate_dtype(q.dtype).itemsize),
+        "RECORD_ALIGN": launch.out_alignment(q.shape[-1], accumulate_dtype(q.dtype).itemsize),
     }
 
 
