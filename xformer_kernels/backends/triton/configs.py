@@ -102,7 +102,7 @@ _TABLE: dict[tuple[str, int], dict[Any, tuple[int, ...]]] = {
         256: (32, 128, 0, 8, 3, 255),
     },
     ("gram", 8): {d: (16, min(d, 32), 0, 4, 2, 255) for d in BLOCKS},
-    ("gram_normalised", 4): {d: (32, min(d, 64), 0, 4, 3, 255) for d in BLOCKS},
+    ("gram_normalised", 4): {d: (64 if d == 16 else 32, min(d, 64), 0, 4, 3, 255) for d in BLOCKS},
     ("gram_normalised", 8): {d: (16, min(d, 32), 0, 4, 2, 255) for d in BLOCKS},
     ("apply", 2): {
         16: (64, 16, 16, 4, 2),
