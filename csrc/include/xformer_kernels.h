@@ -11,7 +11,8 @@ extern "C" {
 #endif
 
 // XK_BAD_ARGUMENT: a tensor without features (batch, heads and tokens may be 0), or no usable instruction level.
-enum xk_status { XK_OK = 0, XK_OUT_OF_MEMORY = 1, XK_BAD_ARGUMENT = 2 };
+// XK_CUDA_ERROR: see xk_cuda_error.
+enum xk_status { XK_OK = 0, XK_OUT_OF_MEMORY = 1, XK_BAD_ARGUMENT = 2, XK_CUDA_ERROR = 3 };
 enum xk_dtype { XK_F32 = 0, XK_F64 = 1, XK_BF16 = 2, XK_F16 = 3 };
 enum xk_map { XK_QUERY_KEY = 0, XK_KEY_VALUE = 1 };
 enum xk_norm { XK_TOKEN_NORM = 0, XK_FEATURE_NORM = 1 };
@@ -84,6 +85,32 @@ void xk_prefer_huge_pages(void* data, int64_t bytes);
 // has, or the one named by XFORMER_KERNELS_CPU_LEVEL. Empty if that name is unknown or not usable here. Beside
 // x86_64_v4, some numbers of features are computed by x86_64_v4_256 where that is faster.
 const char* xk_cpu_level(void);
+
+// The same functions on a CUDA device, from a library of their own. `threads` is not used; stats are as above, for the
+// same library's backward. They launch on `stream` and return.
+enum xk_cuda_path { XK_ANY_PATH = 0, XK_ONE_LAUNCH = 1, XK_TWO_PASSES = 2 };
+typedef struct {
+  int32_t device;   // whose memory the tensors are in
+  void* stream;     // cudaStream_t
+  void* workspace;  // as many bytes as the function's _workspace says, at a multiple of 256; not needed afterwards
+  int32_t tf32;     // whether products of f32 may be cut to tf32
+  int32_t path;     // of xk_cuda_path, for xfa: XK_ONE_LAUNCH fails where tokens do not fit
+} xk_cuda_launch;
+
+int xk_cuda_gram(const xk_gram_args* args, const xk_cuda_launch* launch);
+int xk_cuda_channel_mix(const xk_channel_mix_args* args, const xk_cuda_launch* launch);
+int xk_cuda_xfa_forward(const xk_xfa_args* args, const xk_cuda_launch* launch);
+int xk_cuda_xfa_backward(const xk_xfa_args* args, const xk_cuda_launch* launch);
+
+// Bytes of workspace of a call, from all but its addresses; negative after an error.
+int64_t xk_cuda_gram_workspace(const xk_gram_args* args, const xk_cuda_launch* launch);
+int64_t xk_cuda_xfa_forward_workspace(const xk_xfa_args* args, const xk_cuda_launch* launch);
+int64_t xk_cuda_xfa_backward_workspace(const xk_xfa_args* args, const xk_cuda_launch* launch);
+
+// What went wrong in this thread's last call that failed, and the names of the kernels that its last call launched,
+// with a space between them.
+const char* xk_cuda_error(void);
+const char* xk_cuda_launched(void);
 
 #ifdef __cplusplus
 }

@@ -14,7 +14,7 @@ from types import ModuleType
 
 import torch
 
-ORDER = ("cpp", "triton")
+ORDER = ("cpp", "triton", "cuda")
 """The order in which ``backend="auto"`` asks. The reference comes after all of them and is not a backend module."""
 
 
@@ -41,3 +41,10 @@ def unsupported_numbers(dtypes: Iterable[torch.dtype], head_dims: Iterable[int],
         accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         reasons.append(f"dtype {', '.join(bad)} is not one of {accepted}")
     return reasons
+
+
+def tf32_allowed() -> bool:
+    """Whether the user lets matmuls of float32 on a GPU be cut to tf32; read at every call."""
+    matmul = torch.backends.cuda.matmul
+    precision = getattr(matmul, "fp32_precision", None)
+    return precision == "tf32" if precision is not None else matmul.allow_tf32

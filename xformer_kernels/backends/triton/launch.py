@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from xformer_kernels.backends import tf32_allowed
 from xformer_kernels.backends.triton.kernels.tiles import INTERPRETED
 
 INTERPRETING = bool(INTERPRETED)
@@ -68,7 +69,7 @@ def out_alignment(features: int, itemsize: int) -> int:
 def tokens_precision(dtype: torch.dtype, arch: str) -> str:
     """Of products of tokens with tokens, and of float32 tokens with maps: tf32 where the user allows it for matmuls."""
     has_it = arch.startswith("sm_") or arch == "gfx942"
-    return "tf32" if dtype is torch.float32 and has_it and _tf32_allowed() else "ieee"
+    return "tf32" if dtype is torch.float32 and has_it and tf32_allowed() else "ieee"
 
 
 def gram_precision(dtype: torch.dtype, normalised: bool, arch: str) -> str:
@@ -81,9 +82,3 @@ def gram_precision(dtype: torch.dtype, normalised: bool, arch: str) -> str:
 def map_precision(dtype: torch.dtype, arch: str) -> str:
     """Of products of tokens with maps. Maps of float16 are tf32, which holds the tokens exactly and has the range."""
     return "tf32" if dtype.itemsize == 2 and arch.startswith("sm_") else tokens_precision(dtype, arch)
-
-
-def _tf32_allowed() -> bool:
-    matmul = torch.backends.cuda.matmul
-    precision = getattr(matmul, "fp32_precision", None)
-    return precision == "tf32" if precision is not None else matmul.allow_tf32

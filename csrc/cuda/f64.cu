@@ -1,0 +1,3 @@
+#include "run.h"
+
+template struct xk::cuda::Backend<double>;

@@ -1,0 +1,282 @@
+// The whole forward, or the whole backward, in one launch: the tokens of a (batch, head) stay in the shared memory of
+// one block, or of the blocks of a cluster, from the first pass to the second. Every token is read once.
+//
+// Each block of a cluster has a part of the tokens and owns some columns of the map. Sums of a part lie in its block's
+// shared memory; the owner of a column adds them up, in the order of the blocks, finishes the column and writes it into
+// the shared memory of all blocks. Token norms only: norms over features are not linear in what is summed.
+#pragma once
+
+#include "maps.h"
+#include "product.h"
+#include "tokens.h"
+#include "weights.h"
+
+namespace xk::cuda {
+
+template <class T>
+struct FusedArgs {
+  Operand x[4];  // q, k, v, dout
+  Mask mask;
+  MapOptions options;
+  PerHead temperature;
+  int64_t heads, tokens;
+  int32_t dim, rows;  // rows: tokens of a block, a multiple of 16
+  Sum<T>* stats;
+  Result<T> to[3];       // out; dq, dk, dv
+  Sum<T>* dtemperature;  // (batch, heads)
+};
+
+constexpr int kFusedThreads = 256, kMostBlocks = 16;
+
+// Both kernels' shared memory; `tiles` are the operands and `maps` the wide maps that blocks give each other.
+template <class Math, int kColumns>
+struct FusedLayout {
+  using E = Element<Math>;
+  using S = Sum<E>;
+  static constexpr int kThreads = kFusedThreads;
+  // Tokens of one product: as many as make its sums fit the threads' registers.
+  static constexpr int kRows = 8192 / kColumns / 16 * 16;
+  static constexpr int kSums = kColumns > kRows ? kColumns : kRows;
+  static constexpr int ld = padded<E>(kColumns), ld_sums = padded<S>(kColumns);
+  Shared<E> x;      // (tiles, rows, kColumns)
+  Shared<E> map;    // (kColumns, kColumns): what tokens are multiplied by
+  Shared<S> sums;   // (kColumns, kColumns) of the first pass, read by all blocks; then (kRows, kColumns) of the second
+  Shared<S> wide;   // (maps, kColumns, kColumns), written by all blocks
+  Shared<S> strip;  // kColumns x the columns that a block owns at a time
+  Shared<S> squares;  // of k and of q, kColumns each, read by all blocks
+  Shared<S> norm_k, norm_q;
+  Shared<S> scratch;  // of sums over threads
+  Shared<S> up, down;
+  Shared<S> totals, totals_of;  // backward: this block's sums along rows; those of all blocks
+  Shared<S> scale_q, scale_k;
+  Shared<S> dt;  // parts of dtemperature, of all blocks
+  int rows;
+
+  __host__ __device__ FusedLayout(Arena& arena, int rows_, int tiles, int maps) : rows(rows_) {
+    x = arena.take<E>(tiles * rows * ld);
+    map = arena.take<E>(kColumns * ld);
+    sums = arena.take<S>(kSums * ld_sums);
+    wide = arena.take<S>(maps * kColumns * kColumns);
+    strip = arena.take<S>(kColumns * 32);
+    squares = arena.take<S>(2 * kColumns);
+    norm_k = arena.take<S>(kColumns);
+    norm_q = arena.take<S>(kColumns);
+    scratch = arena.take<S>(2 * kThreads);
+    up = arena.take<S>(kColumns);
+    down = arena.take<S>(kColumns);
+    if (maps > 1) {
+      totals = arena.take<S>(kColumns);
+      totals_of = arena.take<S>(kMostBlocks * kColumns);
+      scale_q = arena.take<S>(kColumns);
+      scale_k = arena.take<S>(kColumns);
+      dt = arena.take<S>(kMostBlocks);
+    }
+  }
+
+  __device__ Shared<E> tile(int i) const { return x + i * rows * ld; }
+
+  // Where columns of this block begin, and how many of `dim` there are.
+  __device__ static int columns_each(int dim) { return (dim + cluster_size() - 1) / cluster_size(); }
+
+  // The sum over all blocks of the numbers at `at` of their `part`, in the order of the blocks.
+  __device__ static S sum_of_blocks(Shared<S> part, int at) {
+    S total = peer(part, 0)[at];
+    for (int r = 1; r < cluster_size(); ++r) total += peer(part, r)[at];
+    return total;
+  }
+
+  __device__ static void give_to_all(Shared<S> to, int at, S value) {
+    for (int r = 0; r < cluster_size(); ++r) peer(to, r)[at] = value;
+  }
+
+  // `map` from wide map number `which`, in place of the one before. All threads take part.
+  __device__ void narrow_map(int which, int dim, bool transposed) {
+    Shared<S> from = wide + which * kColumns * kColumns;
+    auto get = [&](int in, int out) { return transposed ? from[out * kColumns + in] : from[in * kColumns + out]; };
+    if constexpr (kScaled<E>) {
+      for (int c = (int)threadIdx.x; c < kColumns; c += kThreads) {
+        float largest = 0;
+        if (c < dim)
+          for (int i = 0; i < dim; ++i) largest = fmaxf(largest, fabsf(get(i, c)));
+        up[c] = scale_into_fp16(largest);
+        down[c] = 1 / up[c];
+      }
+      __syncthreads();  // scales are there
+    }
+    load_map<E, E, kColumns, kColumns, kThreads>(map, dim, dim, 0, !transposed, up, get);
+    __syncthreads();  // the map of all threads is there
+  }
+
+  // to[n] = x[n] map + scale * add[n]; without `add` the product alone. All threads take part.
+  template <class T>
+  __device__ void mix(const Result<T>& to, const Rows& all, const Mask& mask, Shared<E> x_, Shared<E> add,
+                      Shared<S> scale, bool has_add) {
+    for (int first = 0; first < rows; first += kRows) {
+      Rows r = all;
+      r.begin += first;
+      r.rows = rows - first < kRows ? rows - first : kRows;
+      Product<Math, kRows, kColumns, kThreads, false> y;
+      y.multiply(x_ + first * ld, ld, map, ld, kColumns, r.rows);
+      y.store(sums, ld_sums);
+      __syncthreads();  // the products of all threads are there
+      store_rows<T, kColumns, kThreads>(to, r, [&](int row, int c) {
+        S value = sums[row * ld_sums + c];
+        if constexpr (kScaled<E>) value *= down[c];
+        if (has_add) value += scale[c] * (S)widen(add[(first + row) * ld + c]);
+        return r.kept(mask, row) ? value : S(0);  // a map may hold NaN
+      });
+      __syncthreads();  // nobody reads these products any more
+    }
+  }
+};
+
+template <class T, class Math, int kColumns>
+struct FusedHead {  // which (batch, head) and which of its tokens are this block's
+  int64_t b, h, record;
+  Rows all;
+
+  __device__ explicit FusedHead(const FusedArgs<T>& p) {
+    int64_t head = blockIdx.x / cluster_size();
+    h = head % p.heads;
+    b = head / p.heads;
+    record = head * (p.dim * p.dim + 2 * p.dim);
+    all = Rows{b, h, (int64_t)cluster_rank() * p.rows, p.tokens, p.rows};
+  }
+};
+
+template <class T, class Math, int kColumns>
+__global__ void __launch_bounds__(kFusedThreads, 1) fused_forward_kernel(const __grid_constant__ FusedArgs<T> p) {
+  using E = Element<Math>;
+  using S = Sum<T>;
+  using Layout = FusedLayout<Math, kColumns>;
+  constexpr int kThreads = kFusedThreads, ld = Layout::ld;
+  FusedHead<T, Math, kColumns> head(p);
+  XK_ARENA(arena);
+  Layout s(arena, p.rows, 3, 1);
+  Shared<E> q = s.tile(0), k = s.tile(1), v = s.tile(2);
+  bool key_value = p.options.key_value != 0;
+
+#pragma unroll 1
+  for (int i = 0; i < 3; ++i) {
+    int x = i == 0 ? 1 : (i == 1) == key_value ? 2 : 0;  // what the second pass alone needs comes last
+    load_tile<T, E, kColumns, kThreads>(s.tile(x), p.x[x], 0, head.all, p.mask);
+    if (i > 0) __pipeline_commit();
+  }
+  for (int i = 0; i < 3; ++i) clear_columns<E, kColumns, kThreads>(s.tile(i), p.dim, p.rows);
+  __pipeline_wait_prior(1);
+  XK_STEP(barrier, __syncthreads());  // what the first pass reads has landed
+  {
+    Product<Math, kColumns, kColumns, kThreads, true> sums;
+    sums.multiply(k, ld, key_value ? v : q, ld, p.rows);
+    sums.store(s.sums, Layout::ld_sums);
+    Squares<E, kColumns, kThreads> of_k, of_q;
+    of_k.add(k, p.rows);
+    of_k.store(s.squares, kColumns, s.scratch);
+    __pipeline_wait_prior(0);
+    __syncthreads();  // all tokens have landed
+    of_q.add(q, p.rows);
+    of_q.store(s.squares + kColumns, kColumns, s.scratch);
+  }
+  XK_STEP(cluster_barrier, cluster_sync());  // the sums of all blocks are there
+
+  Stats<S> stats{p.stats + head.record, p.dim};
+  bool first_block = cluster_rank() == 0;
+  Divisors<S> by{s.norm_k, s.norm_q};
+  by.template set<kThreads>(
+      p.options, p.dim,
+      [&](int c) {
+        S norm = sqrt(Layout::sum_of_blocks(s.squares, c));
+        if (first_block) stats.norms_k()[c] = norm;
+        return norm;
+      },
+      [&](int c) {
+        S norm = sqrt(Layout::sum_of_blocks(s.squares, kColumns + c));
+        if (first_block) stats.norms_q()[c] = norm;
+        return norm;
+      });
+  __syncthreads();  // norms are there
+  int each = Layout::columns_each(p.dim);
+  Columns<S, kThreads> own(p.dim, cluster_rank() * each, each, s.scratch);
+  forward_columns(
+      own, p.options, p.dim, p.temperature.template get<S>(head.h), by, stats, s.strip,
+      [&](int row, int column) { return Layout::sum_of_blocks(s.sums, row * Layout::ld_sums + column); },
+      [&](int row, int column, S value) { Layout::give_to_all(s.wide, row * kColumns + column, value); });
+  cluster_sync();  // the columns of all blocks are there, and nobody reads this block's sums any more
+
+  s.narrow_map(0, p.dim, false);
+  s.template mix<T>(p.to[0], head.all, p.mask, key_value ? q : v, q, s.up, false);
+}
+
+template <class T, class Math, int kColumns>
+__global__ void __launch_bounds__(kFusedThreads, 1) fused_backward_kernel(const __grid_constant__ FusedArgs<T> p) {
+  using E = Element<Math>;
+  using S = Sum<T>;
+  using Layout = FusedLayout<Math, kColumns>;
+  constexpr int kThreads = kFusedThreads, ld = Layout::ld;
+  FusedHead<T, Math, kColumns> head(p);
+  XK_ARENA(arena);
+  Layout s(arena, p.rows, 4, 2);
+  bool key_value = p.options.key_value != 0;
+
+#pragma unroll 1
+  for (int i = 0; i < 4; ++i) {
+    int x = i == 0 ? 3 : i == 3 ? 1 : (i == 1) == key_value ? 0 : 2;  // what the second pass alone needs comes last
+    load_tile<T, E, kColumns, kThreads>(s.tile(x), p.x[x], 0, head.all, p.mask);
+    if (i % 2 == 1) __pipeline_commit();
+  }
+  for (int i = 0; i < 4; ++i) clear_columns<E, kColumns, kThreads>(s.tile(i), p.dim, p.rows);
+  Stats<S> stats{p.stats + head.record, p.dim};
+  Divisors<S> by{s.norm_k, s.norm_q};
+  by.template set<kThreads>(
+      p.options, p.dim, [&](int c) { return stats.norms_k()[c]; }, [&](int c) { return stats.norms_q()[c]; });
+  for (int c = (int)threadIdx.x; c < kColumns; c += kThreads) s.totals[c] = 0;
+  __pipeline_wait_prior(1);
+  XK_STEP(barrier, __syncthreads());  // what the first pass reads has landed, norms and zeros are there
+  {
+    Product<Math, kColumns, kColumns, kThreads, true> sums;
+    sums.multiply(s.tile(key_value ? 0 : 2), ld, s.tile(3), ld, p.rows);
+    sums.store(s.sums, Layout::ld_sums);
+  }
+  XK_STEP(cluster_barrier, cluster_sync());  // the sums of all blocks are there
+
+  int each = Layout::columns_each(p.dim), rank = cluster_rank();
+  Columns<S, kThreads> own(p.dim, rank * each, each, s.scratch);
+  S dt = backward_columns(
+      own, p.options, p.dim, p.temperature.template get<S>(head.h), by, stats, s.strip, s.totals,
+      [&](int row, int column) { return Layout::sum_of_blocks(s.sums, row * Layout::ld_sums + column); },
+      [&](int row, int column, S of_p, S of_q) {
+        Layout::give_to_all(s.wide, row * kColumns + column, of_p);
+        Layout::give_to_all(s.wide, kColumns * kColumns + row * kColumns + column, of_q);
+      },
+      [&](int column, S sum) {
+        Layout::give_to_all(s.scale_q, column, norm_term(p.options, sum, stats.norms_q()[column]));
+      });
+  dt = block_sum<S, kThreads>(dt, s.scratch);  // after its barriers the totals are there
+  for (int c = (int)threadIdx.x; c < p.dim; c += kThreads)
+    Layout::give_to_all(s.totals_of, rank * kColumns + c, s.totals[c]);
+  if (threadIdx.x == 0) peer(s.dt, 0)[rank] = dt;
+  __pipeline_wait_prior(0);
+  cluster_sync();  // all columns and totals are there, all tokens have landed, nobody reads this block's sums any more
+
+  for (int c = (int)threadIdx.x; c < p.dim; c += kThreads) {
+    S total = 0;
+    for (int r = 0; r < cluster_size(); ++r) total += s.totals_of[r * kColumns + c];
+    s.scale_k[c] = norm_term(p.options, total, stats.norms_k()[c]);
+    if (key_value) s.scale_q[c] = norm_term(p.options, total, stats.norms_q()[c]);
+  }
+  if (rank == 0 && threadIdx.x == 0) {
+    S total = 0;
+    for (int r = 0; r < cluster_size(); ++r) total += s.dt[r];
+    p.dtemperature[head.b * p.heads + head.h] = total;
+  }
+
+#pragma unroll 1
+  for (int i = 0; i < 3; ++i) {  // dq, dk, dv: see maps.h
+    bool of_q = i == (key_value ? 0 : 2), transposed = i == 1 || of_q;
+    int x = key_value ? 3 - i : i == 2 ? 3 : 1 - i;
+    s.narrow_map(of_q, p.dim, transposed);
+    s.template mix<T>(p.to[i], head.all, p.mask, s.tile(x), s.tile(i), i == 0 ? s.scale_q : s.scale_k, i < 2);
+  }
+}
+
+}  // namespace xk::cuda

@@ -1,0 +1,151 @@
+// The first pass: Gram matrices and sums of squares of a chunk of the tokens.
+#pragma once
+
+#include "product.h"
+#include "tokens.h"
+
+namespace xk::cuda {
+
+// (parts, batch, heads) results that lie `step` numbers apart: G (features of a x of b), sums of squares of a and of b.
+template <class S>
+struct GramArgs {
+  Operand x[3];  // a, b and, where it has data, a third one whose sums of squares stand in place of b's
+  Mask mask;
+  int64_t batch, heads, tokens, parts, chunk;
+  S *g, *ssq_a, *ssq_b;
+  int64_t g_step, ssq_a_step, ssq_b_step;
+  int32_t symmetric;       // a is b: tiles above the diagonal are mirrored
+  int32_t squares;         // whether sums of squares are wanted
+  int32_t norm_a, norm_b;  // whether tokens are divided by their norms over features
+  double eps;
+};
+
+constexpr int kGramThreads = 128;
+
+template <class Math, int kTile>
+struct GramLayout {
+  using E = Element<Math>;
+  using S = Sum<E>;
+  static constexpr int kRows = 128 / (int)sizeof(E), kStages = 2;
+  static constexpr int kTileSize = kRows * padded<E>(kTile);
+  Shared<E> x;      // (kStages, operands) tiles of (kRows, kTile)
+  Shared<S> sums;   // (kTile, kTile), or scratch
+  Shared<S> norms;  // of the tokens of a, then of b
+
+  __host__ __device__ GramLayout(Arena& arena, int operands) {
+    x = arena.take<E>(kStages * operands * kTileSize);
+    sums = arena.take<S>(kTile * padded<S>(kTile));
+    norms = arena.take<S>(2 * kRows);
+  }
+};
+
+// A block owns a (kTile, kTile) tile of G for one chunk of the tokens of one (batch, head), which it walks over in
+// steps of kRows with the next step on its way.
+template <class T, class Math, int kTile>
+__global__ void __launch_bounds__(kGramThreads, 3) gram_kernel(const __grid_constant__ GramArgs<Sum<T>> p) {
+  using E = Element<Math>;
+  using S = Sum<T>;
+  using Layout = GramLayout<Math, kTile>;
+  constexpr int kThreads = kGramThreads, kRows = Layout::kRows;
+  int across = (int)cdiv(p.x[1].features, kTile), down = (int)cdiv(p.x[0].features, kTile);
+  int64_t block = blockIdx.x;
+  int64_t h = block % p.heads;
+  block /= p.heads;
+  int tile = (int)(block % (across * down));
+  block /= across * down;
+  int64_t part = block % p.parts, b = block / p.parts;
+  int row0 = tile / across * kTile, column0 = tile % across * kTile;
+  if (p.symmetric && column0 > row0) return;
+  bool one_operand = p.symmetric && column0 == row0;
+
+  XK_ARENA(arena);
+  int operands = p.x[2].data ? 3 : 2;
+  Layout s(arena, operands);
+  bool squares_a = p.squares && column0 == 0, squares_c = squares_a && p.x[2].data;
+  bool squares_b = p.squares && !p.x[2].data && (p.symmetric ? one_operand : row0 == 0);
+  auto wanted = [&](int i) { return i == 0 || (i == 1 ? !one_operand : squares_c); };
+  auto first = [&](int i) { return i == 1 ? column0 : row0; };
+  Rows all{b, h, part * p.chunk, part * p.chunk + p.chunk < p.tokens ? part * p.chunk + p.chunk : p.tokens, kRows};
+  auto tile_of = [&](int stage, int i) { return s.x + (stage * operands + i) * Layout::kTileSize; };
+  auto features = [](const Operand& x, int first) { return x.features - first < kTile ? x.features - first : kTile; };
+
+#pragma unroll 1
+  for (int i = 0; i < 3; ++i)
+    for (int stage = 0; stage < Layout::kStages; ++stage)
+      if (wanted(i)) clear_columns<E, kTile, kThreads>(tile_of(stage, i), features(p.x[i], first(i)), kRows);
+
+  Product<Math, kTile, kTile, kThreads, true> sums;
+  Squares<E, kTile, kThreads> of_a, of_b, of_c;
+  int stage = 1;
+  for (int64_t begin = all.begin - kRows; begin < all.end; begin += kRows, stage ^= 1) {
+    Rows next = all;
+    next.begin = begin + kRows;
+#pragma unroll 1
+    for (int i = 0; i < 3 && next.begin < all.end; ++i)
+      if (wanted(i)) load_tile<T, E, kTile, kThreads>(tile_of(stage ^ 1, i), p.x[i], first(i), next, p.mask);
+    __pipeline_commit();
+    if (begin < all.begin) continue;
+    Shared<E> tile_a = tile_of(stage, 0), tile_b = tile_of(stage, one_operand ? 0 : 1);
+    if constexpr (sizeof(E) >= 4) {
+      Rows now = all;
+      now.begin = begin;
+      if (p.norm_a) row_norms<T, kThreads>(s.norms, p.x[0], now, p.mask);
+      if (p.norm_b) row_norms<T, kThreads>(s.norms + kRows, p.x[1], now, p.mask);
+    }
+    __pipeline_wait_prior(1);
+    XK_STEP(barrier, __syncthreads());  // this stage's tokens of all threads have landed
+    if constexpr (sizeof(E) >= 4) {
+      if (p.norm_a || p.norm_b) {
+        for (int at = (int)threadIdx.x; at < kRows * kTile; at += kThreads) {
+          int row = at / kTile, place = row * padded<E>(kTile) + at % kTile;
+          if (p.norm_a) tile_a[place] /= clamp_norm(s.norms[row], (S)p.eps);
+          if (p.norm_b) tile_b[place] /= clamp_norm(s.norms[kRows + row], (S)p.eps);
+        }
+        __syncthreads();  // the tokens of this stage are normalised
+      }
+    }
+    sums.multiply(tile_a, padded<E>(kTile), tile_b, padded<E>(kTile), kRows);
+    if (squares_a) of_a.add(tile_a, kRows);
+    if (squares_b) of_b.add(tile_b, kRows);
+    if (squares_c) of_c.add(tile_of(stage, 2), kRows);
+    __syncthreads();  // nobody reads this stage any more: the next step loads into it
+  }
+  __pipeline_wait_prior(0);
+
+  int64_t record = (part * p.batch + b) * p.heads + h;
+  int rows = features(p.x[0], row0), columns = features(p.x[1], column0);
+  if (squares_a) of_a.store(p.ssq_a + record * p.ssq_a_step + row0, rows, s.sums);
+  if (squares_b) of_b.store(p.ssq_b + record * p.ssq_b_step + column0, columns, s.sums);
+  if (squares_c) of_c.store(p.ssq_b + record * p.ssq_b_step + row0, rows, s.sums);
+  sums.store(s.sums, padded<S>(kTile));
+  __syncthreads();  // the sums of all threads are there
+  S* g = p.g + record * p.g_step;
+  for (int x = (int)threadIdx.x; x < rows * columns; x += kThreads) {
+    int row = x / columns, column = x % columns;
+    S value = s.sums[row * padded<S>(kTile) + column];
+    g[(int64_t)(row0 + row) * p.x[1].features + column0 + column] = value;
+    if (p.symmetric && !one_operand) g[(int64_t)(column0 + column) * p.x[1].features + row0 + row] = value;
+  }
+}
+
+// to[i] = the sum of `parts` numbers that lie `step` apart, in their order.
+template <class S>
+struct SumArgs {
+  const S* from;
+  S* to;
+  int64_t count, parts, step;
+};
+
+constexpr int kSumThreads = 256;
+
+template <class S>
+__global__ void __launch_bounds__(kSumThreads) sum_kernel(const __grid_constant__ SumArgs<S> p) {
+  for (int64_t i = (int64_t)blockIdx.x * kSumThreads + threadIdx.x; i < p.count;
+       i += (int64_t)gridDim.x * kSumThreads) {
+    S total = p.from[i];
+    for (int64_t part = 1; part < p.parts; ++part) total += p.from[part * p.step + i];
+    p.to[i] = total;
+  }
+}
+
+}  // namespace xk::cuda

@@ -1,0 +1,50 @@
+// Devices, errors and what was launched; per thread, since calls come from any thread.
+#include <mutex>
+#include <vector>
+
+#include "launch.h"
+
+namespace xk::cuda {
+
+namespace {
+thread_local std::string launched;
+}
+
+void fail(const std::string& text) { throw Failure{XK_CUDA_ERROR, text}; }
+
+void check(cudaError_t error, const char* doing) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // it is reported here, and must not be again by another's call
+  fail(std::string(doing) + ": " + cudaGetErrorName(error) + ": " + cudaGetErrorString(error));
+}
+
+const Device& use_device(int index) {
+  static std::mutex mutex;
+  static std::vector<Device*> known;  // never freed: references are handed out
+  check(cudaSetDevice(index), "choosing the device");
+  std::lock_guard<std::mutex> lock(mutex);
+  if ((size_t)index >= known.size()) known.resize((size_t)index + 1);
+  if (!known[(size_t)index]) {
+    Device device = {};
+    int major = 0, minor = 0;
+    const char* doing = "asking what the device has";
+    check(cudaDeviceGetAttribute(&device.processors, cudaDevAttrMultiProcessorCount, index), doing);
+    check(cudaDeviceGetAttribute(&device.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, index), doing);
+    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index), doing);
+    check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index), doing);
+    device.capability = 10 * major + minor;
+    known[(size_t)index] = new Device(device);
+  }
+  return *known[(size_t)index];
+}
+
+void note_launch(const char* name) {
+  if (!launched.empty()) launched += ' ';
+  launched += name;
+}
+
+void forget_launches() { launched.clear(); }
+
+}  // namespace xk::cuda
+
+extern "C" const char* xk_cuda_launched(void) { return xk::cuda::launched.c_str(); }

@@ -1,0 +1,222 @@
+// The D x D algebra between the passes, by all threads of a block, some columns of a map at a time.
+//
+//   query_key   X[j,i] = cos(k_j, q_i), rows are key features:  A^T[j,i] = softmax_j(t X) or t X;   out = v A^T
+//   key_value   X[i,j] = sum_n k[n,i] v[n,j] / |k_i|:           W[i,j] = t X / |q_i|;               out = q W
+//
+// Backward, from dW[j,i] (of v and dout) or dW[i,j] (of q and dout), gives the maps P and Q and the sums that the norms
+// of q and k add to dq and dk along q and k:
+//
+//   query_key   P = dG, Q = A^T    dq = k P + q sq     dk = q P^T + k sk    dv = dout Q^T
+//   key_value   P = U,  Q = W      dq = dout Q^T + q sq    dk = v P^T + k sk    dv = k P
+//
+// Softmax and the sums of sq run down columns, those of sk along rows: who owns some columns has all of the former and
+// a part of the latter.
+#pragma once
+
+#include "numbers.h"
+
+namespace xk::cuda {
+
+struct MapOptions {
+  int32_t key_value, token_norm, softmax;
+  double eps;
+};
+
+// In (batch, heads) records of dim * dim + 2 dim sums: X, |q| and |k| over the tokens, before eps.
+template <class S>
+struct Stats {
+  S* record;
+  int dim;
+
+  __device__ S& x(int row, int column) const { return record[row * dim + column]; }
+  __device__ S* norms_q() const { return record + dim * dim; }
+  __device__ S* norms_k() const { return norms_q() + dim; }
+};
+
+// What a norm adds to a gradient: -total / |x|^2, and nothing where eps holds the norm up.
+template <class S>
+__device__ S norm_term(const MapOptions& o, S total, S norm) {
+  return !o.token_norm || norm < (S)o.eps || norm == 0 ? S(0) : -total / norm / norm;
+}
+
+// Clamped norms of the features of k and q; 1 where nothing divides.
+template <class S>
+struct Divisors {
+  Shared<S> k, q;
+
+  // From norms over tokens; what is written is there after the next barrier.
+  template <int kThreads, class NormK, class NormQ>
+  __device__ void set(const MapOptions& o, int dim, NormK norm_k, NormQ norm_q) const {
+    for (int c = (int)threadIdx.x; c < dim; c += kThreads) {
+      S of_k = norm_k(c), of_q = norm_q(c);
+      k[c] = o.token_norm ? clamp_norm(of_k, (S)o.eps) : S(1);
+      q[c] = o.token_norm ? clamp_norm(of_q, (S)o.eps) : S(1);
+    }
+  }
+};
+
+// How the threads of a block share the columns [first, first + count) of a map: a thread has one column of `width` at a
+// time (a power of two, at most 32) and every kThreads / width-th row.
+template <class S, int kThreads>
+class Columns {
+ public:
+  static constexpr int kScratch = kThreads;
+
+  __device__ Columns(int dim, int first, int count, Shared<S> scratch)
+      : first_(first), end_(first + count < dim ? first + count : dim), scratch_(scratch) {
+    width_ = 1;
+    while (width_ < 32 && width_ < count) width_ *= 2;
+  }
+  __device__ int width() const { return width_; }
+  __device__ int lane() const { return (int)threadIdx.x % width_; }
+  __device__ int row() const { return (int)threadIdx.x / width_; }
+  __device__ int rows_between() const { return kThreads / width_; }
+  // Strips of `width` columns; a thread without a column in the last one still takes part in the sums.
+  __device__ int strips() const { return end_ > first_ ? (end_ - first_ + width_ - 1) / width_ : 0; }
+  __device__ int column(int strip) const { return first_ + strip * width_ + lane(); }
+  __device__ bool has(int strip) const { return column(strip) < end_; }
+
+  // Over all rows of each column, for all threads of it.
+  template <class Combine>
+  __device__ S down(S x, Combine combine) const {
+    for (int step = 16; step >= width_; step /= 2) {
+      S other = __shfl_xor_sync(0xffffffffu, x, step);
+      XK_STEP(shuffle, x = combine(x, other));
+    }
+    int warp = (int)threadIdx.x / 32;
+    if ((int)threadIdx.x % 32 < width_) scratch_[warp * 32 + lane()] = x;
+    __syncthreads();  // every warp's numbers are there
+    S total = scratch_[lane()];
+    for (int w = 1; w < kThreads / 32; ++w) total = combine(total, scratch_[w * 32 + lane()]);
+    __syncthreads();  // scratch is free again
+    return total;
+  }
+  __device__ S sum_down(S x) const {
+    return down(x, [](S a, S b) { return a + b; });
+  }
+
+  // Over the columns of a strip, for the threads of one row: right in those of the strip's first column.
+  __device__ S sum_across(S x) const {
+    for (int step = width_ / 2; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
+    return x;
+  }
+
+ private:
+  int first_, end_, width_;
+  Shared<S> scratch_;
+};
+
+// Columns of the map that tokens are multiplied by, from the Gram matrix `gram(row, column)`: each goes to
+// result(row, column, value). `strip`: dim x width numbers, of which the threads only see their own.
+template <class S, int kThreads, class Gram, class Result>
+__device__ void forward_columns(const Columns<S, kThreads>& own, const MapOptions& o, int dim, S temperature,
+                                Divisors<S> by, const Stats<S>& stats, Shared<S> strip, Gram gram, Result result) {
+  for (int s = 0; s < own.strips(); ++s) {
+    int i = own.column(s);
+    bool has = own.has(s);
+    S highest = -INFINITY;
+    if (has)
+      for (int j = own.row(); j < dim; j += own.rows_between()) {
+        S x = gram(j, i) / by.k[j];
+        if (!o.key_value) x /= by.q[i];
+        stats.x(j, i) = x;
+        x *= temperature;
+        if (o.key_value) x /= by.q[j];
+        if (!o.softmax) result(j, i, x);
+        strip[j * own.width() + own.lane()] = x;
+        highest = x > highest ? x : highest;
+      }
+    if (!o.softmax) continue;
+    highest = own.down(highest, [](S a, S b) { return a > b ? a : b; });
+    S total = 0;
+    if (has)
+      for (int j = own.row(); j < dim; j += own.rows_between()) {
+        S e = exp(strip[j * own.width() + own.lane()] - highest);
+        strip[j * own.width() + own.lane()] = e;
+        total += e;
+      }
+    total = own.sum_down(total);
+    if (has)
+      for (int j = own.row(); j < dim; j += own.rows_between())
+        result(j, i, strip[j * own.width() + own.lane()] / total);
+  }
+}
+
+// Columns of P and Q from dW, `gradient(row, column)`: each pair goes to result(row, column, p, q). The sum for the
+// norm of column i goes to of_column(i, sum) (query_key only); this block's part of the sum for row j is added to
+// totals[j], which must be zero at first. Returns this thread's part of dtemperature.
+template <class S, int kThreads, class Gradient, class Result, class OfColumn>
+__device__ S backward_columns(const Columns<S, kThreads>& own, const MapOptions& o, int dim, S temperature,
+                              Divisors<S> by, const Stats<S>& stats, Shared<S> strip, Shared<S> totals,
+                              Gradient gradient, Result result, OfColumn of_column) {
+  S dtemperature = 0;
+  for (int s = 0; s < own.strips(); ++s) {
+    int i = own.column(s);
+    bool has = own.has(s);
+    S highest = -INFINITY, total = 0, mean = 0, of_norm = 0;
+    if (has)
+      for (int j = own.row(); j < dim; j += own.rows_between()) {
+        strip[j * own.width() + own.lane()] = gradient(j, i);
+        S x = temperature * stats.x(j, i);
+        highest = x > highest ? x : highest;
+      }
+    if (o.softmax) {
+      highest = own.down(highest, [](S a, S b) { return a > b ? a : b; });
+      if (has)
+        for (int j = own.row(); j < dim; j += own.rows_between()) {
+          S e = exp(temperature * stats.x(j, i) - highest);
+          total += e;
+          mean += e * strip[j * own.width() + own.lane()];
+        }
+      total = own.sum_down(total);
+      mean = own.sum_down(mean) / total;
+    }
+    // all threads of a warp take part in the sums across: those without a row or a column add nothing
+    for (int begin = 0; begin < dim; begin += own.rows_between()) {
+      int j = begin + own.row();
+      S along = 0;
+      if (has && j < dim) {
+        S x = stats.x(j, i), dw = strip[j * own.width() + own.lane()], p, q;
+        if (o.key_value) {
+          q = temperature * x / by.q[j];
+          p = temperature * dw / by.k[j] / by.q[j];
+          dtemperature += dw * x / by.q[j];
+          along = dw * q;
+        } else {
+          q = temperature * x;
+          if (o.softmax) {
+            q = exp(q - highest) / total;
+            dw = q * (dw - mean);
+          }
+          dtemperature += dw * x;
+          p = temperature * dw;
+          along = p * x;
+          p = p / by.k[j] / by.q[i];
+        }
+        result(j, i, p, q);
+        of_norm += along;
+      }
+      along = own.sum_across(along);
+      if (own.lane() == 0 && j < dim) totals[j] += along;
+    }
+    if (o.token_norm && !o.key_value) {
+      of_norm = own.sum_down(of_norm);
+      if (has && own.row() == 0) of_column(i, of_norm);
+    }
+  }
+  return dtemperature;
+}
+
+// The sum over all threads of a block, in every thread.
+template <class S, int kThreads>
+__device__ S block_sum(S x, Shared<S> scratch) {
+  for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
+  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = x;
+  __syncthreads();  // every warp's sum is there
+  S total = scratch[0];
+  for (int w = 1; w < kThreads / 32; ++w) total += scratch[w];
+  __syncthreads();  // scratch is free again
+  return total;
+}
+
+}  // namespace xk::cuda

@@ -1,0 +1,203 @@
+// The second pass: tokens times maps, for up to three results of the same tokens.
+#pragma once
+
+#include "product.h"
+#include "tokens.h"
+#include "weights.h"
+
+namespace xk::cuda {
+
+constexpr int kOperands = 4, kOutputs = 3, kNone = -1;
+
+// y[n] = sum over terms of x[n] w  (/ |x_r[n]|)  (less its part along x_p[n], / |x_p[n]|)  + bias + scale * x_a[n]
+// with the operands r = row_norm, p = project and a = add, each of which may be kNone.
+template <class T>
+struct MixOutput {
+  Result<T> to;
+  int32_t terms;
+  int32_t operand[2];
+  Weight weight[2];
+  int32_t row_norm, project, add;
+  Vector scale, bias;  // an absent scale is 1
+};
+
+template <class T>
+struct MixArgs {
+  Operand x[kOperands];
+  int32_t operands, outputs;
+  MixOutput<T> out[kOutputs];
+  Mask mask;
+  int64_t batch, heads, tokens, parts, chunk;
+  int32_t resident;  // maps stay in shared memory; else a slice of one at a time does
+  int32_t stages;    // 2: the next tokens are on their way meanwhile
+  double eps;
+};
+
+constexpr int kMixThreads = 128;
+
+template <class Math, int kColumns>
+struct MixLayout {
+  using E = Element<Math>;
+  using S = Sum<E>;
+  static constexpr int kRows = (sizeof(E) == 8 ? 2048 : 4096) / kColumns;
+  static constexpr int kMost = (sizeof(E) == 8 ? 4096 : 8192) / kColumns;
+  static constexpr int kDepth = kColumns < kMost ? kColumns : kMost;  // of a slice of a map
+  static constexpr int kTileSize = kRows * padded<E>(kColumns), kMapSize = kDepth * padded<E>(kColumns);
+  Shared<E> x;      // (stages, operands, kRows, kColumns)
+  Shared<E> maps;   // (slices, kDepth, kColumns)
+  Shared<S> y;      // (kRows, kColumns)
+  Shared<S> scale;  // (outputs, kColumns), and so are the following
+  Shared<S> bias, up, down;
+  Shared<S> norms;  // (operands, kRows)
+  Shared<S> along;  // (kRows)
+
+  __host__ __device__ MixLayout(Arena& arena, int operands, int outputs, int slices, int stages) {
+    x = arena.take<E>(stages * operands * kTileSize);
+    maps = arena.take<E>(slices * kMapSize);
+    y = arena.take<S>(kRows * padded<S>(kColumns));
+    scale = arena.take<S>(outputs * kColumns);
+    bias = arena.take<S>(outputs * kColumns);
+    up = arena.take<S>(outputs * kColumns);
+    down = arena.take<S>(outputs * kColumns);
+    norms = arena.take<S>(operands * kRows);
+    along = arena.take<S>(kRows);
+  }
+};
+
+// Slices of the maps of all outputs.
+template <class Math, int kColumns, class T>
+__host__ __device__ int slices_of(const MixArgs<T>& p) {
+  int slices = 0;
+  for (int o = 0; o < p.outputs; ++o)
+    for (int t = 0; t < p.out[o].terms; ++t)
+      slices += (int)cdiv(p.out[o].weight[t].features, MixLayout<Math, kColumns>::kDepth);
+  return slices;
+}
+
+// A block owns one chunk of the tokens of one (batch, head), all features of them.
+template <class T, class Math, int kColumns>
+__global__ void __launch_bounds__(kMixThreads, 3) mix_kernel(const __grid_constant__ MixArgs<T> p) {
+  using E = Element<Math>;
+  using S = Sum<T>;
+  using Layout = MixLayout<Math, kColumns>;
+  constexpr int kThreads = kMixThreads, kRows = Layout::kRows, kDepth = Layout::kDepth;
+  constexpr int ld = padded<E>(kColumns), ld_y = padded<S>(kColumns);
+  int64_t block = blockIdx.x;
+  int64_t h = block % p.heads;
+  block /= p.heads;
+  int64_t part = block % p.parts, b = block / p.parts;
+
+  XK_ARENA(arena);
+  Layout s(arena, p.operands, p.outputs, p.resident ? slices_of<Math, kColumns>(p) : 1, p.stages);
+  Rows all{b, h, part * p.chunk, part * p.chunk + p.chunk < p.tokens ? part * p.chunk + p.chunk : p.tokens, kRows};
+
+  auto tile = [&](int stage, int operand) { return s.x + (stage * p.operands + operand) * Layout::kTileSize; };
+  auto load_slice = [&](int o, int t, int first, Shared<E> to) {
+    const Weight& w = p.out[o].weight[t];
+    load_map<T, E, kDepth, kColumns, kThreads>(to, w.features, p.out[o].to.features, first, w.stride_out == 1,
+                                               s.up + o * kColumns,
+                                               [&](int in, int out) { return w.template get<T>(b, h, in, out); });
+  };
+
+  for (int stage = 0; stage < p.stages; ++stage)
+    for (int x = 0; x < p.operands; ++x) clear_columns<E, kColumns, kThreads>(tile(stage, x), p.x[x].features, kRows);
+  for (int o = 0; o < p.outputs; ++o) {
+    const MixOutput<T>& out = p.out[o];
+    for (int c = (int)threadIdx.x; c < out.to.features; c += kThreads) {
+      s.scale[o * kColumns + c] = out.scale.data ? out.scale.template get<T>(b, h, c) : S(1);
+      s.bias[o * kColumns + c] = out.bias.data ? out.bias.template get<T>(b, h, c) : S(0);
+    }
+    if constexpr (kScaled<E>) {
+      for (int c = (int)threadIdx.x; c < kColumns; c += kThreads) {
+        float largest = 0;
+        if (c < out.to.features)
+          for (int t = 0; t < out.terms; ++t)
+            for (int i = 0; i < out.weight[t].features; ++i)
+              largest = fmaxf(largest, fabsf(out.weight[t].template get<T>(b, h, i, c)));
+        s.up[o * kColumns + c] = scale_into_fp16(largest);
+        s.down[o * kColumns + c] = 1 / s.up[o * kColumns + c];
+      }
+    }
+  }
+  __syncthreads();  // scales are there
+  if (p.resident) {
+    int slice = 0;
+    for (int o = 0; o < p.outputs; ++o)
+      for (int t = 0; t < p.out[o].terms; ++t)
+        for (int first = 0; first < p.out[o].weight[t].features; first += kDepth)
+          load_slice(o, t, first, s.maps + slice++ * Layout::kMapSize);
+  }
+
+  int64_t ahead = (p.stages - 1) * kRows;  // tokens of the next step are loaded before those of this one are used
+  int stage = p.stages - 1;
+  for (int64_t begin = all.begin - ahead; begin < all.end; begin += kRows, stage ^= p.stages - 1) {
+    Rows r = all, next = all;
+    r.begin = begin;
+    next.begin = begin + ahead;
+#pragma unroll 1
+    for (int x = 0; x < p.operands && next.begin < all.end; ++x)
+      load_tile<T, E, kColumns, kThreads>(tile(stage ^ (p.stages - 1), x), p.x[x], 0, next, p.mask);
+    __pipeline_commit();
+    if (begin < all.begin) continue;
+#pragma unroll 1
+    for (int x = 0; x < p.operands; ++x) {
+      bool wanted = false;
+      for (int o = 0; o < p.outputs; ++o) wanted |= p.out[o].row_norm == x || p.out[o].project == x;
+      if (wanted) row_norms<T, kThreads>(s.norms + x * kRows, p.x[x], r, p.mask);
+    }
+    if (p.stages > 1)
+      __pipeline_wait_prior(1);
+    else
+      __pipeline_wait_prior(0);
+    int slice = 0;
+    for (int o = 0; o < p.outputs; ++o) {
+      const MixOutput<T>& out = p.out[o];
+      Product<Math, kRows, kColumns, kThreads, false> y;
+      for (int t = 0; t < out.terms; ++t)
+        for (int first = 0; first < out.weight[t].features; first += kDepth, ++slice) {
+          Shared<E> map = s.maps + (p.resident ? slice : 0) * Layout::kMapSize;
+          if (!p.resident) {
+            __syncthreads();  // nobody reads the slice before
+            load_slice(o, t, first, map);
+          }
+          __syncthreads();  // tokens and maps of all threads are there; nobody reads y any more
+          y.multiply(tile(stage, out.operand[t]) + first, ld, map, ld, kDepth);
+        }
+      y.store(s.y, ld_y);
+      __syncthreads();  // the products of all threads are there
+
+      auto product = [&](int row, int c) {
+        S value = s.y[row * ld_y + c];
+        if constexpr (kScaled<E>) value *= s.down[o * kColumns + c];
+        if (out.row_norm != kNone) value /= clamp_norm(s.norms[out.row_norm * kRows + row], (S)p.eps);
+        return value;
+      };
+      // x^ (x^ . y) is what y loses to the derivative of x / |x|
+      auto unit = [&](int row, int c) {
+        return (S)widen(tile(stage, out.project)[row * ld + c]) /
+               clamp_norm(s.norms[out.project * kRows + row], (S)p.eps);
+      };
+      if (out.project != kNone) {
+        for (int row = (int)threadIdx.x / 32; row < kRows; row += kThreads / 32) {
+          S sum = 0;
+          for (int c = (int)threadIdx.x % 32; c < out.to.features; c += 32) sum += unit(row, c) * product(row, c);
+          sum = warp_sum(sum);
+          if (threadIdx.x % 32 == 0) s.along[row] = s.norms[out.project * kRows + row] < (S)p.eps ? S(0) : sum;
+        }
+        __syncthreads();  // the sums of all rows are there
+      }
+      store_rows<T, kColumns, kThreads>(out.to, r, [&](int row, int c) {
+        S value = product(row, c);
+        if (out.project != kNone)
+          value = (value - unit(row, c) * s.along[row]) / clamp_norm(s.norms[out.project * kRows + row], (S)p.eps);
+        value += s.bias[o * kColumns + c];
+        if (out.add != kNone) value += s.scale[o * kColumns + c] * (S)widen(tile(stage, out.add)[row * ld + c]);
+        return r.kept(p.mask, row) ? value : S(0);  // a map may hold NaN
+      });
+    }
+    __syncthreads();  // nobody reads these tokens any more
+  }
+  __pipeline_wait_prior(0);
+}
+
+}  // namespace xk::cuda

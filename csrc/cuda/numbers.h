@@ -1,0 +1,82 @@
+// Dtypes of tokens and how they are multiplied.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "portable.h"
+
+namespace xk::cuda {
+
+using Half = __half;
+using BFloat = __nv_bfloat16;
+
+template <class T>
+struct Numbers {  // of tokens: sums, norms and maps are of type Sum
+  using Sum = float;
+};
+template <>
+struct Numbers<double> {
+  using Sum = double;
+};
+template <class T>
+using Sum = typename Numbers<T>::Sum;
+
+template <class T>
+constexpr int kVector = 16 / (int)sizeof(T);  // numbers in 16 bytes
+
+__device__ inline float widen(Half x) { return __half2float(x); }
+__device__ inline float widen(BFloat x) { return __bfloat162float(x); }
+__device__ inline float widen(float x) { return x; }
+__device__ inline double widen(double x) { return x; }
+
+template <class T>
+__device__ T narrow(Sum<T> x);
+template <>
+__device__ inline Half narrow<Half>(float x) {
+  return __float2half_rn(x);
+}
+template <>
+__device__ inline BFloat narrow<BFloat>(float x) {
+  return __float2bfloat16_rn(x);
+}
+template <>
+__device__ inline float narrow<float>(float x) {
+  return x;
+}
+template <>
+__device__ inline double narrow<double>(double x) {
+  return x;
+}
+
+// max(norm, eps); NaN stays NaN.
+template <class S>
+__device__ S clamp_norm(S norm, S eps) {
+  return norm < eps ? eps : norm;
+}
+
+// How tiles in shared memory are multiplied. Element: what the tiles hold. Sums are of Sum<Element>.
+template <class T>
+struct Fma {  // float, double: fused multiply-adds, rounded as IEEE 754 says
+  using Element = T;
+};
+template <class T>
+struct TensorCore {  // Half, BFloat
+  using Element = T;
+};
+struct Tf32 {  // float cut to 10 bits of mantissa
+  using Element = float;
+};
+
+template <class Math>
+using Element = typename Math::Element;
+
+// Rows of tiles in shared memory are 16 bytes longer than their numbers: consecutive rows then lie in other banks.
+template <class T>
+__host__ __device__ constexpr int padded(int columns) {
+  return columns + kVector<T>;
+}
+
+__host__ __device__ constexpr int64_t cdiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace xk::cuda

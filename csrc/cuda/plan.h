@@ -1,0 +1,80 @@
+// How a call is cut into launches and blocks, from its sizes and the device alone.
+#pragma once
+
+#include <stdint.h>
+
+#include "launch.h"
+#include "tokens.h"
+#include "weights.h"
+
+namespace xk::cuda {
+
+constexpr int kChunk = 256;   // tokens that are worth a block of their own
+constexpr int kWidest = 256;  // features
+constexpr int kWidestFused = 128;
+
+struct Split {
+  int64_t parts, chunk;
+};
+
+// Chunks of the tokens of each of `units` (batch, head, tile) that fill the machine `waves` times. Parts are few enough
+// for their partial results, of `record` bytes each, to be read by every block of the next launch: parts^2 record stays
+// below twice the bytes of the tokens, of `row` bytes each.
+inline Split split_tokens(int64_t tokens, int64_t units, int64_t record, int64_t row, int processors, int waves) {
+  int64_t parts = cdiv((int64_t)waves * processors, units > 0 ? units : 1);
+  int64_t most = cdiv(tokens, kChunk);
+  if (parts > most) parts = most;
+  while (parts > 1 && parts * parts * record > 2 * tokens * row) --parts;
+  if (parts < 1) parts = 1;
+  int64_t chunk = cdiv(cdiv(tokens, parts), kChunk) * kChunk;
+  if (chunk == 0) return {1, kChunk};
+  return {cdiv(tokens, chunk), chunk};
+}
+
+// The largest of 16, 8 and 4 that divides all strides, in bytes, of dimensions that have more than one element, the
+// address and `bytes`, the length of a row; else 0.
+inline int vector_bytes(const xk_tensor& t, const int64_t (&sizes)[3], int64_t bytes, int64_t item) {
+  const int64_t strides[3] = {t.stride_b, t.stride_h, t.stride_n};
+  for (int vector = 16; vector >= 4; vector /= 2) {
+    bool fits = reinterpret_cast<uintptr_t>(t.data) % (uintptr_t)vector == 0 && bytes % vector == 0;
+    for (int i = 0; i < 3; ++i) fits = fits && (sizes[i] <= 1 || strides[i] * item % vector == 0);
+    if (fits && vector >= item) return vector;
+  }
+  return 0;
+}
+
+struct Sizes {
+  int64_t batch, heads, tokens;
+};
+
+inline Operand operand(const xk_tensor& t, const Sizes& n, int64_t features, int64_t item) {
+  int vector = 0;
+  if (t.stride_d == 1 || features == 1) vector = vector_bytes(t, {n.batch, n.heads, n.tokens}, features * item, item);
+  return {t.data, t.stride_b, t.stride_h, t.stride_n, t.stride_d, (int32_t)features, vector};
+}
+
+template <class T>
+Result<T> result(const xk_tensor& t, const Sizes& n, int64_t features) {
+  if (features > 1 && t.stride_d != 1) throw Failure{XK_BAD_ARGUMENT, "features of a result must lie together"};
+  bool wide = vector_bytes(t, {n.batch, n.heads, n.tokens}, features * (int64_t)sizeof(T), sizeof(T)) == 16;
+  return {static_cast<T*>(t.data), t.stride_b, t.stride_h, t.stride_n, (int32_t)features, wide};
+}
+
+// Runs over a workspace, or over no memory to say how large it must be.
+class Workspace {
+ public:
+  explicit Workspace(void* base) : base_(static_cast<unsigned char*>(base)) {}
+  template <class S>
+  S* take(int64_t count) {
+    S* p = reinterpret_cast<S*>(base_ + used_);
+    used_ += cdiv(count * (int64_t)sizeof(S), 256) * 256;
+    return p;
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  unsigned char* base_;
+  int64_t used_ = 0;
+};
+
+}  // namespace xk::cuda

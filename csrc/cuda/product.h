@@ -1,0 +1,191 @@
+// Products of tiles in shared memory by all threads of a block, with the sums in registers.
+//
+//   Product<Math, M, N, kThreads, kTransposed> y;      M x N sums, zero at first
+//   y.multiply(a, lda, b, ldb, depth, rows);           y += a b, or a^T b if kTransposed
+//   y.store(out, ld);                                  into shared memory; all threads take part
+//
+// b is depth x N, a is M x depth (of which only `rows` are there), or transposed depth x M. Where M x N is too small to
+// occupy all threads, groups of them share the depth, and store adds their sums in a fixed order.
+#pragma once
+
+#include <mma.h>
+
+#include "numbers.h"
+
+namespace xk::cuda {
+
+template <class Math, int M, int N, int kThreads, bool kTransposed>
+class Product;
+
+__device__ inline void load4(float* to, const float* from) {
+  float4 x = *reinterpret_cast<const float4*>(from);
+  to[0] = x.x, to[1] = x.y, to[2] = x.z, to[3] = x.w;
+}
+__device__ inline void load4(double* to, const double* from) {
+  double2 x = *reinterpret_cast<const double2*>(from), y = *reinterpret_cast<const double2*>(from + 2);
+  to[0] = x.x, to[1] = x.y, to[2] = y.x, to[3] = y.y;
+}
+
+// A thread owns 8 rows and 4 or 8 columns.
+template <class T, int M, int N, int kThreads, bool kTransposed>
+class Product<Fma<T>, M, N, kThreads, kTransposed> {
+  static constexpr int kRows = 8, kColumns = M * N / 32 > kThreads ? 8 : 4;
+  static constexpr int kAcross = N / kColumns, kDown = M / kRows, kOwners = kAcross * kDown;
+  static constexpr int kGroups = kThreads / kOwners;
+  static_assert(M % kRows == 0 && N % kColumns == 0 && kGroups >= 1);
+
+ public:
+  __device__ Product() {
+    for (int i = 0; i < kRows; ++i)
+      for (int j = 0; j < kColumns; ++j) sum_[i][j] = 0;
+  }
+
+  __device__ void multiply(Shared<T> a, int lda, Shared<T> b, int ldb, int depth, int rows = M) {
+    if (group() >= kGroups) return;
+    if constexpr (kTransposed) {
+      for (int k = group(); k < depth; k += kGroups) {
+        T x[kRows], y[kColumns];
+#pragma unroll
+        for (int i = 0; i < kRows; i += 4) load4(x + i, &a[k * lda + row(i)]);
+#pragma unroll
+        for (int j = 0; j < kColumns; j += 4) load4(y + j, &b[k * ldb + column(j)]);
+        add(x, y);
+      }
+    } else {
+      for (int k = 4 * group(); k < depth; k += 4 * kGroups) {
+        T x[kRows][4];
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) {
+          x[i][0] = x[i][1] = x[i][2] = x[i][3] = 0;
+          if (row(i) < rows) load4(x[i], &a[row(i) * lda + k]);
+        }
+#pragma unroll
+        for (int kk = 0; kk < 4; ++kk) {
+          T y[kColumns], column_of_x[kRows];
+#pragma unroll
+          for (int j = 0; j < kColumns; j += 4) load4(y + j, &b[(k + kk) * ldb + column(j)]);
+#pragma unroll
+          for (int i = 0; i < kRows; ++i) column_of_x[i] = x[i][kk];
+          add(column_of_x, y);
+        }
+      }
+    }
+  }
+
+  __device__ void store(Shared<T> out, int ld) {
+    for (int g = 0; g < kGroups; ++g) {
+      if (group() == g) {
+#pragma unroll
+        for (int i = 0; i < kRows; ++i)
+#pragma unroll
+          for (int j = 0; j < kColumns; ++j) {
+            T& place = out[row(i) * ld + column(j)];
+            place = g == 0 ? sum_[i][j] : place + sum_[i][j];
+          }
+      }
+      if (g + 1 < kGroups) __syncthreads();  // the next group adds to these sums
+    }
+  }
+
+ private:
+  T sum_[kRows][kColumns];
+
+  __device__ static int group() { return (int)threadIdx.x / kOwners; }
+  // Runs of 4 where rows are next to each other in memory (a^T); else neighbouring threads take neighbouring rows,
+  // whose banks differ.
+  __device__ static int row(int i) {
+    int down = (int)threadIdx.x % kOwners / kAcross;
+    return kTransposed ? 4 * down + i / 4 * (M / 2) + i % 4 : down + i * kDown;
+  }
+  __device__ static int column(int j) {
+    return 4 * ((int)threadIdx.x % kAcross) + j / 4 * (N / (kColumns / 4)) + j % 4;
+  }
+  __device__ void add(const T* x, const T* y) {
+#pragma unroll
+    for (int i = 0; i < kRows; ++i)
+#pragma unroll
+      for (int j = 0; j < kColumns; ++j) sum_[i][j] += x[i] * y[j];
+  }
+};
+
+// A warp owns tiles of 16 x 16.
+template <class Math, int M, int N, int kThreads, bool kTransposed>
+class WarpProduct {
+  using E = Element<Math>;
+  static constexpr bool kTf32 = sizeof(E) == 4;
+  static constexpr int kStep = kTf32 ? 8 : 16;
+  static constexpr int kAcross = N / 16, kTiles = M / 16 * kAcross, kWarps = kThreads / 32;
+  static constexpr int kPerWarp = (kTiles + kWarps - 1) / kWarps;
+  static constexpr int kGroups = kTiles < kWarps ? kWarps / kTiles : 1;
+  // A warp whose tiles all lie side by side loads the rows of a once.
+  static constexpr bool kOneRow = kAcross % kPerWarp == 0;
+  static_assert(M % 16 == 0 && N % 16 == 0);
+
+ public:
+  __device__ WarpProduct() {
+    for (int i = 0; i < kPerWarp; ++i) nvcuda::wmma::fill_fragment(sum_[i], 0.0f);
+  }
+
+  __device__ void multiply(Shared<E> a, int lda, Shared<E> b, int ldb, int depth, int rows = M) {
+    using namespace nvcuda;
+    using Layout = std::conditional_t<kTransposed, wmma::col_major, wmma::row_major>;
+    if (group() >= kGroups) return;
+    for (int k = kStep * group(); k < depth; k += kStep * kGroups) {
+      wmma::fragment<wmma::matrix_a, 16, 16, kStep, Operand, Layout> x;
+#pragma unroll
+      for (int i = 0; i < kPerWarp; ++i) {
+        int row = tile(i) / kAcross * 16, column = tile(i) % kAcross * 16;
+        if (tile(i) >= kTiles || (!kTransposed && row >= rows)) break;
+        if (i == 0 || !kOneRow) {
+          wmma::load_matrix_sync(x, kTransposed ? &a[k * lda + row] : &a[row * lda + k], lda);
+          round(x);
+        }
+        wmma::fragment<wmma::matrix_b, 16, 16, kStep, Operand, wmma::row_major> y;
+        wmma::load_matrix_sync(y, &b[k * ldb + column], ldb);
+        round(y);
+        wmma::mma_sync(sum_[i], x, y, sum_[i]);
+      }
+    }
+  }
+
+  __device__ void store(Shared<float> out, int ld) {
+    using namespace nvcuda;
+    for (int g = 0; g < kGroups; ++g) {
+      if (group() == g) {
+#pragma unroll
+        for (int i = 0; i < kPerWarp; ++i) {
+          if (tile(i) >= kTiles) break;
+          float* place = &out[tile(i) / kAcross * 16 * ld + tile(i) % kAcross * 16];
+          if (g > 0) {
+            wmma::fragment<wmma::accumulator, 16, 16, kStep, float> before;
+            wmma::load_matrix_sync(before, place, ld, wmma::mem_row_major);
+            for (int e = 0; e < before.num_elements; ++e) sum_[i].x[e] += before.x[e];
+          }
+          wmma::store_matrix_sync(place, sum_[i], ld, wmma::mem_row_major);
+        }
+      }
+      if (g + 1 < kGroups) __syncthreads();  // the next group adds to these sums
+    }
+  }
+
+ private:
+  using Operand = std::conditional_t<kTf32, nvcuda::wmma::precision::tf32, E>;
+  nvcuda::wmma::fragment<nvcuda::wmma::accumulator, 16, 16, kStep, float> sum_[kPerWarp];
+
+  __device__ static int warp() { return (int)threadIdx.x / 32; }
+  __device__ static int group() { return kTiles < kWarps ? warp() / kTiles : 0; }
+  __device__ static int tile(int i) { return kTiles < kWarps ? warp() % kTiles : warp() * kPerWarp + i; }
+  template <class Fragment>
+  __device__ static void round(Fragment& x) {
+    if constexpr (kTf32)
+      for (int e = 0; e < x.num_elements; ++e) x.x[e] = nvcuda::wmma::__float_to_tf32(x.x[e]);
+  }
+};
+
+template <class T, int M, int N, int kThreads, bool kTransposed>
+class Product<TensorCore<T>, M, N, kThreads, kTransposed>
+    : public WarpProduct<TensorCore<T>, M, N, kThreads, kTransposed> {};
+template <int M, int N, int kThreads, bool kTransposed>
+class Product<Tf32, M, N, kThreads, kTransposed> : public WarpProduct<Tf32, M, N, kThreads, kTransposed> {};
+
+}  // namespace xk::cuda

@@ -1,0 +1,139 @@
+"""What the compiled modules take: results, freshly allocated, and the addresses, strides and codes of a call.
+
+Shared by the backends whose kernels are behind the C API (csrc/include/xformer_kernels.h, csrc/bindings.h).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xformer_kernels.reference import accumulate_dtype
+
+Empty = Callable[[tuple[int, ...], torch.dtype], Tensor]
+"""Gives a tensor of a size and dtype on the device of the call."""
+
+_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+_MAPS = {"query_key": 0, "key_value": 1}
+_NORMS = {"token": 0, "feature": 1}
+_ACTIVATIONS = {"softmax": 0, "identity": 1}
+_NO_STRIDES = (0, 0, 0, 0)
+
+
+def _token_major(B: int, H: int, N: int, D: int, dtype: torch.dtype, empty: Empty) -> Tensor:
+    return empty((B, N, H, D), dtype).transpose(1, 2)
+
+
+def _mask(token_mask: Tensor | None) -> tuple[int, int, int]:
+    return (0, 0, 0) if token_mask is None else (token_mask.data_ptr(), token_mask.stride(0), token_mask.stride(1))
+
+
+def _optional(tensor: Tensor | None, strides: tuple[int, ...] | None = None) -> tuple[int, tuple[int, ...], int]:
+    """Address, strides and dtype code of a tensor that may be absent."""
+    if tensor is None:
+        return 0, _NO_STRIDES, 0
+    return tensor.data_ptr(), strides or tensor.stride(), _DTYPES[tensor.dtype]
+
+
+def gram(
+    a: Tensor, b: Tensor, symmetric: bool, token_mask: Tensor | None, empty: Empty
+) -> tuple[tuple[Any, ...], tuple[Tensor, Tensor, Tensor]]:
+    B, H, N, Da = a.shape
+    Db = b.shape[-1]
+    dtype = accumulate_dtype(a.dtype)
+    G, ssq_a, ssq_b = empty((B, H, Da, Db), dtype), empty((B, H, Da), dtype), empty((B, H, Db), dtype)
+    arguments = (
+        (B, H, N, Da), Db, _DTYPES[a.dtype], a.data_ptr(), a.stride(), b.data_ptr(), b.stride(), symmetric,
+        *_mask(token_mask), G.data_ptr(), ssq_a.data_ptr(), ssq_b.data_ptr(),
+    )  # fmt: skip
+    return arguments, (G, ssq_a, ssq_b)
+
+
+def channel_mix(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    add: Tensor | None,
+    add_scale: Tensor | None,
+    x2: Tensor | None,
+    weight2: Tensor | None,
+    empty: Empty,
+) -> tuple[tuple[Any, ...], Tensor]:
+    B, H, N, I = x.shape  # noqa: E741
+    O = weight.shape[-2]  # noqa: E741
+    y = _token_major(B, H, N, O, x.dtype, empty)
+
+    def per_feature(t: Tensor | None) -> tuple[int, tuple[int, ...], int]:
+        return _optional(t, None if t is None else (t.stride(0), t.stride(1), 0, t.stride(2)))
+
+    arguments = (
+        (B, H, N, I), 0 if x2 is None else x2.shape[-1], O, _DTYPES[x.dtype], x.data_ptr(), x.stride(),
+        *_optional(weight), *per_feature(bias), *_optional(add)[:2], *per_feature(add_scale),
+        *_optional(x2)[:2], *_optional(weight2), y.data_ptr(), y.stride(),
+    )  # fmt: skip
+    return arguments, y
+
+
+def _xfa(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    temperature: Tensor,
+    token_mask: Tensor | None,
+    map: str,
+    norm: str,
+    activation: str,
+    eps: float,
+    stats: Tensor,
+) -> tuple[Any, ...]:
+    return (
+        q.shape, _DTYPES[q.dtype], _MAPS[map], _NORMS[norm], _ACTIVATIONS[activation], eps,
+        q.data_ptr(), q.stride(), k.data_ptr(), k.stride(), v.data_ptr(), v.stride(),
+        temperature.data_ptr(), temperature.stride(0), _DTYPES[temperature.dtype], *_mask(token_mask),
+        stats.data_ptr(),
+    )  # fmt: skip
+
+
+def xfa_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    temperature: Tensor,
+    token_mask: Tensor | None,
+    map: str,
+    norm: str,
+    activation: str,
+    eps: float,
+    empty: Empty,
+) -> tuple[tuple[Any, ...], tuple[Tensor, Tensor]]:
+    B, H, N, D = q.shape
+    out = _token_major(B, H, N, D, q.dtype, empty)
+    stats = empty((B, H, D * D + 2 * D), accumulate_dtype(q.dtype))
+    shared = _xfa(q, k, v, temperature, token_mask, map, norm, activation, eps, stats)
+    return (*shared, out.data_ptr(), out.stride()), (out, stats)
+
+
+def xfa_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    temperature: Tensor,
+    stats: Tensor,
+    token_mask: Tensor | None,
+    map: str,
+    norm: str,
+    activation: str,
+    eps: float,
+    empty: Empty,
+) -> tuple[tuple[Any, ...], tuple[Tensor, Tensor]]:
+    B, H, N, D = q.shape
+    dqkv = empty((3, B, N, H, D), q.dtype)
+    dq, dk, dv = dqkv.transpose(2, 3).unbind(0)
+    dtemperature = empty((H,), temperature.dtype)
+    shared = _xfa(q, k, v, temperature, token_mask, map, norm, activation, eps, stats)
+    gradients = (dq.data_ptr(), dk.data_ptr(), dv.data_ptr(), dq.stride(), dtemperature.data_ptr())
+    return (*shared, dout.data_ptr(), dout.stride(), *gradients), (dqkv, dtemperature)

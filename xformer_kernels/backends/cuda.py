@@ -1,0 +1,100 @@
+"""GPU kernels in CUDA C++ (csrc/cuda), called through the compiled module ``xformer_kernels._cuda``.
+
+Each function has the signature of its op and returns freshly allocated tensors. Where the tokens of a head fit into the
+shared memory of a block, or of a cluster of blocks (sm_90 and newer), forward and backward are one launch that reads
+every token once; else they are two passes. The kernels read any strides in place, accumulate in fp32 (fp64 for fp64)
+and sum in an order that shapes and the device alone decide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xformer_kernels import _cuda
+from xformer_kernels.backends import arguments, tf32_allowed, unsupported_numbers
+
+NAME = "cuda"
+EMULATED: bool = _cuda.build_info()["emulated"]
+"""Whether this is the build for tests whose kernels run on the CPU."""
+ONLY_BY_NAME = "these kernels are emulated: they serve calls that ask for cuda by name" if EMULATED else ""
+
+PATHS = {"any": 0, "one launch": 1, "two passes": 2}
+path = "any"
+"""Which of :data:`PATHS` xfa takes, for tests and benchmarks; "one launch" raises where tokens do not fit."""
+
+_WIDEST = 256
+# Tiles of 64-bit numbers must fit into the shared memory of every GPU.
+_WIDEST_FLOAT64 = 128
+_DEVICE_TYPE = "cpu" if EMULATED else "cuda"
+
+
+def unsupported(device_type: str, dtypes: Iterable[torch.dtype], head_dims: Iterable[int]) -> list[str]:
+    """Every reason why these kernels cannot serve a call; empty when they can."""
+    reasons = []
+    if device_type != _DEVICE_TYPE:
+        reasons.append(f"tensors are on {device_type}, the kernels run on {_DEVICE_TYPE}")
+    elif not EMULATED:
+        reasons += _of_device()
+    dtypes = tuple(dtypes)
+    widest = _WIDEST_FLOAT64 if torch.float64 in dtypes else _WIDEST
+    return reasons + unsupported_numbers(dtypes, head_dims, widest)
+
+
+def _of_device() -> list[str]:
+    if torch.version.hip is not None:
+        return ["this torch is for AMD GPUs, the kernels are for NVIDIA's"]
+    if not torch.cuda.is_available():
+        return ["torch sees no CUDA device"]
+    major, minor = torch.cuda.get_device_capability()
+    if major < 8:
+        return [f"the device is of compute capability {major}.{minor}, the kernels need 8.0 or newer"]
+    return []
+
+
+def _empty(device: torch.device, size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.empty(size, dtype=dtype, device=device)
+
+
+def _run(op: str, like: Tensor, build: Callable[..., tuple[tuple[Any, ...], Any]], args: tuple[Any, ...]) -> Any:
+    """Allocates results and workspace, and launches on the current stream of the tensors' device."""
+    device = like.device
+    addresses, result = build(*args, partial(_empty, device))
+    B, H = like.shape[:2]
+    if B * H == 0:
+        if op == "xfa_backward":
+            result[1].zero_()
+        return result
+    tf32 = like.dtype == torch.float32 and tf32_allowed()
+    index, chosen = device.index or 0, PATHS[path]
+    with nullcontext() if EMULATED or torch.cuda.current_device() == index else torch.cuda.device(index):
+        stream = 0 if EMULATED else torch.cuda.current_stream().cuda_stream
+        size = 0 if op == "channel_mix" else getattr(_cuda, f"{op}_workspace")(*addresses, index, tf32, chosen)
+        workspace = _empty(device, (size,), torch.uint8) if size else None
+        getattr(_cuda, op)(*addresses, index, stream, 0 if workspace is None else workspace.data_ptr(), tf32, chosen)
+    return result
+
+
+def gram(a: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    result: tuple[Tensor, Tensor, Tensor] = _run("gram", a, arguments.gram, (a, *args))
+    return result
+
+
+def channel_mix(x: Tensor, *args: Any) -> Tensor:
+    result: Tensor = _run("channel_mix", x, arguments.channel_mix, (x, *args))
+    return result
+
+
+def xfa_forward(q: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    result: tuple[Tensor, Tensor] = _run("xfa_forward", q, arguments.xfa_forward, (q, *args))
+    return result
+
+
+def xfa_backward(dout: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    result: tuple[Tensor, Tensor] = _run("xfa_backward", dout, arguments.xfa_backward, (dout, *args))
+    return result
