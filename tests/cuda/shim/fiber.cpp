@@ -12,6 +12,7 @@ WEAK void __sanitizer_start_switch_fiber(void**, const void*, size_t);
 WEAK void __sanitizer_finish_switch_fiber(void*, const void**, size_t*);
 WEAK void __asan_poison_memory_region(const volatile void*, size_t);
 WEAK void __asan_unpoison_memory_region(const volatile void*, size_t);
+WEAK int __asan_address_is_poisoned(const volatile void*);
 WEAK void* __tsan_get_current_fiber();
 WEAK void* __tsan_create_fiber(unsigned);
 WEAK void __tsan_destroy_fiber(void*);
@@ -149,5 +150,7 @@ void poison(void* p, size_t bytes) {
 void unpoison(void* p, size_t bytes) {
   if (__asan_unpoison_memory_region) __asan_unpoison_memory_region(p, bytes);
 }
+
+bool is_poisoned(const void* p) { return __asan_address_is_poisoned && __asan_address_is_poisoned(p); }
 
 }  // namespace xk::emulation

@@ -32,5 +32,6 @@ bool under_tsan();
 // Memory that is no array, for ASan.
 void poison(void* p, size_t bytes);
 void unpoison(void* p, size_t bytes);
+bool is_poisoned(const void* p);
 
 }  // namespace xk::emulation

@@ -2,6 +2,7 @@
 // with sanitizers.
 #include "runtime.h"
 
+#include <pthread.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -26,8 +27,10 @@ constexpr size_t kPage = 4096;
 std::vector<Thread*> pool;  // of thread t of block b of a cluster, at b * threads + t
 Block blocks[kMaxCluster];
 unsigned char* regions[kMaxCluster];  // guard page, kMaxShared bytes of which the last are used, guard page
+size_t opened[kMaxCluster];           // how many of them, in pages; others are protected
 std::vector<Thread*> ready;           // the next to run last
 Fiber scheduler;
+pthread_t owner;
 Launch launched;
 Barrier cluster_state;
 uint64_t random_state = 0;
@@ -42,12 +45,25 @@ uint64_t seed_of_launch() {
   return text ? strtoull(text, nullptr, 0) : 0;
 }
 
+// The bytes that share a page with the shared memory and are not part of it. ASan has them poisoned.
+void check_rest_of_pages(const Block& block) {
+  const unsigned char* end = regions[block.rank] + kMaxShared;
+  if (is_poisoned(block.shared - 1) || is_poisoned(end - 1)) return;
+  for (const unsigned char* p = end - opened[block.rank]; p < end; ++p) {
+    if (p == block.shared) p += launched.shared_bytes;
+    if (p < end && *p != 0xff)
+      fail("some thread of the block wrote to byte %lld of %zu bytes of shared memory",
+           (long long)(p - block.shared), launched.shared_bytes);
+  }
+}
+
 void leave_thread() {
-  current->exited = true;
   Block& block = *current->block;
   order_before(&finished);
+  if (block.live == 1) check_rest_of_pages(block);
+  current->exited = true;
   if (--block.live == 0 && launched.cluster > 1) {
-    block.sealed = true;
+    opened[block.rank] = 0;
     mprotect(regions[block.rank], kMaxShared, PROT_NONE);
   }
   switch_fiber(*current, scheduler);
@@ -65,22 +81,25 @@ void map_region(int rank) {
                  MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | (regions[rank] ? MAP_FIXED : 0), -1, 0);
   if (p == MAP_FAILED) perror("emulation: shared memory"), abort();
   regions[rank] = static_cast<unsigned char*>(p) + kPage;
-  mprotect(regions[rank], kMaxShared, PROT_READ | PROT_WRITE);
+  opened[rank] = 0;
 }
 
 void start_block(int rank, dim3 index) {
   Block& block = blocks[rank];
   if (!regions[rank] || under_tsan()) map_region(rank);  // TSan forgets the block that was here
-  if (block.sealed) mprotect(regions[rank], kMaxShared, PROT_READ | PROT_WRITE);
-  block.sealed = false;
+  const size_t rounded = (launched.shared_bytes + 127) / 128 * 128, open = (rounded + kPage - 1) / kPage * kPage;
+  if (opened[rank] != open) {
+    mprotect(regions[rank], kMaxShared - open, PROT_NONE);
+    mprotect(regions[rank] + kMaxShared - open, open, PROT_READ | PROT_WRITE);
+    opened[rank] = open;
+  }
   block.index = {index.x, index.y, index.z};
   block.rank = rank;
   block.live = launched.threads;
-  const size_t rounded = (launched.shared_bytes + 127) / 128 * 128;
   block.shared = regions[rank] + kMaxShared - rounded;
-  unpoison(regions[rank], kMaxShared);
-  memset(block.shared, 0xff, rounded);
-  poison(regions[rank], kMaxShared - rounded);
+  unpoison(regions[rank] + kMaxShared - open, open);
+  memset(regions[rank] + kMaxShared - open, 0xff, open);
+  poison(regions[rank] + kMaxShared - open, open - rounded);
   poison(block.shared + launched.shared_bytes, rounded - launched.shared_bytes);
   block.arrays.clear();
   block.barrier.waiting = nullptr;
@@ -121,12 +140,17 @@ void report_stuck() {
   for (int b = 0; b < launched.cluster; ++b) {
     const Thread* const* threads = pool.data() + b * launched.threads;
     std::vector<bool> told(launched.threads);
+    // Warps in which some wait for others are told of one by one.
+    const auto apart = [&](int t) { return blocks[b].warps[t / 32].barrier.arrived ? t / 32 : -1; };
+    const auto alike = [&](int t, int u) {
+      return apart(t) == apart(u) && threads[t]->exited == threads[u]->exited &&
+             (threads[t]->exited || threads[t]->site == threads[u]->site);
+    };
     for (int t = 0; t < launched.threads; ++t) {
       if (told[t]) continue;
       int count = 0;
       for (int u = t; u < launched.threads; ++u)
-        if (threads[t]->exited == threads[u]->exited && (threads[t]->exited || threads[t]->site == threads[u]->site))
-          told[u] = true, ++count;
+        if (alike(t, u)) told[u] = true, ++count;
       const uint3 i = blocks[b].index;
       append("\n  block (%u, %u, %u): %d thread%s, the first %d, ", i.x, i.y, i.z, count, count == 1 ? "" : "s", t);
       if (threads[t]->exited)
@@ -162,7 +186,7 @@ void run_cluster(dim3 first) {
 }
 
 void on_fault(int signal, siginfo_t* info, void*) {
-  if (!current) {  // not a kernel's: what would have happened without us
+  if (!current || !pthread_equal(pthread_self(), owner)) {  // not a kernel's: as it would have been without us
     ::signal(signal, SIG_DFL);
     return;
   }
@@ -194,14 +218,16 @@ uint64_t random_bits() {
 }
 
 void fail(const char* format, ...) {
-  if (!current) fputs("emulation: used outside of a kernel\n", stderr), abort();
-  const uint3 i = current->block->index;
-  append("block (%u, %u, %u) thread %d: ", i.x, i.y, i.z, current->index);
+  if (current) {
+    const uint3 i = current->block->index;
+    append("block (%u, %u, %u) thread %d: ", i.x, i.y, i.z, current->index);
+  }
   va_list arguments;
   va_start(arguments, format);
   const size_t used = strlen(report);
   vsnprintf(report + used, sizeof report - used, format, arguments);
   va_end(arguments);
+  if (!current) fprintf(stderr, "emulation, outside of a kernel: %s\n", report), abort();
   kernel_failed = true;
   switch_fiber(*current, scheduler);
   abort();
@@ -322,6 +348,7 @@ bool run(const Launch& launch) {
     pool.push_back(new Thread);
     make_stack(*pool.back(), (int)pool.size());
   }
+  owner = pthread_self();
   adopt(scheduler);
   const uint64_t seed = seed_of_launch();
   random_state = seed ? seed * 0x9e3779b97f4a7c15 | 1 : 0;

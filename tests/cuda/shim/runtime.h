@@ -65,7 +65,6 @@ struct Block {
   int at_cluster_barrier;
   Warp warps[kMaxThreads / 32];
   std::vector<Array> arrays;
-  bool sealed;  // its shared memory, after its end
 };
 
 struct Launch {

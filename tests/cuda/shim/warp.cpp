@@ -181,7 +181,6 @@ void commit_copies() { ++current->group; }
 void wait_copies(int groups) {
   auto& copies = current->copies;
   size_t done = 0;
-  // The open group is not waited for by a wait for older ones; with no group to leave, it is not either.
   for (; done < copies.size() && copies[done].group < current->group - groups; ++done) {
     const Copy& copy = copies[done];
     if (!copy.landed) memcpy(copy.to, copy.bytes, copy.size);
