@@ -19,8 +19,7 @@ WEAK void __tsan_destroy_fiber(void*);
 WEAK void __tsan_switch_to_fiber(void*, unsigned);
 WEAK void __tsan_acquire(void*);
 WEAK void __tsan_release(void*);
-WEAK void __tsan_write4_pc(void*, void*);
-WEAK void __tsan_write8_pc(void*, void*);
+WEAK void __tsan_write_range_pc(void*, unsigned long, void*);
 }
 
 #if defined(__x86_64__)
@@ -136,9 +135,7 @@ void order_after(void* token) {
 }
 
 void record_write(void* p, size_t size, void* pc) {
-  if (!__tsan_write4_pc) return;
-  if (size == 4) return __tsan_write4_pc(p, pc);
-  for (size_t i = 0; i < size; i += 8) __tsan_write8_pc(static_cast<unsigned char*>(p) + i, pc);
+  if (__tsan_write_range_pc) __tsan_write_range_pc(p, size, pc);
 }
 
 bool under_tsan() { return __tsan_switch_to_fiber; }

@@ -11,6 +11,7 @@
 
 #include <mutex>
 #include <numeric>
+#include <span>
 
 uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
@@ -52,8 +53,8 @@ void check_rest_of_pages(const Block& block) {
   for (const unsigned char* p = end - opened[block.rank]; p < end; ++p) {
     if (p == block.shared) p += launched.shared_bytes;
     if (p < end && *p != 0xff)
-      fail("some thread of the block wrote to byte %lld of %zu bytes of shared memory",
-           (long long)(p - block.shared), launched.shared_bytes);
+      fail("some thread of the block wrote to byte %lld of %zu bytes of shared memory", (long long)(p - block.shared),
+           launched.shared_bytes);
   }
 }
 
@@ -101,7 +102,7 @@ void start_block(int rank, dim3 index) {
   memset(regions[rank] + kMaxShared - open, 0xff, open);
   poison(regions[rank] + kMaxShared - open, open - rounded);
   poison(block.shared + launched.shared_bytes, rounded - launched.shared_bytes);
-  block.arrays.clear();
+  block.array_count = 0;
   block.barrier.waiting = nullptr;
   block.barrier.arrived = block.at_cluster_barrier = 0;
   for (int w = 0; w < launched.threads / 32; ++w)
@@ -195,9 +196,10 @@ void on_fault(int signal, siginfo_t* info, void*) {
   for (int b = 0; b < launched.cluster; ++b) {
     const auto distance = (const unsigned char*)info->si_addr - regions[b];
     if (distance < -(int64_t)kPage || distance >= (int64_t)(kMaxShared + kPage)) continue;
-    where = distance < 0                      ? ", before the shared memory of a block"
-            : distance >= (int64_t)kMaxShared ? ", past the shared memory of a block"
-                                              : ", the shared memory of a block that has exited";
+    const bool ended = opened[b] == 0 && blocks[b].live == 0;
+    where = distance >= (int64_t)kMaxShared                      ? ", past the shared memory of a block"
+            : ended && distance >= blocks[b].shared - regions[b] ? ", the shared memory of a block that has exited"
+                                                                 : ", before the shared memory of a block";
   }
   fail("illegal access to address %p%s", info->si_addr, where);
 }
@@ -229,6 +231,7 @@ void fail(const char* format, ...) {
   va_end(arguments);
   if (!current) fprintf(stderr, "emulation, outside of a kernel: %s\n", report), abort();
   kernel_failed = true;
+  order_before(&finished);
   switch_fiber(*current, scheduler);
   abort();
 }
@@ -285,16 +288,19 @@ int rank_in_cluster() { return current->block->rank; }
 int blocks_in_cluster() { return launched.cluster; }
 unsigned char* shared_base() { return current->block->shared; }
 
+static std::span<const Array> arrays_of(const Block& block) { return {block.arrays, (size_t)block.array_count}; }
+
 void register_array(const void* p, int64_t bytes, Where where) {
   Block& block = *current->block;
   const auto* begin = static_cast<const unsigned char*>(p);
-  for (const Array& array : block.arrays)
+  for (const Array& array : arrays_of(block))
     if (array.begin == begin && array.bytes == bytes) return;
   const int64_t end = begin - block.shared + bytes;
   if (bytes < 0 || end > (int64_t)launched.shared_bytes)
     fail("an array of %lld bytes taken at %s:%u ends at byte %lld of the %zu bytes of dynamic shared memory",
          (long long)bytes, where.file_name(), where.line(), (long long)end, launched.shared_bytes);
-  block.arrays.push_back({begin, bytes, where});
+  if (block.array_count == kMaxArrays) fail("more than %d arrays in shared memory", kMaxArrays);
+  block.arrays[block.array_count++] = {begin, bytes, where};
   const auto padding = std::min<int64_t>(-bytes & 127, (int64_t)launched.shared_bytes - end);
   poison(block.shared + end, padding);
   unpoison(block.shared + end - bytes, bytes);
@@ -303,7 +309,7 @@ void register_array(const void* p, int64_t bytes, Where where) {
 void fail_index(const void* p, int64_t index, int64_t count) {
   if (current)
     for (int b = 0; b < launched.cluster; ++b)
-      for (const Array& array : blocks[b].arrays)
+      for (const Array& array : arrays_of(blocks[b]))
         if (array.begin == p)
           fail("index %lld of an array of %lld, taken at %s:%u", (long long)index, (long long)count,
                array.where.file_name(), array.where.line());
@@ -314,7 +320,7 @@ void check_span(const char* what, const void* p, int64_t bytes, Where where) {
   const auto* begin = static_cast<const unsigned char*>(p);
   for (int b = 0; b < launched.cluster; ++b) {
     if (begin + bytes <= regions[b] - kPage || begin >= regions[b] + kMaxShared + kPage) continue;
-    for (const Array& array : blocks[b].arrays)
+    for (const Array& array : arrays_of(blocks[b]))
       if (begin >= array.begin && begin + bytes <= array.begin + array.bytes) return;
     fail("%s at %s:%u: %lld bytes from byte %lld of shared memory on, which are not in one array", what,
          where.file_name(), where.line(), (long long)bytes, (long long)(begin - blocks[b].shared));
@@ -348,6 +354,7 @@ bool run(const Launch& launch) {
     pool.push_back(new Thread);
     make_stack(*pool.back(), (int)pool.size());
   }
+  ready.reserve(pool.size());  // not later, by some thread of the kernel, which sanitizers would see
   owner = pthread_self();
   adopt(scheduler);
   const uint64_t seed = seed_of_launch();

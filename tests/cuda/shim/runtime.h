@@ -9,7 +9,7 @@
 
 namespace xk::emulation {
 
-constexpr int kMaxThreads = 1024, kMaxCluster = 16;
+constexpr int kMaxThreads = 1024, kMaxCluster = 16, kMaxArrays = 128;
 constexpr size_t kMaxShared = 256 << 10;
 
 struct Site {
@@ -20,7 +20,7 @@ struct Site {
 
 struct Copy {
   void* to;
-  unsigned char bytes[16];
+  uint32_t bytes[4];
   int size, group;
   bool landed;
 };
@@ -64,7 +64,8 @@ struct Block {
   Site site, cluster_site;  // of the first to arrive
   int at_cluster_barrier;
   Warp warps[kMaxThreads / 32];
-  std::vector<Array> arrays;
+  Array arrays[kMaxArrays];
+  int array_count;
 };
 
 struct Launch {
