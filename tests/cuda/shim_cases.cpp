@@ -453,15 +453,15 @@ const std::map<std::string, Case> launches = {
 const std::map<std::string, Case> races = {
     {"no_barrier", reads(+[](const float* x, float* out) {
        TAKE(a, float, 64);
-       a[threadIdx.x] = x[threadIdx.x];                        // race: write
-       if (threadIdx.x == 0) out[0] = a[63] + a[threadIdx.x];  // race: read
+       a[threadIdx.x] = x[threadIdx.x];                        // no_barrier
+       if (threadIdx.x == 0) out[0] = a[63] + a[threadIdx.x];  // no_barrier
      })},
     {"barrier_after_use", reads(+[](const float* x, float* out) {
        TAKE(a, float, 64);
        a[threadIdx.x] = x[threadIdx.x];
        __syncthreads();
-       const float other = a[63 - threadIdx.x];  // race: read
-       a[threadIdx.x] = other;                   // race: write
+       const float other = a[63 - threadIdx.x];  // barrier_after_use
+       a[threadIdx.x] = other;                   // barrier_after_use
        __syncthreads();
        if (threadIdx.x == 0) out[0] = a[0];
      })},
@@ -469,14 +469,14 @@ const std::map<std::string, Case> races = {
        TAKE(a, float, 64);
        __pipeline_memcpy_async(&a[threadIdx.x], x + threadIdx.x, 4);
        __pipeline_commit();
-       __pipeline_wait_prior(0);              // race: write
-       if (threadIdx.x == 0) out[0] = a[63];  // race: read
+       __pipeline_wait_prior(0);              // copy_without_barrier
+       if (threadIdx.x == 0) out[0] = a[63];  // copy_without_barrier
      })},
     {"shuffle_is_no_fence", reads(+[](const float* x, float* out) {
        TAKE(a, float, 64);
-       a[threadIdx.x] = __shfl_xor_sync(~0u, x[threadIdx.x], 1);  // race: write
+       a[threadIdx.x] = __shfl_xor_sync(~0u, x[threadIdx.x], 1);  // shuffle_is_no_fence
        __shfl_xor_sync(~0u, 0, 1);
-       if (threadIdx.x == 0) out[0] = a[31];  // race: read
+       if (threadIdx.x == 0) out[0] = a[31];  // shuffle_is_no_fence
      })},
 };
 
@@ -517,12 +517,12 @@ const std::map<std::string, Case> right = {
     {"tf32", [] { return run_product<wmma::precision::tf32, 8>([](float x) { return x; }); }},
 };
 
-// Floats on stdin; each as __half, as __nv_bfloat16, and these as floats again, as bits.
+// Floats on stdin; each rounded to __half, to __nv_bfloat16 and to tf32 on stdout.
 int convert() {
   for (float x; fread(&x, 4, 1, stdin);) {
-    const __half h = __float2half_rn(x);
-    const __nv_bfloat16 b = __float2bfloat16_rn(x);
-    printf("%a %a %a\n", __half2float(h), __bfloat162float(b), wmma::__float_to_tf32(x));
+    const float rounded[3] = {__half2float(__float2half_rn(x)), __bfloat162float(__float2bfloat16_rn(x)),
+                              wmma::__float_to_tf32(x)};
+    fwrite(rounded, 4, 3, stdout);
   }
   return 0;
 }

@@ -207,8 +207,9 @@ void on_fault(int signal, siginfo_t* info, void*) {
 }  // namespace
 
 bool Site::operator==(const Site& other) const {
-  return where.line() == other.where.line() && where.column() == other.where.column() && !strcmp(what, other.what) &&
-         !strcmp(where.file_name(), other.where.file_name());
+  const auto same = [](const char* a, const char* b) { return a == b || !strcmp(a, b); };
+  return where.line() == other.where.line() && where.column() == other.where.column() && same(what, other.what) &&
+         same(where.file_name(), other.where.file_name());
 }
 
 uint64_t random_bits() {

@@ -58,8 +58,10 @@ void gather_multiplicand(float* matrix, int count, Multiplicand type, void* cons
   }
   uint16_t raw[256];
   gather_as(raw, count, lanes);
-  for (int i = 0; i < count; ++i)
-    matrix[i] = type == Multiplicand::half ? __half2float({raw[i]}) : __bfloat162float({raw[i]});
+  if (type == Multiplicand::half)
+    for (int i = 0; i < count; ++i) matrix[i] = __half2float({raw[i]});
+  else
+    for (int i = 0; i < count; ++i) matrix[i] = __bfloat162float({raw[i]});
 }
 
 }  // namespace
