@@ -159,7 +159,8 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int ind
 
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
   if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize) {
-    if (value < 0 || value > device().shared_per_block()) return set(cudaErrorInvalidValue);
+    if (value < 0 || value > device().shared_per_block())
+      return set(refuse(cudaErrorInvalidValue, "more dynamic shared memory than the device has"));
     const std::lock_guard<std::mutex> lock(functions_lock);
     functions[kernel].dynamic_shared = value;
   } else {

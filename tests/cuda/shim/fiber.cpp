@@ -6,6 +6,15 @@
 #include <string.h>
 #include <sys/mman.h>
 
+// Else ucontext, which takes twenty times as long.
+#if !defined(XK_FIBERS_IN_ASSEMBLY)
+#if defined(__x86_64__)
+#define XK_FIBERS_IN_ASSEMBLY 1
+#else
+#define XK_FIBERS_IN_ASSEMBLY 0
+#endif
+#endif
+
 #define WEAK __attribute__((weak))
 extern "C" {
 WEAK void __sanitizer_start_switch_fiber(void**, const void*, size_t);
@@ -22,7 +31,7 @@ WEAK void __tsan_release(void*);
 WEAK void __tsan_write_range_pc(void*, unsigned long, void*);
 }
 
-#if defined(__x86_64__)
+#if XK_FIBERS_IN_ASSEMBLY
 // The registers that a call keeps, on the stack.
 extern "C" void xk_switch(void** from, void* to);
 asm(R"(
@@ -55,19 +64,18 @@ xk_switch:
 namespace xk::emulation {
 namespace {
 
-constexpr size_t kPage = 4096;
 Fiber* previous;  // who made the switch: its stack is what ASan learns of on arrival
 
 }  // namespace
 
-void make_stack(Fiber& fiber, int) {
+void make_stack(Fiber& fiber) {
   fiber.stack_bytes = __sanitizer_start_switch_fiber || under_tsan() ? 256 << 10 : 64 << 10;
   void* p = mmap(nullptr, fiber.stack_bytes + kPage, PROT_READ | PROT_WRITE,
                  MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (p == MAP_FAILED || mprotect(p, kPage, PROT_NONE)) perror("emulation: a fiber's stack"), abort();
   fiber.stack = static_cast<unsigned char*>(p) + kPage;
   if (under_tsan()) fiber.tsan = __tsan_create_fiber(0);
-#if !defined(__x86_64__)
+#if !XK_FIBERS_IN_ASSEMBLY
   fiber.context = new ucontext_t;
 #endif
 }
@@ -80,7 +88,7 @@ void reset(Fiber& fiber, int index, void (*entry)(), bool abandoned) {
   fiber.asan = nullptr;
   // Not all at the same distance from a multiple of the stack size, for they would share few lines of the cache.
   const size_t bytes = fiber.stack_bytes - (size_t)(index % 32) * 320;
-#if defined(__x86_64__)
+#if XK_FIBERS_IN_ASSEMBLY
   void** top = reinterpret_cast<void**>(fiber.stack + bytes);
   top[-1] = nullptr;  // the entry returns to nowhere
   top[-2] = reinterpret_cast<void*>(entry);
@@ -97,7 +105,7 @@ void reset(Fiber& fiber, int index, void (*entry)(), bool abandoned) {
 
 void adopt(Fiber& main) {
   if (under_tsan()) main.tsan = __tsan_get_current_fiber();
-#if !defined(__x86_64__)
+#if !XK_FIBERS_IN_ASSEMBLY
   if (!main.context) main.context = new ucontext_t;
 #endif
 }
@@ -106,7 +114,7 @@ void switch_fiber(Fiber& from, Fiber& to) {
   if (__sanitizer_start_switch_fiber) __sanitizer_start_switch_fiber(&from.asan, to.stack, to.stack_bytes);
   if (to.tsan) __tsan_switch_to_fiber(to.tsan, 1);  // 1: it orders nothing
   previous = &from;
-#if defined(__x86_64__)
+#if XK_FIBERS_IN_ASSEMBLY
   xk_switch(&from.context, to.context);
 #else
   swapcontext(static_cast<ucontext_t*>(from.context), static_cast<ucontext_t*>(to.context));

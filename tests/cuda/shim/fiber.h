@@ -7,6 +7,12 @@
 
 namespace xk::emulation {
 
+#if defined(__x86_64__)
+constexpr size_t kPage = 4096;
+#else
+constexpr size_t kPage = 64 << 10;  // a multiple of any
+#endif
+
 struct Fiber {
   void* context = nullptr;  // where it stopped
   unsigned char* stack = nullptr;
@@ -15,7 +21,7 @@ struct Fiber {
   void* tsan = nullptr;
 };
 
-void make_stack(Fiber& fiber, int index);
+void make_stack(Fiber& fiber);
 // Starts anew, at `entry`, at the next switch. `abandoned`: it was left in the middle of something.
 void reset(Fiber& fiber, int index, void (*entry)(), bool abandoned);
 void switch_fiber(Fiber& from, Fiber& to);

@@ -23,8 +23,6 @@ thread_local char report[8192];
 
 namespace {
 
-constexpr size_t kPage = 4096;
-
 std::vector<Thread*> pool;  // of thread t of block b of a cluster, at b * threads + t
 Block blocks[kMaxCluster];
 unsigned char* regions[kMaxCluster];  // guard page, kMaxShared bytes of which the last are used, guard page
@@ -180,7 +178,6 @@ void run_cluster(dim3 first) {
     switch_fiber(scheduler, *current);
   }
   current = nullptr;
-  order_after(&finished);
   for (int b = 0; b < launched.cluster && !kernel_failed; ++b)
     if (blocks[b].live) kernel_failed = true, report_stuck();
   if (kernel_failed) abandoned = true;
@@ -353,7 +350,7 @@ bool run(const Launch& launch) {
   report[0] = 0;
   while ((int)pool.size() < launch.threads * launch.cluster) {
     pool.push_back(new Thread);
-    make_stack(*pool.back(), (int)pool.size());
+    make_stack(*pool.back());
   }
   ready.reserve(pool.size());  // not later, by some thread of the kernel, which sanitizers would see
   owner = pthread_self();
@@ -381,6 +378,7 @@ bool run(const Launch& launch) {
     run_cluster({(unsigned)(at % grid.x) * shape.x, (unsigned)(at / grid.x % grid.y) * shape.y,
                  (unsigned)(at / grid.x / grid.y) * shape.z});
 
+  order_after(&finished);  // only now: nothing orders the blocks of a launch
   sigaction(SIGSEGV, &segv, nullptr);
   sigaction(SIGBUS, &bus, nullptr);
   sigaltstack(&before, nullptr);
