@@ -117,11 +117,13 @@ void start_block(int rank, dim3 index) {
   }
 }
 
-Thread* next_thread() {
+void switch_to_next(Fiber& from) {
   if (random_state) std::swap(ready[random_bits() % ready.size()], ready.back());
-  Thread* thread = ready.back();
+  current = ready.back();
   ready.pop_back();
-  return thread;
+  threadIdx = {(unsigned)current->index, 0, 0};
+  blockIdx = current->block->index;
+  switch_fiber(from, *current);
 }
 
 void append(const char* format, ...) __attribute__((format(printf, 1, 2)));
@@ -171,12 +173,7 @@ void run_cluster(dim3 first) {
   abandoned = false;
   for (int i = launched.cluster * launched.threads - 1; i >= 0; --i) ready.push_back(pool[i]);
   order_before(&started);
-  while (!ready.empty() && !kernel_failed) {
-    current = next_thread();
-    threadIdx = {(unsigned)current->index, 0, 0};
-    blockIdx = current->block->index;
-    switch_fiber(scheduler, *current);
-  }
+  while (!ready.empty() && !kernel_failed) switch_to_next(scheduler);
   current = nullptr;
   for (int b = 0; b < launched.cluster && !kernel_failed; ++b)
     if (blocks[b].live) kernel_failed = true, report_stuck();
@@ -238,7 +235,10 @@ void suspend(Barrier& barrier) {
   Thread* me = current;
   me->next = barrier.waiting;
   barrier.waiting = me;
-  switch_fiber(*me, scheduler);
+  if (ready.empty())
+    switch_fiber(*me, scheduler);
+  else
+    switch_to_next(*me);
 }
 
 void wake(Barrier& barrier) {
