@@ -1,0 +1,2 @@
+// Clusters are in emulation.h.
+#pragma once
