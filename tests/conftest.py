@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,6 +19,12 @@ if not HAS_GPU:
     # Read when kernels are defined: Triton's kernels run on CPU tensors then.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+# Without a GPU the CUDA kernels are the same sources, compiled for the CPU: see tests/cuda.
+EMULATING = not HAS_GPU
+SANITIZE = os.environ.get("XFORMER_KERNELS_EMULATED_SANITIZE", "")
+
+sys.path.insert(0, str(Path(__file__).parent / "cuda"))
+import emulated  # noqa: E402
 
 from xformer_kernels import backends, dispatch  # noqa: E402
 
@@ -29,6 +36,24 @@ if EXPECTED and not Path(backends.__file__).resolve().is_relative_to(Path(EXPECT
 
 hypothesis.settings.register_profile("default", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("default")
+
+
+def pytest_configure(config):
+    """Builds the emulated kernels once, before the processes that run tests start; each of these loads them."""
+    if not EMULATING or emulated.why_not():
+        return
+    if not hasattr(config, "workerinput"):
+        config.stash[FOLDER] = emulated.build(sanitize=SANITIZE)
+    emulated.load(Path(config.workerinput["emulated"]) if hasattr(config, "workerinput") else config.stash[FOLDER])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node):
+    if FOLDER in node.config.stash:
+        node.workerinput["emulated"] = str(node.config.stash[FOLDER])
+
+
+FOLDER = pytest.StashKey[Path]()
 
 
 @pytest.fixture(autouse=True)
@@ -56,6 +81,8 @@ def need_backend():
 
     def need(name):
         _, cause = backends.load(name) if name != "reference" else (None, "")
+        if name == "cuda" and EMULATING:
+            cause = emulated.why_not() or cause
         if cause and REQUIRED:
             pytest.fail(f"backend {name} is required and cannot be imported: {cause}")
         if cause:
@@ -74,8 +101,9 @@ def triton_runs(need_backend):
 
 def devices_of(name):
     """Where the tests run a backend."""
-    on_cpu = ["cpu"] if name in ("cpp", "reference") or (name == "triton" and INTERPRETING) else []
-    on_gpu = ["cuda"] if HAS_GPU and name != "cpp" and not INTERPRETING else []
+    elsewhere = {"triton": INTERPRETING, "cuda": EMULATING}
+    on_cpu = ["cpu"] if elsewhere.get(name, True) else []
+    on_gpu = ["cuda"] if HAS_GPU and name != "cpp" and not elsewhere.get(name, False) else []
     return on_cpu + on_gpu
 
 
@@ -123,15 +151,16 @@ def _named(request):
 
 
 @pytest.fixture
-def interpreted(request):
-    """Whether the test's kernels run in Triton's interpreter, which takes a thousand times as long: fewer examples."""
-    return _named(request) == "triton" and INTERPRETING
+def slow(request):
+    """Whether the test's kernels are a GPU's and run on the CPU, much more slowly than others: fewer examples."""
+    return (_named(request) == "triton" and INTERPRETING) or (_named(request) == "cuda" and EMULATING)
 
 
 @pytest.fixture
-def shorter(interpreted):
-    """A shape of the tables, (B, N, ...), for the interpreter a small batch of tokens enough to be cut into parts."""
-    return lambda shape: (min(shape[0], 3), min(shape[1], 700), *shape[2:]) if interpreted else shape
+def shorter(request):
+    """A shape of the tables, (B, N, ...), for Triton's interpreter a small batch of tokens enough for several parts."""
+    short = _named(request) == "triton" and INTERPRETING
+    return lambda shape: (min(shape[0], 3), min(shape[1], 700), *shape[2:]) if short else shape
 
 
 @pytest.fixture

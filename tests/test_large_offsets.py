@@ -86,9 +86,9 @@ def test_mask(dim, kernel, device, ran, buffer):
         assert_bitwise(x, expected[key], key)
 
 
-def test_output_of_more_than_2_31_elements(kernel, device, ran, interpreted):
+def test_output_of_more_than_2_31_elements(kernel, device, ran, slow):
     """The one buffer that must be real: 4.3 GB of bfloat16 written by channel_mix."""
-    if interpreted:
+    if slow:
         pytest.skip("4.3 GB take the interpreter hours; far inputs are tested above, and a GPU runs this")
     if device == "cpu" and available_bytes() < 6 * 2**30:
         pytest.skip("needs 6 GiB of free memory for an output of 2^31 elements")

@@ -119,9 +119,9 @@ def test_symmetric_gram(D, dtype, backend, device, ran, need_features):
 
 @pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
 @pytest.mark.parametrize("symmetric", [False, True], ids=["", "symmetric"])
-def test_gram_derivatives(symmetric, masked, backend, device, ran, interpreted):
+def test_gram_derivatives(symmetric, masked, backend, device, ran, slow):
     """Of any order: the backward is made of the same two primitives."""
-    B, H = (1, 1) if interpreted else (2, 2)
+    B, H = (1, 1) if slow else (2, 2)
     a = randn(B, H, 3, 2, seed=1, dtype=torch.float64, device=device).requires_grad_()
     b = randn(B, H, 3, 2, seed=2, dtype=torch.float64, device=device).requires_grad_()
     mask = random_mask(B, 3, seed=1, device=device) if masked else None
@@ -136,9 +136,9 @@ def test_gram_derivatives(symmetric, masked, backend, device, ran, interpreted):
         return torch.autograd.grad(value, inputs, create_graph=True)
 
     with ran("gram", "channel_mix"):
-        assert gradcheck(function, inputs, fast_mode=interpreted)
-        assert gradgradcheck(function, inputs, fast_mode=interpreted)
-    if not interpreted:
+        assert gradcheck(function, inputs, fast_mode=slow)
+        assert gradgradcheck(function, inputs, fast_mode=slow)
+    if not slow:
         assert gradgradcheck(gradient, inputs)
 
 
@@ -237,9 +237,9 @@ def test_channel_mix_of_single_head(kernel, device, ran):
     [(), ("bias",), ("add",), ("add", "add_scale"), ("x2",), ("bias", "add", "add_scale", "x2")],
     ids=lambda c: "+".join(c) or "plain",
 )
-def test_channel_mix_derivatives(chosen, backend, device, ran, interpreted):
+def test_channel_mix_derivatives(chosen, backend, device, ran, slow):
     """Of any order, for every argument."""
-    t = mix_inputs((1 if interpreted else 2, 1, 2, 2, 2), chosen, torch.float64, device=device)
+    t = mix_inputs((1 if slow else 2, 1, 2, 2, 2), chosen, torch.float64, device=device)
     inputs = tuple(x.requires_grad_() for x in t.values())
 
     def function(*inputs):
@@ -249,9 +249,9 @@ def test_channel_mix_derivatives(chosen, backend, device, ran, interpreted):
         return torch.autograd.grad(function(*inputs).sin().sum(), inputs, create_graph=True)
 
     with ran("gram", "channel_mix"):
-        assert gradcheck(function, inputs, fast_mode=interpreted)
-        assert gradgradcheck(function, inputs, fast_mode=interpreted)
-    if len(chosen) != 1 and not interpreted:
+        assert gradcheck(function, inputs, fast_mode=slow)
+        assert gradgradcheck(function, inputs, fast_mode=slow)
+    if len(chosen) != 1 and not slow:
         assert gradgradcheck(gradient, inputs)
 
 

@@ -14,9 +14,9 @@ from xformer_kernels import reference
 from xformer_kernels.testing import assert_bitwise, assert_close
 
 
-def for_all(strategy, check, interpreted):
+def for_all(strategy, check, slow):
     """The check for many drawn arguments, for fewer where each takes seconds."""
-    settings(max_examples=8 if interpreted else 100, suppress_health_check=list(HealthCheck))(given(strategy)(check))()
+    settings(max_examples=8 if slow else 100, suppress_health_check=list(HealthCheck))(given(strategy)(check))()
 
 
 batches = st.sampled_from([0, 1, 1, 2, 3])
@@ -62,7 +62,7 @@ def problems(draw, device):
     return Problem(q, k, v, temperature, dout, draw(configs), mask)
 
 
-def test_xfa(kernel, device, ran, interpreted):
+def test_xfa(kernel, device, ran, slow):
     def check(p):
         with ran("xfa_forward", "xfa_backward"):
             result = p.run(xk.xfa, backend=kernel)
@@ -71,7 +71,7 @@ def test_xfa(kernel, device, ran, interpreted):
         for name, x in result.items():
             assert_bitwise(x, again[name], name)
 
-    for_all(problems(device), check, interpreted)
+    for_all(problems(device), check, slow)
 
 
 @st.composite
@@ -85,7 +85,7 @@ def gram_arguments(draw, device):
     return a, b, {"symmetric": symmetric, "token_mask": mask}
 
 
-def test_gram(kernel, device, ran, interpreted):
+def test_gram(kernel, device, ran, slow):
     def check(arguments):
         a, b, kwargs = arguments
         with ran("gram"):
@@ -97,7 +97,7 @@ def test_gram(kernel, device, ran, interpreted):
         ):
             assert_close(got, eager, exact, name)
 
-    for_all(gram_arguments(device), check, interpreted)
+    for_all(gram_arguments(device), check, slow)
 
 
 @st.composite
@@ -122,11 +122,11 @@ def mix_arguments(draw, device):
     return t
 
 
-def test_channel_mix(kernel, device, ran, interpreted):
+def test_channel_mix(kernel, device, ran, slow):
     def check(t):
         with ran("channel_mix"):
             y = xk.channel_mix(**t, backend=kernel)
         oracle = reference.channel_mix(**{name: x.double() for name, x in t.items()})
         assert_close(y, reference.channel_mix(**t), oracle, "y")
 
-    for_all(mix_arguments(device), check, interpreted)
+    for_all(mix_arguments(device), check, slow)

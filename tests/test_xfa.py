@@ -205,17 +205,17 @@ def test_same_bits_with_and_without_grad(kernel, device, ran):
 
 @pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
-def test_derivatives(config, masked, backend, device, ran, interpreted):
+def test_derivatives(config, masked, backend, device, ran, slow):
     """First derivatives by the kernels themselves, second ones of whatever they call."""
-    shape = (1, 4, 1, 2) if interpreted else (2, 4, 2, 2)
+    shape = (1, 4, 1, 2) if slow else (2, 4, 2, 2)
     p = make_problem(shape, config, dtype=torch.float64, masked=masked, device=device)
 
     def function(q, k, v, temperature):
         return xk.xfa(q, k, v, temperature, token_mask=p.token_mask, **config.kwargs(), backend=backend)
 
     with ran("xfa_forward", "xfa_backward"):
-        assert gradcheck(function, p.inputs(), fast_mode=interpreted)
-        assert gradgradcheck(function, p.inputs(), fast_mode=interpreted)
+        assert gradcheck(function, p.inputs(), fast_mode=slow)
+        assert gradgradcheck(function, p.inputs(), fast_mode=slow)
 
 
 def test_third_derivatives_are_right_or_refused(backend, device):
@@ -379,7 +379,7 @@ def test_dropout_drops_entries_of_the_map(backend, device, ran):
     assert not torch.equal(xk.xfa(p.q, p.k, v, p.temperature, dropout_p=rate, backend=backend), dropped)
 
 
-def test_dropout_gradient(backend, device, interpreted):
+def test_dropout_gradient(backend, device, slow):
     """The gradient is that of the very map that was dropped."""
     p = make_problem((1, 9, 2, 3), dtype=torch.float64, device=device)
 
@@ -387,7 +387,7 @@ def test_dropout_gradient(backend, device, interpreted):
         torch.manual_seed(3)
         return xk.xfa(q, k, v, t, dropout_p=0.4, backend=backend)
 
-    assert gradcheck(function, p.inputs(), fast_mode=interpreted)
+    assert gradcheck(function, p.inputs(), fast_mode=slow)
 
 
 # ---------------------------------------------------------------------------------------------- safety of autograd

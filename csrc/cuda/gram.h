@@ -61,8 +61,9 @@ __global__ void __launch_bounds__(kGramThreads, 3) gram_kernel(const __grid_cons
   XK_ARENA(arena);
   int operands = p.x[2].data ? 3 : 2;
   Layout s(arena, operands);
-  bool squares_a = p.squares && column0 == 0, squares_c = squares_a && p.x[2].data;
-  bool squares_b = p.squares && !p.x[2].data && (p.symmetric ? one_operand : row0 == 0);
+  bool squares = p.squares && !p.symmetric;  // those of a symmetric G are its diagonal
+  bool squares_a = squares && column0 == 0, squares_c = squares_a && p.x[2].data;
+  bool squares_b = squares && !p.x[2].data && row0 == 0;
   auto wanted = [&](int i) { return i == 0 || (i == 1 ? !one_operand : squares_c); };
   auto first = [&](int i) { return i == 1 ? column0 : row0; };
   Rows all{b, h, part * p.chunk, part * p.chunk + p.chunk < p.tokens ? part * p.chunk + p.chunk : p.tokens, kRows};
@@ -125,6 +126,10 @@ __global__ void __launch_bounds__(kGramThreads, 3) gram_kernel(const __grid_cons
     S value = s.sums[row * padded<S>(kTile) + column];
     g[(int64_t)(row0 + row) * p.x[1].features + column0 + column] = value;
     if (p.symmetric && !one_operand) g[(int64_t)(column0 + column) * p.x[1].features + row0 + row] = value;
+    if (one_operand && row == column) {
+      p.ssq_a[record * p.ssq_a_step + row0 + row] = value;
+      p.ssq_b[record * p.ssq_b_step + row0 + row] = value;
+    }
   }
 }
 

@@ -57,8 +57,8 @@ struct MixLayout {
     y = arena.take<S>(kRows * padded<S>(kColumns));
     scale = arena.take<S>(outputs * kColumns);
     bias = arena.take<S>(outputs * kColumns);
-    up = arena.take<S>(outputs * kColumns);
-    down = arena.take<S>(outputs * kColumns);
+    up = arena.take<S>(kScaled<E> ? outputs * kColumns : 0);
+    down = arena.take<S>(kScaled<E> ? outputs * kColumns : 0);
     norms = arena.take<S>(operands * kRows);
     along = arena.take<S>(kRows);
   }

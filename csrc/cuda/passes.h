@@ -119,8 +119,7 @@ void launch_mix(const MixArgs<T>& p, bool exact, bool tf32, const Device& device
     if (widest <= 64) return launch_mix_of<T, Math, 64>(p, device, stream);
     if constexpr (kUsual<T, Math> || sizeof(T) == 8)
       if (widest <= 128) return launch_mix_of<T, Math, 128>(p, device, stream);
-    if constexpr (sizeof(T) < 8) return launch_mix_of<T, Math, 256>(p, device, stream);
-    fail("mix: more features than the kernels of this dtype take");
+    return launch_mix_of<T, Math, 256>(p, device, stream);
   });
 }
 

@@ -31,7 +31,7 @@ template <class T, int M, int N, int kThreads, bool kTransposed>
 class Product<Fma<T>, M, N, kThreads, kTransposed> {
   static constexpr int kRows = 8, kColumns = M * N / 32 > kThreads ? 8 : 4;
   static constexpr int kAcross = N / kColumns, kDown = M / kRows, kOwners = kAcross * kDown;
-  static constexpr int kGroups = kThreads / kOwners;
+  static constexpr int kGroups = kThreads / kOwners, kTerms = 32;
   static_assert(M % kRows == 0 && N % kColumns == 0 && kGroups >= 1);
 
  public:
@@ -43,13 +43,21 @@ class Product<Fma<T>, M, N, kThreads, kTransposed> {
   __device__ void multiply(Shared<T> a, int lda, Shared<T> b, int ldb, int depth, int rows = M) {
     if (group() >= kGroups) return;
     if constexpr (kTransposed) {
-      for (int k = group(); k < depth; k += kGroups) {
-        T x[kRows], y[kColumns];
+      // Sums of a few terms are added up: more accurate than one long sum over the tokens.
+      for (int begin = group(); begin < depth; begin += kTerms * kGroups) {
+        T now[kRows][kColumns] = {};
+        for (int term = 0, k = begin; term < kTerms && k < depth; ++term, k += kGroups) {
+          T x[kRows], y[kColumns];
 #pragma unroll
-        for (int i = 0; i < kRows; i += 4) load4(x + i, &a[k * lda + row(i)]);
+          for (int i = 0; i < kRows; i += 4) load4(x + i, &a[k * lda + row(i)]);
 #pragma unroll
-        for (int j = 0; j < kColumns; j += 4) load4(y + j, &b[k * ldb + column(j)]);
-        add(x, y);
+          for (int j = 0; j < kColumns; j += 4) load4(y + j, &b[k * ldb + column(j)]);
+          add(now, x, y);
+        }
+#pragma unroll
+        for (int i = 0; i < kRows; ++i)
+#pragma unroll
+          for (int j = 0; j < kColumns; ++j) sum_[i][j] += now[i][j];
       }
     } else {
       for (int k = 4 * group(); k < depth; k += 4 * kGroups) {
@@ -66,7 +74,7 @@ class Product<Fma<T>, M, N, kThreads, kTransposed> {
           for (int j = 0; j < kColumns; j += 4) load4(y + j, &b[(k + kk) * ldb + column(j)]);
 #pragma unroll
           for (int i = 0; i < kRows; ++i) column_of_x[i] = x[i][kk];
-          add(column_of_x, y);
+          add(sum_, column_of_x, y);
         }
       }
     }
@@ -100,11 +108,11 @@ class Product<Fma<T>, M, N, kThreads, kTransposed> {
   __device__ static int column(int j) {
     return 4 * ((int)threadIdx.x % kAcross) + j / 4 * (N / (kColumns / 4)) + j % 4;
   }
-  __device__ void add(const T* x, const T* y) {
+  __device__ static void add(T (&to)[kRows][kColumns], const T* x, const T* y) {
 #pragma unroll
     for (int i = 0; i < kRows; ++i)
 #pragma unroll
-      for (int j = 0; j < kColumns; ++j) sum_[i][j] += x[i] * y[j];
+      for (int j = 0; j < kColumns; ++j) to[i][j] += x[i] * y[j];
   }
 };
 

@@ -29,8 +29,6 @@ path = "any"
 """Which of :data:`PATHS` xfa takes, for tests and benchmarks; "one launch" raises where tokens do not fit."""
 
 _WIDEST = 256
-# Tiles of 64-bit numbers must fit into the shared memory of every GPU.
-_WIDEST_FLOAT64 = 128
 _DEVICE_TYPE = "cpu" if EMULATED else "cuda"
 
 
@@ -41,9 +39,7 @@ def unsupported(device_type: str, dtypes: Iterable[torch.dtype], head_dims: Iter
         reasons.append(f"tensors are on {device_type}, the kernels run on {_DEVICE_TYPE}")
     elif not EMULATED:
         reasons += _of_device()
-    dtypes = tuple(dtypes)
-    widest = _WIDEST_FLOAT64 if torch.float64 in dtypes else _WIDEST
-    return reasons + unsupported_numbers(dtypes, head_dims, widest)
+    return reasons + unsupported_numbers(dtypes, head_dims, _WIDEST)
 
 
 def _of_device() -> list[str]:

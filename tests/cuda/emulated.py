@@ -1,0 +1,54 @@
+"""Builds and loads the module _cuda whose kernels run on the CPU: csrc/cuda compiled over the shim beside this file."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+BUILDS = HERE.parents[1] / "build" / "emulated"
+NAME = "xformer_kernels._cuda"
+
+
+def why_not() -> str:
+    """Why it cannot be built here, or nothing."""
+    missing = [tool for tool in ("cmake", "ninja") if shutil.which(tool) is None]
+    if not any(shutil.which(name) for name in filter(None, (os.environ.get("CXX"), "c++", "g++", "clang++"))):
+        missing.append("a C++ compiler")
+    try:
+        import pybind11  # noqa: F401
+    except ImportError:
+        missing.append("pybind11")
+    return f"{', '.join(missing)} not found, which the emulated kernels are built with" if missing else ""
+
+
+def build(*, dtypes: str = "f32;bf16;f16;f64", sanitize: str = "", planted: str = "none") -> Path:
+    """The folder of the module, built anew where its sources have changed. Raises with the compiler's words."""
+    import pybind11
+
+    options = {"XK_DTYPES": dtypes, "XK_SANITIZE": sanitize, "XK_PLANTED": planted}
+    folder = BUILDS / "-".join(filter(None, (sanitize.replace(",", "-"), planted, dtypes.replace(";", "-"))))
+    configure = [
+        "cmake", "-S", HERE, "-B", folder / "objects", "-G", "Ninja", f"-DXK_OUTPUT_DIRECTORY={folder}",
+        f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+        *(f"-D{name}={value}" for name, value in options.items()),
+    ]  # fmt: skip
+    for command in (configure, ["cmake", "--build", folder / "objects"]):
+        done = subprocess.run([str(x) for x in command], capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"the emulated kernels were not built:\n{(done.stdout + done.stderr)[-4000:]}")
+    return folder
+
+
+def load(folder: Path) -> None:
+    """Puts the module in the place of the one for GPUs, before anything imports that."""
+    (path,) = folder.glob("_cuda*.so")
+    spec = importlib.util.spec_from_file_location(NAME, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[NAME] = module
+    spec.loader.exec_module(module)
