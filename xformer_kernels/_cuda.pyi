@@ -1,0 +1,6 @@
+"""The compiled CUDA module (csrc/cuda/bindings.cpp)."""
+
+from typing import Any
+
+def fill(stream: int, data: int, count: int, value: float) -> int: ...
+def build_info() -> dict[str, Any]: ...
