@@ -47,6 +47,8 @@ class NotWanted(RuntimeError):
 
 def find_nvcc() -> str:
     """The first nvcc that is new enough."""
+    if os.environ.get("XFORMER_KERNELS_CUDA") and not flag("CUDA"):
+        raise NotWanted("XFORMER_KERNELS_CUDA=0 was set")
     folders = [Path(home) / "bin" for name in ("CUDA_HOME", "CUDA_PATH") if (home := os.environ.get(name))]
     folders += map(Path, os.environ.get("PATH", "").split(os.pathsep))
     # With build isolation the environment's own packages are not on sys.path.
@@ -65,9 +67,10 @@ def find_nvcc() -> str:
         if release and tuple(map(int, release.groups())) >= OLDEST_NVCC:
             return str(Path(nvcc).absolute())
         reasons.append(f"{nvcc} is release {'.'.join(release.groups())}" if release else f"{nvcc} does not run")
-    wanted = "no CUDA toolkit of {}.{} or newer".format(*OLDEST_NVCC)
+    asked = "XFORMER_KERNELS_CUDA=1 was set, and " if flag("CUDA") else ""
+    wanted = "no CUDA toolkit of {}.{} or newer was found".format(*OLDEST_NVCC)
     looked = "; ".join(reasons) or "no nvcc in CUDA_HOME, CUDA_PATH, PATH and the wheels of CUDA 13"
-    raise NotWanted(f"{wanted} was found ({looked})")
+    raise NotWanted(f"{asked}{wanted} ({looked})")
 
 
 def remove_stale(package: Path) -> None:
@@ -87,6 +90,8 @@ class BuildPython(build_py):
 class BuildWithCMake(build_ext):
     def run(self) -> None:
         remove_stale(Path(self.build_lib) / "xformer_kernels")
+        if flag("CUDA"):
+            find_nvcc()  # an error now, and not after minutes of the other module
         super().run()
 
     def build_extension(self, ext: Extension) -> None:
@@ -102,8 +107,6 @@ class BuildWithCMake(build_ext):
                 sanitize = os.environ.get("XFORMER_KERNELS_SANITIZE", "")
                 self.run_cmake(ROOT, Path(self.build_temp), target, "--fresh", f"-DXK_SANITIZE={sanitize}")
         except NotWanted as reason:
-            if flag(require):
-                raise RuntimeError(f"XFORMER_KERNELS_CUDA=1 was set, and {reason}") from reason
             note_path.write_text(f"{reason}\n")
             print(f"{ext.name} was not built: {reason}; the CPU kernels do not need it", file=sys.stderr, flush=True)
         except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
@@ -119,8 +122,6 @@ class BuildWithCMake(build_ext):
             )
 
     def build_cuda(self, target: Path) -> None:
-        if os.environ.get("XFORMER_KERNELS_CUDA") and not flag("CUDA"):
-            raise NotWanted("XFORMER_KERNELS_CUDA=0 was set")
         nvcc = find_nvcc()
         # An editable install's own folder is gone after it: with this one, and all but its objects forgotten, the next
         # install compiles only what has changed.
@@ -146,7 +147,7 @@ class BuildWithCMake(build_ext):
         build = build.resolve()
         build.mkdir(parents=True, exist_ok=True)
         configure = [
-            "cmake", "-S", str(source), "-B", str(build), "-G", "Ninja", "--no-warn-unused-cli",
+            "cmake", "-S", str(source), "-B", str(build), "-G", "Ninja",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DXK_OUTPUT_DIRECTORY={target.parent}",
