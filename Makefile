@@ -7,7 +7,7 @@ BIN := $(ENV)/bin
 # Set up once for each environment, and again when what is installed or compiled has changed.
 STAMP := build/stamps/$(subst /,_,$(ENV))
 BUILT_FROM := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
-CXX_FILES := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
+CXX_FILES := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h)
 JOBS ?= 2
 
 .PHONY: demo test lint bench sanitize gpu-sanitize setup clean
@@ -37,6 +37,7 @@ SANITIZED := build/sanitized
 SANITIZED_TESTS := tests/test_xfa.py tests/test_primitives.py tests/test_determinism.py
 sanitize: setup
 	XFORMER_KERNELS_SANITIZE=address,undefined XFORMER_KERNELS_REQUIRE_EXTENSION=1 XFORMER_KERNELS_WERROR=0 \
+	  XFORMER_KERNELS_CUDA=0 \
 	  $(BIN)/python setup.py -q build --build-lib $(SANITIZED) --build-temp $(SANITIZED)-objects
 	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
@@ -64,4 +65,5 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(ENV)
 
 clean:
-	rm -rf build dist *.egg-info xformer_kernels/_C*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info xformer_kernels/_C*.so xformer_kernels/_cuda*.so xformer_kernels/_no_*.txt \
+	  .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -117,13 +117,17 @@ install() { # NAME LIMIT VARIABLE
         rm -rf "$tree" "$site"
         mkdir -p "$tree" "$site"
         (cd "$root" && cp -R "${sources[@]}" "$tree")
-        rm -f "$tree"/xformer_kernels/_C*.so
+        rm -f "$tree"/xformer_kernels/{_C,_cuda}*.so
     fi
     step "$1" "$2" env "$3=1" "$python" -m pip install --no-build-isolation --no-deps --no-index --target "$site" \
         "$tree" || return 1
     rm -rf "$tree/xformer_kernels" "$tree/build" "$tree"/*.egg-info
 }
 
+# The CUDA module for this GPU alone.
+export XFORMER_KERNELS_CUDA_ARCHS=${XFORMER_KERNELS_CUDA_ARCHS:-$("$python" -c '
+import torch
+print("{}{}".format(*torch.cuda.get_device_capability()))')}
 installed=1
 if install build 90 XFORMER_KERNELS_REQUIRE_EXTENSION; then
     export XFORMER_KERNELS_REQUIRE_EXTENSION=1

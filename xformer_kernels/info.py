@@ -35,7 +35,8 @@ def collect() -> dict[str, Any]:
         },
         "location": str(PACKAGE),
         "platform": {"system": platform.platform(), "processor": processor_name(), "threads": torch.get_num_threads()},
-        "extension": _extension(),
+        "extension": _compiled("_C", "_no_extension.txt"),
+        "cuda extension": _compiled("_cuda", "_no_cuda.txt"),
         "backends": {
             name: dispatch.reasons_against(name, "cpu", (torch.float32,), (32,)) for name in dispatch.BACKENDS
         },
@@ -75,20 +76,21 @@ def processor_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _extension() -> dict[str, Any]:
-    """The compiled module's facts about itself, or why it is not in use."""
+def _compiled(name: str, note_of_build: str) -> dict[str, Any]:
+    """A compiled module's facts about itself, or why it is not in use."""
     try:
-        module = importlib.import_module("xformer_kernels._C")
+        module = importlib.import_module(f"xformer_kernels.{name}")
     except ImportError as error:
-        note = PACKAGE / "_no_extension.txt"
+        note = PACKAGE / note_of_build
         built = {"why it was not built": note.read_text().strip()} if note.exists() else {}
-        files = [path.name for path in PACKAGE.glob("_C*") if path.suffix in (".so", ".pyd")]
+        files = [path.name for path in PACKAGE.glob(f"{name}*") if path.suffix in (".so", ".pyd")]
         return {"loaded": False, "cause": str(error), "files": files, **built}
-    return {"loaded": True, "file": module.__file__, "level in use": module.cpu_level() or None, **module.build_info()}
+    level = {"level in use": module.cpu_level() or None} if hasattr(module, "cpu_level") else {}
+    return {"loaded": True, "file": module.__file__, **level, **module.build_info()}
 
 
 def _print(facts: dict[str, Any]) -> None:
-    for section in ("versions", "platform", "gpu", "extension", "environment"):
+    for section in ("versions", "platform", "gpu", "extension", "cuda extension", "environment"):
         print(f"{section}:")
         for key, value in facts[section].items():
             print(f"  {key}: " + str(value).replace("\n", "\n    "))

@@ -44,23 +44,23 @@ auto workspace_of(Args (*build)(P...), int64_t (*function)(const Args*, const xk
 
 #ifndef XK_VERSION
 #define XK_VERSION "unknown"
-#endif
-#ifndef XK_CUDA_COMPILER
-#define XK_CUDA_COMPILER "unknown"
-#endif
-#ifndef XK_CUDA_ARCHS
-#define XK_CUDA_ARCHS "unknown"
-#endif
-#ifndef XK_CUDA_FLAGS
-#define XK_CUDA_FLAGS "unknown"
+#define XK_COMPILER "unknown"
+#define XK_HOST_COMPILER "unknown"
+#define XK_CUDA_ARCHS ""
+#define XK_CUDA_PTX ""
+#define XK_CUDA_DTYPES "unknown"
+#define XK_FLAGS "unknown"
 #endif
 
 py::dict build_info() {
   py::dict d;
   d["version"] = XK_VERSION;
-  d["compiler"] = XK_CUDA_COMPILER;
+  d["compiler"] = XK_COMPILER;
+  d["host compiler"] = XK_HOST_COMPILER;
   d["archs"] = XK_CUDA_ARCHS;
-  d["flags"] = XK_CUDA_FLAGS;
+  d["ptx"] = XK_CUDA_PTX;
+  d["dtypes"] = XK_CUDA_DTYPES;
+  d["flags"] = XK_FLAGS;
 #ifdef XK_EMULATED
   d["emulated"] = true;
 #else

@@ -8,6 +8,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -16,15 +17,23 @@ import pytest
 ROOT = Path(__file__).parents[2]
 # One instruction level is enough here, and a third of the time.
 X86 = platform.machine() in ("x86_64", "AMD64")
-ONE_LEVEL = {"CMAKE_ARGS": "-DXK_LEVELS=" + ("x86_64_v2" if X86 else "generic")}
+LEVEL = "x86_64_v2" if X86 else "generic"
+# Without the CUDA module too, which takes minutes, but for the tests of it.
+QUICK = {"CMAKE_ARGS": f"-DXK_LEVELS={LEVEL}", "XFORMER_KERNELS_CUDA": "0"}
+QUICKER = {"CMAKE_ARGS": f"-DXK_LEVELS={LEVEL} -DCMAKE_BUILD_TYPE=None"}  # not optimized
 CLEAN = {key: value for key, value in os.environ.items() if not key.startswith(("XFORMER_KERNELS_", "CMAKE_"))}
 HAS_COMPILER = any(shutil.which(name) for name in filter(None, (os.environ.get("CXX"), "c++", "g++", "clang++")))
 needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="there is no C++ compiler here")
+IN_WHEELS = list(Path(sysconfig.get_path("purelib")).glob("nvidia/cu*/bin/nvcc"))
+HOMES = [Path(os.environ[name]) / "bin" for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+NVCC = next(filter(None, (shutil.which("nvcc", path=path) for path in (*HOMES, os.environ["PATH"]))), None)
+needs_nvcc = pytest.mark.skipif(NVCC is None and not IN_WHEELS, reason="there is no nvcc here")
+needs_no_wheel = pytest.mark.skipif(bool(IN_WHEELS), reason="the nvcc of the wheels cannot be hidden")
 
 
 def run(*command, cwd, check=True, **env):
     done = subprocess.run(
-        list(map(str, command)), cwd=cwd, env={**CLEAN, **ONE_LEVEL, **env}, capture_output=True, text=True, timeout=600
+        list(map(str, command)), cwd=cwd, env={**CLEAN, **QUICK, **env}, capture_output=True, text=True, timeout=600
     )
     assert not check or done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     return done
@@ -37,7 +46,9 @@ def source(tmp_path_factory):
     shutil.copytree(
         ROOT,
         target,
-        ignore=shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "_C*.so", "__pycache__", "results"),
+        ignore=shutil.ignore_patterns(
+            ".*", "build", "dist", "*.egg-info", "*.so", "_no_*.txt", "__pycache__", "results"
+        ),
     )
     return target
 
@@ -96,7 +107,7 @@ def test_wheel_from_sdist(source, tmp_path):
     assert facts["ran"] == ["cpp"] and facts["warned"] == []
     extension = facts["info"]["extension"]
     assert extension["loaded"] and extension["version"] == facts["info"]["versions"]["xformer_kernels"]
-    assert extension["levels"] == ONE_LEVEL["CMAKE_ARGS"].partition("=")[2] == extension["level in use"]
+    assert extension["levels"] == LEVEL == extension["level in use"]
 
 
 @needs_compiler
@@ -128,6 +139,7 @@ def test_failed_build_installs_pure_python_loudly(source, tmp_path):
     facts = use(unpack(built, tmp_path / "installed"))
     assert facts["ran"] == ["reference"] and len(facts["warned"]) == 1
     assert "/no/such/compiler" in facts["info"]["extension"]["why it was not built"]
+    assert facts["info"]["cuda extension"]["why it was not built"] == "XFORMER_KERNELS_CUDA=0 was set"
 
 
 def test_failed_build_is_an_error_where_the_extension_is_required(source, tmp_path):
@@ -141,7 +153,7 @@ def test_extension_that_cannot_load_is_reported_with_its_cause(tmp_path):
     from importlib.machinery import EXTENSION_SUFFIXES
 
     shutil.copytree(
-        ROOT / "xformer_kernels", tmp_path / "xformer_kernels", ignore=shutil.ignore_patterns("_C*.so", "__pycache__")
+        ROOT / "xformer_kernels", tmp_path / "xformer_kernels", ignore=shutil.ignore_patterns("*.so", "__pycache__")
     )
     (tmp_path / "xformer_kernels" / f"_C{EXTENSION_SUFFIXES[0]}").write_text("not a library")
     facts = use(tmp_path)
@@ -167,3 +179,156 @@ def test_unusable_level_is_reported():
     if facts["extension"]["loaded"]:
         assert facts["auto"] == "reference"
         assert "XFORMER_KERNELS_CPU_LEVEL" in facts["backends"]["cpp"][0]
+
+
+# The CUDA module: built, or not. No GPU is needed, and none is looked for.
+
+
+@pytest.fixture
+def without_nvcc(tmp_path):
+    """An environment in which nothing but nvcc is missing."""
+    folders = []
+    for number, folder in enumerate(os.environ["PATH"].split(os.pathsep)):
+        if shutil.which("nvcc", path=folder):
+            shadow = tmp_path / "path" / str(number)
+            shadow.mkdir(parents=True)
+            for tool in Path(folder).iterdir():
+                if tool.name != "nvcc":
+                    (shadow / tool.name).symlink_to(tool)
+            folder = str(shadow)
+        folders.append(folder)
+    return {"PATH": os.pathsep.join(folders), "CUDA_HOME": "", "CUDA_PATH": "", "XFORMER_KERNELS_CUDA": ""}
+
+
+def pretended_toolkit(home, release):
+    """An nvcc that knows its release and nothing else."""
+    (home / "bin").mkdir(parents=True)
+    nvcc = home / "bin" / "nvcc"
+    nvcc.write_text(
+        "#!/bin/sh\n"
+        f'[ "$1" = --version ] && echo "Cuda compilation tools, release {release}, V{release}.99" && exit\n'
+        "echo this nvcc only pretends >&2\nexit 1\n"
+    )
+    nvcc.chmod(0o755)
+    return {"CUDA_HOME": str(home), "XFORMER_KERNELS_CUDA": ""}
+
+
+def said(done):
+    return done.stdout + done.stderr
+
+
+@needs_compiler
+@needs_nvcc
+def test_wheel_with_cuda(source, tmp_path):
+    """With nvcc, the wheel has the module: it needs no library of CUDA's or torch's, nor a driver to be imported."""
+    env = {"XFORMER_KERNELS_CUDA_ARCHS": "90;999", "CMAKE_ARGS": QUICKER["CMAKE_ARGS"] + " -DXK_CUDA_DTYPES=f32"}
+    required = dict.fromkeys((f"XFORMER_KERNELS_{name}" for name in ("REQUIRE_EXTENSION", "CUDA", "WERROR")), "1")
+    built, done = wheel(source, tmp_path, **env, **required)
+    assert "sm_999 is left out" in said(done)
+    installed = unpack(built, tmp_path / "installed")
+    facts = use(installed)
+    assert facts["ran"] == ["cpp"] and facts["warned"] == []
+    module = facts["info"]["cuda extension"]
+    assert module["loaded"] and module["version"] == facts["info"]["versions"]["xformer_kernels"]
+    assert (module["archs"], module["ptx"], module["dtypes"]) == ("90", "90", "f32")
+    assert module["compiler"].startswith("nvcc ")
+    (log,) = (tmp_path / "copy" / "build").glob("**/ptxas.log")
+    assert "for 'sm_90'" in log.read_text() and "spill stores" in log.read_text()
+
+    libraries = linked(module["file"])
+    if libraries is not None:
+        assert not [name for name in libraries if "cuda" in name or "torch" in name or "c10" in name], libraries
+    if shutil.which("nm"):
+        # Calls of its own run time can go nowhere else, and nobody else's come to it.
+        exported = run("nm", "-D", "--defined-only", module["file"], cwd=tmp_path).stdout
+        assert "PyInit__cuda" in exported and " cuda" not in exported and " cu" not in exported
+
+    # Without torch, and so without whatever it has loaded; and importing the package does not load it.
+    alone = "import sys; sys.path.insert(0, sys.argv[1]); import _cuda; print(_cuda.build_info()['archs'])"
+    no_driver = {"LD_LIBRARY_PATH": "", "CUDA_VISIBLE_DEVICES": ""}
+    folder = installed / "xformer_kernels"
+    assert run(sys.executable, "-c", alone, folder, cwd=tmp_path, **no_driver).stdout.strip() == "90"
+    lazy = "import sys, xformer_kernels; print([name for name in sys.modules if name.endswith('_cuda')])"
+    lazily = run(sys.executable, "-c", lazy, cwd=installed, PYTHONPATH=str(installed))
+    assert "xformer_kernels._cuda" not in lazily.stdout
+
+
+def linked(module):
+    """The libraries that a module names, or None where nothing here can tell."""
+    if not shutil.which("readelf"):
+        return None
+    lines = run("readelf", "-d", module, cwd="/").stdout.splitlines()
+    return [line.partition("[")[2].rstrip("]") for line in lines if "(NEEDED)" in line]
+
+
+@needs_no_wheel
+def test_no_toolkit_is_no_error(source, tmp_path, without_nvcc):
+    """One line, and the reason in info. What else is built does not matter to it."""
+    built, done = wheel(source, tmp_path, CXX="/no/such/compiler", **without_nvcc)
+    lines = [line for line in said(done).splitlines() if "xformer_kernels._cuda" in line]
+    assert len(lines) == 1 and "was not built: no CUDA toolkit" in lines[0], lines
+    facts = use(unpack(built, tmp_path / "installed"))
+    module = facts["info"]["cuda extension"]
+    assert not module["loaded"] and module["files"] == []
+    assert "no nvcc in CUDA_HOME" in module["why it was not built"]
+
+
+@needs_no_wheel
+@pytest.mark.parametrize("old", [False, True])
+def test_no_toolkit_is_an_error_where_cuda_is_required(source, tmp_path, without_nvcc, old):
+    env = {**without_nvcc, **(pretended_toolkit(tmp_path / "toolkit", "11.8") if old else {})}
+    built, done = wheel(source, tmp_path, check=False, **{**env, "XFORMER_KERNELS_CUDA": "1"})
+    assert done.returncode != 0 and built is None
+    assert "XFORMER_KERNELS_CUDA=1 was set, and no CUDA toolkit" in said(done)
+    assert ("nvcc is release 11.8" if old else "no nvcc in CUDA_HOME") in said(done)
+
+
+@needs_compiler
+def test_failed_cuda_build_keeps_the_cpu_kernels(source, tmp_path):
+    env = {**QUICKER, **pretended_toolkit(tmp_path / "toolkit", "13.0")}
+    built, done = wheel(source, tmp_path, XFORMER_KERNELS_REQUIRE_EXTENSION="1", **env)
+    assert "xformer_kernels._cuda WAS NOT BUILT" in said(done)
+    facts = use(unpack(built, tmp_path / "installed"))
+    assert facts["ran"] == ["cpp"]
+    module = facts["info"]["cuda extension"]
+    assert not module["loaded"] and "failed with exit status" in module["why it was not built"]
+
+
+def test_contradictions_are_errors(source, tmp_path):
+    _, done = wheel(source, tmp_path, check=False, XFORMER_KERNELS_NO_EXTENSION="1", XFORMER_KERNELS_CUDA="1")
+    assert done.returncode != 0 and "contradict each other" in said(done)
+
+
+@needs_compiler
+@needs_nvcc
+@pytest.mark.parametrize(
+    ("archs", "message"), [("999", "knows none of the architectures '999'"), ("80;sm_90", "has 'sm_90'")]
+)
+def test_unknown_architectures_are_errors(tmp_path, source, archs, message):
+    pybind11 = pytest.importorskip("pybind11")
+    done = run(
+        "cmake", "-S", source / "csrc" / "cuda", "-B", tmp_path, "-G", "Ninja", f"-DXK_CUDA_ARCHS={archs}",
+        f"-DCMAKE_CUDA_COMPILER={NVCC or IN_WHEELS[0]}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+        f"-DPython_EXECUTABLE={sys.executable}", cwd=tmp_path, check=False,
+    )  # fmt: skip
+    assert done.returncode != 0 and message in " ".join(said(done).split())
+
+
+@needs_no_wheel
+def test_stale_modules_go(source, tmp_path, without_nvcc):
+    """A module of an earlier build is neither imported from an editable install nor packed into a wheel."""
+    copy = shutil.copytree(source, tmp_path / "copy")
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    stale = [copy / "xformer_kernels" / (name + suffix) for name in ("_C", "_cuda")]
+    for path in stale:
+        path.write_text("old")
+    command = "from setuptools import build_meta; build_meta.build_editable('wheels')"
+    (copy / "wheels").mkdir()
+    run(sys.executable, "-c", command, cwd=copy, CXX="/no/such/compiler", **without_nvcc)
+    assert not any(path.exists() for path in stale)
+    note = copy / "xformer_kernels" / "_no_cuda.txt"
+    assert "no CUDA toolkit" in note.read_text()
+    for path in stale:
+        path.write_text("old")
+    run(sys.executable, "-c", command, cwd=copy, XFORMER_KERNELS_NO_EXTENSION="1")
+    assert not any(path.exists() for path in (*stale, note))
