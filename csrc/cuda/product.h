@@ -121,7 +121,7 @@ template <class Math, int M, int N, int kThreads, bool kTransposed>
 class WarpProduct {
   using E = Element<Math>;
   static constexpr bool kTf32 = sizeof(E) == 4;
-  static constexpr int kStep = kTf32 ? 8 : 16;
+  static constexpr int kStep = kTf32 ? 8 : 16, kTerms = 64 / kStep;
   static constexpr int kAcross = N / 16, kTiles = M / 16 * kAcross, kWarps = kThreads / 32;
   static constexpr int kPerWarp = (kTiles + kWarps - 1) / kWarps;
   static constexpr int kGroups = kTiles < kWarps ? kWarps / kTiles : 1;
@@ -135,24 +135,18 @@ class WarpProduct {
   }
 
   __device__ void multiply(Shared<E> a, int lda, Shared<E> b, int ldb, int depth, int rows = M) {
-    using namespace nvcuda;
-    using Layout = std::conditional_t<kTransposed, wmma::col_major, wmma::row_major>;
     if (group() >= kGroups) return;
-    for (int k = kStep * group(); k < depth; k += kStep * kGroups) {
-      wmma::fragment<wmma::matrix_a, 16, 16, kStep, Operand, Layout> x;
-#pragma unroll
-      for (int i = 0; i < kPerWarp; ++i) {
-        int row = tile(i) / kAcross * 16, column = tile(i) % kAcross * 16;
-        if (tile(i) >= kTiles || (!kTransposed && row >= rows)) break;
-        if (i == 0 || !kOneRow) {
-          wmma::load_matrix_sync(x, kTransposed ? &a[k * lda + row] : &a[row * lda + k], lda);
-          round(x);
-        }
-        wmma::fragment<wmma::matrix_b, 16, 16, kStep, Operand, wmma::row_major> y;
-        wmma::load_matrix_sync(y, &b[k * ldb + column], ldb);
-        round(y);
-        wmma::mma_sync(sum_[i], x, y, sum_[i]);
+    if constexpr (kTransposed) {
+      // Sums of a few terms are added up: more accurate than one long sum over the tokens.
+      for (int begin = kStep * group(); begin < depth; begin += kStep * kTerms * kGroups) {
+        Sums now[kPerWarp];
+        for (int i = 0; i < kPerWarp; ++i) nvcuda::wmma::fill_fragment(now[i], 0.0f);
+        for (int term = 0, k = begin; term < kTerms && k < depth; ++term, k += kStep * kGroups)
+          multiply_step(now, a, lda, b, ldb, k, rows);
+        for (int i = 0; i < kPerWarp; ++i) add(sum_[i], now[i]);
       }
+    } else {
+      for (int k = kStep * group(); k < depth; k += kStep * kGroups) multiply_step(sum_, a, lda, b, ldb, k, rows);
     }
   }
 
@@ -165,9 +159,9 @@ class WarpProduct {
           if (tile(i) >= kTiles) break;
           float* place = &out[tile(i) / kAcross * 16 * ld + tile(i) % kAcross * 16];
           if (g > 0) {
-            wmma::fragment<wmma::accumulator, 16, 16, kStep, float> before;
+            Sums before;
             wmma::load_matrix_sync(before, place, ld, wmma::mem_row_major);
-            for (int e = 0; e < before.num_elements; ++e) sum_[i].x[e] += before.x[e];
+            add(sum_[i], before);
           }
           wmma::store_matrix_sync(place, sum_[i], ld, wmma::mem_row_major);
         }
@@ -178,11 +172,35 @@ class WarpProduct {
 
  private:
   using Operand = std::conditional_t<kTf32, nvcuda::wmma::precision::tf32, E>;
-  nvcuda::wmma::fragment<nvcuda::wmma::accumulator, 16, 16, kStep, float> sum_[kPerWarp];
+  using Sums = nvcuda::wmma::fragment<nvcuda::wmma::accumulator, 16, 16, kStep, float>;
+  Sums sum_[kPerWarp];
 
   __device__ static int warp() { return (int)threadIdx.x / 32; }
   __device__ static int group() { return kTiles < kWarps ? warp() / kTiles : 0; }
   __device__ static int tile(int i) { return kTiles < kWarps ? warp() % kTiles : warp() * kPerWarp + i; }
+  __device__ static void add(Sums& to, const Sums& x) {
+    for (int e = 0; e < to.num_elements; ++e) to.x[e] += x.x[e];
+  }
+  // Rows, or columns if transposed, [k, k + kStep).
+  __device__ static void multiply_step(Sums (&to)[kPerWarp], Shared<E> a, int lda, Shared<E> b, int ldb, int k,
+                                       int rows) {
+    using namespace nvcuda;
+    using Layout = std::conditional_t<kTransposed, wmma::col_major, wmma::row_major>;
+    wmma::fragment<wmma::matrix_a, 16, 16, kStep, Operand, Layout> x;
+#pragma unroll
+    for (int i = 0; i < kPerWarp; ++i) {
+      int row = tile(i) / kAcross * 16, column = tile(i) % kAcross * 16;
+      if (tile(i) >= kTiles || (!kTransposed && row >= rows)) break;
+      if (i == 0 || !kOneRow) {
+        wmma::load_matrix_sync(x, kTransposed ? &a[k * lda + row] : &a[row * lda + k], lda);
+        round(x);
+      }
+      wmma::fragment<wmma::matrix_b, 16, 16, kStep, Operand, wmma::row_major> y;
+      wmma::load_matrix_sync(y, &b[k * ldb + column], ldb);
+      round(y);
+      wmma::mma_sync(to[i], x, y, to[i]);
+    }
+  }
   template <class Fragment>
   __device__ static void round(Fragment& x) {
     if constexpr (kTf32)

@@ -67,7 +67,7 @@ def check_channel_mix(dtype: torch.dtype, everything: bool, device: str, backend
     assert_close(y.cpu(), run(reference.channel_mix, lambda t: t), exact, "y")
 
 
-def main(device: str = "cuda", backend: str = "triton") -> None:
+def main(device: str, backend: str) -> None:
     count = 0
     with dispatch.record() as ran:
         for dtype in DTYPES:
@@ -90,4 +90,5 @@ def main(device: str = "cuda", backend: str = "triton") -> None:
 if __name__ == "__main__":
     if not torch.cuda.is_available():
         sys.exit("tests/gpu/sanitize.py needs a CUDA device, torch sees none")
-    main()
+    for name in sys.argv[1:] or ["triton", "cuda"]:
+        main("cuda", name)

@@ -21,19 +21,32 @@ pytestmark = [
 ]
 
 MB = 2**20
-# The forward is one launch where (b, h) alone fill the machine, else two.
+# The forward is one launch where (b, h) alone fill the machine, else two passes.
 ONE_LAUNCH, TWO_LAUNCHES = (64, 196, 8, 48), (1, 20000, 2, 32)
 SHAPES = (ONE_LAUNCH, TWO_LAUNCHES)
 DTYPES = (torch.float32, torch.bfloat16)
 
 
-@pytest.fixture(autouse=True)
-def triton_is_there(need_backend):
-    need_backend("triton")
+@pytest.fixture(autouse=True, params=["triton", "cuda"])
+def backend(request, need_backend):
+    """The backend that the functions below ask for."""
+    global asked
+    asked = request.param
+    need_backend(asked)
+    return asked
+
+
+@pytest.fixture
+def only_triton(backend):
+    if backend != "triton":
+        pytest.skip("compilations and their names are Triton's")
+
+
+asked = ""
 
 
 def xfa(*args, **kwargs):
-    return xk.xfa(*args, **kwargs, backend="triton")
+    return xk.xfa(*args, **kwargs, backend=asked)
 
 
 def make(shape, dtype=torch.float32, seed=0, device="cuda") -> Problem:
@@ -69,11 +82,34 @@ def launches():
 
 
 @pytest.mark.parametrize(("shape", "count"), [(ONE_LAUNCH, 1), (TWO_LAUNCHES, 2)], ids=str)
-def test_shapes_take_the_paths_that_they_stand_for(shape, count):
+def test_shapes_take_the_paths_that_they_stand_for(shape, count, backend):
     p = make(shape)
+    if backend == "cuda":
+        from xformer_kernels import _cuda
+
+        xfa(p.q, p.k, p.v, p.temperature)
+        names = _cuda.launched().split()
+        assert names == (["fused_forward"] if count == 1 else ["gram", "map_forward", "mix"])
+        return
     with launches() as seen:
         xfa(p.q, p.k, p.v, p.temperature)
     assert len(seen) == count, seen
+
+
+def test_clusters_take_what_one_block_cannot(backend):
+    """Distributed shared memory, of 8 and of 16 blocks, where the device has it."""
+    if backend != "cuda":
+        pytest.skip("Triton has no clusters")
+    if torch.cuda.get_device_capability()[0] not in (9, 10):
+        pytest.skip("needs clusters with the shared memory of sm_90 or sm_100")
+    from xformer_kernels import _cuda
+
+    for shape, dtype in (((1, 4096, 4, 32), torch.bfloat16), ((1, 4096, 4, 64), torch.bfloat16),
+                         ((2, 1000, 3, 50), torch.float32), ((1, 2048, 2, 128), torch.float16)):  # fmt: skip
+        p = make(shape, dtype)
+        p.check(p.run(xfa))
+        xfa(p.q, p.k, p.v, p.temperature)
+        assert _cuda.launched() == "fused_forward", shape
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -147,8 +183,8 @@ def test_a_hundred_runs_of_the_primitives_give_the_same_bits():
     weight = randn(1, 2, 40, 24, seed=3, device="cuda")
 
     def run():
-        mixed = xk.channel_mix(a, weight, add=b, backend="triton")
-        return *xk.gram(a, b, backend="triton"), xk.gram(b, b, symmetric=True, backend="triton")[0], mixed
+        mixed = xk.channel_mix(a, weight, add=b, backend=asked)
+        return *xk.gram(a, b, backend=asked), xk.gram(b, b, symmetric=True, backend=asked)[0], mixed
 
     expected = run()
     for _ in range(100):
@@ -165,8 +201,8 @@ def test_nothing_waits_for_the_gpu(shape):
     torch.cuda.set_sync_debug_mode("error")
     try:
         torch.autograd.grad(xfa(*inputs), inputs, p.dout)
-        G, ssq, _ = xk.gram(p.q, p.k, backend="triton")
-        xk.channel_mix(p.v, G, bias=ssq, backend="triton")
+        G, ssq, _ = xk.gram(p.q, p.k, backend=asked)
+        xk.channel_mix(p.v, G, bias=ssq, backend=asked)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -208,7 +244,7 @@ def test_peak_memory(shape, each, dtype):
     assert backward <= 3 * one + allowed, f"{(backward - 3 * one) / MB:.1f} MB beside the gradients"
 
 
-def test_lengths_batches_and_heads_do_not_recompile():
+def test_lengths_batches_and_heads_do_not_recompile(only_triton):
     """An eps of its own makes this test's variants new ones; both paths compile at the first shapes, then nothing."""
     from triton import knobs
 
@@ -330,12 +366,12 @@ class TestBeyond31Bits:
         a = self.random(0)
         b = self.random(1, like=a)
         exact, squares, other = self.sums((a, b), (a, a), (b, b))
-        G, ssq_a, ssq_b = (x[0, 0] for x in xk.gram(a, b, backend="triton"))
+        G, ssq_a, ssq_b = (x[0, 0] for x in xk.gram(a, b, backend=asked))
         for name, x, y in (("G", G, exact), ("a", ssq_a, squares.diagonal()), ("b", ssq_b, other.diagonal())):
             error = ((x - y).abs().max() / y.abs().max()).item()
             assert error <= 1e-4, f"{name}: relative error {error:.1e}"
         weight = randn(1, 1, self.D, self.D, seed=2, device="cuda")
         rows = torch.tensor(self.ROWS, device="cuda")
-        y = xk.channel_mix(a, weight, add=b, backend="triton")[0, 0, rows]
+        y = xk.channel_mix(a, weight, add=b, backend=asked)[0, 0, rows]
         exact = a[0, 0, rows].double() @ weight[0, 0].double().T + b[0, 0, rows].double()
         assert_close(y, exact.to(torch.bfloat16), exact, "y")
