@@ -159,7 +159,8 @@ struct Call {
     while (cluster < 8 && cluster < most && a.tokens > 64 * cluster && heads * cluster * 2 <= device.processors)
       cluster *= 2;
     int64_t shared = bytes(cluster);
-    if (cluster > 1 && !can_cluster(kernel, cluster, kFusedThreads, shared)) return false;
+    if (cluster > 1 && !can_cluster(reinterpret_cast<Kernel>(kernel), l.device, cluster, kFusedThreads, shared))
+      return false;
     if (!measure) launch(name, kernel, p, heads * cluster, kFusedThreads, shared, l.stream, cluster);
     return true;
   }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import os
 import shutil
@@ -52,3 +53,11 @@ def load(folder: Path) -> None:
     module = importlib.util.module_from_spec(spec)
     sys.modules[NAME] = module
     spec.loader.exec_module(module)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sanitize", default="", help="address,undefined or thread")
+    if why_not():
+        sys.exit(why_not())
+    print(build(sanitize=parser.parse_args().sanitize))
