@@ -42,7 +42,8 @@ struct GramLayout {
 // A block owns a (kTile, kTile) tile of G for one chunk of the tokens of one (batch, head), which it walks over in
 // steps of kRows with the next step on its way.
 template <class T, class Math, int kTile>
-__global__ void __launch_bounds__(kGramThreads, 3) gram_kernel(const __grid_constant__ GramArgs<Sum<T>> p) {
+__global__ void __launch_bounds__(kGramThreads, sizeof(T) == 8 ? 2 : 3)
+    gram_kernel(const __grid_constant__ GramArgs<Sum<T>> p) {
   using E = Element<Math>;
   using S = Sum<T>;
   using Layout = GramLayout<Math, kTile>;
