@@ -40,7 +40,7 @@ struct MixLayout {
   using E = Element<Math>;
   using S = Sum<E>;
   static constexpr int kRows = (sizeof(E) == 8 ? 2048 : 4096) / kColumns;
-  static constexpr int kMost = (sizeof(E) == 8 ? 4096 : 8192) / kColumns;
+  static constexpr int kMost = (sizeof(E) == 8 ? 2048 : sizeof(E) == 4 ? 4096 : 8192) / kColumns;
   static constexpr int kDepth = kColumns < kMost ? kColumns : kMost;  // of a slice of a map
   static constexpr int kTileSize = kRows * padded<E>(kColumns), kMapSize = kDepth * padded<E>(kColumns);
   Shared<E> x;      // (stages, operands, kRows, kColumns)
