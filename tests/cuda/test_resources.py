@@ -124,7 +124,7 @@ def test_instructions(kernels, module):
     """One test: to disassemble takes longer than all others."""
     cuobjdump = machine_code.tool()
     if cuobjdump:
-        machine_code.disassemble(kernels, module, cuobjdump)
+        machine_code.disassemble(kernels, module, cuobjdump, TABLE.with_name("instructions.json"))
     write_table(kernels)
     if not cuobjdump:
         pytest.skip("there is no cuobjdump on PATH, in the CUDA toolkit or in Triton's wheel")
