@@ -180,7 +180,7 @@ struct Call {
       p.stats = static_cast<Sum<T>*>(a.stats);
       const xk_tensor* x[4] = {&a.q, &a.k, &a.v, &a.dout};
       for (int i = 0; i < (backward ? 4 : 3); ++i) p.x[i] = tokens(*x[i]);
-      return with_math<T>(false, l.tf32, [&](auto math) {
+      return with_math<T>(l.tf32, [&](auto math) {
         using Math = decltype(math);
         auto run = [&](auto columns) {
           constexpr int kColumns = decltype(columns)::value;
