@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import os
 import shutil
@@ -26,21 +27,32 @@ def why_not() -> str:
     return f"{', '.join(missing)} not found, which the emulated kernels are built with" if missing else ""
 
 
-def build(*, dtypes: str = "f32;bf16;f16;f64", sanitize: str = "", planted: str = "none") -> Path:
-    """The folder of the module, built anew where its sources have changed. Raises with the compiler's words."""
+def build(
+    *,
+    dtypes: str = "f32;bf16;f16;f64",
+    sanitize: str = "",
+    planted: str = "none",
+    optimize: str = "-O1",
+    target: str = "_cuda",
+) -> Path:
+    """The folder of the target, built anew where its sources have changed. Raises with the compiler's words."""
     import pybind11
 
-    options = {"XK_DTYPES": dtypes, "XK_SANITIZE": sanitize, "XK_PLANTED": planted}
-    folder = BUILDS / "-".join(filter(None, (sanitize.replace(",", "-"), planted, dtypes.replace(";", "-"))))
+    options = {"XK_DTYPES": dtypes, "XK_SANITIZE": sanitize, "XK_PLANTED": planted, "XK_OPTIMIZE": optimize}
+    kind = (sanitize.replace(",", "-"), planted, optimize.strip("-") if optimize != "-O1" else "", dtypes.replace(";", "-"))
+    folder = BUILDS / "-".join(filter(None, kind))
     configure = [
         "cmake", "-S", HERE, "-B", folder / "objects", "-G", "Ninja", f"-DXK_OUTPUT_DIRECTORY={folder}",
         f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
         *(f"-D{name}={value}" for name, value in options.items()),
     ]  # fmt: skip
-    for command in (configure, ["cmake", "--build", folder / "objects"]):
-        done = subprocess.run([str(x) for x in command], capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"the emulated kernels were not built:\n{(done.stdout + done.stderr)[-4000:]}")
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # processes that run tests side by side build one after another
+        for command in (configure, ["cmake", "--build", folder / "objects", "--target", target]):
+            done = subprocess.run([str(x) for x in command], capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(f"the emulated kernels were not built:\n{(done.stdout + done.stderr)[-4000:]}")
     return folder
 
 
