@@ -32,15 +32,16 @@ def build(
     dtypes: str = "f32;bf16;f16;f64",
     sanitize: str = "",
     planted: str = "none",
-    optimize: str = "-O1",
     target: str = "_cuda",
 ) -> Path:
-    """The folder of the target, built anew where its sources have changed. Raises with the compiler's words."""
+    """The folder of the target (of CMakeLists.txt), built anew where its sources have changed.
+
+    Raises with the compiler's words.
+    """
     import pybind11
 
-    options = {"XK_DTYPES": dtypes, "XK_SANITIZE": sanitize, "XK_PLANTED": planted, "XK_OPTIMIZE": optimize}
-    kind = (sanitize.replace(",", "-"), planted, optimize.strip("-") if optimize != "-O1" else "", dtypes.replace(";", "-"))
-    folder = BUILDS / "-".join(filter(None, kind))
+    options = {"XK_DTYPES": dtypes, "XK_SANITIZE": sanitize, "XK_PLANTED": planted}
+    folder = BUILDS / "-".join(filter(None, (sanitize.replace(",", "-"), planted, dtypes.replace(";", "-"))))
     configure = [
         "cmake", "-S", HERE, "-B", folder / "objects", "-G", "Ninja", f"-DXK_OUTPUT_DIRECTORY={folder}",
         f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
@@ -53,7 +54,7 @@ def build(
             done = subprocess.run([str(x) for x in command], capture_output=True, text=True)
             if done.returncode:
                 raise RuntimeError(f"the emulated kernels were not built:\n{(done.stdout + done.stderr)[-4000:]}")
-    return folder
+    return folder if target == "_cuda" else folder / target
 
 
 def load(folder: Path) -> None:

@@ -1,5 +1,5 @@
 // Calls the C API once for each way through the kernels, on small shapes of plain memory: for sanitizers that do not
-// go with Python. Prints what was launched; results are not judged here.
+// go with Python. Prints what was launched; results are not judged here. Arguments: the names of some of the calls.
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -11,7 +11,15 @@
 
 namespace {
 
-int failures = 0;
+int failures = 0, argument_count;
+char** arguments;
+
+// All are wanted, or those that the command line names.
+bool wanted(const char* what) {
+  bool found = argument_count < 2;
+  for (int i = 1; i < argument_count; ++i) found |= !strcmp(arguments[i], what);
+  return found;
+}
 
 void report(const char* what, int status) {
   printf("%s: %s\n", what, status == XK_OK ? xk_cuda_launched() : xk_cuda_error());
@@ -51,6 +59,7 @@ struct Options {
 };
 
 void xfa(const char* what, Shape s, Options o) {
+  if (!wanted(what)) return;
   Tokens q(s, s.dim), k(s, s.dim), v(s, s.dim), out(s, s.dim), dout(s, s.dim), dq(s, s.dim), dk(s, s.dim), dv(s, s.dim);
   std::vector<float> temperature = numbers(s.heads), dtemperature(temperature);
   std::vector<float> stats((size_t)(s.batch * s.heads * (s.dim * s.dim + 2 * s.dim)));
@@ -77,6 +86,7 @@ void xfa(const char* what, Shape s, Options o) {
 }
 
 void gram(const char* what, Shape s, int64_t dim_b, bool symmetric) {
+  if (!wanted(what)) return;
   Tokens a(s, s.dim), b(s, dim_b);
   std::vector<float> g((size_t)(s.batch * s.heads * s.dim * dim_b)), ssq_a((size_t)(s.batch * s.heads * s.dim)),
       ssq_b((size_t)(s.batch * s.heads * dim_b));
@@ -92,6 +102,7 @@ void gram(const char* what, Shape s, int64_t dim_b, bool symmetric) {
 }
 
 void channel_mix(const char* what, Shape s, int64_t dim_out) {
+  if (!wanted(what)) return;
   Tokens x(s, s.dim), x2(s, s.dim), add(s, dim_out), y(s, dim_out);
   std::vector<float> weight = numbers(s.heads * dim_out * s.dim), bias = numbers(dim_out);
   xk_channel_mix_args p = {};
@@ -107,7 +118,9 @@ void channel_mix(const char* what, Shape s, int64_t dim_out) {
 
 }  // namespace
 
-int main() {
+int main(int argc, char** argv) {
+  argument_count = argc;
+  arguments = argv;
   const Options two_passes = {.path = XK_TWO_PASSES};
   xfa("one block", {2, 2, 21, 8}, {});
   xfa("one block, key_value", {1, 4, 21, 7}, {.map = XK_KEY_VALUE, .masked = true});
