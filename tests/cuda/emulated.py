@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 HERE = Path(__file__).resolve().parent
 BUILDS = HERE.parents[1] / "build" / "emulated"
@@ -60,8 +61,13 @@ def build(
 def load(folder: Path) -> None:
     """Puts the module in the place of the one for GPUs, before anything imports that."""
     (path,) = folder.glob("_cuda*.so")
+    sys.modules[NAME] = module_at(path)
+
+
+def module_at(path: Path) -> ModuleType:
+    """The module of that file: its own, with devices and errors of its own, for each file."""
     spec = importlib.util.spec_from_file_location(NAME, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[NAME] = module
     spec.loader.exec_module(module)
+    return module

@@ -131,20 +131,21 @@ def findings(run: Callable[[], tuple[Tensor, ...]], judge: Callable[[tuple[Tenso
     return found
 
 
-def main(folder: str, *faults: str) -> None:
-    emulated.load(Path(folder))
-    torch.set_num_threads(1)
+def report(*faults: str) -> dict[str, dict[str, list[str]]]:
+    """What is found without a fault and with each of these."""
     parts = {}
     for path in ("one launch", "two passes"):
         parts[f"{path}, forward"], parts[f"{path}, backward"] = xfa_cases(path)
     parts["gram"], parts["channel_mix"] = primitive_cases()
-    report = {}
+    result = {}
     for fault in ("none", *faults):
         with environment(XK_EMULATION_PLANTED=fault):
             found = {part: set().union(*(findings(*case) for case in cases)) for part, cases in parts.items()}
-        report[fault] = {part: sorted(kinds) for part, kinds in found.items() if kinds}
-    print(json.dumps(report))
+        result[fault] = {part: sorted(kinds) for part, kinds in found.items() if kinds}
+    return result
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    emulated.load(Path(sys.argv[1]))
+    torch.set_num_threads(1)
+    print(json.dumps(report(*sys.argv[2:])))

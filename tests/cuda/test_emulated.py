@@ -1,18 +1,14 @@
 """What only the emulated kernels can show: any order of threads gives the same bits, nothing beyond a tensor is
 touched, other devices give results as good, and which kernels run."""
 
-import json
-import os
-import subprocess
-import sys
+import shutil
 from functools import partial
-from pathlib import Path
 
 import emulated
 import guarded
 import pytest
 import torch
-from cases import CONFIGS, Config, make_problem, randn, random_mask
+from cases import CONFIGS, RESULTS, Config, make_problem, randn, random_mask
 
 import xformer_kernels as xk
 from xformer_kernels import backends, reference
@@ -33,25 +29,22 @@ def cuda(need_backend, monkeypatch):
     return module
 
 
-def launched():
-    from xformer_kernels import _cuda
-
-    return _cuda.launched()
-
-
 def forward(cuda, problem):
     options = (problem.token_mask, *problem.config.kwargs().values())
     return cuda.xfa_forward(problem.q, problem.k, problem.v, problem.temperature, *options)
 
 
 def kernels(cuda, problem):
-    """Those of forward and those of backward."""
+    """Those of forward and those of backward, which also are right."""
     options = (problem.token_mask, *problem.config.kwargs().values())
     inputs = (problem.q, problem.k, problem.v, problem.temperature)
-    _, stats = cuda.xfa_forward(*inputs, *options)
-    first = launched()
-    cuda.xfa_backward(problem.dout, *inputs, stats, *options)
-    return first, launched()
+    out, stats = cuda.xfa_forward(*inputs, *options)
+    first = cuda._cuda.launched()
+    dqkv, dtemperature = cuda.xfa_backward(problem.dout, *inputs, stats, *options)
+    second = cuda._cuda.launched()
+    results = (out, *dqkv.transpose(2, 3).unbind(0), dtemperature)
+    problem.check(dict(zip(RESULTS, results, strict=True)))
+    return first, second
 
 
 def run(problem):
@@ -137,15 +130,13 @@ def test_what_lies_beyond_is_reported(cuda, at_page):
     """That the tests above would fail; and an error of a launch names the kernel, the runtime's error and its text."""
     a = at_page(randn(1, 1, 21, 5, seed=0))
     call, _ = arguments.gram(a, a, False, None, partial(cuda._empty, a.device))
-    from xformer_kernels import _cuda
-
     assert call.count(a.data_ptr()) == 2
     for step in (-1, 1):
         moved = tuple(a.data_ptr() + 4096 * step if x == a.data_ptr() else x for x in call)
         text = r"_cuda: gram: cudaErrorLaunchFailure: block \(0, 0, 0\) thread \d+: illegal access to address 0x"
         with pytest.raises(RuntimeError, match=text):
-            _cuda.gram(*moved, 0, 0, 0, False, 0)
-    _cuda.gram(*call, 0, 0, 0, False, 0)  # and nothing is left of it
+            cuda._cuda.gram(*moved, 0, 0, 0, False, 0)
+    cuda._cuda.gram(*call, 0, 0, 0, False, 0)  # and nothing is left of it
 
 
 # ----------------------------------------------------------------------------------------------------- kernels that run
@@ -189,17 +180,21 @@ def test_paths(cuda, monkeypatch):
 
 
 @pytest.mark.parametrize("capability", ("8.0", "12.0"))
-def test_other_devices(capability):
+def test_other_devices(cuda, monkeypatch, tmp_path, capability):
     """Without clusters; and with 99 KiB of shared memory, where backward has one launch of mix for each result."""
-    script = [sys.executable, Path(__file__).parent / "devices.py", emulated.build()]
-    environment = dict(os.environ, XK_EMULATION_DEVICE=capability)
-    done = subprocess.run(script, capture_output=True, text=True, env=environment, timeout=300)
-    assert done.returncode == 0, done.stderr
-    taken = {(*shape, dtype): (first, second) for shape, dtype, first, second in json.loads(done.stdout)}
-    assert taken.pop((2, 21, 2, 8, "float32")) == FUSED
-    assert taken.pop((1, 330, 1, 30, "float32")) == (FUSED if capability == "12.0" else TWO_PASSES)
+    monkeypatch.setenv("XK_EMULATION_DEVICE", capability)
+    # a module knows the devices it has seen: another one
+    monkeypatch.setattr(cuda, "_cuda", emulated.module_at(shutil.copy(cuda._cuda.__file__, tmp_path)))
     mixes = "mix mix mix" if capability == "12.0" else "mix"
-    assert set(taken.values()) == {(TWO_PASSES[0], TWO_PASSES[1].replace("mix", mixes))}, taken
+    two_passes = (TWO_PASSES[0], TWO_PASSES[1].replace("mix", mixes))
+    assert kernels(cuda, make_problem((2, 21, 2, 8))) == FUSED
+    # for a cluster, or two passes
+    assert kernels(cuda, make_problem((1, 330, 1, 30))) == (FUSED if capability == "12.0" else TWO_PASSES)
+    for shape in ((2, 21, 2, 8), (1, 330, 1, 60), (1, 40, 1, 130), (1, 20, 1, 256)):
+        for dtype in (torch.float32, torch.float64):
+            if dtype == torch.float64 or shape[3] > 128:
+                config = Config("key_value") if shape[3] == 130 else Config()
+                assert kernels(cuda, make_problem(shape, config, dtype=dtype, masked=True)) == two_passes
 
 
 # -------------------------------------------------------------------------------------------------------------- numbers
