@@ -202,7 +202,8 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_forward_kernel(const _
       own, p.options, p.dim, p.temperature.template get<S>(head.h), by, stats, s.strip,
       [&](int row, int column) { return Layout::sum_of_blocks(s.sums, row * Layout::ld_sums + column); },
       [&](int row, int column, S value) { Layout::give_to_all(s.wide, row * kColumns + column, value); });
-  cluster_sync();  // the columns of all blocks are there, and nobody reads this block's sums any more
+  XK_STEP(cluster_barrier,
+          cluster_sync());  // the columns of all blocks are there, and nobody reads this block's sums any more
 
   s.narrow_map(0, p.dim, false);
   s.template mix<T>(p.to[0], head.all, p.mask, key_value ? q : v, q, s.up, false);
@@ -259,7 +260,8 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_backward_kernel(const 
     Layout::give_to_all(s.totals_of, rank * kColumns + c, s.totals[c]);
   if (threadIdx.x == 0) peer(s.dt, 0)[rank] = dt;
   __pipeline_wait_prior(0);
-  cluster_sync();  // all columns and totals are there, all tokens have landed, nobody reads this block's sums any more
+  // all columns and totals are there, all tokens have landed, nobody reads this block's sums any more
+  XK_STEP(cluster_barrier, cluster_sync());
 
 #pragma unroll 1
   for (int c = (int)threadIdx.x; c < p.dim; c += kThreads) {

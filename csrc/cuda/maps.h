@@ -99,7 +99,10 @@ class Columns {
 
   // Over the columns of a strip, for the threads of one row: right in those of the strip's first column.
   __device__ S sum_across(S x) const {
-    for (int step = width_ / 2; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
+    for (int step = width_ / 2; step > 0; step /= 2) {
+      S other = __shfl_xor_sync(0xffffffffu, x, step);
+      XK_STEP(shuffle, x += other);
+    }
     return x;
   }
 
@@ -215,7 +218,7 @@ __device__ S backward_columns(const Columns<S, kThreads>& own, const MapOptions&
 // The sum over all threads of a block, in every thread.
 template <class S, int kThreads>
 __device__ S block_sum(S x, Shared<S> scratch) {
-  for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
+  x = warp_sum(x);
   if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = x;
   __syncthreads();  // every warp's sum is there
   S total = scratch[0];

@@ -168,7 +168,7 @@ __global__ void __launch_bounds__(kMixThreads, 3) mix_kernel(const __grid_consta
             __syncthreads();  // nobody reads the slice before
             load_slice(o, t, first, map);
           }
-          __syncthreads();  // tokens and maps of all threads are there; nobody reads y any more
+          XK_STEP(barrier, __syncthreads());  // tokens and maps of all threads are there; nobody reads y any more
           y.multiply(tile(stage, out.operand[t]) + first, ld, map, ld, kDepth);
         }
       y.store(s.y, ld_y);

@@ -55,6 +55,16 @@ __device__ S clamp_norm(S norm, S eps) {
   return norm < eps ? eps : norm;
 }
 
+// The sum over the threads of a warp, in every one.
+template <class S>
+__device__ S warp_sum(S x) {
+  for (int step = 16; step > 0; step /= 2) {
+    S other = __shfl_xor_sync(0xffffffffu, x, step);
+    XK_STEP(shuffle, x += other);
+  }
+  return x;
+}
+
 // How tiles in shared memory are multiplied. Element: what the tiles hold. Sums are of Sum<Element>.
 template <class T>
 struct Fma {  // float, double: fused multiply-adds, rounded as IEEE 754 says

@@ -7,7 +7,8 @@
 //   XK_ARENA(name)       an Arena over this block's dynamic shared memory, in a kernel
 //   cluster_rank(), cluster_size(), cluster_sync(), peer(p, rank)
 //                        the cluster of this block; where p lies in the shared memory of its block `rank`
-//   XK_STEP(fault, ...)  a statement, left out of builds that tests make with -DXK_PLANTED=fault
+//   XK_STEP(fault, ...)  a statement, left out of builds that tests make with -DXK_PLANTED=fault; with
+//                        -DXK_PLANTED_AT_RUN_TIME the emulation decides at each launch
 #pragma once
 
 #include <cuda_runtime.h>
@@ -20,10 +21,18 @@ enum class Fault { none, barrier, tail_mask, column_mask, shuffle, cluster_barri
 #define XK_PLANTED none
 #endif
 constexpr Fault kPlanted = Fault::XK_PLANTED;
+#ifdef XK_PLANTED_AT_RUN_TIME
+#define XK_STEP(fault, ...)                                          \
+  do {                                                               \
+    static_assert(::xk::cuda::Fault::fault != ::xk::cuda::kPlanted); \
+    if (!::xk::emulation::is_planted(#fault)) __VA_ARGS__;           \
+  } while (0)
+#else
 #define XK_STEP(fault, ...)                                                      \
   do {                                                                           \
     if constexpr (::xk::cuda::kPlanted != ::xk::cuda::Fault::fault) __VA_ARGS__; \
   } while (0)
+#endif
 
 }  // namespace xk::cuda
 

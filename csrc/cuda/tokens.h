@@ -91,12 +91,6 @@ __device__ void clear_columns(Shared<E> tile, int features, int rows) {
       XK_STEP(column_mask, tile[row * padded<E>(kColumns) + c] = narrow<E>(0));
 }
 
-template <class S>
-__device__ S warp_sum(S x) {
-  for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
-  return x;
-}
-
 // norms[row] = |x[n,:]| over the features, infinite for tokens that take no part: they give 0 divided by it. All
 // features are read from global memory, since a tile may hold only some of them.
 template <class T, int kThreads>

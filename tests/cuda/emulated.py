@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import fcntl
 import importlib.util
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 HERE = Path(__file__).resolve().parent
 BUILDS = HERE.parents[1] / "build" / "emulated"
@@ -27,8 +29,17 @@ def why_not() -> str:
     return f"{', '.join(missing)} not found, which the emulated kernels are built with" if missing else ""
 
 
-def build(*, dtypes: str = "f32;bf16;f16;f64", sanitize: str = "", planted: str = "none") -> Path:
-    """The folder of the module, built anew where its sources have changed. Raises with the compiler's words."""
+def build(
+    *,
+    dtypes: str = "f32;bf16;f16;f64",
+    sanitize: str = "",
+    planted: str = "none",
+    target: str = "_cuda",
+) -> Path:
+    """The folder of the target (of CMakeLists.txt), built anew where its sources have changed.
+
+    Raises with the compiler's words.
+    """
     import pybind11
 
     options = {"XK_DTYPES": dtypes, "XK_SANITIZE": sanitize, "XK_PLANTED": planted}
@@ -38,21 +49,29 @@ def build(*, dtypes: str = "f32;bf16;f16;f64", sanitize: str = "", planted: str 
         f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
         *(f"-D{name}={value}" for name, value in options.items()),
     ]  # fmt: skip
-    for command in (configure, ["cmake", "--build", folder / "objects"]):
-        done = subprocess.run([str(x) for x in command], capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"the emulated kernels were not built:\n{(done.stdout + done.stderr)[-4000:]}")
-    return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # processes that run tests side by side build one after another
+        for command in (configure, ["cmake", "--build", folder / "objects", "--target", target]):
+            done = subprocess.run([str(x) for x in command], capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(f"the emulated kernels were not built:\n{(done.stdout + done.stderr)[-4000:]}")
+    return folder if target == "_cuda" else folder / target
 
 
 def load(folder: Path) -> None:
     """Puts the module in the place of the one for GPUs, before anything imports that."""
     (path,) = folder.glob("_cuda*.so")
+    sys.modules[NAME] = module_at(path)
+
+
+def module_at(path: Path) -> ModuleType:
+    """The module of that file: its own, with devices and errors of its own, for each file."""
     spec = importlib.util.spec_from_file_location(NAME, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[NAME] = module
     spec.loader.exec_module(module)
+    return module
 
 
 if __name__ == "__main__":

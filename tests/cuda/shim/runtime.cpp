@@ -37,6 +37,7 @@ char started, finished;  // tokens
 bool kernel_failed = false, abandoned = false;
 bool seed_is_set = false;
 uint64_t seed = 0;
+char planted[32];
 
 uint64_t seed_of_launch() {
   if (seed_is_set) return seed;
@@ -282,6 +283,8 @@ void cluster_barrier(Where where) {
        block.at_cluster_barrier++ == 0);
 }
 
+bool is_planted(const char* step) { return !strcmp(step, planted); }
+
 int rank_in_cluster() { return current->block->rank; }
 int blocks_in_cluster() { return launched.cluster; }
 unsigned char* shared_base() { return current->block->shared; }
@@ -357,6 +360,8 @@ bool run(const Launch& launch) {
   adopt(scheduler);
   const uint64_t seed = seed_of_launch();
   random_state = seed ? seed * 0x9e3779b97f4a7c15 | 1 : 0;
+  const char* left_out = getenv("XK_EMULATION_PLANTED");
+  snprintf(planted, sizeof planted, "%s", left_out ? left_out : "");
 
   alignas(16) static unsigned char signal_stack[64 << 10];
   stack_t mine = {}, before;

@@ -28,6 +28,9 @@ int rank_in_cluster();
 int blocks_in_cluster();
 const void* in_peer(const void* p, int rank, Where where);
 
+// Whether this step of kernels (XK_STEP of csrc/cuda/portable.h) is left out of the launch.
+bool is_planted(const char* step);
+
 void block_barrier(Where where);
 void cluster_barrier(Where where);
 

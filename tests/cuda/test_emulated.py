@@ -1,0 +1,224 @@
+"""What only the emulated kernels can show: any order of threads gives the same bits, nothing beyond a tensor is
+touched, other devices give results as good, and which kernels run."""
+
+import shutil
+from functools import partial
+
+import emulated
+import guarded
+import pytest
+import torch
+from cases import CONFIGS, RESULTS, Config, make_problem, randn, random_mask
+
+import xformer_kernels as xk
+from xformer_kernels import backends, reference
+from xformer_kernels.backends import arguments
+from xformer_kernels.testing import assert_bitwise, assert_close
+
+PATHS = ("one launch", "two passes")
+
+
+@pytest.fixture(autouse=True)
+def cuda(need_backend, monkeypatch):
+    """The backend, whose kernels are emulated."""
+    need_backend("cuda")
+    module = backends.load("cuda")[0]
+    if not module.EMULATED:
+        pytest.skip("the kernels run on a GPU here")
+    monkeypatch.setattr(module, "path", "any")
+    return module
+
+
+def forward(cuda, problem):
+    options = (problem.token_mask, *problem.config.kwargs().values())
+    return cuda.xfa_forward(problem.q, problem.k, problem.v, problem.temperature, *options)
+
+
+def kernels(cuda, problem):
+    """Those of forward and those of backward, which also are right."""
+    options = (problem.token_mask, *problem.config.kwargs().values())
+    inputs = (problem.q, problem.k, problem.v, problem.temperature)
+    out, stats = cuda.xfa_forward(*inputs, *options)
+    first = cuda._cuda.launched()
+    dqkv, dtemperature = cuda.xfa_backward(problem.dout, *inputs, stats, *options)
+    second = cuda._cuda.launched()
+    results = (out, *dqkv.transpose(2, 3).unbind(0), dtemperature)
+    problem.check(dict(zip(RESULTS, results, strict=True)))
+    return first, second
+
+
+def run(problem):
+    return problem.run(partial(xk.xfa, backend="cuda"))
+
+
+# ---------------------------------------------------------------------------------------------------- orders of threads
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("path", PATHS)
+def test_same_bits_in_any_order(cuda, monkeypatch, path, config, dtype):
+    if path == "one launch" and config.norm == "feature":
+        pytest.skip("norms over features take two passes")
+    monkeypatch.setattr(cuda, "path", path)
+    for shape, masked in (((1, 150, 1, 36), True), ((2, 21, 2, 5), False)):
+        problem = make_problem(shape, config, dtype=dtype, masked=masked)
+        first = run(problem)
+        problem.check(first)
+        for seed in (1, 2, 3):
+            monkeypatch.setenv("XK_EMULATION_SEED", str(seed))
+            for name, result in run(problem).items():
+                assert_bitwise(first[name], result, name)
+        monkeypatch.delenv("XK_EMULATION_SEED")
+
+
+# --------------------------------------------------------------------------------------------------- beyond the tensors
+
+
+@pytest.fixture(params=(False, True), ids=("begin", "end"))
+def at_page(request, cuda, monkeypatch):
+    """Places a tensor next to memory that may not be touched, as all results and workspaces are from then on."""
+
+    def empty(device, size, dtype):
+        count = torch.Size(size).numel()
+        return guarded.empty(count, dtype, request.param).view(size) if count else torch.empty(size, dtype=dtype)
+
+    monkeypatch.setattr(cuda, "_empty", empty)
+    return partial(guarded.like, end=request.param)
+
+
+@pytest.mark.parametrize("shape", ((2, 21, 2, 5), (1, 150, 1, 36), (1, 47, 2, 33)), ids=str)
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("layout", ("token_major", "padded", "token_contiguous"))
+def test_xfa_stays_within_its_tensors(cuda, monkeypatch, at_page, layout, dtype, path, shape):
+    monkeypatch.setattr(cuda, "path", path)
+    problem = make_problem(shape, Config(CONFIGS[shape[2] % 2 * 4].map), dtype=dtype, layout=layout, masked=True)
+    for name in ("q", "k", "v", "dout", "temperature", "token_mask"):
+        setattr(problem, name, at_page(getattr(problem, name)))
+    problem.check(run(problem))
+
+
+@pytest.mark.parametrize("map", ("query_key", "key_value"))
+def test_norms_over_features_stay_within_their_tensors(at_page, map):
+    problem = make_problem((2, 21, 2, 33), Config(map, "feature"), layout="padded", masked=True)
+    for name in ("q", "k", "v", "dout", "temperature", "token_mask"):
+        setattr(problem, name, at_page(getattr(problem, name)))
+    problem.check(run(problem))
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("features", ((5, 9), (33, 70), (64, 64)), ids=str)
+def test_primitives_stay_within_their_tensors(at_page, features, dtype):
+    a, b = (at_page(randn(2, 2, 45, D, seed=D, dtype=dtype)) for D in features)
+    mask = at_page(random_mask(2, 45))
+    result = xk.gram(a, b, token_mask=mask, backend="cuda")
+    eager, oracle = (reference.gram(x, y, token_mask=mask) for x, y in ((a, b), (a.double(), b.double())))
+    for got, other, exact in zip(result, eager, oracle, strict=True):
+        assert_close(got, other, exact, "gram")
+
+    I, O = features  # noqa: E741
+    wanted = {"weight": (2, 2, O, I), "bias": (2, 2, O), "add": (2, 2, 45, O), "add_scale": (2, 2, O)}
+    wanted |= {"x2": (2, 2, 45, I), "weight2": (2, 2, O, I)}
+    t = {name: at_page(randn(*size, seed=i, dtype=dtype)) for i, (name, size) in enumerate(wanted.items())}
+    y = xk.channel_mix(a, **t, backend="cuda")
+    exact = reference.channel_mix(a.double(), **{name: x.double() for name, x in t.items()})
+    assert_close(y, reference.channel_mix(a, **t), exact, "channel_mix")
+
+
+def test_what_lies_beyond_is_reported(cuda, at_page):
+    """That the tests above would fail; and an error of a launch names the kernel, the runtime's error and its text."""
+    a = at_page(randn(1, 1, 21, 5, seed=0))
+    call, _ = arguments.gram(a, a, False, None, partial(cuda._empty, a.device))
+    assert call.count(a.data_ptr()) == 2
+    for step in (-1, 1):
+        moved = tuple(a.data_ptr() + 4096 * step if x == a.data_ptr() else x for x in call)
+        text = r"_cuda: gram: cudaErrorLaunchFailure: block \(0, 0, 0\) thread \d+: illegal access to address 0x"
+        with pytest.raises(RuntimeError, match=text):
+            cuda._cuda.gram(*moved, 0, 0, 0, False, 0)
+    cuda._cuda.gram(*call, 0, 0, 0, False, 0)  # and nothing is left of it
+
+
+# ----------------------------------------------------------------------------------------------------- kernels that run
+
+FUSED = ("fused_forward", "fused_backward temperature")
+TWO_PASSES = ("gram map_forward mix", "gram map_backward mix temperature")
+
+
+@pytest.mark.parametrize(
+    ("shape", "config", "dtype", "expected"),
+    (
+        ((1, 1, 1, 1), Config(), torch.float32, FUSED),
+        ((2, 64, 2, 48), Config(), torch.float32, FUSED),
+        ((2, 64, 2, 48), Config("key_value"), torch.bfloat16, FUSED),
+        ((1, 300, 1, 128), Config(activation="identity"), torch.float16, (FUSED[0], TWO_PASSES[1])),
+        ((1, 21, 1, 65), Config(), torch.float32, TWO_PASSES),
+        ((1, 64, 1, 129), Config(), torch.float32, TWO_PASSES),
+        ((1, 64, 1, 24), Config(norm="feature"), torch.float32, TWO_PASSES),
+        ((1, 64, 1, 24), Config(), torch.float64, TWO_PASSES),
+        ((1, 9000, 1, 64), Config(), torch.float32, TWO_PASSES),
+    ),
+    ids=str,
+)
+def test_which_kernels_run(cuda, shape, config, dtype, expected):
+    assert kernels(cuda, make_problem(shape, config, dtype=dtype)) == expected
+
+
+def test_paths(cuda, monkeypatch):
+    """A path that is asked for is taken, or refused in words."""
+    problem = make_problem((1, 21, 1, 24))
+    monkeypatch.setattr(cuda, "path", "two passes")
+    assert kernels(cuda, problem) == TWO_PASSES
+    monkeypatch.setattr(cuda, "path", "one launch")
+    assert kernels(cuda, problem) == FUSED
+    for shape, config in (((1, 21, 1, 130), Config()), ((1, 21, 1, 24), Config(norm="feature"))):
+        with pytest.raises(RuntimeError, match=f"one launch cannot hold 21 tokens of {shape[3]} features"):
+            forward(cuda, make_problem(shape, config))
+
+
+# -------------------------------------------------------------------------------------------------------- other devices
+
+
+@pytest.mark.parametrize("capability", ("8.0", "12.0"))
+def test_other_devices(cuda, monkeypatch, tmp_path, capability):
+    """Without clusters; and with 99 KiB of shared memory, where backward has one launch of mix for each result."""
+    monkeypatch.setenv("XK_EMULATION_DEVICE", capability)
+    # a module knows the devices it has seen: another one
+    monkeypatch.setattr(cuda, "_cuda", emulated.module_at(shutil.copy(cuda._cuda.__file__, tmp_path)))
+    mixes = "mix mix mix" if capability == "12.0" else "mix"
+    two_passes = (TWO_PASSES[0], TWO_PASSES[1].replace("mix", mixes))
+    assert kernels(cuda, make_problem((2, 21, 2, 8))) == FUSED
+    # for a cluster, or two passes
+    assert kernels(cuda, make_problem((1, 330, 1, 30))) == (FUSED if capability == "12.0" else TWO_PASSES)
+    for shape in ((2, 21, 2, 8), (1, 330, 1, 60), (1, 40, 1, 130), (1, 20, 1, 256)):
+        for dtype in (torch.float32, torch.float64):
+            if dtype == torch.float64 or shape[3] > 128:
+                config = Config("key_value") if shape[3] == 130 else Config()
+                assert kernels(cuda, make_problem(shape, config, dtype=dtype, masked=True)) == two_passes
+
+
+# -------------------------------------------------------------------------------------------------------------- numbers
+
+
+@pytest.mark.parametrize("temperature_dtype", (torch.float64, torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("path", PATHS)
+def test_temperature_of_another_dtype(cuda, monkeypatch, path, temperature_dtype):
+    monkeypatch.setattr(cuda, "path", path)
+    problem = make_problem((2, 21, 3, 8), temperature_dtype=temperature_dtype)
+    problem.check(run(problem))
+
+
+@pytest.mark.parametrize("dim", (24, 48, 100, 130))
+@pytest.mark.parametrize("path", PATHS)
+def test_tf32(cuda, monkeypatch, path, dim):
+    """Where torch allows it products are cut to tf32: other results, of that precision."""
+    if path == "one launch" and dim > 64:
+        pytest.skip("maps of so many features do not fit beside each other")
+    monkeypatch.setattr(cuda, "path", path)
+    problem = make_problem((1, 70, 1, dim), Config(activation="identity"))
+    exactly, oracle = run(problem), problem.oracle()
+    monkeypatch.setattr(cuda, "tf32_allowed", lambda: True)
+    for name, result in run(problem).items():
+        assert not torch.equal(result, exactly[name]), name
+        error = (result.double() - oracle[name]).norm() / oracle[name].norm()
+        assert error <= 3e-3, f"{name}: {error:.1e}"

@@ -1,0 +1,76 @@
+"""The kernels under ThreadSanitizer: shared and global memory are used by one thread at a time, or have a barrier in
+between. A program of its own (selection.cpp) goes once through all of them."""
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import emulated
+import pytest
+
+SOURCES = Path(__file__).parents[2] / "csrc/cuda"
+SEEDS = (0, 1)
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory):
+    if emulated.why_not():
+        pytest.skip(emulated.why_not())
+    directory = tmp_path_factory.mktemp("tsan")
+    (directory / "probe.cpp").write_text("int main() {}")
+    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")))
+    linked = [compiler, "-fsanitize=thread", directory / "probe.cpp", "-o", directory / "probe"]
+    if subprocess.run(linked, capture_output=True).returncode:
+        pytest.skip("the compiler has no ThreadSanitizer")
+    probe = subprocess.run([directory / "probe"], capture_output=True, text=True)
+    if probe.returncode:
+        pytest.skip(f"ThreadSanitizer does not run on this machine: {probe.stderr.strip()[:200]}")
+    return emulated.build(target="selection") / "selection"
+
+
+def run(program, *calls, seed=0, planted=""):
+    environment = dict(
+        os.environ,
+        XK_EMULATION_SEED=str(seed),
+        XK_EMULATION_PLANTED=planted,
+        TSAN_OPTIONS="suppress_equal_addresses=0 atexit_sleep_ms=0",
+    )
+    return subprocess.run([program, *calls], capture_output=True, text=True, env=environment, timeout=300)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_no_races(program, seed):
+    done = run(program, seed=seed)
+    assert done.stderr == "" and done.returncode == 0, done.stderr[-4000:]
+    calls = dict(line.split(": ", 1) for line in done.stdout.splitlines())
+    launched = {kernel for kernels in calls.values() for kernel in kernels.split()}
+    kernels = {re.sub("_kernel$", "", name) for name in all_kernels()}
+    assert launched == kernels, calls
+
+
+def all_kernels():
+    text = "".join(path.read_text() for path in SOURCES.glob("*.h"))
+    return re.findall(r"__global__ void .*? (\w+_kernel)\(", text)
+
+
+def steps():
+    """Where barriers can be left out: (file, line)."""
+    lines = ((path.name, *line) for path in SOURCES.glob("*.h") for line in enumerate(path.read_text().splitlines(), 1))
+    return [(name, number) for name, number, line in lines if "XK_STEP(barrier," in line]
+
+
+def test_planted_races(program):
+    """Of each barrier that is left out a race is told, between a line before and a line after it in its kernel."""
+    done = run(program, "one block", "two passes", planted="barrier")
+    races = []
+    for text in re.split("(?=WARNING: ThreadSanitizer: data race)", done.stderr)[1:]:
+        races.append([(name, int(line)) for name, line in re.findall(r"/csrc/cuda/(\w+\.h):(\d+)", text)])
+    places = steps()
+    assert places
+    for name, at in places:
+        found = [{line for file, line in race if file == name} for race in races]
+        assert any(lines and min(lines) < at < max(lines) and max(lines) - min(lines) < 80 for lines in found), (
+            f"no race across {name}:{at}, but {sorted({place for race in races for place in race})}"
+        )
