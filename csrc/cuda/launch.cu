@@ -2,7 +2,6 @@
 #include <map>
 #include <mutex>
 #include <tuple>
-#include <vector>
 
 #include "launch.h"
 
@@ -20,24 +19,17 @@ void check(cudaError_t error, const char* doing) {
   fail(std::string(doing) + ": " + cudaGetErrorName(error) + ": " + cudaGetErrorString(error));
 }
 
-const Device& use_device(int index) {
-  static std::mutex mutex;
-  static std::vector<Device*> known;  // never freed: references are handed out
+Device use_device(int index) {
   check(cudaSetDevice(index), "choosing the device");
-  std::lock_guard<std::mutex> lock(mutex);
-  if ((size_t)index >= known.size()) known.resize((size_t)index + 1);
-  if (!known[(size_t)index]) {
-    Device device = {};
-    int major = 0, minor = 0;
-    const char* doing = "asking what the device has";
-    check(cudaDeviceGetAttribute(&device.processors, cudaDevAttrMultiProcessorCount, index), doing);
-    check(cudaDeviceGetAttribute(&device.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, index), doing);
-    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index), doing);
-    check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index), doing);
-    device.capability = 10 * major + minor;
-    known[(size_t)index] = new Device(device);
-  }
-  return *known[(size_t)index];
+  Device device = {};
+  int major = 0, minor = 0;
+  const char* doing = "asking what the device has";
+  check(cudaDeviceGetAttribute(&device.processors, cudaDevAttrMultiProcessorCount, index), doing);
+  check(cudaDeviceGetAttribute(&device.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, index), doing);
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index), doing);
+  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index), doing);
+  device.capability = 10 * major + minor;
+  return device;
 }
 
 void allow(Kernel kernel, int64_t shared_bytes, int cluster) {

@@ -11,7 +11,7 @@ namespace xk::cuda {
 template <class T>
 int64_t Backend<T>::gram(const xk_gram_args& a, const xk_cuda_launch& l, bool measure) {
   using S = Sum<T>;
-  const Device& device = use_device(l.device);
+  const Device device = use_device(l.device);
   Sizes n{a.batch, a.heads, a.tokens};
   int64_t heads = a.batch * a.heads, size = a.dim_a * a.dim_b;
   Split split = split_tokens(a.tokens, heads * gram_tiles(a.dim_a, a.dim_b), size * (int64_t)sizeof(S),
@@ -42,7 +42,7 @@ int64_t Backend<T>::gram(const xk_gram_args& a, const xk_cuda_launch& l, bool me
 
 template <class T>
 void Backend<T>::channel_mix(const xk_channel_mix_args& a, const xk_cuda_launch& l) {
-  const Device& device = use_device(l.device);
+  const Device device = use_device(l.device);
   Sizes n{a.batch, a.heads, a.tokens};
   auto wide = [](const xk_tensor& t) { return t.dtype == XK_F32 || t.dtype == XK_F64; };
   MixArgs<T> p = {};
@@ -75,7 +75,7 @@ template <class T>
 struct Call {
   const xk_xfa_args& a;
   const xk_cuda_launch& l;
-  const Device& device;
+  const Device device;
   Sizes n;
   int64_t heads, map;  // heads of all sequences; numbers of a map
   bool key_value, token_norm;
