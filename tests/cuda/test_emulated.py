@@ -184,7 +184,8 @@ def test_other_devices(cuda, monkeypatch, tmp_path, capability):
     """Without clusters; and with 99 KiB of shared memory, where backward has one launch of mix for each result."""
     monkeypatch.setenv("XK_EMULATION_DEVICE", capability)
     # a module knows the devices it has seen: another one
-    monkeypatch.setattr(cuda, "_cuda", emulated.module_at(shutil.copy(cuda._cuda.__file__, tmp_path)))
+    copy = shutil.copy(cuda._cuda.__file__, tmp_path)
+    monkeypatch.setattr(cuda, "_cuda", emulated.module_at(copy, f"{tmp_path.name}._cuda"))
     mixes = "mix mix mix" if capability == "12.0" else "mix"
     two_passes = (TWO_PASSES[0], TWO_PASSES[1].replace("mix", mixes))
     assert kernels(cuda, make_problem((2, 21, 2, 8))) == FUSED
