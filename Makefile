@@ -1,5 +1,5 @@
 # make demo   set up everything and run the main job      make test   set up and test
-# make lint | bench | sanitize | gpu-sanitize | clean
+# make lint | bench | sanitize | sanitize-emulated | gpu-sanitize | clean
 # The active virtual or conda environment is used if there is one, else .venv is made here.
 PYTHON ?= python3
 ENV := $(or $(VIRTUAL_ENV),$(CONDA_PREFIX),$(CURDIR)/.venv)
@@ -9,8 +9,11 @@ STAMP := build/stamps/$(subst /,_,$(ENV))
 BUILT_FROM := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
 CXX_FILES := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h)
 JOBS ?= 2
+# CUDA kernels, where there is a toolkit, for this machine's GPU alone, or for sm_90: those of all take minutes.
+GPU := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2> /dev/null | head -n 1 | tr -d .)
+export XFORMER_KERNELS_CUDA_ARCHS ?= $(or $(GPU),90)
 
-.PHONY: demo test lint bench sanitize gpu-sanitize setup clean
+.PHONY: demo test lint bench sanitize sanitize-emulated gpu-sanitize setup clean
 
 demo: setup
 	$(BIN)/python -m bench.demo
@@ -42,7 +45,15 @@ sanitize: setup
 	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  XFORMER_KERNELS_EXPECTED_LOCATION=$(SANITIZED) XFORMER_KERNELS_REQUIRE_EXTENSION=1 PYTHONPATH=$(SANITIZED) \
-	  $(BIN)/pytest -q -n $(JOBS) -k "not reference and not triton" $(SANITIZED_TESTS)
+	  $(BIN)/pytest -q -n $(JOBS) -k "not reference and not triton and not cuda" $(SANITIZED_TESTS)
+
+# The emulated CUDA kernels likewise; takes half an hour on two cores.
+sanitize-emulated: setup
+	$(BIN)/python tests/cuda/emulated.py --sanitize address,undefined
+	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	  XFORMER_KERNELS_EMULATED_SANITIZE=address,undefined \
+	  $(BIN)/pytest -q -n $(JOBS) -k "cuda" $(SANITIZED_TESTS)
 
 # The Triton kernels under the tools of compute-sanitizer; needs a GPU and the CUDA toolkit.
 gpu-sanitize: setup

@@ -28,7 +28,7 @@ KINDS: dict[str, tuple[dict[str, Any], Callable[..., Iterator[providers.Case]], 
     "op": (
         dict(workloads.OP_SHAPES),
         providers.op_cases,
-        ("eager", "compile", "compile+graphs", *KERNELS, "triton+graphs", "sdpa"),
+        ("eager", "compile", "compile+graphs", *KERNELS, "triton+graphs", "cuda+graphs", "sdpa"),
     ),
     "layer": (dict(workloads.LAYER_SHAPES), providers.layer_cases, ("eager", "compile", *KERNELS, "sdpa")),
     "model": (

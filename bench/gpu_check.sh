@@ -160,8 +160,8 @@ checks() {
     measure bench-op-bfloat16 80 op --dtype bfloat16
     measure bench-layer-bfloat16 40 layer --dtype bfloat16
     # torch.compile takes minutes for whole models: python -m bench model --device cuda has it
-    measure bench-model-float32 30 model --dtype float32 --providers eager,triton
-    measure bench-model-bfloat16 30 model --dtype bfloat16 --providers eager,triton
+    measure bench-model-float32 30 model --dtype float32 --providers eager,triton,cuda
+    measure bench-model-bfloat16 30 model --dtype bfloat16 --providers eager,triton,cuda
 
     if command -v compute-sanitizer > /dev/null; then
         step sanitize 45 bash tests/gpu/sanitize.sh "$python" "$out"

@@ -112,8 +112,12 @@ def op_cases(shape: OpShape, dtype: torch.dtype, device: str, wanted: set[str]) 
     if device == "cuda" and shape.B == 1:
         if "compile+graphs" in wanted:
             yield graph_case("compile+graphs", _compiled_into_graph(reference.xfa, tensors))
-        if "triton+graphs" in wanted and not dispatch.reasons_against("triton", device, (dtype,), (shape.D,)):
-            yield graph_case("triton+graphs", _captured(lambda: xk.xfa(*tensors, backend="triton")))
+        for name in ("triton", "cuda"):
+            if f"{name}+graphs" in wanted and not dispatch.reasons_against(name, device, (dtype,), (shape.D,)):
+                yield graph_case(
+                    f"{name}+graphs",
+                    _captured(lambda name=name: xk.xfa(*tensors, backend=name)),  # type: ignore[misc]
+                )
     if "sdpa" in wanted and 4 * shape.B * shape.H * shape.N**2 * shape.D <= SDPA_FLOPS:
         yield _sdpa_case(leaves[:3], dout)
 

@@ -157,10 +157,9 @@ def slow(request):
 
 
 @pytest.fixture
-def shorter(request):
-    """A shape of the tables, (B, N, ...), for Triton's interpreter a small batch of tokens enough for several parts."""
-    short = _named(request) == "triton" and INTERPRETING
-    return lambda shape: (min(shape[0], 3), min(shape[1], 700), *shape[2:]) if short else shape
+def shorter(slow):
+    """A shape of the tables, (B, N, ...), for slow kernels a small batch of tokens enough to be cut into parts."""
+    return lambda shape: (min(shape[0], 3), min(shape[1], 700), *shape[2:]) if slow else shape
 
 
 @pytest.fixture

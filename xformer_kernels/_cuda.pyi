@@ -1,4 +1,4 @@
-"""The compiled CUDA module (csrc/cuda/bindings.cpp): functions of addresses, strides and a launch, for backends/cuda.py."""
+"""The compiled CUDA module (csrc/cuda/bindings.cpp): functions of addresses and strides, called by backends/cuda.py."""
 
 from typing import Any
 

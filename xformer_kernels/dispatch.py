@@ -87,33 +87,50 @@ def check_name(backend: str) -> None:
         raise ValueError(f"backend must be one of {_names()}, got {backend!r}")
 
 
-def explain(backend: str, device_type: str, dtypes: tuple[torch.dtype, ...], head_dims: tuple[int, ...]) -> Explanation:
+def _walk(first: str | None) -> tuple[str, ...]:
+    """The backends in the order in which auto asks them."""
+    return BACKENDS if first is None else (first, *(name for name in BACKENDS if name != first))
+
+
+def explain(
+    backend: str,
+    device_type: str,
+    dtypes: tuple[torch.dtype, ...],
+    head_dims: tuple[int, ...],
+    first: str | None = None,
+) -> Explanation:
     """The walk that :func:`choose` takes, with every reason."""
     check_name(backend)
     wanted, how = _asked(backend)
     against = _against_auto if wanted == "auto" else reasons_against
-    reasons = {name: against(name, device_type, dtypes, head_dims) for name in BACKENDS}
+    reasons = {name: against(name, device_type, dtypes, head_dims) for name in _walk(first)}
     if wanted == "auto":
-        return Explanation(next(name for name in BACKENDS if not reasons[name]), reasons, how)
+        return Explanation(next(name for name in reasons if not reasons[name]), reasons, how)
     if reasons[wanted]:
         raise RuntimeError(f"backend {how} cannot serve this call:\n" + "\n".join(f"- {r}" for r in reasons[wanted]))
     return Explanation(wanted, reasons, how)
 
 
 @torch.compiler.assume_constant_result
-def choose(backend: str, device_type: str, dtypes: tuple[torch.dtype, ...], head_dims: tuple[int, ...]) -> str:
-    """The name of the backend that serves the call.
+def choose(
+    backend: str,
+    device_type: str,
+    dtypes: tuple[torch.dtype, ...],
+    head_dims: tuple[int, ...],
+    first: str | None = None,
+) -> str:
+    """The name of the backend that serves the call; auto asks `first` before the others.
 
     Raises ValueError for an unknown name and RuntimeError, with every reason, when the backend asked for by name (or by
     the environment) cannot serve it.
     """
-    key = (os.environ.get(ENVIRONMENT) if backend == "auto" else backend, device_type, dtypes, head_dims)
+    key = (os.environ.get(ENVIRONMENT) if backend == "auto" else backend, device_type, dtypes, head_dims, first)
     name = _chosen.get(key)
     if name is None:
         check_name(backend)
         if _asked(backend)[0] == "auto":
             # the first that can: later backends are not even imported
-            name = next(x for x in BACKENDS if not _against_auto(x, device_type, dtypes, head_dims))
+            name = next(x for x in _walk(first) if not _against_auto(x, device_type, dtypes, head_dims))
             if name == "reference" and device_type == "cpu":
                 _warn_of_slow_path(explain(backend, device_type, dtypes, head_dims))
         else:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xformer_kernels import dispatch, ops, reference, validate
+from xformer_kernels import dispatch, ops, preference, reference, validate
 
 
 def xfa(
@@ -71,10 +71,12 @@ def xfa(
         RuntimeError: a backend asked for by name cannot serve the call; the message has every reason.
     """
     q, k, v, temperature = _prepare(q, k, v, temperature, map, norm, activation, eps, token_mask, dropout_p, map_fn)
-    name = dispatch.choose(backend, q.device.type, (q.dtype, temperature.dtype), _head_dims(q))
+    fused = map_fn is None and dropout_p == 0
+    first = preference.first_asked(q, norm) if fused else None
+    name = dispatch.choose(backend, q.device.type, (q.dtype, temperature.dtype), _head_dims(q), first)
     eps = max(float(eps), torch.finfo(reference.accumulate_dtype(q.dtype)).tiny)
     if name != "reference":
-        if map_fn is None and dropout_p == 0:
+        if fused:
             return ops.xfa(q, k, v, temperature, token_mask, map, norm, activation, eps, name)
         return _composed(q, k, v, temperature, map, norm, activation, eps, token_mask, dropout_p, map_fn, name)
     _note_reference("xfa")
@@ -211,7 +213,8 @@ def explain(
     Computes nothing. Raises what :func:`xfa` would raise for the same arguments.
     """
     q, _, _, temperature = _prepare(q, k, v, temperature, map, norm, activation, eps, token_mask, dropout_p, map_fn)
-    return dispatch.explain(backend, q.device.type, (q.dtype, temperature.dtype), _head_dims(q))
+    first = preference.first_asked(q, norm) if map_fn is None and dropout_p == 0 else None
+    return dispatch.explain(backend, q.device.type, (q.dtype, temperature.dtype), _head_dims(q), first)
 
 
 def _prepare(q: Any, k: Any, v: Any, temperature: Any, *choices: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -162,6 +162,7 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_forward_kernel(const _
     load_tile<T, E, kColumns, kThreads>(s.tile(x), p.x[x], 0, head.all, p.mask);
     if (i > 0) __pipeline_commit();
   }
+#pragma unroll 1
   for (int i = 0; i < 3; ++i) clear_columns<E, kColumns, kThreads>(s.tile(i), p.dim, p.rows);
   __pipeline_wait_prior(1);
   XK_STEP(barrier, __syncthreads());  // what the first pass reads has landed
@@ -225,6 +226,7 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_backward_kernel(const 
     load_tile<T, E, kColumns, kThreads>(s.tile(x), p.x[x], 0, head.all, p.mask);
     if (i % 2 == 1) __pipeline_commit();
   }
+#pragma unroll 1
   for (int i = 0; i < 4; ++i) clear_columns<E, kColumns, kThreads>(s.tile(i), p.dim, p.rows);
   Stats<S> stats{p.stats + head.record, p.dim};
   Divisors<S> by{s.norm_k, s.norm_q};
@@ -253,6 +255,7 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_backward_kernel(const 
         Layout::give_to_all(s.scale_q, column, norm_term(p.options, sum, stats.norms_q()[column]));
       });
   dt = block_sum<S, kThreads>(dt, s.scratch);  // after its barriers the totals are there
+#pragma unroll 1
   for (int c = (int)threadIdx.x; c < p.dim; c += kThreads)
     Layout::give_to_all(s.totals_of, rank * kColumns + c, s.totals[c]);
   if (threadIdx.x == 0) peer(s.dt, 0)[rank] = dt;
@@ -260,6 +263,7 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_backward_kernel(const 
   // all columns and totals are there, all tokens have landed, nobody reads this block's sums any more
   XK_STEP(cluster_barrier, cluster_sync());
 
+#pragma unroll 1
   for (int c = (int)threadIdx.x; c < p.dim; c += kThreads) {
     S total = 0;
     for (int r = 0; r < cluster_size(); ++r) total += s.totals_of[r * kColumns + c];

@@ -42,7 +42,8 @@ struct GramLayout {
 // A block owns a (kTile, kTile) tile of G for one chunk of the tokens of one (batch, head), which it walks over in
 // steps of kRows with the next step on its way.
 template <class T, class Math, int kTile>
-__global__ void __launch_bounds__(kGramThreads, 3) gram_kernel(const __grid_constant__ GramArgs<Sum<T>> p) {
+__global__ void __launch_bounds__(kGramThreads, sizeof(T) == 8 ? 2 : 3)
+    gram_kernel(const __grid_constant__ GramArgs<Sum<T>> p) {
   using E = Element<Math>;
   using S = Sum<T>;
   using Layout = GramLayout<Math, kTile>;
@@ -72,6 +73,7 @@ __global__ void __launch_bounds__(kGramThreads, 3) gram_kernel(const __grid_cons
 
 #pragma unroll 1
   for (int i = 0; i < 3; ++i)
+#pragma unroll 1
     for (int stage = 0; stage < Layout::kStages; ++stage)
       if (wanted(i)) clear_columns<E, kTile, kThreads>(tile_of(stage, i), features(p.x[i], first(i)), kRows);
 
@@ -97,6 +99,7 @@ __global__ void __launch_bounds__(kGramThreads, 3) gram_kernel(const __grid_cons
     XK_STEP(barrier, __syncthreads());  // this stage's tokens of all threads have landed
     if constexpr (sizeof(E) >= 4) {
       if (p.norm_a || p.norm_b) {
+#pragma unroll 4
         for (int at = (int)threadIdx.x; at < kRows * kTile; at += kThreads) {
           int row = at / kTile, place = row * padded<E>(kTile) + at % kTile;
           if (p.norm_a) tile_a[place] /= clamp_norm(s.norms[row], (S)p.eps);
@@ -121,6 +124,7 @@ __global__ void __launch_bounds__(kGramThreads, 3) gram_kernel(const __grid_cons
   sums.store(s.sums, padded<S>(kTile));
   __syncthreads();  // the sums of all threads are there
   S* g = p.g + record * p.g_step;
+#pragma unroll 1
   for (int x = (int)threadIdx.x; x < rows * columns; x += kThreads) {
     int row = x / columns, column = x % columns;
     S value = s.sums[row * padded<S>(kTile) + column];

@@ -57,7 +57,7 @@ struct MapBlock {
 };
 
 template <class S>
-__global__ void __launch_bounds__(kMapThreads) map_forward_kernel(const __grid_constant__ MapArgs<S> p) {
+__global__ void __launch_bounds__(kMapThreads, 2) map_forward_kernel(const __grid_constant__ MapArgs<S> p) {
   MapBlock<S> at(p);
   XK_ARENA(arena);
   MapLayout<S> s(arena, p.dim);
@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kMapThreads) map_forward_kernel(const __grid_c
 }
 
 template <class S>
-__global__ void __launch_bounds__(kMapThreads) map_backward_kernel(const __grid_constant__ MapArgs<S> p) {
+__global__ void __launch_bounds__(kMapThreads, 2) map_backward_kernel(const __grid_constant__ MapArgs<S> p) {
   MapBlock<S> at(p);
   XK_ARENA(arena);
   MapLayout<S> s(arena, p.dim);

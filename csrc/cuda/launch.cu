@@ -1,5 +1,7 @@
 // Devices, errors and what was launched; per thread, since calls come from any thread.
+#include <map>
 #include <mutex>
+#include <tuple>
 #include <vector>
 
 #include "launch.h"
@@ -36,6 +38,37 @@ const Device& use_device(int index) {
     known[(size_t)index] = new Device(device);
   }
   return *known[(size_t)index];
+}
+
+void allow(Kernel kernel, int64_t shared_bytes, int cluster) {
+  if (shared_bytes > 48 << 10)
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared_bytes),
+          "asking for shared memory");
+  if (cluster > 8)
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
+          "allowing clusters of 16 blocks");
+}
+
+bool can_cluster(Kernel kernel, int device, int cluster, int threads, int64_t shared_bytes) {
+  static std::mutex mutex;
+  static std::map<std::tuple<Kernel, int, int, int64_t>, bool> known;
+  std::lock_guard<std::mutex> lock(mutex);
+  auto [found, is_new] = known.try_emplace({kernel, device, cluster, shared_bytes}, false);
+  if (is_new) {
+    allow(kernel, shared_bytes, cluster);
+    cudaLaunchAttribute attribute = cluster_of(cluster);
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3((unsigned)cluster);
+    config.blockDim = dim3((unsigned)threads);
+    config.dynamicSmemBytes = (size_t)shared_bytes;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    int clusters = 0;
+    bool answered = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) == cudaSuccess;
+    cudaGetLastError();  // an error is an answer too, and must not be reported by another's call
+    found->second = answered && clusters > 0;
+  }
+  return found->second;
 }
 
 void note_launch(const char* name) {

@@ -29,51 +29,29 @@ const Device& use_device(int index);
 // Notes that the kernel runs, for xk_cuda_launched.
 void note_launch(const char* name);
 
-// Whether the device can run so many blocks of so much shared memory as a cluster.
-template <class Args>
-bool can_cluster(void (*kernel)(Args), int cluster, int threads, int64_t shared_bytes) {
-  if (cluster > 8)
-    check(
-        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
-        "allowing clusters of 16 blocks");
-  check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             (int)shared_bytes),
-        "asking for shared memory");
+inline cudaLaunchAttribute cluster_of(int blocks) {
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = (unsigned)cluster;
+  attribute.val.clusterDim.x = (unsigned)blocks;
   attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3((unsigned)cluster);
-  config.blockDim = dim3((unsigned)threads);
-  config.dynamicSmemBytes = (size_t)shared_bytes;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  int clusters = 0;
-  if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) != cudaSuccess) {
-    cudaGetLastError();  // an answer of its own kind: such clusters are not possible
-    return false;
-  }
-  return clusters > 0;
+  return attribute;
 }
+
+using Kernel = const void*;  // its address
+
+// Lets the kernel have so much shared memory and clusters of so many blocks.
+void allow(Kernel kernel, int64_t shared_bytes, int cluster);
+
+// Whether the current device can run such a cluster; asked once.
+bool can_cluster(Kernel kernel, int device, int cluster, int threads, int64_t shared_bytes);
 
 template <class Args>
 void launch(const char* name, void (*kernel)(Args), const Args& args, int64_t blocks, int threads, int64_t shared_bytes,
             void* stream, int cluster = 1) {
   if (blocks == 0) return;
   if (blocks > INT32_MAX) fail(std::string(name) + ": more than 2^31 blocks");
-  if (shared_bytes > 48 << 10)
-    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               (int)shared_bytes),
-          "asking for shared memory");
-  if (cluster > 8)
-    check(
-        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
-        "allowing clusters of 16 blocks");
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = (unsigned)cluster;
-  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  allow(reinterpret_cast<Kernel>(kernel), shared_bytes, cluster);
+  cudaLaunchAttribute attribute = cluster_of(cluster);
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3((unsigned)blocks);
   config.blockDim = dim3((unsigned)threads);

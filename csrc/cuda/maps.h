@@ -47,6 +47,7 @@ struct Divisors {
   // From norms over tokens; what is written is there after the next barrier.
   template <int kThreads, class NormK, class NormQ>
   __device__ void set(const MapOptions& o, int dim, NormK norm_k, NormQ norm_q) const {
+#pragma unroll 1
     for (int c = (int)threadIdx.x; c < dim; c += kThreads) {
       S of_k = norm_k(c), of_q = norm_q(c);
       k[c] = o.token_norm ? clamp_norm(of_k, (S)o.eps) : S(1);
@@ -87,6 +88,7 @@ class Columns {
     if ((int)threadIdx.x % 32 < width_) scratch_[warp * 32 + lane()] = x;
     __syncthreads();  // every warp's numbers are there
     S total = scratch_[lane()];
+#pragma unroll 1
     for (int w = 1; w < kThreads / 32; ++w) total = combine(total, scratch_[w * 32 + lane()]);
     __syncthreads();  // scratch is free again
     return total;
@@ -114,6 +116,7 @@ class Columns {
 template <class S, int kThreads, class Gram, class Result>
 __device__ void forward_columns(const Columns<S, kThreads>& own, const MapOptions& o, int dim, S temperature,
                                 Divisors<S> by, const Stats<S>& stats, Shared<S> strip, Gram gram, Result result) {
+#pragma unroll 1
   for (int s = 0; s < own.strips(); ++s) {
     int i = own.column(s);
     bool has = own.has(s);
@@ -153,6 +156,7 @@ __device__ S backward_columns(const Columns<S, kThreads>& own, const MapOptions&
                               Divisors<S> by, const Stats<S>& stats, Shared<S> strip, Shared<S> totals,
                               Gradient gradient, Result result, OfColumn of_column) {
   S dtemperature = 0;
+#pragma unroll 1
   for (int s = 0; s < own.strips(); ++s) {
     int i = own.column(s);
     bool has = own.has(s);
@@ -175,6 +179,7 @@ __device__ S backward_columns(const Columns<S, kThreads>& own, const MapOptions&
       mean = own.sum_down(mean) / total;
     }
     // all threads of a warp take part in the sums across: those without a row or a column add nothing
+#pragma unroll 1
     for (int begin = 0; begin < dim; begin += own.rows_between()) {
       int j = begin + own.row();
       S along = 0;

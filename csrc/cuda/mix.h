@@ -40,7 +40,7 @@ struct MixLayout {
   using E = Element<Math>;
   using S = Sum<E>;
   static constexpr int kRows = (sizeof(E) == 8 ? 2048 : 4096) / kColumns;
-  static constexpr int kMost = (sizeof(E) == 8 ? 4096 : 8192) / kColumns;
+  static constexpr int kMost = (sizeof(E) == 8 ? 2048 : sizeof(E) == 4 ? 4096 : 8192) / kColumns;
   static constexpr int kDepth = kColumns < kMost ? kColumns : kMost;  // of a slice of a map
   static constexpr int kTileSize = kRows * padded<E>(kColumns), kMapSize = kDepth * padded<E>(kColumns);
   Shared<E> x;      // (stages, operands, kRows, kColumns)
@@ -99,15 +99,20 @@ __global__ void __launch_bounds__(kMixThreads, 3) mix_kernel(const __grid_consta
                                                [&](int in, int out) { return w.template get<T>(b, h, in, out); });
   };
 
+#pragma unroll 1
   for (int stage = 0; stage < p.stages; ++stage)
+#pragma unroll 1
     for (int x = 0; x < p.operands; ++x) clear_columns<E, kColumns, kThreads>(tile(stage, x), p.x[x].features, kRows);
+#pragma unroll 1
   for (int o = 0; o < p.outputs; ++o) {
     const MixOutput<T>& out = p.out[o];
+#pragma unroll 1
     for (int c = (int)threadIdx.x; c < out.to.features; c += kThreads) {
       s.scale[o * kColumns + c] = out.scale.data ? out.scale.template get<T>(b, h, c) : S(1);
       s.bias[o * kColumns + c] = out.bias.data ? out.bias.template get<T>(b, h, c) : S(0);
     }
     if constexpr (kScaled<E>) {
+#pragma unroll 1
       for (int c = (int)threadIdx.x; c < kColumns; c += kThreads) {
         float largest = 0;
         if (c < out.to.features)
@@ -122,8 +127,11 @@ __global__ void __launch_bounds__(kMixThreads, 3) mix_kernel(const __grid_consta
   __syncthreads();  // scales are there
   if (p.resident) {
     int slice = 0;
+#pragma unroll 1
     for (int o = 0; o < p.outputs; ++o)
+#pragma unroll 1
       for (int t = 0; t < p.out[o].terms; ++t)
+#pragma unroll 1
         for (int first = 0; first < p.out[o].weight[t].features; first += kDepth)
           load_slice(o, t, first, s.maps + slice++ * Layout::kMapSize);
   }

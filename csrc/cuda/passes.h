@@ -11,11 +11,10 @@ namespace xk::cuda {
 template <class T>
 constexpr bool kShort = sizeof(T) == 2;
 
-// Calls f with how tokens of type T are multiplied. `exact`: in Sum<T>, since they meet numbers of that type.
+// Calls f with how tokens of type T are multiplied.
 template <class T, class F>
-auto with_math(bool exact, bool tf32, F f) {
+auto with_math(bool tf32, F f) {
   if constexpr (kShort<T>) {
-    if (exact) return f(Fma<float>{});
     return f(TensorCore<T>{});
   } else if constexpr (sizeof(T) == 4) {
     if (tf32) return f(Tf32{});
@@ -23,6 +22,14 @@ auto with_math(bool exact, bool tf32, F f) {
   } else {
     return f(Fma<double>{});
   }
+}
+
+// `exact`: in Sum<T>, since they meet numbers of that type.
+template <class T, class F>
+auto with_math(bool exact, bool tf32, F f) {
+  if constexpr (kShort<T>)
+    if (exact) return f(Fma<float>{});
+  return with_math<T>(tf32, f);
 }
 
 // Tiles of 32 are for narrow heads of the usual products; the others have one kernel less.

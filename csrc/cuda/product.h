@@ -116,6 +116,58 @@ class Product<Fma<T>, M, N, kThreads, kTransposed> {
   }
 };
 
+// Fragments from and to shared memory. Of bf16 and tf32, nvcc takes its addresses for generic ones unless the
+// instruction says so.
+template <class Fragment, class E>
+__device__ void load_fragment(Fragment& x, const E* from, int ld) {
+  nvcuda::wmma::load_matrix_sync(x, from, ld);
+}
+template <class Fragment>
+__device__ void load_sums(Fragment& x, const float* from, int ld) {
+  nvcuda::wmma::load_matrix_sync(x, from, ld, nvcuda::wmma::mem_row_major);
+}
+template <class Fragment>
+__device__ void store_sums(float* to, const Fragment& x, int ld) {
+  nvcuda::wmma::store_matrix_sync(to, x, ld, nvcuda::wmma::mem_row_major);
+}
+
+#ifndef XK_EMULATED
+#define XK_LOAD_FRAGMENT(matrix, layout, k, number, stored, type)                                                \
+  __device__ inline void load_fragment(                                                                          \
+      nvcuda::wmma::fragment<nvcuda::wmma::matrix_##matrix, 16, 16, k, number, nvcuda::wmma::layout##_major>& x, \
+      const stored* from, int ld) {                                                                              \
+    uint32_t* to = reinterpret_cast<uint32_t*>(&x);                                                              \
+    asm volatile("wmma.load." #matrix ".sync.aligned." #layout ".m16n16k" #k ".shared." #type                    \
+                 " {%0, %1, %2, %3}, [%4], %5;"                                                                  \
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])                                            \
+                 : "r"((uint32_t)__cvta_generic_to_shared(from)), "r"(ld)                                        \
+                 : "memory");                                                                                    \
+  }
+XK_LOAD_FRAGMENT(a, row, 16, BFloat, BFloat, bf16)
+XK_LOAD_FRAGMENT(a, col, 16, BFloat, BFloat, bf16)
+XK_LOAD_FRAGMENT(b, row, 16, BFloat, BFloat, bf16)
+XK_LOAD_FRAGMENT(a, row, 8, nvcuda::wmma::precision::tf32, float, tf32)
+XK_LOAD_FRAGMENT(a, col, 8, nvcuda::wmma::precision::tf32, float, tf32)
+XK_LOAD_FRAGMENT(b, row, 8, nvcuda::wmma::precision::tf32, float, tf32)
+#undef XK_LOAD_FRAGMENT
+
+using SumsOfTf32 = nvcuda::wmma::fragment<nvcuda::wmma::accumulator, 16, 16, 8, float>;
+__device__ inline void load_sums(SumsOfTf32& x, const float* from, int ld) {
+  float* to = x.x;
+  asm volatile("wmma.load.c.sync.aligned.row.m16n16k8.shared.f32 {%0, %1, %2, %3, %4, %5, %6, %7}, [%8], %9;"
+               : "=f"(to[0]), "=f"(to[1]), "=f"(to[2]), "=f"(to[3]), "=f"(to[4]), "=f"(to[5]), "=f"(to[6]), "=f"(to[7])
+               : "r"((uint32_t)__cvta_generic_to_shared(from)), "r"(ld)
+               : "memory");
+}
+__device__ inline void store_sums(float* to, const SumsOfTf32& x, int ld) {
+  const float* y = x.x;
+  asm volatile("wmma.store.d.sync.aligned.row.m16n16k8.shared.f32 [%0], {%1, %2, %3, %4, %5, %6, %7, %8}, %9;" ::"r"(
+                   (uint32_t)__cvta_generic_to_shared(to)),
+               "f"(y[0]), "f"(y[1]), "f"(y[2]), "f"(y[3]), "f"(y[4]), "f"(y[5]), "f"(y[6]), "f"(y[7]), "r"(ld)
+               : "memory");
+}
+#endif
+
 // A warp owns tiles of 16 x 16.
 template <class Math, int M, int N, int kThreads, bool kTransposed>
 class WarpProduct {
@@ -151,7 +203,6 @@ class WarpProduct {
   }
 
   __device__ void store(Shared<float> out, int ld) {
-    using namespace nvcuda;
     for (int g = 0; g < kGroups; ++g) {
       if (group() == g) {
 #pragma unroll
@@ -160,10 +211,10 @@ class WarpProduct {
           float* place = &out[tile(i) / kAcross * 16 * ld + tile(i) % kAcross * 16];
           if (g > 0) {
             Sums before;
-            wmma::load_matrix_sync(before, place, ld, wmma::mem_row_major);
+            load_sums(before, place, ld);
             add(sum_[i], before);
           }
-          wmma::store_matrix_sync(place, sum_[i], ld, wmma::mem_row_major);
+          store_sums(place, sum_[i], ld);
         }
       }
       if (g + 1 < kGroups) __syncthreads();  // the next group adds to these sums
@@ -192,11 +243,11 @@ class WarpProduct {
       int row = tile(i) / kAcross * 16, column = tile(i) % kAcross * 16;
       if (tile(i) >= kTiles || (!kTransposed && row >= rows)) break;
       if (i == 0 || !kOneRow) {
-        wmma::load_matrix_sync(x, kTransposed ? &a[k * lda + row] : &a[row * lda + k], lda);
+        load_fragment(x, kTransposed ? &a[k * lda + row] : &a[row * lda + k], lda);
         round(x);
       }
       wmma::fragment<wmma::matrix_b, 16, 16, kStep, Operand, wmma::row_major> y;
-      wmma::load_matrix_sync(y, &b[k * ldb + column], ldb);
+      load_fragment(y, &b[k * ldb + column], ldb);
       round(y);
       wmma::mma_sync(to[i], x, y, to[i]);
     }

@@ -159,7 +159,8 @@ struct Call {
     while (cluster < 8 && cluster < most && a.tokens > 64 * cluster && heads * cluster * 2 <= device.processors)
       cluster *= 2;
     int64_t shared = bytes(cluster);
-    if (cluster > 1 && !can_cluster(kernel, cluster, kFusedThreads, shared)) return false;
+    if (cluster > 1 && !can_cluster(reinterpret_cast<Kernel>(kernel), l.device, cluster, kFusedThreads, shared))
+      return false;
     if (!measure) launch(name, kernel, p, heads * cluster, kFusedThreads, shared, l.stream, cluster);
     return true;
   }
@@ -179,7 +180,7 @@ struct Call {
       p.stats = static_cast<Sum<T>*>(a.stats);
       const xk_tensor* x[4] = {&a.q, &a.k, &a.v, &a.dout};
       for (int i = 0; i < (backward ? 4 : 3); ++i) p.x[i] = tokens(*x[i]);
-      return with_math<T>(false, l.tf32, [&](auto math) {
+      return with_math<T>(l.tf32, [&](auto math) {
         using Math = decltype(math);
         auto run = [&](auto columns) {
           constexpr int kColumns = decltype(columns)::value;

@@ -84,7 +84,9 @@ __device__ void load_tile(Shared<E> tile, const Operand& x, int first, const Row
 // Zeros from column `features` on: products take them for features.
 template <class E, int kColumns, int kThreads>
 __device__ void clear_columns(Shared<E> tile, int features, int rows) {
+#pragma unroll 1
   for (int row = (int)threadIdx.x / 32; row < rows; row += kThreads / 32)
+#pragma unroll 1
     for (int c = features + (int)threadIdx.x % 32; c < kColumns; c += 32)
       XK_STEP(column_mask, tile[row * padded<E>(kColumns) + c] = narrow<E>(0));
 }
@@ -137,8 +139,10 @@ class Squares {
     if (group() < kGroups)
       for (int i = 0; i < kTogether; ++i) scratch[group() * kColumns + column() + i] = sum_[i];
     __syncthreads();  // every group's sums are there
+#pragma unroll 1
     for (int c = (int)threadIdx.x; c < count; c += kThreads) {
       Sum<E> total = scratch[c];
+#pragma unroll 1
       for (int g = 1; g < kGroups; ++g) total += scratch[g * kColumns + c];
       out[c] = total;
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import fcntl
 import importlib.util
 import os
@@ -71,3 +72,11 @@ def module_at(path: Path, name: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sanitize", default="", help="address,undefined or thread")
+    if why_not():
+        sys.exit(why_not())
+    print(build(sanitize=parser.parse_args().sanitize))

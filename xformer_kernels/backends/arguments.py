@@ -39,7 +39,7 @@ def _optional(tensor: Tensor | None, strides: tuple[int, ...] | None = None) -> 
 
 
 def gram(
-    a: Tensor, b: Tensor, symmetric: bool, token_mask: Tensor | None, empty: Empty
+    empty: Empty, a: Tensor, b: Tensor, symmetric: bool, token_mask: Tensor | None
 ) -> tuple[tuple[Any, ...], tuple[Tensor, Tensor, Tensor]]:
     B, H, N, Da = a.shape
     Db = b.shape[-1]
@@ -53,6 +53,7 @@ def gram(
 
 
 def channel_mix(
+    empty: Empty,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -60,7 +61,6 @@ def channel_mix(
     add_scale: Tensor | None,
     x2: Tensor | None,
     weight2: Tensor | None,
-    empty: Empty,
 ) -> tuple[tuple[Any, ...], Tensor]:
     B, H, N, I = x.shape  # noqa: E741
     O = weight.shape[-2]  # noqa: E741
@@ -98,6 +98,7 @@ def _xfa(
 
 
 def xfa_forward(
+    empty: Empty,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -107,7 +108,6 @@ def xfa_forward(
     norm: str,
     activation: str,
     eps: float,
-    empty: Empty,
 ) -> tuple[tuple[Any, ...], tuple[Tensor, Tensor]]:
     B, H, N, D = q.shape
     out = _token_major(B, H, N, D, q.dtype, empty)
@@ -117,6 +117,7 @@ def xfa_forward(
 
 
 def xfa_backward(
+    empty: Empty,
     dout: Tensor,
     q: Tensor,
     k: Tensor,
@@ -128,7 +129,6 @@ def xfa_backward(
     norm: str,
     activation: str,
     eps: float,
-    empty: Empty,
 ) -> tuple[tuple[Any, ...], tuple[Tensor, Tensor]]:
     B, H, N, D = q.shape
     dqkv = empty((3, B, N, H, D), q.dtype)

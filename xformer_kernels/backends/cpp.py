@@ -46,24 +46,24 @@ def _empty(size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 def gram(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    addresses, result = arguments.gram(*args, _empty)
+    addresses, result = arguments.gram(_empty, *args)
     _C.gram(*addresses, torch.get_num_threads())
     return result
 
 
 def channel_mix(*args: Any) -> Tensor:
-    addresses, result = arguments.channel_mix(*args, _empty)
+    addresses, result = arguments.channel_mix(_empty, *args)
     _C.channel_mix(*addresses, torch.get_num_threads())
     return result
 
 
 def xfa_forward(*args: Any) -> tuple[Tensor, Tensor]:
-    addresses, result = arguments.xfa_forward(*args, _empty)
+    addresses, result = arguments.xfa_forward(_empty, *args)
     _C.xfa_forward(*addresses, torch.get_num_threads())
     return result
 
 
 def xfa_backward(*args: Any) -> tuple[Tensor, Tensor]:
-    addresses, result = arguments.xfa_backward(*args, _empty)
+    addresses, result = arguments.xfa_backward(_empty, *args)
     _C.xfa_backward(*addresses, torch.get_num_threads())
     return result

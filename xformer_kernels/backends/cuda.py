@@ -20,7 +20,8 @@ from xformer_kernels import _cuda
 from xformer_kernels.backends import arguments, tf32_allowed, unsupported_numbers
 
 NAME = "cuda"
-EMULATED: bool = _cuda.build_info()["emulated"]
+_BUILD = _cuda.build_info()
+EMULATED: bool = _BUILD["emulated"]
 """Whether this is the build for tests whose kernels run on the CPU."""
 ONLY_BY_NAME = "these kernels are emulated: they serve calls that ask for cuda by name" if EMULATED else ""
 
@@ -48,9 +49,20 @@ def _of_device() -> list[str]:
     if not torch.cuda.is_available():
         return ["torch sees no CUDA device"]
     major, minor = torch.cuda.get_device_capability()
-    if major < 8:
-        return [f"the device is of compute capability {major}.{minor}, the kernels need 8.0 or newer"]
+    if not runs_on(10 * major + minor):
+        built = f"{_BUILD['archs']} and PTX of {_BUILD['ptx']}"
+        return [f"the device is of compute capability {major}.{minor}, the kernels were built for sm_ {built}"]
     return []
+
+
+def runs_on(capability: int) -> bool:
+    """Whether this build has code for a device: of its own generation, or PTX of an earlier one."""
+    for arch in _BUILD["archs"].split():
+        own = int(arch.rstrip("af"))
+        if own == capability or (arch.isdigit() and own // 10 == capability // 10 and own <= capability):
+            return True
+    ptx: str = _BUILD["ptx"]
+    return ptx.isdigit() and int(ptx) <= capability
 
 
 def _empty(device: torch.device, size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -60,7 +72,7 @@ def _empty(device: torch.device, size: tuple[int, ...], dtype: torch.dtype) -> T
 def _run(op: str, like: Tensor, build: Callable[..., tuple[tuple[Any, ...], Any]], args: tuple[Any, ...]) -> Any:
     """Allocates results and workspace, and launches on the current stream of the tensors' device."""
     device = like.device
-    addresses, result = build(*args, partial(_empty, device))
+    addresses, result = build(partial(_empty, device), *args)
     B, H = like.shape[:2]
     if B * H == 0:
         if op == "xfa_backward":

@@ -1,0 +1,124 @@
+"""What the assembler made of each kernel of the CUDA module: ptxas.log of its build, and its instructions.
+
+No GPU is needed, and nothing is compiled. `tool` finds cuobjdump.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from hashlib import sha256
+from importlib.util import find_spec
+from pathlib import Path
+
+COMPILED = re.compile(r"Compiling entry function '(\w+)' for '(\w+)'")
+NUMBERS = {
+    "stack": re.compile(r"(\d+) bytes stack frame"),
+    "spill stores": re.compile(r"(\d+) bytes spill stores"),
+    "spill loads": re.compile(r"(\d+) bytes spill loads"),
+    "registers": re.compile(r"Used (\d+) registers"),
+    "shared": re.compile(r"(\d+) bytes smem"),  # static; what a launch asks for comes on top
+}
+# Tensor cores, asynchronous copies, stores, loads of matrices, and accesses at generic addresses.
+INSTRUCTION = re.compile(r" ((?:[HDIQ]G?MMA|UTC\w*MMA|LDGSTS|STG|LDSM|LD|ST)(?:\.\w+)*) ")
+TENSOR_CORE = r"[HDIQ]G?MMA|UTC\w*MMA"
+NAME = re.compile(r"_ZN2xk4cuda\d+(\w+?_kernel)I(\w*?)EEv")
+DTYPES = {"13__nv_bfloat16": "bf16", "6__half": "f16", "f": "f32", "d": "f64"}
+PRODUCTS = {"TensorCore": "tensor core", "Tf32": "tf32", "Fma": "fma"}
+
+
+@dataclass
+class Kernel:
+    symbol: str
+    arch: str
+    numbers: dict[str, int] = field(default_factory=dict)
+    instructions: Counter[str] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        name = NAME.match(self.symbol)
+        assert name, f"{self.symbol} is not named as the kernels are"
+        self.kind, arguments = name.groups()
+        first = re.match("|".join(DTYPES), arguments)
+        assert first, f"{self.symbol}: of which dtype?"
+        self.dtype = DTYPES[first[0]]
+        self.product = next((is_ for word, is_ in PRODUCTS.items() if word in arguments), "")
+        self.widened = self.product == "fma" and self.dtype in ("bf16", "f16")
+        """Whether tokens become fp32 on their way into shared memory."""
+        width = re.search(r"Li(\d+)E?$", arguments)
+        self.width = int(width[1]) if width else 0
+
+    def __str__(self) -> str:
+        parts = filter(None, (self.dtype, self.product, str(self.width or "")))
+        return f"{self.kind.removesuffix('_kernel')} ({', '.join(parts)}) of {self.arch}"
+
+    def having(self, pattern: str) -> list[str]:
+        return sorted(name for name in self.instructions if re.match(pattern, name))
+
+
+def tool(name: str = "cuobjdump") -> str | None:
+    """On PATH, in the CUDA toolkit, or in the wheel of Triton."""
+    folders = [None]
+    if nvcc := shutil.which("nvcc"):
+        folders += [str(Path(nvcc).resolve().parent), "/usr/local/cuda/bin"]
+    if triton := find_spec("triton"):
+        folders += [str(Path(folder) / "backends" / "nvidia" / "bin") for folder in triton.submodule_search_locations]
+    return next(filter(None, (shutil.which(name, path=folder) for folder in folders)), None)
+
+
+def read_log(lines: Iterator[str]) -> dict[tuple[str, str], Kernel]:
+    """By symbol and architecture. Each of a symbol's weak copies, one in each file that uses it, must be alike."""
+    found: dict[tuple[str, str], Kernel] = {}
+    kernel = None
+    for line in lines:
+        if compiled := COMPILED.search(line):
+            symbol, arch = compiled.groups()
+            kernel = found.setdefault((symbol, arch), Kernel(symbol, arch))
+        elif kernel:
+            for name, pattern in NUMBERS.items():
+                if number := pattern.search(line):
+                    kernel.numbers[name] = max(kernel.numbers.get(name, 0), int(number[1]))
+    return found
+
+
+def read_instructions(cuobjdump: str, module: Path, arch: str) -> dict[str, Counter[str]]:
+    """How often the instructions that matter occur, by symbol."""
+    found: dict[str, Counter[str]] = {}
+    counts: Counter[str] = Counter()
+    with subprocess.Popen([cuobjdump, "-sass", "-arch", arch, module], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if "Function : " in line:
+                # weak copies in several files have the same code
+                counts = found[line.split()[-1]] = Counter()
+            elif instruction := INSTRUCTION.search(line, 0, 100):
+                counts[instruction[1]] += 1
+    assert process.returncode == 0, f"cuobjdump ended with {process.returncode}"
+    return found
+
+
+def kernels(log: Path) -> list[Kernel]:
+    with log.open() as lines:
+        found = read_log(lines)
+    return sorted(found.values(), key=lambda kernel: (kernel.symbol, kernel.arch))
+
+
+def disassemble(found: list[Kernel], module: Path, cuobjdump: str, kept: Path) -> None:
+    """Fills in `instructions`, which take many seconds: `kept` is a file that has them while the module is the same."""
+    digest = sha256(module.read_bytes() + Path(__file__).read_bytes()).hexdigest()
+    before = json.loads(kept.read_text()) if kept.exists() else {}
+    if before.get("digest") == digest:
+        read = before["instructions"]
+    else:
+        archs = sorted({kernel.arch for kernel in found})
+        with ThreadPoolExecutor(2) as pool:
+            each = list(pool.map(lambda arch: read_instructions(cuobjdump, module, arch), archs))
+        read = dict(zip(archs, each, strict=True))
+        kept.write_text(json.dumps({"digest": digest, "instructions": read}))
+    for kernel in found:
+        kernel.instructions = Counter(read[kernel.arch][kernel.symbol])
