@@ -129,7 +129,8 @@ def test_primitives_stay_within_their_tensors(at_page, features, dtype):
 def test_what_lies_beyond_is_reported(cuda, at_page):
     """That the tests above would fail; and an error of a launch names the kernel, the runtime's error and its text."""
     a = at_page(randn(1, 1, 21, 5, seed=0))
-    call, _ = arguments.gram(a, a, False, None, partial(cuda._empty, a.device))
+    empty = partial(cuda._empty, a.device)
+    call, _ = arguments.gram(empty=empty, a=a, b=a, symmetric=False, token_mask=None)
     assert call.count(a.data_ptr()) == 2
     for step in (-1, 1):
         moved = tuple(a.data_ptr() + 4096 * step if x == a.data_ptr() else x for x in call)

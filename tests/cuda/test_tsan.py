@@ -52,7 +52,7 @@ def test_no_races(program, seed):
 
 def all_kernels():
     text = "".join(path.read_text() for path in SOURCES.glob("*.h"))
-    return re.findall(r"__global__ void .*? (\w+_kernel)\(", text)
+    return re.findall(r"(\w+_kernel)\(const __grid_constant__", text)
 
 
 def steps():
