@@ -62,12 +62,12 @@ def build(
 def load(folder: Path) -> None:
     """Puts the module in the place of the one for GPUs, before anything imports that."""
     (path,) = folder.glob("_cuda*.so")
-    sys.modules[NAME] = module_at(path)
+    sys.modules[NAME] = module_at(path, NAME)
 
 
-def module_at(path: Path) -> ModuleType:
-    """The module of that file: its own, with devices and errors of its own, for each file."""
-    spec = importlib.util.spec_from_file_location(NAME, path)
+def module_at(path: Path, name: str) -> ModuleType:
+    """The module of that file, with devices and errors of its own where both the file and the name are new."""
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -129,7 +129,8 @@ def test_primitives_stay_within_their_tensors(at_page, features, dtype):
 def test_what_lies_beyond_is_reported(cuda, at_page):
     """That the tests above would fail; and an error of a launch names the kernel, the runtime's error and its text."""
     a = at_page(randn(1, 1, 21, 5, seed=0))
-    call, _ = arguments.gram(partial(cuda._empty, a.device), a, a, False, None)
+    empty = partial(cuda._empty, a.device)
+    call, _ = arguments.gram(empty=empty, a=a, b=a, symmetric=False, token_mask=None)
     assert call.count(a.data_ptr()) == 2
     for step in (-1, 1):
         moved = tuple(a.data_ptr() + 4096 * step if x == a.data_ptr() else x for x in call)
@@ -184,7 +185,8 @@ def test_other_devices(cuda, monkeypatch, tmp_path, capability):
     """Without clusters; and with 99 KiB of shared memory, where backward has one launch of mix for each result."""
     monkeypatch.setenv("XK_EMULATION_DEVICE", capability)
     # a module knows the devices it has seen: another one
-    monkeypatch.setattr(cuda, "_cuda", emulated.module_at(shutil.copy(cuda._cuda.__file__, tmp_path)))
+    copy = shutil.copy(cuda._cuda.__file__, tmp_path)
+    monkeypatch.setattr(cuda, "_cuda", emulated.module_at(copy, f"{tmp_path.name}._cuda"))
     mixes = "mix mix mix" if capability == "12.0" else "mix"
     two_passes = (TWO_PASSES[0], TWO_PASSES[1].replace("mix", mixes))
     assert kernels(cuda, make_problem((2, 21, 2, 8))) == FUSED
