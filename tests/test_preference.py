@@ -9,22 +9,29 @@ from xformer_kernels import backends, dispatch, preference
 
 
 @pytest.mark.parametrize(
-    ("capability", "heads", "tokens", "first"),
+    ("capability", "heads", "tokens", "features", "first"),
     [
-        (90, 4, 4096, True),
-        (90, 4, 4097, False),  # backward would not fit into the shared memory of a cluster
-        (90, 33, 196, False),  # heads alone fill the machine
-        (100, 8, 1024, True),
-        (120, 8, 1024, True),
-        (120, 8, 4096, False),
-        (80, 8, 196, True),
-        (86, 8, 4096, False),
-        (75, 1, 16, False),
-        (90, 0, 16, False),
+        (90, 4, 4096, 32, True),
+        (90, 4, 4096, 5, True),
+        (90, 4, 4097, 32, False),
+        (90, 4, 4096, 33, False),
+        (90, 4, 2048, 48, True),
+        (90, 4, 16, 65, False),
+        (90, 33, 196, 32, False),  # heads alone fill the machine
+        (100, 8, 1024, 32, True),
+        (120, 8, 1024, 32, True),
+        (120, 8, 4096, 32, False),
+        (120, 8, 16, 48, False),
+        (80, 8, 192, 24, True),
+        (80, 8, 196, 32, False),
+        (86, 8, 16, 32, False),
+        (75, 1, 16, 32, False),
+        (90, 0, 16, 32, False),
     ],
 )
-def test_few_heads_whose_tokens_fit_are_for_cuda(capability, heads, tokens, first):
-    assert preference.cuda_first(capability, heads, tokens * 32 * 2) is first
+def test_few_heads_whose_tokens_fit_are_for_cuda(capability, heads, tokens, features, first):
+    """Of 16 bits."""
+    assert preference.cuda_first(capability, heads, tokens, features, 2) is first
 
 
 def test_first_asked_goes_before_the_others():

@@ -14,21 +14,38 @@ from torch import Tensor
 
 
 class Rule(NamedTuple):
-    """CUDA comes first from this capability on, for at most so many heads of so many bytes of q."""
+    """CUDA comes first on devices from `first` to `last`, for at most so many heads of so many features and bytes."""
 
-    capability: int  # 10 * major + minor
+    first: int  # of compute capability, 10 * major + minor
+    last: int
     heads: int  # of all sequences
-    head_bytes: int
+    features: int
+    head_bytes: int  # of q, with features that are padded to 32 or 64
 
 
-CUDA_FIRST = (Rule(120, 32, 96 << 10), Rule(90, 32, 256 << 10), Rule(80, 32, 32 << 10))
-"""The first rule whose capability the device has is the one that counts."""
+CUDA_FIRST = (
+    Rule(80, 80, 32, 64, 12 << 10),  # one block of 163 KiB
+    Rule(90, 119, 32, 64, 256 << 10),  # clusters of 227 KiB a block
+    Rule(120, 129, 32, 32, 64 << 10),  # clusters of 99 KiB a block
+)
+"""Within these bounds forward and backward are one launch each; tested on emulated devices."""
 
 
-def cuda_first(capability: int, heads: int, head_bytes: int) -> bool:
+def padded(features: int) -> int:
+    """Columns of the tiles that hold so many features."""
+    return 32 if features <= 32 else 64
+
+
+def cuda_first(capability: int, heads: int, tokens: int, features: int, itemsize: int) -> bool:
     """Whether the table puts CUDA before Triton."""
-    rule = next((rule for rule in CUDA_FIRST if capability >= rule.capability), None)
-    return rule is not None and 0 < heads <= rule.heads and head_bytes <= rule.head_bytes
+    head_bytes = tokens * padded(features) * itemsize
+    return any(
+        rule.first <= capability <= rule.last
+        and 0 < heads <= rule.heads
+        and features <= rule.features
+        and head_bytes <= rule.head_bytes
+        for rule in CUDA_FIRST
+    )
 
 
 def first_asked(q: Tensor, norm: str) -> str | None:
@@ -36,8 +53,10 @@ def first_asked(q: Tensor, norm: str) -> str | None:
 
     In a graph that is compiled for any length the sizes are unknown, and the usual order stands.
     """
-    if not q.is_cuda or norm != "token" or torch.compiler.is_compiling() or torch.version.hip is not None:
+    if not q.is_cuda or norm != "token" or q.dtype is torch.float64 or torch.compiler.is_compiling():
         return None
     B, H, N, D = q.shape
+    if torch.version.hip is not None:
+        return None
     major, minor = torch.cuda.get_device_capability(q.device)
-    return "cuda" if cuda_first(10 * major + minor, B * H, N * D * q.element_size()) else None
+    return "cuda" if cuda_first(10 * major + minor, B * H, N, D, q.element_size()) else None

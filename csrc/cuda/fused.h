@@ -75,7 +75,7 @@ struct FusedLayout {
 
   __device__ Shared<E> tile(int i) const { return x + i * rows * ld; }
 
-  // Where columns of this block begin, and how many of `dim` there are.
+  // How many columns a block owns, of `dim`.
   __device__ static int columns_each(int dim) { return (dim + cluster_size() - 1) / cluster_size(); }
 
   // The sum over all blocks of the numbers at `at` of their `part`, in the order of the blocks.
@@ -94,13 +94,11 @@ struct FusedLayout {
     Shared<S> from = wide + which * kColumns * kColumns;
     auto get = [&](int in, int out) { return transposed ? from[out * kColumns + in] : from[in * kColumns + out]; };
     if constexpr (kScaled<E>) {
-      for (int c = (int)threadIdx.x; c < kColumns; c += kThreads) {
+      scale_columns<kColumns, kThreads>(up, down, [&](int c) {
         float largest = 0;
-        if (c < dim)
-          for (int i = 0; i < dim; ++i) largest = fmaxf(largest, fabsf(get(i, c)));
-        up[c] = scale_into_fp16(largest);
-        down[c] = 1 / up[c];
-      }
+        for (int i = 0; i < dim && c < dim; ++i) largest = fmaxf(largest, fabsf(get(i, c)));
+        return largest;
+      });
       __syncthreads();  // scales are there
     }
     load_map<E, E, kColumns, kColumns, kThreads>(map, dim, dim, 0, !transposed, up, get);
@@ -130,7 +128,7 @@ struct FusedLayout {
   }
 };
 
-template <class T, class Math, int kColumns>
+template <class T>
 struct FusedHead {  // which (batch, head) and which of its tokens are this block's
   int64_t b, h, record;
   Rows all;
@@ -150,7 +148,7 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_forward_kernel(const _
   using S = Sum<T>;
   using Layout = FusedLayout<Math, kColumns>;
   constexpr int kThreads = kFusedThreads, ld = Layout::ld;
-  FusedHead<T, Math, kColumns> head(p);
+  FusedHead<T> head(p);
   XK_ARENA(arena);
   Layout s(arena, p.rows, 3, 1);
   Shared<E> q = s.tile(0), k = s.tile(1), v = s.tile(2);
@@ -202,8 +200,8 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_forward_kernel(const _
       own, p.options, p.dim, p.temperature.template get<S>(head.h), by, stats, s.strip,
       [&](int row, int column) { return Layout::sum_of_blocks(s.sums, row * Layout::ld_sums + column); },
       [&](int row, int column, S value) { Layout::give_to_all(s.wide, row * kColumns + column, value); });
-  XK_STEP(cluster_barrier,
-          cluster_sync());  // the columns of all blocks are there, and nobody reads this block's sums any more
+  // the columns of all blocks are there, and nobody reads this block's sums any more
+  XK_STEP(cluster_barrier, cluster_sync());
 
   s.narrow_map(0, p.dim, false);
   s.template mix<T>(p.to[0], head.all, p.mask, key_value ? q : v, q, s.up, false);
@@ -215,7 +213,7 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_backward_kernel(const 
   using S = Sum<T>;
   using Layout = FusedLayout<Math, kColumns>;
   constexpr int kThreads = kFusedThreads, ld = Layout::ld;
-  FusedHead<T, Math, kColumns> head(p);
+  FusedHead<T> head(p);
   XK_ARENA(arena);
   Layout s(arena, p.rows, 4, 2);
   bool key_value = p.options.key_value != 0;

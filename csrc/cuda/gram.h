@@ -137,24 +137,26 @@ __global__ void __launch_bounds__(kGramThreads, sizeof(T) == 8 ? 2 : 3)
   }
 }
 
-// to[i] = the sum of `parts` numbers that lie `step` apart, in their order.
+// to[i] = the sum of `parts` numbers that lie `count` apart, in their order; G and two sums of squares.
 template <class S>
 struct SumArgs {
-  const S* from;
-  S* to;
-  int64_t count, parts, step;
+  const S* from[3];
+  S* to[3];
+  int64_t count[3], parts;
 };
 
 constexpr int kSumThreads = 256;
 
 template <class S>
 __global__ void __launch_bounds__(kSumThreads) sum_kernel(const __grid_constant__ SumArgs<S> p) {
-  for (int64_t i = (int64_t)blockIdx.x * kSumThreads + threadIdx.x; i < p.count;
-       i += (int64_t)gridDim.x * kSumThreads) {
-    S total = p.from[i];
-    for (int64_t part = 1; part < p.parts; ++part) total += p.from[part * p.step + i];
-    p.to[i] = total;
-  }
+#pragma unroll 1
+  for (int x = 0; x < 3; ++x)
+    for (int64_t i = (int64_t)blockIdx.x * kSumThreads + threadIdx.x; i < p.count[x];
+         i += (int64_t)gridDim.x * kSumThreads) {
+      S total = p.from[x][i];
+      for (int64_t part = 1; part < p.parts; ++part) total += p.from[x][part * p.count[x] + i];
+      p.to[x][i] = total;
+    }
 }
 
 }  // namespace xk::cuda

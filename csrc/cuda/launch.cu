@@ -19,8 +19,12 @@ void check(cudaError_t error, const char* doing) {
   fail(std::string(doing) + ": " + cudaGetErrorName(error) + ": " + cudaGetErrorString(error));
 }
 
-Device use_device(int index) {
+const Device& use_device(int index) {
+  static std::mutex mutex;
+  static std::map<int, Device> known;  // nodes stay where they are: references are handed out
   check(cudaSetDevice(index), "choosing the device");
+  std::lock_guard<std::mutex> lock(mutex);
+  if (auto found = known.find(index); found != known.end()) return found->second;
   Device device = {};
   int major = 0, minor = 0;
   const char* doing = "asking what the device has";
@@ -29,7 +33,7 @@ Device use_device(int index) {
   check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index), doing);
   check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index), doing);
   device.capability = 10 * major + minor;
-  return device;
+  return known[index] = device;
 }
 
 void allow(Kernel kernel, int64_t shared_bytes, int cluster) {

@@ -24,7 +24,7 @@ struct Device {
 };
 
 // Makes it the current device of this thread.
-Device use_device(int index);
+const Device& use_device(int index);
 
 // Notes that the kernel runs, for xk_cuda_launched.
 void note_launch(const char* name);

@@ -111,18 +111,14 @@ __global__ void __launch_bounds__(kMixThreads, 3) mix_kernel(const __grid_consta
       s.scale[o * kColumns + c] = out.scale.data ? out.scale.template get<T>(b, h, c) : S(1);
       s.bias[o * kColumns + c] = out.bias.data ? out.bias.template get<T>(b, h, c) : S(0);
     }
-    if constexpr (kScaled<E>) {
-#pragma unroll 1
-      for (int c = (int)threadIdx.x; c < kColumns; c += kThreads) {
+    if constexpr (kScaled<E>)
+      scale_columns<kColumns, kThreads>(s.up + o * kColumns, s.down + o * kColumns, [&](int c) {
         float largest = 0;
-        if (c < out.to.features)
-          for (int t = 0; t < out.terms; ++t)
-            for (int i = 0; i < out.weight[t].features; ++i)
-              largest = fmaxf(largest, fabsf(out.weight[t].template get<T>(b, h, i, c)));
-        s.up[o * kColumns + c] = scale_into_fp16(largest);
-        s.down[o * kColumns + c] = 1 / s.up[o * kColumns + c];
-      }
-    }
+        for (int t = 0; t < out.terms && c < out.to.features; ++t)
+          for (int i = 0; i < out.weight[t].features; ++i)
+            largest = fmaxf(largest, fabsf(out.weight[t].template get<T>(b, h, i, c)));
+        return largest;
+      });
   }
   __syncthreads();  // scales are there
   if (p.resident) {

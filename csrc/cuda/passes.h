@@ -60,13 +60,6 @@ void launch_gram(const GramArgs<Sum<T>>& p, bool tf32, void* stream) {
 
 inline int64_t gram_tiles(int64_t a, int64_t b) { return a <= 32 && b <= 32 ? 1 : cdiv(a, 64) * cdiv(b, 64); }
 
-template <class S>
-void launch_sum(const S* from, S* to, int64_t count, int64_t parts, void* stream) {
-  int64_t blocks = cdiv(count, kSumThreads);
-  launch("sum", sum_kernel<S>, SumArgs<S>{from, to, count, parts, count}, blocks < 4096 ? blocks : 4096, kSumThreads, 0,
-         stream);
-}
-
 template <class T, class Math, int kColumns>
 void launch_mix_of(MixArgs<T> p, const Device& device, void* stream) {
   using Layout = MixLayout<Math, kColumns>;

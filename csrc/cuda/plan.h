@@ -9,9 +9,7 @@
 
 namespace xk::cuda {
 
-constexpr int kChunk = 256;   // tokens that are worth a block of their own
-constexpr int kWidest = 256;  // features
-constexpr int kWidestFused = 128;
+constexpr int kChunk = 256;  // tokens that are worth a block of their own
 
 struct Split {
   int64_t parts, chunk;

@@ -136,6 +136,7 @@ __device__ void store_sums(float* to, const Fragment& x, int ld) {
   __device__ inline void load_fragment(                                                                          \
       nvcuda::wmma::fragment<nvcuda::wmma::matrix_##matrix, 16, 16, k, number, nvcuda::wmma::layout##_major>& x, \
       const stored* from, int ld) {                                                                              \
+    static_assert(sizeof(x) == 16);                                                                              \
     uint32_t* to = reinterpret_cast<uint32_t*>(&x);                                                              \
     asm volatile("wmma.load." #matrix ".sync.aligned." #layout ".m16n16k" #k ".shared." #type                    \
                  " {%0, %1, %2, %3}, [%4], %5;"                                                                  \

@@ -11,16 +11,19 @@ namespace xk::cuda {
 template <class T>
 int64_t Backend<T>::gram(const xk_gram_args& a, const xk_cuda_launch& l, bool measure) {
   using S = Sum<T>;
-  const Device device = use_device(l.device);
+  const Device& device = use_device(l.device);
   Sizes n{a.batch, a.heads, a.tokens};
   int64_t heads = a.batch * a.heads, size = a.dim_a * a.dim_b;
   Split split = split_tokens(a.tokens, heads * gram_tiles(a.dim_a, a.dim_b), size * (int64_t)sizeof(S),
                              a.dim_a * (int64_t)sizeof(T), device.processors, 2);
   Workspace workspace(l.workspace);
-  S* parts[3] = {static_cast<S*>(a.g), static_cast<S*>(a.ssq_a), static_cast<S*>(a.ssq_b)};
-  const int64_t counts[3] = {heads * size, heads * a.dim_a, heads * a.dim_b};
-  if (split.parts > 1)
-    for (int i = 0; i < 3; ++i) parts[i] = workspace.take<S>(split.parts * counts[i]);
+  SumArgs<S> sum = {{},
+                    {static_cast<S*>(a.g), static_cast<S*>(a.ssq_a), static_cast<S*>(a.ssq_b)},
+                    {heads * size, heads * a.dim_a, heads * a.dim_b},
+                    split.parts};
+  S* parts[3];
+  for (int i = 0; i < 3; ++i)
+    sum.from[i] = parts[i] = split.parts > 1 ? workspace.take<S>(split.parts * sum.count[i]) : sum.to[i];
   if (measure) return workspace.used();
 
   GramArgs<S> p = {};
@@ -34,15 +37,15 @@ int64_t Backend<T>::gram(const xk_gram_args& a, const xk_cuda_launch& l, bool me
   p.squares = 1;
   launch_gram<T>(p, l.tf32, l.stream);
   if (split.parts > 1) {
-    S* to[3] = {static_cast<S*>(a.g), static_cast<S*>(a.ssq_a), static_cast<S*>(a.ssq_b)};
-    for (int i = 0; i < 3; ++i) launch_sum(parts[i], to[i], counts[i], split.parts, l.stream);
+    int64_t blocks = cdiv(sum.count[0], kSumThreads);
+    launch("sum", sum_kernel<S>, sum, blocks < 4096 ? blocks : 4096, kSumThreads, 0, l.stream);
   }
   return 0;
 }
 
 template <class T>
 void Backend<T>::channel_mix(const xk_channel_mix_args& a, const xk_cuda_launch& l) {
-  const Device device = use_device(l.device);
+  const Device& device = use_device(l.device);
   Sizes n{a.batch, a.heads, a.tokens};
   auto wide = [](const xk_tensor& t) { return t.dtype == XK_F32 || t.dtype == XK_F64; };
   MixArgs<T> p = {};
@@ -75,7 +78,7 @@ template <class T>
 struct Call {
   const xk_xfa_args& a;
   const xk_cuda_launch& l;
-  const Device device;
+  const Device& device;
   Sizes n;
   int64_t heads, map;  // heads of all sequences; numbers of a map
   bool key_value, token_norm;
@@ -165,12 +168,15 @@ struct Call {
     return true;
   }
 
-  // Whether one launch does (has done, unless `measure`) all of the forward or of the backward.
-  bool fused(bool backward, FusedArgs<T> p, bool measure) const {
+  // Whether one launch does (has done, unless `measure`) all of the forward or of the backward. Maps of 128 columns do
+  // not fit beside each other on any device, but for forward's two in 16 bits.
+  template <bool kBackward>
+  bool fused(FusedArgs<T> p, bool measure) const {
+    constexpr int kWidest = kShort<T> && !kBackward ? 128 : 64;
     if constexpr (sizeof(T) == 8) {
       return false;
     } else {
-      if (!token_norm || a.tokens == 0 || a.dim > kWidestFused || l.path == XK_TWO_PASSES) return false;
+      if (!token_norm || a.tokens == 0 || a.dim > kWidest || l.path == XK_TWO_PASSES) return false;
       if (a.tokens > INT32_MAX / 2) return false;
       p.mask = mask_of(a.mask);
       p.options = options;
@@ -179,25 +185,28 @@ struct Call {
       p.dim = (int32_t)a.dim;
       p.stats = static_cast<Sum<T>*>(a.stats);
       const xk_tensor* x[4] = {&a.q, &a.k, &a.v, &a.dout};
-      for (int i = 0; i < (backward ? 4 : 3); ++i) p.x[i] = tokens(*x[i]);
+      for (int i = 0; i < (kBackward ? 4 : 3); ++i) p.x[i] = tokens(*x[i]);
       return with_math<T>(l.tf32, [&](auto math) {
         using Math = decltype(math);
         auto run = [&](auto columns) {
           constexpr int kColumns = decltype(columns)::value;
-          if (backward)
+          if constexpr (kBackward)
             return fused_of<Math, kColumns>("fused_backward", fused_backward_kernel<T, Math, kColumns>, 4, 2, p,
                                             measure);
-          return fused_of<Math, kColumns>("fused_forward", fused_forward_kernel<T, Math, kColumns>, 3, 1, p, measure);
+          else
+            return fused_of<Math, kColumns>("fused_forward", fused_forward_kernel<T, Math, kColumns>, 3, 1, p, measure);
         };
-        if (a.dim <= 32) return run(std::integral_constant<int, 32>{});
-        if (a.dim <= 64) return run(std::integral_constant<int, 64>{});
-        return run(std::integral_constant<int, 128>{});
+        if constexpr (kWidest > 64)
+          if (a.dim > 64) return run(std::integral_constant<int, 128>{});
+        if (a.dim > 32) return run(std::integral_constant<int, 64>{});
+        return run(std::integral_constant<int, 32>{});
       });
     }
   }
   void refuse_two_passes() const {
     if (l.path == XK_ONE_LAUNCH)
-      fail("one launch cannot hold " + std::to_string(a.tokens) + " tokens of " + std::to_string(a.dim) + " features");
+      fail("one launch cannot hold " + std::to_string(a.tokens) + " tokens of " + std::to_string(a.dim) + " features" +
+           (token_norm ? "" : ": norms over features take two passes"));
   }
 };
 
@@ -207,7 +216,7 @@ int64_t Backend<T>::forward(const xk_xfa_args& a, const xk_cuda_launch& l, bool 
   Call<T> call(a, l);
   FusedArgs<T> fused = {};
   if (!measure) fused.to[0] = result<T>(a.out, call.n, a.dim);
-  if (call.fused(false, fused, measure)) return 0;
+  if (call.template fused<false>(fused, measure)) return 0;
   call.refuse_two_passes();
 
   Split split = call.split();
@@ -254,7 +263,7 @@ int64_t Backend<T>::backward(const xk_xfa_args& a, const xk_cuda_launch& l, bool
     int64_t blocks = cdiv(a.heads, kMapThreads);
     launch("temperature", temperature_kernel<S>, t, blocks < 1024 ? blocks : 1024, kMapThreads, 0, l.stream);
   };
-  if (call.fused(true, fused, measure)) {
+  if (call.template fused<true>(fused, measure)) {
     if (!measure) sum_dtemperature(a.batch);
     return workspace.used();
   }
@@ -275,12 +284,12 @@ int64_t Backend<T>::backward(const xk_xfa_args& a, const xk_cuda_launch& l, bool
   m.p = map_p, m.q = map_q, m.scale_q = scale_q, m.scale_k = scale_k, m.dtemperature = dtemperature;
   call.launch_map("map_backward", map_backward_kernel<S>, m);
 
-  enum { kQ, kK, kV, kDout };  // operands
+  enum { kQ, kK, kDout, kV };  // operands, of which query_key needs three
   MixArgs<T> y = call.mix();
   y.outputs = 3;
-  y.operands = 4;
-  const xk_tensor* x[4] = {&a.q, &a.k, &a.v, &a.dout};
-  for (int i = 0; i < 4; ++i) y.x[i] = call.tokens(*x[i]);
+  y.operands = call.key_value ? 4 : 3;
+  const xk_tensor* x[4] = {&a.q, &a.k, &a.dout, &a.v};
+  for (int i = 0; i < y.operands; ++i) y.x[i] = call.tokens(*x[i]);
   if (call.key_value) {
     y.out[0] = call.output(a.dq, kDout, map_q, true);
     y.out[1] = call.output(a.dk, kV, map_p, true);
@@ -289,7 +298,6 @@ int64_t Backend<T>::backward(const xk_xfa_args& a, const xk_cuda_launch& l, bool
     y.out[0] = call.output(a.dq, kK, map_p, false);
     y.out[1] = call.output(a.dk, kQ, map_p, true);
     y.out[2] = call.output(a.dv, kDout, map_q, true);
-    y.operands = 4;
   }
   if (call.token_norm) {
     int64_t step = call.heads * a.dim;

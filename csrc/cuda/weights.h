@@ -83,6 +83,16 @@ __device__ inline float scale_into_fp16(float largest) {
   return ldexpf(1.0f, exponent > 126 ? 126 : exponent);
 }
 
+// What each column of a map is multiplied by, and its products by, from largest(column). A barrier has to follow.
+template <int kColumns, int kThreads, class Largest>
+__device__ void scale_columns(Shared<float> up, Shared<float> down, Largest largest) {
+#pragma unroll 1
+  for (int c = (int)threadIdx.x; c < kColumns; c += kThreads) {
+    up[c] = scale_into_fp16(largest(c));
+    down[c] = 1 / up[c];
+  }
+}
+
 // Rows [first, first + kDepth) of a map as (kDepth, kColumns) in shared memory, with zeros beyond its features.
 // `scale`: of each column, for fp16.
 template <class T, class E, int kDepth, int kColumns, int kThreads, class Get>

@@ -11,7 +11,7 @@ import torch
 from cases import CONFIGS, RESULTS, Config, make_problem, randn, random_mask
 
 import xformer_kernels as xk
-from xformer_kernels import backends, reference
+from xformer_kernels import backends, preference, reference
 from xformer_kernels.backends import arguments
 from xformer_kernels.testing import assert_bitwise, assert_close
 
@@ -55,11 +55,13 @@ def run(problem):
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
-@pytest.mark.parametrize("config", CONFIGS, ids=str)
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(
+    ("path", "config"),
+    # norms over features take two passes
+    [(path, config) for path in PATHS for config in CONFIGS if path == "two passes" or config.norm == "token"],
+    ids=str,
+)
 def test_same_bits_in_any_order(cuda, monkeypatch, path, config, dtype):
-    if path == "one launch" and config.norm == "feature":
-        pytest.skip("norms over features take two passes")
     monkeypatch.setattr(cuda, "path", path)
     for shape, masked in (((1, 150, 1, 36), True), ((2, 21, 2, 5), False)):
         problem = make_problem(shape, config, dtype=dtype, masked=masked)
@@ -136,8 +138,8 @@ def test_what_lies_beyond_is_reported(cuda, at_page):
         moved = tuple(a.data_ptr() + 4096 * step if x == a.data_ptr() else x for x in call)
         text = r"_cuda: gram: cudaErrorLaunchFailure: block \(0, 0, 0\) thread \d+: illegal access to address 0x"
         with pytest.raises(RuntimeError, match=text):
-            cuda._cuda.gram(*moved, 0, 0, 0, False, 0)
-    cuda._cuda.gram(*call, 0, 0, 0, False, 0)  # and nothing is left of it
+            cuda._cuda.gram(*moved, 0, 0, None, False, 0)
+    cuda._cuda.gram(*call, 0, 0, None, False, 0)  # and nothing is left of it
 
 
 # ----------------------------------------------------------------------------------------------------- kernels that run
@@ -180,15 +182,22 @@ def test_paths(cuda, monkeypatch):
 # -------------------------------------------------------------------------------------------------------- other devices
 
 
+@pytest.fixture
+def on_device(cuda, monkeypatch, tmp_path):
+    """``on_device(capability)``: a module of its own, since one remembers the devices it has seen."""
+
+    def choose(capability):
+        monkeypatch.setenv("XK_EMULATION_DEVICE", capability)
+        copy = shutil.copy(cuda._cuda.__file__, tmp_path)
+        monkeypatch.setattr(cuda, "_cuda", emulated.module_at(copy, f"{tmp_path.name}._cuda"))
+
+    return choose
+
+
 @pytest.mark.parametrize("capability", ("8.0", "12.0"))
-def test_other_devices(cuda, monkeypatch, tmp_path, capability):
-    """Without clusters; and with 99 KiB of shared memory, where backward has one launch of mix for each result."""
-    monkeypatch.setenv("XK_EMULATION_DEVICE", capability)
-    # a module knows the devices it has seen: another one
-    copy = shutil.copy(cuda._cuda.__file__, tmp_path)
-    monkeypatch.setattr(cuda, "_cuda", emulated.module_at(copy, f"{tmp_path.name}._cuda"))
-    mixes = "mix mix mix" if capability == "12.0" else "mix"
-    two_passes = (TWO_PASSES[0], TWO_PASSES[1].replace("mix", mixes))
+def test_other_devices(cuda, on_device, capability):
+    """Without clusters; and with 99 KiB of shared memory, where tiles of four operands do not fit beside each other."""
+    on_device(capability)
     assert kernels(cuda, make_problem((2, 21, 2, 8))) == FUSED
     # for a cluster, or two passes
     assert kernels(cuda, make_problem((1, 330, 1, 30))) == (FUSED if capability == "12.0" else TWO_PASSES)
@@ -196,7 +205,21 @@ def test_other_devices(cuda, monkeypatch, tmp_path, capability):
         for dtype in (torch.float32, torch.float64):
             if dtype == torch.float64 or shape[3] > 128:
                 config = Config("key_value") if shape[3] == 130 else Config()
-                assert kernels(cuda, make_problem(shape, config, dtype=dtype, masked=True)) == two_passes
+                mixes = "mix mix mix" if shape[3] == 130 and capability == "12.0" else "mix"
+                expected = (TWO_PASSES[0], TWO_PASSES[1].replace("mix", mixes))
+                assert kernels(cuda, make_problem(shape, config, dtype=dtype, masked=True)) == expected
+
+
+@pytest.mark.parametrize("rule", preference.CUDA_FIRST, ids=str)
+def test_what_auto_takes_is_one_launch(cuda, on_device, rule):
+    """At the bounds of the table, forward and backward fit into the shared memory of the devices it is for."""
+    on_device(f"{rule.first // 10}.{rule.first % 10}")
+    for dtype in (torch.float32, torch.bfloat16):
+        for features in {1, 32, rule.features}:
+            tokens = rule.head_bytes // (preference.padded(features) * dtype.itemsize)
+            assert preference.cuda_first(rule.first, 1, tokens, features, dtype.itemsize)
+            assert not preference.cuda_first(rule.first, 1, tokens + 1, features, dtype.itemsize)
+            assert kernels(cuda, make_problem((1, tokens, 1, features), dtype=dtype)) == FUSED, (dtype, features)
 
 
 # -------------------------------------------------------------------------------------------------------------- numbers
@@ -210,12 +233,11 @@ def test_temperature_of_another_dtype(cuda, monkeypatch, path, temperature_dtype
     problem.check(run(problem))
 
 
-@pytest.mark.parametrize("dim", (24, 48, 100, 130))
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(
+    ("path", "dim"), [(path, dim) for path in PATHS for dim in (24, 48, 100, 130) if path == "two passes" or dim <= 64]
+)
 def test_tf32(cuda, monkeypatch, path, dim):
     """Where torch allows it products are cut to tf32: other results, of that precision."""
-    if path == "one launch" and dim > 64:
-        pytest.skip("maps of so many features do not fit beside each other")
     monkeypatch.setattr(cuda, "path", path)
     problem = make_problem((1, 70, 1, dim), Config(activation="identity"))
     exactly, oracle = run(problem), problem.oracle()

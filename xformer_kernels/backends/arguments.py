@@ -82,13 +82,14 @@ def _xfa(
     k: Tensor,
     v: Tensor,
     temperature: Tensor,
+    stats: Tensor,
     token_mask: Tensor | None,
     map: str,
     norm: str,
     activation: str,
     eps: float,
-    stats: Tensor,
 ) -> tuple[Any, ...]:
+    """What forward and backward have in common."""
     return (
         q.shape, _DTYPES[q.dtype], _MAPS[map], _NORMS[norm], _ACTIVATIONS[activation], eps,
         q.data_ptr(), q.stride(), k.data_ptr(), k.stride(), v.data_ptr(), v.stride(),
@@ -98,42 +99,23 @@ def _xfa(
 
 
 def xfa_forward(
-    empty: Empty,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    temperature: Tensor,
-    token_mask: Tensor | None,
-    map: str,
-    norm: str,
-    activation: str,
-    eps: float,
+    empty: Empty, q: Tensor, k: Tensor, v: Tensor, temperature: Tensor, *choices: Any
 ) -> tuple[tuple[Any, ...], tuple[Tensor, Tensor]]:
+    """`choices` are token_mask, map, norm, activation, eps."""
     B, H, N, D = q.shape
     out = _token_major(B, H, N, D, q.dtype, empty)
     stats = empty((B, H, D * D + 2 * D), accumulate_dtype(q.dtype))
-    shared = _xfa(q, k, v, temperature, token_mask, map, norm, activation, eps, stats)
-    return (*shared, out.data_ptr(), out.stride()), (out, stats)
+    return (*_xfa(q, k, v, temperature, stats, *choices), out.data_ptr(), out.stride()), (out, stats)
 
 
 def xfa_backward(
-    empty: Empty,
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    temperature: Tensor,
-    stats: Tensor,
-    token_mask: Tensor | None,
-    map: str,
-    norm: str,
-    activation: str,
-    eps: float,
+    empty: Empty, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, temperature: Tensor, stats: Tensor, *choices: Any
 ) -> tuple[tuple[Any, ...], tuple[Tensor, Tensor]]:
+    """`choices` are token_mask, map, norm, activation, eps."""
     B, H, N, D = q.shape
     dqkv = empty((3, B, N, H, D), q.dtype)
     dq, dk, dv = dqkv.transpose(2, 3).unbind(0)
     dtemperature = empty((H,), temperature.dtype)
-    shared = _xfa(q, k, v, temperature, token_mask, map, norm, activation, eps, stats)
     gradients = (dq.data_ptr(), dk.data_ptr(), dv.data_ptr(), dq.stride(), dtemperature.data_ptr())
+    shared = _xfa(q, k, v, temperature, stats, *choices)
     return (*shared, dout.data_ptr(), dout.stride(), *gradients), (dqkv, dtemperature)

@@ -8,7 +8,7 @@ and sum in an order that shapes and the device alone decide.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -30,16 +30,21 @@ path = "any"
 """Which of :data:`PATHS` xfa takes, for tests and benchmarks; "one launch" raises where tokens do not fit."""
 
 _WIDEST = 256
+_NAMES = {torch.float32: "f32", torch.float64: "f64", torch.bfloat16: "bf16", torch.float16: "f16"}
 _DEVICE_TYPE = "cpu" if EMULATED else "cuda"
 
 
 def unsupported(device_type: str, dtypes: Iterable[torch.dtype], head_dims: Iterable[int]) -> list[str]:
     """Every reason why these kernels cannot serve a call; empty when they can."""
     reasons = []
+    dtypes = tuple(dtypes)
     if device_type != _DEVICE_TYPE:
         reasons.append(f"tensors are on {device_type}, the kernels run on {_DEVICE_TYPE}")
     elif not EMULATED:
         reasons += _of_device()
+    left_out = [str(dtype) for dtype in dtypes if _NAMES.get(dtype, "") not in ("", *_BUILD["dtypes"].split())]
+    if left_out:
+        reasons.append(f"the kernels were built without {', '.join(left_out)}")
     return reasons + unsupported_numbers(dtypes, head_dims, _WIDEST)
 
 
@@ -69,10 +74,10 @@ def _empty(device: torch.device, size: tuple[int, ...], dtype: torch.dtype) -> T
     return torch.empty(size, dtype=dtype, device=device)
 
 
-def _run(op: str, like: Tensor, build: Callable[..., tuple[tuple[Any, ...], Any]], args: tuple[Any, ...]) -> Any:
+def _run(op: str, like: Tensor, *args: Any) -> Any:
     """Allocates results and workspace, and launches on the current stream of the tensors' device."""
     device = like.device
-    addresses, result = build(partial(_empty, device), *args)
+    addresses, result = getattr(arguments, op)(partial(_empty, device), like, *args)
     B, H = like.shape[:2]
     if B * H == 0:
         if op == "xfa_backward":
@@ -82,27 +87,25 @@ def _run(op: str, like: Tensor, build: Callable[..., tuple[tuple[Any, ...], Any]
     index, chosen = device.index or 0, PATHS[path]
     with nullcontext() if EMULATED or torch.cuda.current_device() == index else torch.cuda.device(index):
         stream = 0 if EMULATED else torch.cuda.current_stream().cuda_stream
-        size = 0 if op == "channel_mix" else getattr(_cuda, f"{op}_workspace")(*addresses, index, tf32, chosen)
-        workspace = _empty(device, (size,), torch.uint8) if size else None
-        getattr(_cuda, op)(*addresses, index, stream, 0 if workspace is None else workspace.data_ptr(), tf32, chosen)
+        getattr(_cuda, op)(*addresses, index, stream, lambda size: _empty(device, (size,), torch.uint8), tf32, chosen)
     return result
 
 
 def gram(a: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    result: tuple[Tensor, Tensor, Tensor] = _run("gram", a, arguments.gram, (a, *args))
+    result: tuple[Tensor, Tensor, Tensor] = _run("gram", a, *args)
     return result
 
 
 def channel_mix(x: Tensor, *args: Any) -> Tensor:
-    result: Tensor = _run("channel_mix", x, arguments.channel_mix, (x, *args))
+    result: Tensor = _run("channel_mix", x, *args)
     return result
 
 
 def xfa_forward(q: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    result: tuple[Tensor, Tensor] = _run("xfa_forward", q, arguments.xfa_forward, (q, *args))
+    result: tuple[Tensor, Tensor] = _run("xfa_forward", q, *args)
     return result
 
 
 def xfa_backward(dout: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    result: tuple[Tensor, Tensor] = _run("xfa_backward", dout, arguments.xfa_backward, (dout, *args))
+    result: tuple[Tensor, Tensor] = _run("xfa_backward", dout, *args)
     return result
