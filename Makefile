@@ -47,7 +47,7 @@ sanitize: setup
 	  XFORMER_KERNELS_EXPECTED_LOCATION=$(SANITIZED) XFORMER_KERNELS_REQUIRE_EXTENSION=1 PYTHONPATH=$(SANITIZED) \
 	  $(BIN)/pytest -q -n $(JOBS) -k "not reference and not triton and not cuda" $(SANITIZED_TESTS)
 
-# The emulated CUDA kernels likewise; takes half an hour on two cores.
+# The emulated CUDA kernels likewise; too long for each change.
 sanitize-emulated: setup
 	$(BIN)/python tests/cuda/emulated.py --sanitize address,undefined
 	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
@@ -55,7 +55,7 @@ sanitize-emulated: setup
 	  XFORMER_KERNELS_EMULATED_SANITIZE=address,undefined \
 	  $(BIN)/pytest -q -n $(JOBS) -k "cuda" $(SANITIZED_TESTS)
 
-# The Triton kernels under the tools of compute-sanitizer; needs a GPU and the CUDA toolkit.
+# The Triton and the CUDA kernels under the tools of compute-sanitizer; needs a GPU and the CUDA toolkit.
 gpu-sanitize: setup
 	bash tests/gpu/sanitize.sh $(BIN)/python
 

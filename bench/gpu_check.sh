@@ -129,7 +129,7 @@ export XFORMER_KERNELS_CUDA_ARCHS=${XFORMER_KERNELS_CUDA_ARCHS:-$("$python" -c '
 import torch
 print("{}{}".format(*torch.cuda.get_device_capability()))')}
 installed=1
-if install build 90 XFORMER_KERNELS_REQUIRE_EXTENSION; then
+if install build 120 XFORMER_KERNELS_REQUIRE_EXTENSION; then
     export XFORMER_KERNELS_REQUIRE_EXTENSION=1
 else # the kernels for the GPU need no compiler
     rm -f "$stamps/build-without-extension"

@@ -42,18 +42,26 @@ def pytest_configure(config):
     """Builds the emulated kernels once, before the processes that run tests start; each of these loads them."""
     if not EMULATING or emulated.why_not():
         return
-    if not hasattr(config, "workerinput"):
-        config.stash[FOLDER] = emulated.build(sanitize=SANITIZE)
-    emulated.load(Path(config.workerinput["emulated"]) if hasattr(config, "workerinput") else config.stash[FOLDER])
+    if hasattr(config, "workerinput"):
+        config.stash[EMULATED] = config.workerinput["emulated"]
+    else:
+        try:
+            config.stash[EMULATED] = (str(emulated.build(sanitize=SANITIZE)), "")
+        except RuntimeError as error:  # the tests of these kernels fail, and no others
+            config.stash[EMULATED] = ("", str(error))
+    folder, _ = config.stash[EMULATED]
+    if folder:
+        emulated.load(Path(folder))
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_configure_node(node):
-    if FOLDER in node.config.stash:
-        node.workerinput["emulated"] = str(node.config.stash[FOLDER])
+    if EMULATED in node.config.stash:
+        node.workerinput["emulated"] = node.config.stash[EMULATED]
 
 
-FOLDER = pytest.StashKey[Path]()
+EMULATED = pytest.StashKey[tuple[str, str]]()
+"""The folder of the emulated kernels, or why they could not be built."""
 
 
 @pytest.fixture(autouse=True)
@@ -76,12 +84,15 @@ def broken_interpreter():
 
 
 @pytest.fixture
-def need_backend():
+def need_backend(request):
     """Skips where the backend was not built, unless the extension is required: then its absence is a failure."""
 
     def need(name):
         _, cause = backends.load(name) if name != "reference" else (None, "")
         if name == "cuda" and EMULATING:
+            _, broken = request.config.stash.get(EMULATED, ("", ""))
+            if broken:
+                pytest.fail(broken)
             cause = emulated.why_not() or cause
         if cause and REQUIRED:
             pytest.fail(f"backend {name} is required and cannot be imported: {cause}")

@@ -27,6 +27,9 @@ SHAPES = (ONE_LAUNCH, TWO_LAUNCHES)
 DTYPES = (torch.float32, torch.bfloat16)
 
 
+asked = ""
+
+
 @pytest.fixture(autouse=True, params=["triton", "cuda"])
 def backend(request, need_backend):
     """The backend that the functions below ask for."""
@@ -40,9 +43,6 @@ def backend(request, need_backend):
 def only_triton(backend):
     if backend != "triton":
         pytest.skip("compilations and their names are Triton's")
-
-
-asked = ""
 
 
 def xfa(*args, **kwargs):
