@@ -104,7 +104,7 @@ def test_compile_fullgraph_dynamic(compiler, backend, device, ran, slow):
             torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}")
 
 
-def test_compiled_layer_in_low_precision_autocast(kernel, device, ran):
+def test_compiled_layer_in_low_precision_autocast(kernel, device, ran, slow):
     """The way it is trained: a compiled module under bf16 autocast, judged by the rule."""
     torch.manual_seed(0)
     layer = xk.XFA(24, num_heads=3, backend=kernel).to(device)
@@ -116,7 +116,8 @@ def test_compiled_layer_in_low_precision_autocast(kernel, device, ran):
             y = module(x)
         return y.detach(), *torch.autograd.grad(y.float().square().sum(), (x, *module.parameters()))
 
-    compiled = torch.compile(layer, fullgraph=True, dynamic=True)
+    # inductor's own code is the same for all backends
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager" if slow else "inductor")
     with ran("xfa_forward", "xfa_backward"):
         ours = run(compiled, x)
     plain = copy.deepcopy(layer)

@@ -29,8 +29,10 @@ int gram(const xk_gram_args& p) {
       if (!p.symmetric) pass.in[1] = operand(p.b, u.b, h, db);
       T* g = partial(h);
       pass.gram = {0, p.symmetric ? 0 : 1, g};
-      pass.ssq[0] = g + (size_t)da * ldb;
-      if (!p.symmetric) pass.ssq[1] = pass.ssq[0] + lda;
+      if (!p.symmetric) {  // else they are the diagonal
+        pass.ssq[0] = g + (size_t)da * ldb;
+        pass.ssq[1] = pass.ssq[0] + lda;
+      }
       set_mask(pass, p.mask, u.b);
       return pass;
     });
@@ -42,8 +44,9 @@ int gram(const xk_gram_args& p) {
     for (int i = 0; i < da; ++i)
       for (int j = 0; j < db; ++j)
         out[(ptrdiff_t)i * db + j] = p.symmetric && j > i ? g[(ptrdiff_t)j * ldb + i] : g[(ptrdiff_t)i * ldb + j];
+    for (int i = 0; i < da && p.symmetric; ++i) ssq[i] = ssq[lda + i] = g[(ptrdiff_t)i * ldb + i];
     memcpy((T*)p.ssq_a + bh * da, ssq, da * sizeof(T));
-    memcpy((T*)p.ssq_b + bh * db, p.symmetric ? ssq : ssq + lda, db * sizeof(T));
+    memcpy((T*)p.ssq_b + bh * db, ssq + lda, db * sizeof(T));
   });
   return XK_OK;
 }

@@ -31,7 +31,7 @@ asked = ""
 
 
 @pytest.fixture(autouse=True, params=["triton", "cuda"])
-def backend(request, need_backend):
+def gpu_backend(request, need_backend):
     """The backend that the functions below ask for."""
     global asked
     asked = request.param
@@ -40,8 +40,8 @@ def backend(request, need_backend):
 
 
 @pytest.fixture
-def only_triton(backend):
-    if backend != "triton":
+def only_triton(gpu_backend):
+    if gpu_backend != "triton":
         pytest.skip("compilations and their names are Triton's")
 
 
@@ -82,9 +82,9 @@ def launches():
 
 
 @pytest.mark.parametrize(("shape", "count"), [(ONE_LAUNCH, 1), (TWO_LAUNCHES, 2)], ids=str)
-def test_shapes_take_the_paths_that_they_stand_for(shape, count, backend):
+def test_shapes_take_the_paths_that_they_stand_for(shape, count, gpu_backend):
     p = make(shape)
-    if backend == "cuda":
+    if gpu_backend == "cuda":
         from xformer_kernels import _cuda
 
         xfa(p.q, p.k, p.v, p.temperature)
@@ -96,9 +96,9 @@ def test_shapes_take_the_paths_that_they_stand_for(shape, count, backend):
     assert len(seen) == count, seen
 
 
-def test_clusters_take_what_one_block_cannot(backend):
+def test_clusters_take_what_one_block_cannot(gpu_backend):
     """Distributed shared memory, of 8 and of 16 blocks, where the device has it."""
-    if backend != "cuda":
+    if gpu_backend != "cuda":
         pytest.skip("Triton has no clusters")
     if torch.cuda.get_device_capability()[0] not in (9, 10):
         pytest.skip("needs clusters with the shared memory of sm_90 or sm_100")
