@@ -29,6 +29,30 @@ auto on_cpu(Args (*build)(P...), int (*function)(const Args*)) {
   };
 }
 
+xk_prologue prologue(uintptr_t center, double layer_norm_eps) {
+  return {layer_norm_eps > 0, layer_norm_eps, reinterpret_cast<void*>(center)};
+}
+
+// A function of what `gram_args` takes and of the prologue: center's address, layer norm's eps (0: none), sums.
+template <class... P>
+auto layer_gram(xk_gram_args (*build)(P...)) {
+  return [=](P... p, uintptr_t center, double layer_norm_eps, uintptr_t sum_a, uintptr_t sum_b, int threads) {
+    xk_layer_gram_args args = {build(p...), prologue(center, layer_norm_eps), reinterpret_cast<void*>(sum_a),
+                               reinterpret_cast<void*>(sum_b)};
+    args.gram.threads = threads;
+    call(xk_layer_gram, args);
+  };
+}
+
+template <class... P>
+auto layer_mix(xk_channel_mix_args (*build)(P...)) {
+  return [=](P... p, uintptr_t center, double layer_norm_eps, bool differentiate, int threads) {
+    xk_layer_mix_args args = {build(p...), prologue(center, layer_norm_eps), differentiate};
+    args.mix.threads = threads;
+    call(xk_layer_mix, args);
+  };
+}
+
 void prefer_huge_pages(uintptr_t data, int64_t bytes) { xk_prefer_huge_pages(reinterpret_cast<void*>(data), bytes); }
 
 #ifndef XK_VERSION
@@ -68,6 +92,8 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled CPU kernels of xformer_kernels: the C API of csrc/include/xformer_kernels.h";
   m.def("gram", on_cpu(gram_args, xk_gram));
   m.def("channel_mix", on_cpu(channel_mix_args, xk_channel_mix));
+  m.def("layer_gram", layer_gram(gram_args));
+  m.def("layer_mix", layer_mix(channel_mix_args));
   m.def("xfa_forward", on_cpu(xfa_forward_args, xk_xfa_forward));
   m.def("xfa_backward", on_cpu(xfa_backward_args, xk_xfa_backward));
   m.def("prefer_huge_pages", &prefer_huge_pages);

@@ -2,16 +2,29 @@
 
     xfa(q, k, v, temperature)        the operator, see its docstring for the formulas
     gram, channel_mix                the two passes it is made of
-    XFA                              the drop-in layer, with the state dict of timm's XCA
+    xfa_layer, xfa_block             with projections; and with layer norm and residual: two passes over x
+    XFA, XFABlock                    the same as modules; XFA has the state dict of timm's XCA
     integrations.replace_attention   the same for whole models
-    explain(q, k, v, temperature)    which backend serves a call, and why others do not
+    explain, explain_layer           which backend serves a call, in which form, and why others do not
 
 ``python -m xformer_kernels.info`` prints what was built and what runs here.
 """
 
 from xformer_kernels import integrations
 from xformer_kernels.functional import channel_mix, explain, gram, xfa
-from xformer_kernels.nn import XFA
+from xformer_kernels.layer import explain_layer, xfa_block, xfa_layer
+from xformer_kernels.nn import XFA, XFABlock
 
 __version__ = "0.1.0"
-__all__ = ["XFA", "channel_mix", "explain", "gram", "integrations", "xfa"]
+__all__ = [
+    "XFA",
+    "XFABlock",
+    "channel_mix",
+    "explain",
+    "explain_layer",
+    "gram",
+    "integrations",
+    "xfa",
+    "xfa_block",
+    "xfa_layer",
+]

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xformer_kernels import dispatch, ops, preference, reference, validate
+from xformer_kernels import dispatch, ops, parallel, preference, reference, validate
 
 
 def xfa(
@@ -78,7 +78,7 @@ def xfa(
     if name != "reference":
         if fused:
             return ops.xfa(q, k, v, temperature, token_mask, map, norm, activation, eps, name)
-        return _composed(q, k, v, temperature, map, norm, activation, eps, token_mask, dropout_p, map_fn, name)
+        return composed(q, k, v, temperature, map, norm, activation, eps, token_mask, dropout_p, map_fn, name)
     _note_reference("xfa")
     with ops.without_autocast(q):
         return reference.xfa(
@@ -263,7 +263,7 @@ def _checked(map_fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     return checked
 
 
-def _composed(
+def composed(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -276,26 +276,31 @@ def _composed(
     dropout_p: float,
     map_fn: Callable[[Tensor], Tensor] | None,
     backend: str,
+    group: Any = None,
 ) -> Tensor:
-    """xfa out of the two primitives, with the map between them in eager PyTorch."""
+    """xfa out of the two primitives, with the map between them in eager PyTorch; tokens may be split over a group."""
     if token_mask is not None:
         # v too: its gradient's Gram matrix would meet what masked tokens hold
         q, k, v = (torch.where(token_mask[:, None, :, None], x, 0) for x in (q, k, v))
     if norm == "feature":
         q, k = F.normalize(q, dim=-1, eps=eps), F.normalize(k, dim=-1, eps=eps)
     left, right = (q, k) if map == "query_key" else (k, v)
-    S, ssq_left, ssq_right = ops.gram(left, right, False, None, backend)
+    S, ssq_left, ssq_right = gram(left, right, backend=backend)
+    if map == "key_value" and norm == "token":
+        ssq_right = q.to(S.dtype).square().sum(-2)
+    S, ssq_left, ssq_right = parallel.differentiable_total(group, S, ssq_left, ssq_right)
     if norm == "token":
         S = S / _norm(ssq_left, eps).unsqueeze(-1)
         if map == "query_key":
             S = S / _norm(ssq_right, eps).unsqueeze(-2)
         else:
-            q = F.normalize(q, dim=-2, eps=eps)
+            q = (q / _norm(ssq_right, eps).unsqueeze(-2)).to(q.dtype)
     S = S * temperature.to(S.dtype).view(-1, 1, 1)
     A = reference.activate(S, map, activation) if map_fn is None else _checked(map_fn)(S).to(S.dtype)
-    A = F.dropout(A, dropout_p)
+    if dropout_p:
+        A = A * parallel.same(group, F.dropout(torch.ones_like(A), dropout_p))
     x, weight = (v, A) if map == "query_key" else (q, A.transpose(-2, -1))
-    out = ops.channel_mix(x, weight, backend=backend)
+    out = channel_mix(x, weight, backend=backend)
     return out if token_mask is None else torch.where(token_mask[:, None, :, None], out, 0)
 
 

@@ -1,12 +1,16 @@
-"""The drop-in layer."""
+"""The drop-in layer, and the half block around it."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from xformer_kernels import dispatch, validate
 from xformer_kernels.functional import xfa
+from xformer_kernels.layer import xfa_block, xfa_layer
+from xformer_kernels.layer.functional import FORMS
 
 
 class XFA(nn.Module):
@@ -15,6 +19,8 @@ class XFA(nn.Module):
     ::
 
         q, k, v = split(qkv(x));  y = proj_drop(proj(xfa(q, k, v, temperature)))
+
+    computed by :func:`xformer_kernels.xfa_layer`, which does not make q, k and v where that costs less.
 
     A drop-in for timm's ``XCA``: same constructor, same state dict (``temperature``, ``qkv.weight``[, ``qkv.bias``],
     ``proj.weight``, ``proj.bias``), same numbers.
@@ -26,6 +32,8 @@ class XFA(nn.Module):
         attn_drop: dropout on the map, in training.
         proj_drop: dropout on the result, in training.
         map, norm, activation, backend: as in :func:`xformer_kernels.xfa`.
+        form: "auto", "gram" or "direct", as in :func:`xformer_kernels.xfa_layer`. Where ``qkv`` or ``proj`` has been
+            replaced by another module or has hooks, these are called, and the form is "direct".
 
     Raises:
         TypeError, ValueError: at construction for a bad argument; in ``forward`` for an x that is not (B, N, C).
@@ -35,6 +43,7 @@ class XFA(nn.Module):
     map: str = "query_key"
     norm: str = "token"
     activation: str = "softmax"
+    form: str = "auto"
     backend: str = "auto"
 
     def __init__(
@@ -48,6 +57,7 @@ class XFA(nn.Module):
         map: str = "query_key",
         norm: str = "token",
         activation: str = "softmax",
+        form: str = "auto",
         backend: str = "auto",
     ) -> None:
         super().__init__()
@@ -58,38 +68,62 @@ class XFA(nn.Module):
         validate.choice("map", map, validate.MAPS)
         validate.choice("norm", norm, validate.NORMS)
         validate.choice("activation", activation, validate.ACTIVATIONS)
+        validate.choice("form", form, FORMS)
         validate.probability("attn_drop", attn_drop)
         validate.probability("proj_drop", proj_drop)
         dispatch.check_name(backend)
         self.num_heads = num_heads
-        self.map, self.norm, self.activation, self.backend = map, norm, activation, backend
+        self.map, self.norm, self.activation, self.form, self.backend = map, norm, activation, form, backend
         self.temperature = nn.Parameter(torch.ones(num_heads, 1, 1))
         self.qkv = nn.Linear(dim, dim * 3, bias=qkv_bias)
         self.attn_drop = nn.Dropout(attn_drop)
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
-    def forward(self, x: Tensor, token_mask: Tensor | None = None) -> Tensor:
-        """x (B, N, C) to (B, N, C); token_mask (B, N) bool, False tokens take no part in the attention."""
+    def forward(self, x: Tensor, token_mask: Tensor | None = None, group: Any = None) -> Tensor:
+        """x (B, N, C) to (B, N, C).
+
+        token_mask (B, N) bool: False tokens take no part in the attention. group: tokens are split over its ranks.
+        """
         validate.tensor("x", x)
         if x.dim() != 3 or x.shape[-1] != self.qkv.in_features:
             raise ValueError(f"x must have shape (B, N, C) with C = {self.qkv.in_features}, got {tuple(x.shape)}")
-        B, N, C = x.shape
-        # split along dim 2: autograd then joins dq, dk and dv into the projection's gradient with one copy
-        q, k, v = self.qkv(x).view(B, N, 3, self.num_heads, C // self.num_heads).unbind(2)
-        out = xfa(
-            q.transpose(1, 2),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-            self.temperature,
-            map=self.map,
-            norm=self.norm,
-            activation=self.activation,
-            token_mask=token_mask,
-            dropout_p=self.attn_drop.p if self.training else 0.0,
-            backend=self.backend,
-        )
-        y: Tensor = self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
+        if self.knows_its_weights():
+            y = xfa_layer(x, *self.weights(), **self.choices(), token_mask=token_mask, group=group)
+        else:
+            y = self._through_modules(x, token_mask, group)
+        result: Tensor = self.proj_drop(y)
+        return result
+
+    def knows_its_weights(self) -> bool:
+        """Whether the projections are what their weights say: no other modules, no hooks."""
+        return untouched(self.qkv, nn.Linear) and untouched(self.proj, nn.Linear)
+
+    def weights(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None]:
+        """In the order of :func:`xformer_kernels.xfa_layer`."""
+        return self.qkv.weight, self.qkv.bias, self.temperature, self.proj.weight, self.proj.bias
+
+    def choices(self) -> dict[str, Any]:
+        return {
+            "map": self.map,
+            "norm": self.norm,
+            "activation": self.activation,
+            "dropout_p": self.attn_drop.p if self.training else 0.0,
+            "form": self.form,
+            "backend": self.backend,
+        }
+
+    def _through_modules(self, x: Tensor, token_mask: Tensor | None, group: Any) -> Tensor:
+        """The direct form, by calling qkv and proj."""
+        if self.form == "gram" or group is not None:
+            raise ValueError(
+                "form='gram' and group need the weights of qkv and proj, and these are not torch.nn.Linear without hooks"
+            )
+        choices = self.choices()
+        del choices["form"]
+        q, k, v = (t.transpose(1, 2) for t in self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2))
+        out = xfa(q, k, v, self.temperature, token_mask=token_mask, **choices)
+        y: Tensor = self.proj(out.transpose(1, 2).flatten(2))
         return y
 
     def no_weight_decay(self) -> set[str]:
@@ -99,5 +133,86 @@ class XFA(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"num_heads={self.num_heads}, map={self.map!r}, norm={self.norm!r}, "
-            f"activation={self.activation!r}, backend={self.backend!r}"
+            f"activation={self.activation!r}, form={self.form!r}, backend={self.backend!r}"
         )
+
+
+class XFABlock(nn.Module):
+    """The half block ``x + layer_scale * attn(norm(x))``, see :func:`xformer_kernels.xfa_block`.
+
+    Submodules are ``norm`` (:class:`torch.nn.LayerNorm`) and ``attn`` (:class:`XFA`), ``layer_scale`` is a parameter or
+    None.
+
+    Args:
+        dim, num_heads, qkv_bias, attn_drop, proj_drop, map, norm, activation, form, backend: as in :class:`XFA`.
+        ln_eps: of the layer norm.
+        layer_scale: initial value of the layer scale; None: without it.
+
+    Raises:
+        TypeError, ValueError: as :class:`XFA`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        qkv_bias: bool = False,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        *,
+        ln_eps: float = 1e-6,
+        layer_scale: float | None = None,
+        map: str = "query_key",
+        norm: str = "token",
+        activation: str = "softmax",
+        form: str = "auto",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        validate.positive("ln_eps", ln_eps)
+        self.attn = XFA(
+            dim, num_heads, qkv_bias, attn_drop, proj_drop,
+            map=map, norm=norm, activation=activation, form=form, backend=backend,
+        )  # fmt: skip
+        self.norm = nn.LayerNorm(dim, eps=ln_eps)
+        self.layer_scale = None if layer_scale is None else nn.Parameter(torch.full((dim,), float(layer_scale)))
+
+    def forward(self, x: Tensor, token_mask: Tensor | None = None, group: Any = None) -> Tensor:
+        """x (B, N, C) to (B, N, C); token_mask and group as in :class:`XFA`."""
+        return half_block(x, self.norm, self.attn, self.layer_scale, token_mask=token_mask, group=group)
+
+
+def half_block(
+    x: Tensor,
+    norm: nn.Module,
+    attn: XFA,
+    layer_scale: Tensor | None,
+    drop_path: nn.Module | None = None,
+    *,
+    token_mask: Tensor | None = None,
+    group: Any = None,
+) -> Tensor:
+    """``x + drop_path(layer_scale * attn(norm(x)))``: as one where the parts are what their parameters say."""
+    drops = drop_path is not None and drop_path.training and getattr(drop_path, "drop_prob", 0.0) > 0
+    if not (
+        untouched(norm, nn.LayerNorm)
+        and norm.normalized_shape == (x.shape[-1],)
+        and untouched(attn, XFA)
+        and attn.knows_its_weights()
+        and not (attn.proj_drop.training and attn.proj_drop.p > 0)
+    ):
+        y = attn(norm(x), token_mask=token_mask, group=group)
+        y = y if layer_scale is None else layer_scale * y
+        return x + (y if drop_path is None else drop_path(y))
+    y = xfa_block(
+        x, norm.weight, norm.bias, norm.eps, *attn.weights(), layer_scale=layer_scale, residual=not drops,
+        token_mask=token_mask, group=group, **attn.choices(),
+    )  # fmt: skip
+    return x + drop_path(y) if drops and drop_path is not None else y
+
+
+def untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a module is of that very class and has no hooks: calling it is its formula and nothing else."""
+    return type(module) is kind and not (
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )

@@ -25,21 +25,21 @@ from torch.nn import Parameter
 
 from xformer_kernels import dispatch, reference
 
-_library = torch.library.Library("xformer_kernels", "DEF")
+library = torch.library.Library("xformer_kernels", "DEF")
 _CHOICES = "str map, str norm, str activation, float eps, str backend"
-_library.define(
+library.define(
     f"xfa_forward(Tensor q, Tensor k, Tensor v, Tensor temperature, Tensor? token_mask, {_CHOICES})"
     " -> (Tensor out, Tensor stats)"
 )
-_library.define(
+library.define(
     "xfa_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor temperature, Tensor stats, Tensor? token_mask,"
     f" {_CHOICES}) -> (Tensor dqkv, Tensor dtemperature)"
 )
-_library.define(
+library.define(
     "gram(Tensor a, Tensor b, bool symmetric, Tensor? token_mask, str backend)"
     " -> (Tensor G, Tensor ssq_a, Tensor ssq_b)"
 )
-_library.define(
+library.define(
     "channel_mix(Tensor x, Tensor weight, Tensor? bias, Tensor? add, Tensor? add_scale, Tensor? x2, Tensor? weight2,"
     " str backend) -> Tensor"
 )
@@ -70,37 +70,45 @@ def _plain(*tensors: Tensor | None) -> bool:
     )
 
 
+def _implementation(op: str, args: tuple[Any, ...]) -> Any:
+    """What the op computes: the kernel of the backend, which is the last argument, or a function of several kernels."""
+    if op in _composed:
+        return _composed[op](*args)
+    return dispatch.kernel(args[-1], op)(*args[:-1])
+
+
+_composed: dict[str, Any] = {}
+
+
 def _wants_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _run(op: str, function: type[torch.autograd.Function], operands: tuple[Tensor | None, ...], *args: Any) -> Any:
+def run(op: str, function: type[torch.autograd.Function], operands: tuple[Tensor | None, ...], *args: Any) -> Any:
     """Calls `op` on `args` (the last one is the backend); `operands` are its differentiable tensors."""
     if _plain(*operands):
-        if _wants_grad(*operands):
-            return function.apply(*args)
-        return dispatch.kernel(args[-1], op)(*args[:-1])
+        return function.apply(*args) if _wants_grad(*operands) else _implementation(op, args)
     return getattr(_ops, op)(*args)
 
 
-def _below_autograd(op: str, *args: Any) -> Any:
+def below_autograd(op: str, *args: Any) -> Any:
     """What the autograd.Functions compute: the kernel, or in any other than plain eager mode the op below autograd."""
     if _plain(*(x for x in args if isinstance(x, Tensor))):
-        return dispatch.kernel(args[-1], op)(*args[:-1])
+        return _implementation(op, args)
     with torch._C._AutoDispatchBelowAutograd():
         return getattr(_ops, op)(*args)
 
 
 def xfa(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor, *choices: Any) -> Tensor:
     """out; `choices` are token_mask, map, norm, activation, eps, backend."""
-    out: Tensor = _run("xfa_forward", _Xfa, (q, k, v, temperature), q, k, v, temperature, *choices)[0]
+    out: Tensor = run("xfa_forward", _Xfa, (q, k, v, temperature), q, k, v, temperature, *choices)[0]
     return out
 
 
 def gram(
     a: Tensor, b: Tensor, symmetric: bool, token_mask: Tensor | None, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    result: tuple[Tensor, Tensor, Tensor] = _run("gram", _Gram, (a, b), a, b, symmetric, token_mask, backend)
+    result: tuple[Tensor, Tensor, Tensor] = run("gram", _Gram, (a, b), a, b, symmetric, token_mask, backend)
     return result
 
 
@@ -116,7 +124,7 @@ def channel_mix(
     backend: str,
 ) -> Tensor:
     operands = (x, weight, bias, add, add_scale, x2, weight2)
-    y: Tensor = _run("channel_mix", _ChannelMix, operands, *operands, backend)
+    y: Tensor = run("channel_mix", _ChannelMix, operands, *operands, backend)
     return y
 
 
@@ -126,7 +134,7 @@ def channel_mix(
 class _Xfa(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, temperature: Tensor, *choices: Any) -> tuple[Tensor, Tensor]:
-        out, stats = _below_autograd("xfa_forward", q, k, v, temperature, *choices)
+        out, stats = below_autograd("xfa_forward", q, k, v, temperature, *choices)
         ctx.save_for_backward(q, k, v, temperature, stats, choices[0])
         ctx.choices = choices[1:]
         ctx.mark_non_differentiable(stats)
@@ -138,7 +146,7 @@ class _Xfa(torch.autograd.Function):
         if dout is None:
             return (None,) * 10
         args = (dout, *ctx.saved_tensors)
-        dqkv, dtemperature = _run("xfa_backward", _XfaBackward, args[:5], *args, *ctx.choices)
+        dqkv, dtemperature = run("xfa_backward", _XfaBackward, args[:5], *args, *ctx.choices)
         return (*dqkv.transpose(2, 3).unbind(0), dtemperature, *(None,) * 6)
 
 
@@ -150,7 +158,7 @@ class _XfaBackward(torch.autograd.Function):
         ctx.save_for_backward(dout, q, k, v, temperature, rest[1])
         ctx.choices = rest[2:]
         ctx.set_materialize_grads(False)
-        return _below_autograd("xfa_backward", dout, q, k, v, temperature, *rest)
+        return below_autograd("xfa_backward", dout, q, k, v, temperature, *rest)
 
     @staticmethod
     def backward(ctx: Any, ddqkv: Tensor | None, ddtemperature: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -186,7 +194,7 @@ class _Gram(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(a, b, token_mask)
         ctx.symmetric, ctx.backend = symmetric, backend
-        result: tuple[Tensor, Tensor, Tensor] = _below_autograd("gram", a, b, symmetric, token_mask, backend)
+        result: tuple[Tensor, Tensor, Tensor] = below_autograd("gram", a, b, symmetric, token_mask, backend)
         return result
 
     @staticmethod
@@ -213,7 +221,7 @@ class _ChannelMix(torch.autograd.Function):
         *operands, backend = args
         ctx.save_for_backward(*operands)
         ctx.backend = backend
-        y: Tensor = _below_autograd("channel_mix", *args)
+        y: Tensor = below_autograd("channel_mix", *args)
         return y
 
     @staticmethod
@@ -299,14 +307,24 @@ def _castable(t: Tensor) -> bool:
     return t.is_floating_point() and t.dtype != torch.float64
 
 
-def _register(
-    op: str, fake: Any, function: type[torch.autograd.Function], operands: slice, tokens: tuple[int, ...]
+def register(
+    op: str,
+    fake: Any,
+    function: type[torch.autograd.Function],
+    operands: slice,
+    tokens: tuple[int, ...],
+    composed: Any = None,
 ) -> None:
-    """`operands`: the differentiable arguments; `tokens`: the arguments that autocast casts."""
+    """`operands`: the differentiable arguments; `tokens`: the arguments that autocast casts.
+
+    `composed` computes an op that is no kernel of a backend, from all its arguments.
+    """
+    if composed is not None:
+        _composed[op] = composed
     overload = getattr(_ops, op).default
 
     def kernel(*args: Any) -> Any:
-        return dispatch.kernel(args[-1], op)(*args[:-1])
+        return _implementation(op, args)
 
     def autograd(*args: Any) -> Any:
         if _wants_grad(*args[operands]) or torch.autograd.forward_ad._current_level >= 0:
@@ -319,15 +337,15 @@ def _register(
         with torch._C._DisableAutocast():
             return overload(*(cast.get(i, arg) for i, arg in enumerate(args)))
 
-    _library.impl(op, kernel, "CompositeExplicitAutograd")
-    _library.impl(op, autograd, "Autograd")
+    library.impl(op, kernel, "CompositeExplicitAutograd")
+    library.impl(op, autograd, "Autograd")
     if tokens:
         for key in ("AutocastCPU", "AutocastCUDA"):
-            _library.impl(op, under_autocast, key)
-    torch.library.register_fake(f"xformer_kernels::{op}", fake, lib=_library)
+            library.impl(op, under_autocast, key)
+    torch.library.register_fake(f"xformer_kernels::{op}", fake, lib=library)
 
 
-_register("xfa_forward", _fake_xfa_forward, _Xfa, slice(0, 4), (0, 1, 2))
-_register("xfa_backward", _fake_xfa_backward, _XfaBackward, slice(0, 5), ())
-_register("gram", _fake_gram, _Gram, slice(0, 2), (0, 1))
-_register("channel_mix", _fake_channel_mix, _ChannelMix, slice(0, 7), (0, 3, 5))
+register("xfa_forward", _fake_xfa_forward, _Xfa, slice(0, 4), (0, 1, 2))
+register("xfa_backward", _fake_xfa_backward, _XfaBackward, slice(0, 5), ())
+register("gram", _fake_gram, _Gram, slice(0, 2), (0, 1))
+register("channel_mix", _fake_channel_mix, _ChannelMix, slice(0, 7), (0, 3, 5))

@@ -7,6 +7,7 @@ can. Arguments are those of :mod:`xformer_kernels.functional`, already checked.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -48,6 +49,46 @@ def xfa(
     # (B, H, D, N) to the (B, N, H, D) memory that is promised
     out = out.permute(0, 3, 1, 2).contiguous().transpose(1, 2)
     return out if keep is None else torch.where(keep, out, 0)
+
+
+def xfa_layer(
+    x: Tensor,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor | None,
+    temperature: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    **choices: Any,
+) -> Tensor:
+    """See :func:`xformer_kernels.xfa_layer`; `choices` are those of :func:`xfa`."""
+    q, k, v = (
+        t.unflatten(-1, (temperature.numel(), -1)).transpose(1, 2)
+        for t in F.linear(x, qkv_weight, qkv_bias).chunk(3, dim=-1)
+    )
+    return F.linear(xfa(q, k, v, temperature, **choices).transpose(1, 2).flatten(2), proj_weight, proj_bias)
+
+
+def xfa_block(
+    x: Tensor,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor | None,
+    temperature: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    ln_weight: Tensor | None = None,
+    ln_bias: Tensor | None = None,
+    layer_scale: Tensor | None = None,
+    *,
+    ln_eps: float = 1e-6,
+    residual: bool = True,
+    **choices: Any,
+) -> Tensor:
+    """See :func:`xformer_kernels.xfa_block`; without layer norm if ``ln_eps`` is 0, and the layer alone if not
+    ``residual``."""
+    normalised = F.layer_norm(x, x.shape[-1:], ln_weight, ln_bias, ln_eps) if ln_eps else x
+    y = xfa_layer(normalised, qkv_weight, qkv_bias, temperature, proj_weight, proj_bias, **choices)
+    y = y if layer_scale is None else y * layer_scale
+    return x + y if residual else y
 
 
 def activate(S: Tensor, map: str, activation: str) -> Tensor:

@@ -101,15 +101,63 @@ def xfa(
             f"got {_dims(temperature.shape)}"
         )
     same_device("temperature", temperature, "q", q)
+    choices(map, norm, activation, eps, dropout_p)
+    if mask is not None:
+        token_mask(mask, q, "q")
+    if map_fn is not None and not callable(map_fn):
+        raise TypeError(f"map_fn must be callable, (B, H, D, D) to (B, H, D, D), got {type(map_fn).__name__}")
+
+
+def choices(map: Any, norm: Any, activation: Any, eps: Any, dropout_p: Any) -> None:
+    """What xfa and the layer are told beside tensors."""
     choice("map", map, MAPS)
     choice("norm", norm, NORMS)
     choice("activation", activation, ACTIVATIONS)
     positive("eps", eps)
     probability("dropout_p", dropout_p)
-    if mask is not None:
-        token_mask(mask, q, "q")
-    if map_fn is not None and not callable(map_fn):
-        raise TypeError(f"map_fn must be callable, (B, H, D, D) to (B, H, D, D), got {type(map_fn).__name__}")
+
+
+def layer(
+    x: Any,
+    qkv_weight: Any,
+    qkv_bias: Any,
+    temperature: Any,
+    proj_weight: Any,
+    proj_bias: Any,
+    ln_weight: Any,
+    ln_bias: Any,
+    layer_scale: Any,
+) -> None:
+    """The tensors of a layer or half block."""
+    tensor("x", x)
+    if x.dim() != 3:
+        raise ValueError(f"x must have 3 dimensions, (B, N, C), got {x.dim()}: {_dims(x.shape)}")
+    C = x.shape[-1]
+    tensor("temperature", temperature)
+    same_device("temperature", temperature, "x", x)
+    H = temperature.numel()
+    if H == 0 or tuple(temperature.shape) not in ((H,), (H, 1, 1)):
+        raise ValueError(f"temperature must have shape (H,) or (H, 1, 1) with H >= 1, got {_dims(temperature.shape)}")
+    small("qkv_weight", qkv_weight, x)
+    rows = qkv_weight.shape[0] if qkv_weight.dim() == 2 else 0
+    if qkv_weight.dim() != 2 or qkv_weight.shape[1] != C or rows == 0 or rows % (3 * H):
+        raise ValueError(
+            f"qkv_weight must have shape (3 I, C) with C = {C} and I a multiple of the {H} heads that temperature has, "
+            f"got {_dims(qkv_weight.shape)}"
+        )
+    small("proj_weight", proj_weight, x)
+    if proj_weight.dim() != 2 or proj_weight.shape[1] != rows // 3:
+        raise ValueError(f"proj_weight must have shape (O, I) with I = {rows // 3}, got {_dims(proj_weight.shape)}")
+    for name, t, length, meaning in (
+        ("qkv_bias", qkv_bias, rows, "(3 I,)"),
+        ("proj_bias", proj_bias, proj_weight.shape[0], "(O,)"),
+        ("ln_weight", ln_weight, C, "(C,)"),
+        ("ln_bias", ln_bias, C, "(C,)"),
+        ("layer_scale", layer_scale, proj_weight.shape[0], "(O,)"),
+    ):
+        if t is not None:
+            small(name, t, x)
+            shape(name, t, (length,), meaning)
 
 
 def gram(a: Any, b: Any, symmetric: Any, mask: Any) -> None:

@@ -9,6 +9,8 @@
   namespace level {                                \
   int run_gram(const xk_gram_args*);               \
   int run_channel_mix(const xk_channel_mix_args*); \
+  int run_layer_gram(const xk_layer_gram_args*);   \
+  int run_layer_mix(const xk_layer_mix_args*);     \
   int run_xfa_forward(const xk_xfa_args*);         \
   int run_xfa_backward(const xk_xfa_args*);        \
   }                                                \
@@ -18,6 +20,8 @@
    usable,                      \
    xk::level::run_gram,         \
    xk::level::run_channel_mix,  \
+   xk::level::run_layer_gram,   \
+   xk::level::run_layer_mix,    \
    xk::level::run_xfa_forward,  \
    xk::level::run_xfa_backward}
 
@@ -60,6 +64,8 @@ struct Level {
   bool (*usable)();
   int (*gram)(const xk_gram_args*);
   int (*channel_mix)(const xk_channel_mix_args*);
+  int (*layer_gram)(const xk_layer_gram_args*);
+  int (*layer_mix)(const xk_layer_mix_args*);
   int (*xfa_forward)(const xk_xfa_args*);
   int (*xfa_backward)(const xk_xfa_args*);
 };
@@ -131,6 +137,12 @@ const char* xk_cpu_level(void) { return level() ? level()->name : ""; }
 int xk_gram(const xk_gram_args* p) { return call(level_for(p->dim_b, p->b.dtype), &Level::gram, p); }
 int xk_channel_mix(const xk_channel_mix_args* p) {
   return call(level_for(p->dim_out, p->y.dtype), &Level::channel_mix, p);
+}
+int xk_layer_gram(const xk_layer_gram_args* p) {
+  return call(level_for(p->gram.dim_b, p->gram.b.dtype), &Level::layer_gram, p);
+}
+int xk_layer_mix(const xk_layer_mix_args* p) {
+  return call(level_for(p->mix.dim_out, p->mix.y.dtype), &Level::layer_mix, p);
 }
 int xk_xfa_forward(const xk_xfa_args* p) { return call(level_for(p->dim, p->q.dtype, true), &Level::xfa_forward, p); }
 int xk_xfa_backward(const xk_xfa_args* p) { return call(level_for(p->dim, p->q.dtype, true), &Level::xfa_backward, p); }

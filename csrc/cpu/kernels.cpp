@@ -9,14 +9,29 @@ namespace {
 
 // ---------------------------------------------------------------------------------------------------------- gram
 
+// A vector of each (batch, head), padded with zeros to whole vectors; none for a null pointer.
 template <class T>
-int gram(const xk_gram_args& p) {
+struct Padded {
+  int dim, ld;
+  Buffer<T> rows;
+  Padded(const void* data, int64_t count, int dim) : dim(dim), ld(padded<T>(dim)), rows(data ? count * ld : 0) {
+    if (!data || !rows.data) return;
+    zero(rows.data, count * ld);
+    for (int64_t i = 0; i < count; ++i) memcpy(rows.data + i * ld, (const T*)data + i * dim, dim * sizeof(T));
+  }
+  const T* operator[](int64_t i) const { return rows.data + i * ld; }
+};
+
+template <class T>
+int gram(const xk_gram_args& p, const xk_layer_gram_args* layer = nullptr) {
   int da = int(p.dim_a), db = int(p.dim_b), lda = padded<T>(da), ldb = padded<T>(db), widest = da > db ? da : db;
   if (!p.batch || !p.heads) return XK_OK;
+  // the matrix, and sums of squares, or sums, of a's and b's features
   size_t size = (size_t)da * ldb + lda + ldb, scratch = pass_scratch<T>(widest);
+  Padded<T> center(layer ? layer->prologue.center : nullptr, p.batch * p.heads, db);
   Plan plan(p.batch, p.heads, p.tokens, widest, block_tokens<T>(widest), sizeof(T));
   Buffer<T> sums(p.batch * p.heads * plan.chunks * size), own(p.threads * scratch);
-  if (!sums.data || !own.data) return XK_OUT_OF_MEMORY;
+  if (!sums.data || !own.data || !center.rows.data) return XK_OUT_OF_MEMORY;
 
   parallel_for(plan.units(), p.threads, [&](int64_t index, int thread) {
     Unit u(plan, index);
@@ -29,7 +44,14 @@ int gram(const xk_gram_args& p) {
       if (!p.symmetric) pass.in[1] = operand(p.b, u.b, h, db);
       T* g = partial(h);
       pass.gram = {0, p.symmetric ? 0 : 1, g};
-      if (!p.symmetric) {  // else they are the diagonal
+      if (layer) {
+        int b = p.symmetric ? 0 : 1;
+        pass.in[b].layer_norm = layer->prologue.layer_norm;
+        pass.eps = T(layer->prologue.eps);
+        if (layer->prologue.center) pass.center[b] = center[u.b * p.heads + h];
+        if (!p.symmetric) pass.sums[0] = g + (size_t)da * ldb;
+        pass.sums[b] = g + (size_t)da * ldb + lda;
+      } else if (!p.symmetric) {  // else they are the diagonal
         pass.ssq[0] = g + (size_t)da * ldb;
         pass.ssq[1] = pass.ssq[0] + lda;
       }
@@ -44,9 +66,10 @@ int gram(const xk_gram_args& p) {
     for (int i = 0; i < da; ++i)
       for (int j = 0; j < db; ++j)
         out[(ptrdiff_t)i * db + j] = p.symmetric && j > i ? g[(ptrdiff_t)j * ldb + i] : g[(ptrdiff_t)i * ldb + j];
-    for (int i = 0; i < da && p.symmetric; ++i) ssq[i] = ssq[lda + i] = g[(ptrdiff_t)i * ldb + i];
-    memcpy((T*)p.ssq_a + bh * da, ssq, da * sizeof(T));
-    memcpy((T*)p.ssq_b + bh * db, ssq + lda, db * sizeof(T));
+    for (int i = 0; i < da && p.symmetric && !layer; ++i) ssq[i] = ssq[lda + i] = g[(ptrdiff_t)i * ldb + i];
+    T *to_a = (T*)(layer ? layer->sum_a : p.ssq_a), *to_b = (T*)(layer ? layer->sum_b : p.ssq_b);
+    if (to_a) memcpy(to_a + bh * da, ssq, da * sizeof(T));
+    memcpy(to_b + bh * db, ssq + lda, db * sizeof(T));
   });
   return XK_OK;
 }
@@ -54,7 +77,7 @@ int gram(const xk_gram_args& p) {
 // ------------------------------------------------------------------------------------------------- channel mix
 
 template <class T>
-int channel_mix(const xk_channel_mix_args& p) {
+int channel_mix(const xk_channel_mix_args& p, const xk_layer_mix_args* layer = nullptr) {
   int in = int(p.dim_in), in2 = p.x2.data ? int(p.dim_in2) : 0, out = int(p.dim_out), ld = padded<T>(out);
   if (!p.batch || !p.heads) return XK_OK;
   int widest = in > out ? in : out;
@@ -62,7 +85,8 @@ int channel_mix(const xk_channel_mix_args& p) {
   size_t size = (size_t)(in + in2 + 2) * ld, scratch = pass_scratch<T>(widest);
   Plan plan(p.batch, p.heads, p.tokens, widest, block_tokens<T>(widest), sizeof(T));
   Buffer<T> operands(p.batch * p.heads * size), own(p.threads * scratch);
-  if (!operands.data || !own.data) return XK_OUT_OF_MEMORY;
+  Padded<T> center(layer ? layer->prologue.center : nullptr, p.batch * p.heads, in2 ? in2 : in);
+  if (!operands.data || !own.data || !center.rows.data) return XK_OUT_OF_MEMORY;
 
   parallel_for(p.batch * p.heads, p.threads, [&](int64_t bh, int) {
     int64_t b = bh / p.heads, h = bh % p.heads;
@@ -96,6 +120,13 @@ int channel_mix(const xk_channel_mix_args& p) {
         mix.x2 = pass.operands++;
         mix.w2 = w + (size_t)in * ld;
       }
+      if (layer) {
+        int last = pass.operands - 1;
+        pass.in[last].layer_norm = layer->prologue.layer_norm;
+        pass.eps = T(layer->prologue.eps);
+        if (layer->prologue.center) pass.center[last] = center[u.b * p.heads + h];
+        if (layer->differentiate && layer->prologue.layer_norm) mix.unit = last;
+      }
       if (p.add.data) {
         pass.in[pass.operands] = operand(p.add, u.b, h, out);
         mix.add = pass.operands++;
@@ -118,6 +149,17 @@ int run_gram(const xk_gram_args* p) {
 int run_channel_mix(const xk_channel_mix_args* p) {
   if (p->dim_in < 1 || p->dim_out < 1 || (p->x2.data && p->dim_in2 < 1)) return XK_BAD_ARGUMENT;
   return p->x.dtype == XK_F64 ? channel_mix<double>(*p) : channel_mix<float>(*p);
+}
+int run_layer_gram(const xk_layer_gram_args* p) {
+  const xk_gram_args& g = p->gram;
+  if (g.dim_a < 1 || g.dim_b < 1) return XK_BAD_ARGUMENT;
+  return g.a.dtype == XK_F64 ? gram<double>(g, p) : gram<float>(g, p);
+}
+int run_layer_mix(const xk_layer_mix_args* p) {
+  const xk_channel_mix_args& m = p->mix;
+  if (m.dim_in < 1 || m.dim_out < 1 || (m.x2.data && m.dim_in2 < 1)) return XK_BAD_ARGUMENT;
+  if (p->differentiate && m.dim_out != (m.x2.data ? m.dim_in2 : m.dim_in)) return XK_BAD_ARGUMENT;
+  return m.x.dtype == XK_F64 ? channel_mix<double>(m, p) : channel_mix<float>(m, p);
 }
 int run_xfa_forward(const xk_xfa_args* p) {
   if (p->dim < 1) return XK_BAD_ARGUMENT;

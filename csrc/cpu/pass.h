@@ -1,6 +1,6 @@
 // One pass over token-major data. For a block of tokens that fits the first-level cache, a pass
 //   packs    its operands: any strides and storage dtype -> rows of T padded with zeros to whole vectors, masked tokens
-//            zeroed, rows divided by their norm where the feature norm is asked for;
+//            zeroed, rows divided by their norm where the feature norm is asked for, or layer-normalised and centred;
 //   grams    at most one pair of packed blocks into an accumulated D x D matrix (and sums of squares);
 //   mixes    each token's features by D x D operands into outputs.
 // Everything of size N goes through here; each operand is read from memory once per pass.
@@ -20,7 +20,8 @@ struct Operand {
   const char* data = nullptr;  // first token, first feature
   int64_t stride_n = 0, stride_d = 0;
   int dtype = 0, dim = 0;
-  bool unit_rows = false;  // feature norm: each token's row is divided by max(norm, eps)
+  bool unit_rows = false;   // feature norm: each token's row is divided by max(norm, eps)
+  bool layer_norm = false;  // each token's row has its mean subtracted and is divided by its spread
 };
 
 inline Operand operand(const xk_tensor& t, int64_t b, int64_t h, int dim, bool unit_rows = false) {
@@ -44,7 +45,7 @@ template <class T>
 struct Mix {
   int x = -1, x2 = -1, add = -1;  // operand indices
   const T *w = nullptr, *w2 = nullptr, *bias = nullptr, *scale = nullptr;
-  int unit = -1;   // operand whose unit_rows normalisation is differentiated: y is a gradient with respect to that row
+  int unit = -1;   // operand whose unit_rows or layer_norm is differentiated: y is a gradient with respect to that row
   int ahead = -1;  // operand whose next block is fetched while this one is mixed
   Operand y;       // stride_d == 1
 };
@@ -54,7 +55,9 @@ constexpr int kMaxOperands = 4, kMaxMixes = 3;
 template <class T>
 struct Pass {
   Operand in[kMaxOperands];
-  T* ssq[kMaxOperands] = {};  // where an operand's sums of squares are added, if anywhere; padded
+  T* ssq[kMaxOperands] = {};           // where an operand's sums of squares are added, if anywhere; padded
+  T* sums[kMaxOperands] = {};          // its sums likewise
+  const T* center[kMaxOperands] = {};  // subtracted from each of its rows, if given; padded with zeros
   int operands = 0;
   Gram<T> gram;
   Mix<T> mix[kMaxMixes];
@@ -163,13 +166,52 @@ inline void pair_rows(float* w, int dim, int ld) {
     }
 }
 
-// norms: per token, the norm before the clamp (unit_rows only).
+// (x - mean) / sqrt(mean of squares of that + eps) for each row of `dim` columns; one over the root is left in norms.
+template <class T>
+void layer_norm_rows(T* rows, T* norms, int tokens, int dim, int ld, T eps) {
+  for (int n = 0; n < tokens; ++n, rows += ld) {
+    V<T> sum = {}, squares = {};
+    for (int c = 0; c < ld; c += VL<T>) sum += load(rows + c);
+    V<T> mean = broadcast(sum_lanes<T>(sum) / T(dim));
+    for (int c = 0; c < ld; c += VL<T>) store(rows + c, load(rows + c) - mean);
+    for (int c = dim; c < ld; ++c) rows[c] = 0;
+    for (int c = 0; c < ld; c += VL<T>) squares += load(rows + c) * load(rows + c);
+    norms[n] = 1 / T(__builtin_sqrt(sum_lanes<T>(squares) / T(dim) + eps));
+    V<T> inverse = broadcast(norms[n]);
+    for (int c = 0; c < ld; c += VL<T>) store(rows + c, load(rows + c) * inverse);
+  }
+}
+
+// d/dx of a layer norm, in place on rows of gradients g: (g - mean(g) - u mean(g u)) / spread; u + center are the
+// normalised rows. `add`, if given, is added.
+template <class T>
+void layer_norm_backward(T* rows, const T* u, const T* center, const T* norms, const T* add, ptrdiff_t ld_add,
+                         int tokens, int dim, int ld) {
+  for (int n = 0; n < tokens; ++n, rows += ld, u += ld) {
+    V<T> sum = {}, dot = {};
+    auto unit = [&](int c) { return center ? load(u + c) + load(center + c) : load(u + c); };
+    for (int c = 0; c < ld; c += VL<T>) sum += load(rows + c), dot += load(rows + c) * unit(c);
+    V<T> mean = broadcast(sum_lanes<T>(sum) / T(dim)), along = broadcast(sum_lanes<T>(dot) / T(dim));
+    V<T> inverse = broadcast(norms[n]);
+    for (int c = 0; c < ld; c += VL<T>) store(rows + c, (load(rows + c) - mean - along * unit(c)) * inverse);
+    if (!add) continue;
+    for (int c = 0; c < dim; c += VL<T>) {
+      const T* from = add + n * ld_add + c;
+      store(rows + c, load(rows + c) + (dim - c < VL<T> ? load(from, dim - c) : load(from)));
+    }
+  }
+}
+
+// norms: per token, the norm before the clamp (unit_rows), or one over the spread (layer_norm).
 template <class T>
 void pack(const Pass<T>& pass, int index, int64_t first, int tokens, T* out, T* norms) {
   const Operand& o = pass.in[index];
   T* ssq = pass.ssq[index];
   int ld = padded<T>(o.dim);
-  bool rows = o.stride_d == 1 || o.dim == 1, squares_on_the_way = ssq && rows && !pass.mask;
+  T* sums = pass.sums[index];
+  const T* center = pass.center[index];
+  bool rows = o.stride_d == 1 || o.dim == 1;
+  bool squares_on_the_way = ssq && rows && !pass.mask && !o.layer_norm && !center;
   with_storage<T>(o.dtype, [&](auto* storage) {
     auto p = (decltype(storage))o.data + first * o.stride_n;
     if (!rows && o.stride_n == 1)
@@ -181,9 +223,21 @@ void pack(const Pass<T>& pass, int index, int64_t first, int tokens, T* out, T* 
     else
       pack_rows<T, false>(p, o.stride_n, tokens, o.dim, out, ld, ssq);
   });
+  if (o.layer_norm) layer_norm_rows(out, norms, tokens, o.dim, ld, pass.eps);
+  if (center)
+    for (int c = 0; c < ld; c += VL<T>) {
+      V<T> shift = load(center + c);
+      for (int n = 0; n < tokens; ++n) store(out + (ptrdiff_t)n * ld + c, load(out + (ptrdiff_t)n * ld + c) - shift);
+    }
   if (pass.mask)
     for (int n = 0; n < tokens; ++n)
       if (!pass.mask[(first + n) * pass.mask_stride]) memset(out + (ptrdiff_t)n * ld, 0, ld * sizeof(T));
+  if (sums)
+    for (int c = 0; c < ld; c += VL<T>) {
+      V<T> sum = {};
+      for (int n = 0; n < tokens; ++n) sum += load(out + (ptrdiff_t)n * ld + c);
+      store(sums + c, load(sums + c) + sum);
+    }
   if (ssq && !squares_on_the_way)
     for (int c = 0; c < ld; c += VL<T>) {
       V<T> squares = {};
@@ -275,8 +329,8 @@ void run_block(const Pass<T>& pass, int64_t first, int tokens, const Pass<T>* ne
           pack_pairs<false>(p, o.stride_n, tokens, o.dim, packed[i], ld, nullptr);
         continue;
       }
-    used_packed[i] = used_packed[i] || pass.ssq[i] || pass.in[i].unit_rows || pass.in[i].dtype != kNative<T> ||
-                     pass.in[i].stride_d != 1;
+    used_packed[i] = used_packed[i] || pass.ssq[i] || pass.sums[i] || pass.center[i] || pass.in[i].unit_rows ||
+                     pass.in[i].layer_norm || pass.in[i].dtype != kNative<T> || pass.in[i].stride_d != 1;
     if (used_packed[i]) pack(pass, i, first, tokens, packed[i], norms[i]);
   }
 
@@ -323,7 +377,8 @@ void run_block(const Pass<T>& pass, int64_t first, int tokens, const Pass<T>* ne
     t.ldw = ld;
     t.bias = mix.bias;
     t.scale = mix.scale;
-    if (mix.add >= 0) {
+    const bool layer_norm = mix.unit >= 0 && pass.in[mix.unit].layer_norm;
+    if (mix.add >= 0 && !layer_norm) {
       const Operand& o = pass.in[mix.add];
       bool lies = o.stride_d == 1;
       t.add = lies ? (const void*)in_place(mix.add) : packed[mix.add];
@@ -342,7 +397,15 @@ void run_block(const Pass<T>& pass, int64_t first, int tokens, const Pass<T>* ne
       t.ldy = ld;
       t.dtype = kNative<T>;
       mix_block(t, tokens, ld, int(sizeof(T)));
-      unit_rows_backward(staged, packed[mix.unit], norms[mix.unit], tokens, ld, pass.eps);
+      if (layer_norm) {
+        const T* add = nullptr;
+        ptrdiff_t ld_add = 0, step = 0, columns = 0;
+        if (mix.add >= 0) source(mix.add, add, ld_add, step, columns);
+        layer_norm_backward(staged, packed[mix.unit], pass.center[mix.unit], norms[mix.unit], add, ld_add, tokens,
+                            mix.y.dim, ld);
+      } else {
+        unit_rows_backward(staged, packed[mix.unit], norms[mix.unit], tokens, ld, pass.eps);
+      }
       with_storage<T>(mix.y.dtype, [&](auto* storage) {
         unpack(staged, ld, tokens, mix.y.dim, (decltype(storage))y, mix.y.stride_n);
       });

@@ -58,6 +58,31 @@ typedef struct {
   int32_t threads;
 } xk_channel_mix_args;
 
+// What is done to each token x[n] of an operand while it is read, with means over its features (layer_norm != 0):
+//   u[n,i] = (x[n,i] - mean(x[n])) / sqrt(mean((x[n] - mean(x[n]))^2) + eps) - center[i]        else x[n,i] - center[i]
+// center: (batch, heads, features) in the accumulate dtype, contiguous, or null.
+typedef struct {
+  int32_t layer_norm;
+  double eps;
+  const void* center;
+} xk_prologue;
+
+// gram with u in the place of b (and of a, if symmetric), and sums over tokens: sum_a[b,h,i] = sum_n a[b,h,n,i], sum_b
+// likewise of u; contiguous, in the accumulate dtype. The sums of squares are not computed.
+typedef struct {
+  xk_gram_args gram;
+  xk_prologue prologue;
+  void *sum_a, *sum_b;
+} xk_layer_gram_args;
+
+// channel_mix with u in the place of x2, or of x if there is no x2. differentiate: the sum without `add` is taken for a
+// gradient with regard to u, and y is the one with regard to what u was made of, and `add` (dim_out is that of u).
+typedef struct {
+  xk_channel_mix_args mix;
+  xk_prologue prologue;
+  int32_t differentiate;
+} xk_layer_mix_args;
+
 // Forward writes out and stats; backward reads stats and writes dq, dk, dv, dtemperature.
 // stats: contiguous (batch, heads, dim * dim + 2 * dim), accumulate dtype: the normalised map with key features
 // as rows, then the norms of q's and k's features over tokens (token norm only, before the clamp by eps).
@@ -74,6 +99,8 @@ typedef struct {
 
 int xk_gram(const xk_gram_args* args);
 int xk_channel_mix(const xk_channel_mix_args* args);
+int xk_layer_gram(const xk_layer_gram_args* args);
+int xk_layer_mix(const xk_layer_mix_args* args);
 int xk_xfa_forward(const xk_xfa_args* args);
 int xk_xfa_backward(const xk_xfa_args* args);
 

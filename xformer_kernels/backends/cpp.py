@@ -67,3 +67,34 @@ def xfa_backward(*args: Any) -> tuple[Tensor, Tensor]:
     addresses, result = arguments.xfa_backward(_empty, *args)
     _C.xfa_backward(*addresses, torch.get_num_threads())
     return result
+
+
+def layer_gram(
+    a: Tensor, b: Tensor, symmetric: bool, token_mask: Tensor | None, center: Tensor | None, layer_norm_eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """gram of a and of b layer-normalised and centred on the way; sums take the place of the sums of squares."""
+    addresses, result = arguments.gram(_empty, a, b, symmetric, token_mask)
+    sums = (result[1].data_ptr(), result[2].data_ptr())
+    _C.layer_gram(*addresses, *_prologue(center, layer_norm_eps), *sums, torch.get_num_threads())
+    return result
+
+
+def layer_mix(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    add: Tensor | None,
+    x2: Tensor | None,
+    weight2: Tensor | None,
+    center: Tensor | None,
+    layer_norm_eps: float,
+    differentiate: bool,
+) -> Tensor:
+    """channel_mix with x2, or else x, layer-normalised and centred on the way, or that differentiated."""
+    addresses, result = arguments.channel_mix(_empty, x, weight, bias, add, None, x2, weight2)
+    _C.layer_mix(*addresses, *_prologue(center, layer_norm_eps), differentiate, torch.get_num_threads())
+    return result
+
+
+def _prologue(center: Tensor | None, layer_norm_eps: float) -> tuple[int, float]:
+    return (0 if center is None else center.data_ptr()), layer_norm_eps

@@ -1,0 +1,197 @@
+"""The C x C algebra between the two passes over x, and its derivative: small matrices, in eager PyTorch.
+
+The tokens u (B, N, C) are those of x, layer-normalised if the layer says so, less a vector c per image that is near
+their mean. q, k and v are linear in them, ``q = W_q u + c_q`` with ``c_q = b_q + W_q c``, so that all that attention
+wants to know of q and k follows from ``S = sum_n u u^T``, ``s = sum_n u`` and the number of tokens n::
+
+    q^T k = W_q S W_k^T + (W_q s) c_k^T + c_q (W_k s + n c_k)^T         |q_i|^2 = its diagonal with W_q in both places
+    y = M u + m,   M = W_o E W_z,   m = W_o E c_z + b_o                 E: the maps of all heads on the diagonal
+
+where E is A and z is v for ``map="query_key"``, and E is A^T with q's norms and z is q for ``"key_value"``. With c far
+from 0 and the spread of the tokens small, S alone would lose its digits: that is why c is taken off.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+QUERY, KEY, VALUE = range(3)
+
+
+class Weights(NamedTuple):
+    """A layer in the accumulate dtype, the layer norm's weight and bias and the layer scale multiplied into it."""
+
+    qkv: Tensor  # (3, H, D, C)
+    qkv_bias: Tensor  # (3, H, D)
+    temperature: Tensor  # (H,)
+    proj: Tensor  # (O, H D)
+    proj_bias: Tensor  # (O,)
+
+
+class Sums(NamedTuple):
+    """What the first pass finds."""
+
+    S: Tensor  # (B, C, C)
+    s: Tensor  # (B, C)
+    n: Tensor  # (B, 1), in the dtype of the others
+    c: Tensor  # (B, C)
+
+
+class Rule(NamedTuple):
+    map: str
+    activation: str
+    eps: float
+
+    @property
+    def pair(self) -> tuple[int, int]:
+        """Whose Gram matrix it is."""
+        return (QUERY, KEY) if self.map == "query_key" else (KEY, VALUE)
+
+    @property
+    def mixed(self) -> int:
+        """What the map is applied to."""
+        return VALUE if self.map == "query_key" else QUERY
+
+    @property
+    def rows(self) -> int:
+        """How many of q, k, v the Gram matrix and the norms are made of."""
+        return max(KEY, *self.pair) + 1
+
+
+class Statistics(NamedTuple):
+    """What backward wants to know again."""
+
+    M: Tensor  # (B, O, C)
+    cos: Tensor  # (B, H, D, D)
+    norms: Tensor  # (B, 2, H, D) of q and k
+
+
+class Gradients(NamedTuple):
+    qkv: Tensor
+    qkv_bias: Tensor
+    temperature: Tensor
+    proj: Tensor
+    proj_bias: Tensor
+
+
+def _shifted(w: Weights, c: Tensor) -> Tensor:
+    """c_q, c_k and c_v: (B, 3, H, D)."""
+    return w.qkv_bias + _apply(w.qkv, c)
+
+
+def _apply(weight: Tensor, x: Tensor) -> Tensor:
+    """(r, H, D, C) to (B, C): (B, r, H, D)."""
+    return (x @ weight.flatten(0, 2).T).unflatten(1, weight.shape[:3])
+
+
+def _inverse(norms: Tensor, eps: float) -> Tensor:
+    return 1 / norms.clamp_min(eps)
+
+
+def _map(cos: Tensor, w: Weights, keep: Tensor | None, rule: Rule) -> tuple[Tensor, Tensor]:
+    """A before and after dropout."""
+    A = cos * w.temperature.view(-1, 1, 1)
+    if rule.map == "query_key" and rule.activation == "softmax":
+        A = A.softmax(-1)
+    return A, A if keep is None else A * keep
+
+
+def _mixing(A: Tensor, inverse: Tensor, rule: Rule) -> Tensor:
+    """E (B, H, D, D), whose rows are features of the output."""
+    return A if rule.map == "query_key" else (A * inverse[:, QUERY].unsqueeze(-1)).transpose(-2, -1)
+
+
+def forward(sums: Sums, w: Weights, keep: Tensor | None, rule: Rule) -> tuple[Tensor, Statistics]:
+    """m (B, O), and the rest: y = M u + m."""
+    rows, (left, right) = w.qkv[: rule.rows], rule.pair
+    c = _shifted(w, sums.c)
+    s = _apply(rows, sums.s)
+    P = (rows.flatten(0, 2) @ sums.S).unflatten(1, rows.shape[:3])  # (B, r, H, D, C)
+    n = sums.n.view(-1, 1, 1)
+    G = rows[left] @ P[:, right].transpose(-2, -1)
+    G = G + s[:, left].unsqueeze(-1) * c[:, right].unsqueeze(-2)
+    G = G + c[:, left].unsqueeze(-1) * (s[:, right] + n * c[:, right]).unsqueeze(-2)
+    squares = (rows[:VALUE] * P[:, :VALUE]).sum(-1) + c[:, :VALUE] * (2 * s[:, :VALUE] + n.unsqueeze(-1) * c[:, :VALUE])
+    norms = squares.clamp_min(0).sqrt()
+    inverse = _inverse(norms, rule.eps)
+    cos = G * inverse[:, left].unsqueeze(-1)
+    if right == KEY:
+        cos = cos * inverse[:, KEY].unsqueeze(-2)
+    E = _mixing(_map(cos, w, keep, rule)[1], inverse, rule)
+    M = w.proj @ (E @ w.qkv[rule.mixed]).flatten(1, 2)
+    m = (E @ c[:, rule.mixed].unsqueeze(-1)).flatten(1) @ w.proj.T + w.proj_bias
+    return m, Statistics(M, cos, norms)
+
+
+def backward(
+    dM: Tensor, dm: Tensor, sums: Sums, w: Weights, keep: Tensor | None, rule: Rule, statistics: Statistics
+) -> tuple[Tensor, Tensor, Gradients]:
+    """R (B, C, C) and r (B, C): the gradient with regard to u is M^T dy + R u + r; and the gradients of the weights.
+
+    dM = sum_n dy u^T (B, O, C) and dm = sum_n dy (B, O).
+    """
+    (left, right), mixed = rule.pair, rule.mixed
+    _, cos, norms = statistics
+    c, inverse = _shifted(w, sums.c), _inverse(norms, rule.eps)
+    A, kept = _map(cos, w, keep, rule)
+    E, z = _mixing(kept, inverse, rule), w.qkv[mixed]
+    heads = z.shape[:2]
+
+    T, e = (E @ z).flatten(1, 2), (E @ c[:, mixed].unsqueeze(-1)).flatten(1)
+    dproj = (dM @ T.transpose(-2, -1)).sum(0) + dm.T @ e
+    dT, de = (w.proj.T @ dM).unflatten(1, heads), (dm @ w.proj).unflatten(1, heads)
+    dE = dT @ z.transpose(-2, -1) + de.unsqueeze(-1) * c[:, mixed].unsqueeze(-2)
+    dz = (E.transpose(-2, -1) @ dT).sum(0)
+    dshifted = torch.zeros_like(c)
+    dshifted[:, mixed] = (E.transpose(-2, -1) @ de.unsqueeze(-1)).squeeze(-1)
+
+    # dsquares: gradients of |q|^2 and |k|^2, where the norms are not below eps
+    dsquares = [torch.zeros_like(norms[:, QUERY]), torch.zeros_like(norms[:, KEY])]
+    if rule.map == "query_key":
+        dA = dE
+    else:
+        dA = dE.transpose(-2, -1)
+        dsquares[QUERY] = (dA * kept).sum(-1) * inverse[:, QUERY].pow(3) / -2
+        dA = dA * inverse[:, QUERY].unsqueeze(-1)
+    if keep is not None:
+        dA = dA * keep
+    if rule.map == "query_key" and rule.activation == "softmax":
+        dA = A * (dA - (A * dA).sum(-1, keepdim=True))
+    dtemperature = (dA * cos).sum((0, 2, 3))
+    dcos = dA * w.temperature.view(-1, 1, 1)
+    dnorms = dcos * cos
+    dsquares[left] = dsquares[left] - dnorms.sum(-1) * inverse[:, left].square() / 2
+    dG = dcos * inverse[:, left].unsqueeze(-1)
+    if right == KEY:
+        dsquares[KEY] = dsquares[KEY] - dnorms.sum(-2) * inverse[:, KEY].square() / 2
+        dG = dG * inverse[:, KEY].unsqueeze(-2)
+    clamped = norms <= rule.eps
+
+    # Of G = [W_q c_q] [S s; s^T n] [W_k c_k]^T and of the norms: X, x are the gradients' products with the right side
+    rows = w.qkv[: rule.rows]
+    X, x = [], []
+    for i in range(rule.rows):
+        terms, shifts = [], []
+        if i < VALUE:
+            scale = 2 * torch.where(clamped[:, i], 0, dsquares[i])
+            terms.append(scale.unsqueeze(-1) * rows[i])
+            shifts.append(scale * c[:, i])
+        for one, other, d in ((left, right, dG), (right, left, dG.transpose(-2, -1))):
+            if i == one:
+                terms.append(d @ rows[other])
+                shifts.append((d @ c[:, other].unsqueeze(-1)).squeeze(-1))
+        X.append(sum(terms[1:], terms[0]))
+        x.append(sum(shifts[1:], shifts[0]))
+    X, x = torch.stack(X, 1).flatten(1, 3), torch.stack(x, 1)  # (B, r H D, C), (B, r, H, D)
+    R = rows.flatten(0, 2).T @ X
+    r = x.flatten(1) @ rows.flatten(0, 2)
+
+    dshifted[:, : rule.rows] += (X @ sums.s.unsqueeze(-1)).view_as(x) + sums.n.view(-1, 1, 1, 1) * x
+    dqkv = dshifted.flatten(1).T @ sums.c
+    dqkv[: x[0].numel()] += (X @ sums.S).sum(0) + x.flatten(1).T @ sums.s
+    dqkv = dqkv.view_as(w.qkv)
+    dqkv[mixed] += dz
+    return R, r, Gradients(dqkv, dshifted.sum(0), dtemperature, dproj, dm.sum(0))

@@ -1,0 +1,320 @@
+"""The layer around xfa: projections, and for the block layer norm, layer scale and residual, in one of two forms."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from xformer_kernels import dispatch, functional, ops, parallel, reference, validate
+from xformer_kernels.layer import cost
+from xformer_kernels.layer.ops import layer
+
+FORMS = ("auto", "gram", "direct")
+
+
+def xfa_layer(
+    x: Tensor,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor | None,
+    temperature: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    *,
+    map: str = "query_key",
+    norm: str = "token",
+    activation: str = "softmax",
+    eps: float = 1e-12,
+    token_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    form: str = "auto",
+    group: Any = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Cross feature attention with its projections, exact in either of two forms.
+
+    ::
+
+        q, k, v = split(x qkv_weight^T + qkv_bias);    y = xfa(q, k, v, temperature) proj_weight^T + proj_bias
+
+        form="direct"   projects, calls xfa, projects
+        form="gram"     S = sum_n x x^T (C x C);  every map from S and the weights;  M = W_o A W_v;  y = M x + m
+
+    The Gram form never makes q, k and v, neither forward nor backward: each direction is two passes over x and small
+    algebra between them, and x is all of size N that is saved. It takes about half the FLOPs where N is much above C,
+    and more where it is below; ``"auto"`` compares the costs, see :func:`explain_layer`. Sums are of x less a vector
+    near the tokens' mean, so that means far above the spread cost no digits; weights that project to next to nothing
+    what x has most of still do, squared against the direct form.
+
+    Args:
+        x: (B, N, C) tokens, float32, float64, bfloat16 or float16, of any strides.
+        qkv_weight: (3 I, C): rows of q, then k, then v, each head's I / H side by side, as in timm's ``XCA``.
+        qkv_bias: (3 I,) or None.
+        temperature: (H,) or (H, 1, 1), which says how many heads there are.
+        proj_weight, proj_bias: (O, I), and (O,) or None.
+        map, norm, activation, eps, dropout_p: as in :func:`xformer_kernels.xfa`.
+        token_mask: (B, N) bool. False tokens take no part in the attention: theirs is proj_bias, as of a zero.
+        form: "auto", "gram" or "direct". ``norm="feature"`` has no Gram form. Under ``torch.export`` "auto" is "direct".
+        group: a ``torch.distributed.ProcessGroup`` over whose ranks the tokens of every image are split, unevenly if
+            need be: see :mod:`xformer_kernels.parallel`.
+        backend: as in :func:`xformer_kernels.xfa`.
+
+    Weights are in the dtype of x or in its accumulate dtype (float32; float64 for float64). With autocast on, x is cast
+    as it is for ``torch.nn.functional.linear``.
+
+    Returns:
+        (B, N, O) in the dtype of x. Derivatives are of any order, the second ones through the reference (with ``group``
+        and the Gram form: of first order).
+
+    Raises:
+        TypeError, ValueError: an argument of another type, shape, dtype, device or value; ``form="gram"`` where there
+            is none; ranks that disagree.
+        RuntimeError: a backend asked for by name cannot serve the call.
+    """
+    if isinstance(x, Tensor):
+        (x,) = ops.autocast(x)  # type: ignore[assignment]
+    call = _Call(map, norm, activation, eps, token_mask, dropout_p, form, group, backend)
+    tensors = (x, qkv_weight, qkv_bias, temperature, proj_weight, proj_bias, None, None, None)
+    with parallel.together(group, x) as alike:
+        validate.layer(*tensors)
+        call.check(x)
+        alike += call.alike(*tensors)
+    return _run(call, *tensors, 0.0, False)
+
+
+def xfa_block(
+    x: Tensor,
+    ln_weight: Tensor | None,
+    ln_bias: Tensor | None,
+    ln_eps: float,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor | None,
+    temperature: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    *,
+    layer_scale: Tensor | None = None,
+    residual: bool = True,
+    map: str = "query_key",
+    norm: str = "token",
+    activation: str = "softmax",
+    eps: float = 1e-12,
+    token_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    form: str = "auto",
+    group: Any = None,
+    backend: str = "auto",
+) -> Tensor:
+    """The half block ``x + layer_scale * xfa_layer(layer_norm(x))``, for the layer of :func:`xfa_layer`.
+
+    In the Gram form layer norm is done while tokens are read, in both passes, and the sum while they are written: two
+    reads of x and one write. Means and spreads of tokens are not saved but computed again.
+
+    Args:
+        ln_weight, ln_bias: (C,) or None, of the layer norm over the features of a token.
+        ln_eps: added to their variance, above 0.
+        layer_scale: (O,) or None.
+        residual: whether x is added; then O is C.
+        The others: as in :func:`xfa_layer`. With autocast on, x stays in its dtype.
+
+    Returns:
+        (B, N, O) in the dtype of x.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`xfa_layer`.
+    """
+    call = _Call(map, norm, activation, eps, token_mask, dropout_p, form, group, backend)
+    tensors = (x, qkv_weight, qkv_bias, temperature, proj_weight, proj_bias, ln_weight, ln_bias, layer_scale)
+    with parallel.together(group, x) as alike:
+        validate.layer(*tensors)
+        validate.positive("ln_eps", ln_eps)
+        if residual and proj_weight.shape[0] != x.shape[-1]:
+            raise ValueError(
+                f"proj_weight must have shape (C, I) with C = {x.shape[-1]} where x is added, "
+                f"got {tuple(proj_weight.shape)}"
+            )
+        call.check(x)
+        alike += call.alike(*tensors, ln_eps, residual)
+    return _run(call, *tensors, float(ln_eps), bool(residual))
+
+
+class LayerExplanation(NamedTuple):
+    """Which form a layer takes, and what it costs in both. Print it.
+
+    ``gram`` and ``direct`` are estimates in seconds (see :mod:`xformer_kernels.layer.cost`); ``reason`` says why the Gram
+    form cannot be taken, if so; ``backend`` is the explanation of the backend of that form.
+    """
+
+    form: str
+    asked: str
+    gram: cost.Cost
+    direct: cost.Cost
+    reason: str
+    backend: dispatch.Explanation
+
+    def __str__(self) -> str:
+        lines = [f"form {self.form} (asked for: {self.asked})"]
+        for name, price in (("gram", self.gram), ("direct", self.direct)):
+            impossible = f": not possible, {self.reason}" if name == "gram" and self.reason else ""
+            lines.append(f"  {name}: {price}{impossible}")
+        return "\n".join((*lines, str(self.backend)))
+
+
+def explain_layer(
+    x: Tensor,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor | None,
+    temperature: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    *,
+    map: str = "query_key",
+    norm: str = "token",
+    activation: str = "softmax",
+    eps: float = 1e-12,
+    token_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    form: str = "auto",
+    group: Any = None,
+    backend: str = "auto",
+) -> LayerExplanation:
+    """Which form and backend the same call of :func:`xfa_layer` would take, and the costs of both: print the result.
+
+    Computes nothing. Raises what :func:`xfa_layer` would raise for the same arguments.
+    """
+    if isinstance(x, Tensor):
+        (x,) = ops.autocast(x)  # type: ignore[assignment]
+    call = _Call(map, norm, activation, eps, token_mask, dropout_p, form, group, backend)
+    tensors = (x, qkv_weight, qkv_bias, temperature, proj_weight, proj_bias)
+    validate.layer(*tensors, None, None, None)
+    call.check(x)
+    chosen = call.choose(*tensors)
+    H, I = temperature.numel(), proj_weight.shape[1]  # noqa: E741
+    dims = (x.shape[-1],) if chosen == "gram" else (I // H,)
+    served = dispatch.explain(backend, x.device.type, (x.dtype,), dims)
+    return LayerExplanation(chosen, form, *call.costs(*tensors), call.no_gram_form(), served)
+
+
+class _Call(NamedTuple):
+    """What a call says beside its tensors."""
+
+    map: str
+    norm: str
+    activation: str
+    eps: float
+    token_mask: Tensor | None
+    dropout_p: float
+    form: str
+    group: Any
+    backend: str
+
+    def check(self, x: Tensor) -> None:
+        validate.choices(self.map, self.norm, self.activation, self.eps, self.dropout_p)
+        validate.choice("form", self.form, FORMS)
+        dispatch.check_name(self.backend)
+        if self.token_mask is not None:
+            validate.token_mask(self.token_mask, x, "x")
+        if self.form == "gram" and self.no_gram_form():
+            raise ValueError(f"form='gram' is not possible: {self.no_gram_form()}; take 'auto' or 'direct'")
+
+    def alike(self, x: Tensor, _: Tensor, __: Any, temperature: Tensor, proj_weight: Tensor, *rest: Any) -> list[int]:
+        """What ranks of a group must have alike."""
+        absent = [t is None for t in rest[:5]]
+        choices = (self.map, self.norm, self.activation, self.eps, self.dropout_p, self.form, *absent, *rest[5:])
+        O, I = proj_weight.shape  # noqa: E741
+        return parallel.describe(x, temperature.numel(), I, O, choices)
+
+    def no_gram_form(self) -> str:
+        """Why there is no Gram form, or nothing."""
+        if self.norm == "feature":
+            return "norm='feature' divides each token of q and k by a norm of its own, so no sum over x knows them"
+        return ""
+
+    def costs(self, x: Tensor, *rest: Any) -> tuple[cost.Cost, cost.Cost]:
+        _, _, temperature, proj_weight, _ = rest[:5]
+        training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *rest))
+        B, N, C = x.shape
+        O, I = proj_weight.shape  # noqa: E741
+        shape = cost.Shape(B, N, C, temperature.numel(), I, O, x.element_size(), training)
+        return cost.gram(shape, x.device.type), cost.direct(shape, x.device.type)
+
+    def choose(self, *tensors: Any) -> str:
+        if self.form != "auto":
+            return self.form
+        if self.no_gram_form() or torch.compiler.is_exporting():
+            return "direct"
+        gram, direct = self.costs(*tensors)
+        return "gram" if gram.seconds < direct.seconds else "direct"
+
+
+def _run(
+    call: _Call,
+    x: Tensor,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor | None,
+    temperature: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    ln_weight: Tensor | None,
+    ln_bias: Tensor | None,
+    layer_scale: Tensor | None,
+    ln_eps: float,
+    residual: bool,
+) -> Tensor:
+    temperature = temperature.reshape(-1)
+    tensors = (x, qkv_weight, qkv_bias, temperature, proj_weight, proj_bias, ln_weight, ln_bias, layer_scale)
+    if call.choose(*tensors) == "direct":
+        return _direct(call, *tensors, ln_eps, residual)
+    name = dispatch.choose(call.backend, x.device.type, (x.dtype,), functional._head_dims(x))
+    B, H, D = x.shape[0], temperature.shape[0], proj_weight.shape[1] // temperature.shape[0]
+    keep = None
+    if call.dropout_p:
+        ones = x.new_ones((B, H, D, D), dtype=reference.accumulate_dtype(x.dtype))
+        keep = parallel.same(call.group, F.dropout(ones, call.dropout_p))
+    eps = max(float(call.eps), torch.finfo(reference.accumulate_dtype(x.dtype)).tiny)
+    group = parallel.name(call.group)
+    return layer(*tensors, keep, call.token_mask, call.map, call.activation, eps, ln_eps, residual, group, name)
+
+
+def _direct(
+    call: _Call,
+    x: Tensor,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor | None,
+    temperature: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    ln_weight: Tensor | None,
+    ln_bias: Tensor | None,
+    layer_scale: Tensor | None,
+    ln_eps: float,
+    residual: bool,
+) -> Tensor:
+    u = x
+    if ln_eps:
+        u = F.layer_norm(x, x.shape[-1:], _as(ln_weight, x), _as(ln_bias, x), ln_eps)
+    H = temperature.shape[0]
+    q, k, v = (
+        t.transpose(1, 2)
+        # split along dim 2: autograd then joins dq, dk and dv into the projection's gradient with one copy
+        for t in F.linear(u, _as(qkv_weight, u), _as(qkv_bias, u)).unflatten(-1, (3, H, -1)).unbind(2)
+    )
+    choices = dict(map=call.map, norm=call.norm, activation=call.activation, eps=call.eps, token_mask=call.token_mask)
+    if call.group is None:
+        out = functional.xfa(q, k, v, temperature, **choices, dropout_p=call.dropout_p, backend=call.backend)  # type: ignore[arg-type]
+    else:
+        name = dispatch.choose(call.backend, x.device.type, (q.dtype, temperature.dtype), functional._head_dims(q))
+        out = functional.composed(
+            q, k, v, temperature, call.map, call.norm, call.activation, call.eps, call.token_mask, call.dropout_p, None,
+            name, call.group,
+        )  # fmt: skip
+    y = F.linear(out.transpose(1, 2).flatten(2), _as(proj_weight, out), _as(proj_bias, out))
+    if layer_scale is not None:
+        y = y * layer_scale.to(y.dtype)
+    return (x + y).to(x.dtype) if residual else y
+
+
+def _as(t: Tensor | None, x: Tensor) -> Tensor | None:
+    return t if t is None else t.to(x.dtype)

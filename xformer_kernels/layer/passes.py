@@ -1,0 +1,123 @@
+"""The two passes over tokens that the layer is made of: by a backend that has them, or out of gram and channel_mix.
+
+    gram  G = sum_n a u^T, sum_n a, sum_n u          mix  y = weight x + weight2 u + bias + add
+
+u is made of its tokens while they are read: layer-normalised if ``layer_norm_eps`` is above 0, less ``center`` (B, C)
+if there is one (contiguous). A backend has them as ``layer_gram`` and ``layer_mix``, with tokens of (B, 1, N, C).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from xformer_kernels import backends, dispatch, reference
+from xformer_kernels.reference import accumulate_dtype
+
+
+def tokens(x: Tensor, center: Tensor | None, layer_norm_eps: float) -> Tensor:
+    """u, in the dtype of x."""
+    wide = x.to(accumulate_dtype(x.dtype))
+    if layer_norm_eps:
+        wide = F.layer_norm(wide, x.shape[-1:], eps=layer_norm_eps)
+    if center is not None:
+        wide = wide - center.unsqueeze(1)
+    return wide.to(x.dtype)
+
+
+def sample(x: Tensor, token_mask: Tensor | None, layer_norm_eps: float, most: int = 64) -> tuple[Tensor, Tensor]:
+    """Sums over a few tokens spread evenly, (B, C), and how many they are, (B, 1): they tell about where the mean is."""
+    step = max(1, x.shape[1] // most)
+    few = tokens(x[:, ::step].to(accumulate_dtype(x.dtype)), None, layer_norm_eps)
+    if token_mask is None:
+        return few.sum(1), few.new_full((x.shape[0], 1), few.shape[1])
+    keep = token_mask[:, ::step]
+    return torch.where(keep.unsqueeze(-1), few, 0).sum(1), keep.sum(1, keepdim=True).to(few.dtype)
+
+
+def gram(
+    a: Tensor | None,
+    x: Tensor,
+    token_mask: Tensor | None,
+    center: Tensor | None,
+    layer_norm_eps: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """G (B, Ca, C), sum_a (B, Ca), sum_u (B, C) in the accumulate dtype; without `a`, u takes its place."""
+    fused = _function(backend, "layer_gram")
+    x4 = x.unsqueeze(1)
+    if fused is not None:
+        a4 = x4 if a is None else a.unsqueeze(1)
+        result = fused(a4, x4, a is None, token_mask, center, layer_norm_eps)
+    else:
+        u = x if center is None and not layer_norm_eps else tokens(x, center, layer_norm_eps)
+        left = u if a is None else a
+        G = _kernel(backend, "gram")(left.unsqueeze(1), u.unsqueeze(1), a is None, token_mask)[0]
+        result = G, *(_sum(t, token_mask).unsqueeze(1) for t in (left, u))
+    return result[0].squeeze(1), result[1].squeeze(1), result[2].squeeze(1)
+
+
+def mix(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    add: Tensor | None,
+    x2: Tensor | None,
+    weight2: Tensor | None,
+    center: Tensor | None,
+    layer_norm_eps: float,
+    differentiate: bool,
+    backend: str,
+) -> Tensor:
+    """y (B, N, O) in the dtype of x. u is made of x2, or of x if there is none; weights are (B, O, C), bias (B, O).
+
+    differentiate: the sum without `add` is a gradient with regard to u, and y is the one with regard to x2, and `add`.
+    """
+    fused = _function(backend, "layer_mix")
+    inputs = [None if t is None else t.unsqueeze(1) for t in (x, weight, bias, add, x2, weight2)]
+    if fused is not None:
+        y: Tensor = fused(*inputs, center, layer_norm_eps, differentiate)
+        return y.squeeze(1)
+    if center is not None or layer_norm_eps:
+        last = 0 if x2 is None else 4
+        inputs[last] = tokens(x if x2 is None else x2, center, layer_norm_eps).unsqueeze(1)
+    X, W, b, added, X2, W2 = inputs
+    through = differentiate and layer_norm_eps > 0
+    y = _kernel(backend, "channel_mix")(X, W, b, None if through else added, None, X2, W2).squeeze(1)
+    if not through:
+        return y
+    y = _layer_norm_backward(y, x if x2 is None else x2, layer_norm_eps)
+    return y if add is None else y + add
+
+
+def _layer_norm_backward(grad: Tensor, x: Tensor, eps: float) -> Tensor:
+    dtype = accumulate_dtype(x.dtype)
+    wide = x.to(dtype)
+    mean, inverse = wide.mean(-1, keepdim=True), (wide.var(-1, correction=0, keepdim=True) + eps).rsqrt()
+    mask = [True, False, False]
+    dx: Tensor = torch.ops.aten.native_layer_norm_backward(
+        grad.to(dtype), wide, x.shape[-1:], mean, inverse, None, None, mask
+    )[0]
+    return dx.to(x.dtype)
+
+
+def _sum(x: Tensor, token_mask: Tensor | None) -> Tensor:
+    x = x if token_mask is None else torch.where(token_mask.unsqueeze(-1), x, 0)
+    return x.sum(1, dtype=accumulate_dtype(x.dtype))
+
+
+def _function(backend: str, name: str) -> Any:
+    return None if backend == "reference" else getattr(backends.load(backend)[0], name, None)
+
+
+def _kernel(backend: str, op: str) -> Any:
+    if backend != "reference":
+        return dispatch.kernel(backend, op)
+    if op == "gram":
+        return lambda a, b, symmetric, mask: reference.gram(a, b, symmetric=symmetric, token_mask=mask)
+    return lambda x, weight, bias, add, add_scale, x2, weight2: reference.channel_mix(
+        x, weight, bias=bias, add=add, add_scale=add_scale, x2=x2, weight2=weight2
+    )
