@@ -73,7 +73,7 @@ def xfa(
     q, k, v, temperature = _prepare(q, k, v, temperature, map, norm, activation, eps, token_mask, dropout_p, map_fn)
     fused = map_fn is None and dropout_p == 0
     first = preference.first_asked(q, norm) if fused else None
-    name = dispatch.choose(backend, q.device.type, (q.dtype, temperature.dtype), _head_dims(q), first)
+    name = dispatch.choose(backend, q.device.type, (q.dtype, temperature.dtype), head_dims(q), first)
     eps = max(float(eps), torch.finfo(reference.accumulate_dtype(q.dtype)).tiny)
     if name != "reference":
         if fused:
@@ -118,7 +118,7 @@ def gram(
     if isinstance(a, Tensor):
         a, b = ops.autocast(a) * 2 if a is b else ops.autocast(a, b)  # type: ignore[assignment]
     validate.gram(a, b, symmetric, token_mask)
-    name = dispatch.choose(backend, a.device.type, (a.dtype,), _head_dims(a, b))
+    name = dispatch.choose(backend, a.device.type, (a.dtype,), head_dims(a, b))
     single = a.dim() == 3
     if single:
         same = a is b
@@ -179,7 +179,7 @@ def channel_mix(
     bias = None if bias is None else _broadcast("bias", bias, x, heads, (O,))
     add_scale = None if add_scale is None else _broadcast("add_scale", add_scale, x, heads, (O,))
     name = dispatch.choose(
-        backend, x.device.type, (x.dtype,), _head_dims(x, weight, weight.transpose(-2, -1), x if x2 is None else x2)
+        backend, x.device.type, (x.dtype,), head_dims(x, weight, weight.transpose(-2, -1), x if x2 is None else x2)
     )
     single = x.dim() == 3
     if single:
@@ -214,7 +214,7 @@ def explain(
     """
     q, _, _, temperature = _prepare(q, k, v, temperature, map, norm, activation, eps, token_mask, dropout_p, map_fn)
     first = preference.first_asked(q, norm) if map_fn is None and dropout_p == 0 else None
-    return dispatch.explain(backend, q.device.type, (q.dtype, temperature.dtype), _head_dims(q), first)
+    return dispatch.explain(backend, q.device.type, (q.dtype, temperature.dtype), head_dims(q), first)
 
 
 def _prepare(q: Any, k: Any, v: Any, temperature: Any, *choices: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -229,7 +229,7 @@ def _prepare(q: Any, k: Any, v: Any, temperature: Any, *choices: Any) -> tuple[T
     return q, k, v, temperature
 
 
-def _head_dims(*tensors: Tensor) -> tuple[int, ...]:
+def head_dims(*tensors: Tensor) -> tuple[int, ...]:
     """Numbers of features, for dispatch; in a graph that is compiled for any, they are unknown and left out."""
     return () if torch.compiler.is_compiling() else tuple(t.shape[-1] for t in tensors)
 

@@ -117,7 +117,7 @@ class XFA(nn.Module):
         """The direct form, by calling qkv and proj."""
         if self.form == "gram" or group is not None:
             raise ValueError(
-                "form='gram' and group need the weights of qkv and proj, and these are not torch.nn.Linear without hooks"
+                "form='gram' and group need the weights of qkv and proj, which are not torch.nn.Linear without hooks here"
             )
         choices = self.choices()
         del choices["form"]
@@ -204,6 +204,7 @@ def half_block(
         y = attn(norm(x), token_mask=token_mask, group=group)
         y = y if layer_scale is None else layer_scale * y
         return x + (y if drop_path is None else drop_path(y))
+    assert isinstance(norm, nn.LayerNorm)
     y = xfa_block(
         x, norm.weight, norm.bias, norm.eps, *attn.weights(), layer_scale=layer_scale, residual=not drops,
         token_mask=token_mask, group=group, **attn.choices(),

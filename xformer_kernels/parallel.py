@@ -1,7 +1,7 @@
 """Tokens split over the ranks of a process group: sums of C x C numbers go over the network, never tokens.
 
-Each rank calls :func:`xformer_kernels.xfa_layer` with its own tokens of the same images, (B, N of this rank, C), and gets
-their outputs; N may differ from rank to rank and be 0. Weights are the same on all ranks.
+Each rank calls :func:`xformer_kernels.xfa_layer` with its own tokens of the same images, (B, N of this rank, C), and
+gets their outputs; N may differ from rank to rank and be 0. Weights are the same on all ranks.
 
 Gram form, per layer and image, in the accumulate dtype: forward C numbers (a vector near the tokens' mean), then
 ``C C + C + 1``; backward ``O C + O``. Direct form: ``H D D + 2 H D`` forward and the same backward. Both add a few

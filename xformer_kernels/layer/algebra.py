@@ -172,7 +172,7 @@ def backward(
 
     # Of G = [W_q c_q] [S s; s^T n] [W_k c_k]^T and of the norms: X, x are the gradients' products with the right side
     rows = w.qkv[: rule.rows]
-    X, x = [], []
+    parts: list[tuple[Tensor, Tensor]] = []
     for i in range(rule.rows):
         terms, shifts = [], []
         if i < VALUE:
@@ -183,9 +183,9 @@ def backward(
             if i == one:
                 terms.append(d @ rows[other])
                 shifts.append((d @ c[:, other].unsqueeze(-1)).squeeze(-1))
-        X.append(sum(terms[1:], terms[0]))
-        x.append(sum(shifts[1:], shifts[0]))
-    X, x = torch.stack(X, 1).flatten(1, 3), torch.stack(x, 1)  # (B, r H D, C), (B, r, H, D)
+        parts.append((sum(terms[1:], terms[0]), sum(shifts[1:], shifts[0])))
+    X = torch.stack([part for part, _ in parts], 1).flatten(1, 3)  # (B, r H D, C)
+    x = torch.stack([part for _, part in parts], 1)  # (B, r, H, D)
     R = rows.flatten(0, 2).T @ X
     r = x.flatten(1) @ rows.flatten(0, 2)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from xformer_kernels import dispatch, functional, ops, parallel, reference, validate
 from xformer_kernels.layer import cost
-from xformer_kernels.layer.ops import layer
+from xformer_kernels.layer.ops import OPERANDS, Operands, layer
 
 FORMS = ("auto", "gram", "direct")
 
@@ -56,7 +56,7 @@ def xfa_layer(
         proj_weight, proj_bias: (O, I), and (O,) or None.
         map, norm, activation, eps, dropout_p: as in :func:`xformer_kernels.xfa`.
         token_mask: (B, N) bool. False tokens take no part in the attention: theirs is proj_bias, as of a zero.
-        form: "auto", "gram" or "direct". ``norm="feature"`` has no Gram form. Under ``torch.export`` "auto" is "direct".
+        form: "auto", "gram" or "direct". ``norm="feature"`` has no Gram form. In ``torch.export`` "auto" is "direct".
         group: a ``torch.distributed.ProcessGroup`` over whose ranks the tokens of every image are split, unevenly if
             need be: see :mod:`xformer_kernels.parallel`.
         backend: as in :func:`xformer_kernels.xfa`.
@@ -76,12 +76,11 @@ def xfa_layer(
     if isinstance(x, Tensor):
         (x,) = ops.autocast(x)  # type: ignore[assignment]
     call = _Call(map, norm, activation, eps, token_mask, dropout_p, form, group, backend)
-    tensors = (x, qkv_weight, qkv_bias, temperature, proj_weight, proj_bias, None, None, None)
+    o = Operands(x, qkv_weight, qkv_bias, temperature, proj_weight, proj_bias)
     with parallel.together(group, x) as alike:
-        validate.layer(*tensors)
-        call.check(x)
-        alike += call.alike(*tensors)
-    return _run(call, *tensors, 0.0, False)
+        call.check(o)
+        alike += call.alike(o)
+    return _run(call, o, 0.0, False)
 
 
 def xfa_block(
@@ -126,25 +125,24 @@ def xfa_block(
         TypeError, ValueError, RuntimeError: as :func:`xfa_layer`.
     """
     call = _Call(map, norm, activation, eps, token_mask, dropout_p, form, group, backend)
-    tensors = (x, qkv_weight, qkv_bias, temperature, proj_weight, proj_bias, ln_weight, ln_bias, layer_scale)
+    o = Operands(x, qkv_weight, qkv_bias, temperature, proj_weight, proj_bias, ln_weight, ln_bias, layer_scale)
     with parallel.together(group, x) as alike:
-        validate.layer(*tensors)
+        call.check(o)
         validate.positive("ln_eps", ln_eps)
         if residual and proj_weight.shape[0] != x.shape[-1]:
             raise ValueError(
                 f"proj_weight must have shape (C, I) with C = {x.shape[-1]} where x is added, "
                 f"got {tuple(proj_weight.shape)}"
             )
-        call.check(x)
-        alike += call.alike(*tensors, ln_eps, residual)
-    return _run(call, *tensors, float(ln_eps), bool(residual))
+        alike += call.alike(o, ln_eps, residual)
+    return _run(call, o, float(ln_eps), bool(residual))
 
 
 class LayerExplanation(NamedTuple):
     """Which form a layer takes, and what it costs in both. Print it.
 
-    ``gram`` and ``direct`` are estimates in seconds (see :mod:`xformer_kernels.layer.cost`); ``reason`` says why the Gram
-    form cannot be taken, if so; ``backend`` is the explanation of the backend of that form.
+    ``gram`` and ``direct`` are estimates, see :mod:`xformer_kernels.layer.cost`; ``reason`` says why the Gram form
+    cannot be taken, if so; ``backend`` is the explanation of the backend of the form that is taken.
     """
 
     form: str
@@ -187,14 +185,13 @@ def explain_layer(
     if isinstance(x, Tensor):
         (x,) = ops.autocast(x)  # type: ignore[assignment]
     call = _Call(map, norm, activation, eps, token_mask, dropout_p, form, group, backend)
-    tensors = (x, qkv_weight, qkv_bias, temperature, proj_weight, proj_bias)
-    validate.layer(*tensors, None, None, None)
-    call.check(x)
-    chosen = call.choose(*tensors)
+    o = Operands(x, qkv_weight, qkv_bias, temperature, proj_weight, proj_bias)
+    call.check(o)
+    chosen = call.choose(o)
     H, I = temperature.numel(), proj_weight.shape[1]  # noqa: E741
     dims = (x.shape[-1],) if chosen == "gram" else (I // H,)
     served = dispatch.explain(backend, x.device.type, (x.dtype,), dims)
-    return LayerExplanation(chosen, form, *call.costs(*tensors), call.no_gram_form(), served)
+    return LayerExplanation(chosen, form, *call.costs(o), call.no_gram_form(), served)
 
 
 class _Call(NamedTuple):
@@ -210,21 +207,22 @@ class _Call(NamedTuple):
     group: Any
     backend: str
 
-    def check(self, x: Tensor) -> None:
+    def check(self, o: Operands) -> None:
+        validate.layer(*o[:OPERANDS])
         validate.choices(self.map, self.norm, self.activation, self.eps, self.dropout_p)
         validate.choice("form", self.form, FORMS)
         dispatch.check_name(self.backend)
         if self.token_mask is not None:
-            validate.token_mask(self.token_mask, x, "x")
+            validate.token_mask(self.token_mask, o.x, "x")
         if self.form == "gram" and self.no_gram_form():
             raise ValueError(f"form='gram' is not possible: {self.no_gram_form()}; take 'auto' or 'direct'")
 
-    def alike(self, x: Tensor, _: Tensor, __: Any, temperature: Tensor, proj_weight: Tensor, *rest: Any) -> list[int]:
+    def alike(self, o: Operands, *more: Any) -> list[int]:
         """What ranks of a group must have alike."""
-        absent = [t is None for t in rest[:5]]
-        choices = (self.map, self.norm, self.activation, self.eps, self.dropout_p, self.form, *absent, *rest[5:])
-        O, I = proj_weight.shape  # noqa: E741
-        return parallel.describe(x, temperature.numel(), I, O, choices)
+        absent = tuple(t is None for t in o[:OPERANDS])
+        choices = (self.map, self.norm, self.activation, self.eps, self.dropout_p, self.form, absent, more)
+        O, I = o.proj_weight.shape  # noqa: E741
+        return parallel.describe(o.x, o.temperature.numel(), I, O, choices)
 
     def no_gram_form(self) -> str:
         """Why there is no Gram form, or nothing."""
@@ -232,87 +230,60 @@ class _Call(NamedTuple):
             return "norm='feature' divides each token of q and k by a norm of its own, so no sum over x knows them"
         return ""
 
-    def costs(self, x: Tensor, *rest: Any) -> tuple[cost.Cost, cost.Cost]:
-        _, _, temperature, proj_weight, _ = rest[:5]
-        training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *rest))
-        B, N, C = x.shape
-        O, I = proj_weight.shape  # noqa: E741
-        shape = cost.Shape(B, N, C, temperature.numel(), I, O, x.element_size(), training)
-        return cost.gram(shape, x.device.type), cost.direct(shape, x.device.type)
+    def costs(self, o: Operands) -> tuple[cost.Cost, cost.Cost]:
+        """Of the Gram form, and of the direct one."""
+        training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in o[:OPERANDS])
+        O, I = o.proj_weight.shape  # noqa: E741
+        shape = cost.Shape(*o.x.shape, o.temperature.numel(), I, O, o.x.element_size(), training)
+        return cost.gram(shape, o.x.device.type), cost.direct(shape, o.x.device.type)
 
-    def choose(self, *tensors: Any) -> str:
+    def choose(self, o: Operands) -> str:
         if self.form != "auto":
             return self.form
         if self.no_gram_form() or torch.compiler.is_exporting():
             return "direct"
-        gram, direct = self.costs(*tensors)
+        gram, direct = self.costs(o)
         return "gram" if gram.seconds < direct.seconds else "direct"
 
 
-def _run(
-    call: _Call,
-    x: Tensor,
-    qkv_weight: Tensor,
-    qkv_bias: Tensor | None,
-    temperature: Tensor,
-    proj_weight: Tensor,
-    proj_bias: Tensor | None,
-    ln_weight: Tensor | None,
-    ln_bias: Tensor | None,
-    layer_scale: Tensor | None,
-    ln_eps: float,
-    residual: bool,
-) -> Tensor:
-    temperature = temperature.reshape(-1)
-    tensors = (x, qkv_weight, qkv_bias, temperature, proj_weight, proj_bias, ln_weight, ln_bias, layer_scale)
-    if call.choose(*tensors) == "direct":
-        return _direct(call, *tensors, ln_eps, residual)
-    name = dispatch.choose(call.backend, x.device.type, (x.dtype,), functional._head_dims(x))
-    B, H, D = x.shape[0], temperature.shape[0], proj_weight.shape[1] // temperature.shape[0]
-    keep = None
+def _run(call: _Call, o: Operands, ln_eps: float, residual: bool) -> Tensor:
+    o = o._replace(temperature=o.temperature.reshape(-1), token_mask=call.token_mask)
+    if call.choose(o) == "direct":
+        return _direct(call, o, ln_eps, residual)
+    x, dtype = o.x, reference.accumulate_dtype(o.x.dtype)
+    backend = dispatch.choose(call.backend, x.device.type, (x.dtype,), functional.head_dims(x))
     if call.dropout_p:
-        ones = x.new_ones((B, H, D, D), dtype=reference.accumulate_dtype(x.dtype))
-        keep = parallel.same(call.group, F.dropout(ones, call.dropout_p))
-    eps = max(float(call.eps), torch.finfo(reference.accumulate_dtype(x.dtype)).tiny)
-    group = parallel.name(call.group)
-    return layer(*tensors, keep, call.token_mask, call.map, call.activation, eps, ln_eps, residual, group, name)
+        H = o.temperature.shape[0]
+        D = o.proj_weight.shape[1] // H
+        kept = F.dropout(x.new_ones((x.shape[0], H, D, D), dtype=dtype), call.dropout_p)
+        o = o._replace(keep=parallel.same(call.group, kept))
+    eps = max(float(call.eps), torch.finfo(dtype).tiny)
+    return layer(*o, call.map, call.activation, eps, ln_eps, residual, parallel.name(call.group), backend)
 
 
-def _direct(
-    call: _Call,
-    x: Tensor,
-    qkv_weight: Tensor,
-    qkv_bias: Tensor | None,
-    temperature: Tensor,
-    proj_weight: Tensor,
-    proj_bias: Tensor | None,
-    ln_weight: Tensor | None,
-    ln_bias: Tensor | None,
-    layer_scale: Tensor | None,
-    ln_eps: float,
-    residual: bool,
-) -> Tensor:
-    u = x
+def _direct(call: _Call, o: Operands, ln_eps: float, residual: bool) -> Tensor:
+    x, u = o.x, o.x
     if ln_eps:
-        u = F.layer_norm(x, x.shape[-1:], _as(ln_weight, x), _as(ln_bias, x), ln_eps)
-    H = temperature.shape[0]
-    q, k, v = (
-        t.transpose(1, 2)
-        # split along dim 2: autograd then joins dq, dk and dv into the projection's gradient with one copy
-        for t in F.linear(u, _as(qkv_weight, u), _as(qkv_bias, u)).unflatten(-1, (3, H, -1)).unbind(2)
-    )
-    choices = dict(map=call.map, norm=call.norm, activation=call.activation, eps=call.eps, token_mask=call.token_mask)
+        u = F.layer_norm(x, x.shape[-1:], _as(o.ln_weight, x), _as(o.ln_bias, x), ln_eps)
+    # split along dim 2: autograd then joins dq, dk and dv into the projection's gradient with one copy
+    heads = F.linear(u, o.qkv_weight.to(u.dtype), _as(o.qkv_bias, u)).unflatten(-1, (3, o.temperature.shape[0], -1))
+    q, k, v = (t.transpose(1, 2) for t in heads.unbind(2))
     if call.group is None:
-        out = functional.xfa(q, k, v, temperature, **choices, dropout_p=call.dropout_p, backend=call.backend)  # type: ignore[arg-type]
-    else:
-        name = dispatch.choose(call.backend, x.device.type, (q.dtype, temperature.dtype), functional._head_dims(q))
-        out = functional.composed(
-            q, k, v, temperature, call.map, call.norm, call.activation, call.eps, call.token_mask, call.dropout_p, None,
-            name, call.group,
+        out = functional.xfa(
+            q, k, v, o.temperature, map=call.map, norm=call.norm, activation=call.activation, eps=call.eps,
+            token_mask=o.token_mask, dropout_p=call.dropout_p, backend=call.backend,
         )  # fmt: skip
-    y = F.linear(out.transpose(1, 2).flatten(2), _as(proj_weight, out), _as(proj_bias, out))
-    if layer_scale is not None:
-        y = y * layer_scale.to(y.dtype)
+    else:
+        dtypes = (q.dtype, o.temperature.dtype)
+        backend = dispatch.choose(call.backend, x.device.type, dtypes, functional.head_dims(q))
+        out = functional.composed(
+            q, k, v, o.temperature, call.map, call.norm, call.activation, call.eps, o.token_mask, call.dropout_p, None,
+            backend, call.group,
+        )  # fmt: skip
+    out = out.transpose(1, 2).flatten(2)
+    y = F.linear(out, o.proj_weight.to(out.dtype), _as(o.proj_bias, out))
+    if o.layer_scale is not None:
+        y = y * o.layer_scale.to(y.dtype)
     return (x + y).to(x.dtype) if residual else y
 
 

@@ -32,7 +32,7 @@ ops.library.define(
 
 
 class Operands(NamedTuple):
-    """The tensors of a call, in the order of the schema. temperature is (H,), ``keep`` (B, H, D, D) scales the map."""
+    """The tensors of a call, in the order of the schema. ``keep`` (B, H, D, D) scales the map."""
 
     x: Tensor
     qkv_weight: Tensor
@@ -40,11 +40,11 @@ class Operands(NamedTuple):
     temperature: Tensor
     proj_weight: Tensor
     proj_bias: Tensor | None
-    ln_weight: Tensor | None
-    ln_bias: Tensor | None
-    layer_scale: Tensor | None
-    keep: Tensor | None
-    token_mask: Tensor | None
+    ln_weight: Tensor | None = None
+    ln_bias: Tensor | None = None
+    layer_scale: Tensor | None = None
+    keep: Tensor | None = None
+    token_mask: Tensor | None = None
 
 
 class Choices(NamedTuple):
@@ -207,25 +207,27 @@ class _LayerBackward(torch.autograd.Function):
         dtype = accumulate_dtype(tensors[1].dtype)
         again = torch.is_grad_enabled()
         with torch.enable_grad(), ops.without_autocast(tensors[1]):
-            points = [
-                None if x is None else x.to(dtype).view_as(x) if x.requires_grad else x.detach().to(dtype)
-                for x in tensors[:10]
-            ]
-            dy, *operands = (x if x is None or x.requires_grad else x.requires_grad_() for x in points)
-            y = _reference(Operands(*operands, ctx.saved_tensors[10], ctx.saved_tensors[11]), choices)
-            there = [i for i, x in enumerate(operands) if x is not None]
-            first = torch.autograd.grad(y, [operands[i] for i in there], dy, create_graph=True)
-            pairs = [(x, grads[i].to(dtype)) for x, i in zip(first, there, strict=True) if grads[i] is not None]
-            wanted = [i for i, x in enumerate((dy, *operands)) if x is not None]
+            # new points to differentiate at, connected to the old ones in case the result is differentiated too
+            points = {
+                i: x.to(dtype).view_as(x) if x.requires_grad else x.detach().to(dtype).requires_grad_()
+                for i, x in enumerate(tensors[: OPERANDS + 1])
+                if x is not None
+            }
+            operands: list[Any] = [points.get(i) for i in range(1, OPERANDS + 1)]
+            y = _reference(Operands(*operands, *tensors[OPERANDS + 1 :]), choices)
+            there = [i for i in points if i > 0]
+            first = torch.autograd.grad(y, [points[i] for i in there], points[0], create_graph=True)
+            given = [(x, grads[i - 1]) for x, i in zip(first, there, strict=True)]
+            pairs = [(x, g.to(dtype)) for x, g in given if g is not None]
             second = torch.autograd.grad(
                 [x for x, _ in pairs],
-                [(dy, *operands)[i] for i in wanted],
+                list(points.values()),
                 [g for _, g in pairs],
                 allow_unused=True,
                 create_graph=again,
             )
         result: list[Tensor | None] = [None] * 23
-        for i, g in zip(wanted, second, strict=True):
+        for i, g in zip(points, second, strict=True):
             result[i] = None if g is None else g.to(tensors[i].dtype)
         return tuple(result)
 

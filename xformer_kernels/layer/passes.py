@@ -29,7 +29,7 @@ def tokens(x: Tensor, center: Tensor | None, layer_norm_eps: float) -> Tensor:
 
 
 def sample(x: Tensor, token_mask: Tensor | None, layer_norm_eps: float, most: int = 64) -> tuple[Tensor, Tensor]:
-    """Sums over a few tokens spread evenly, (B, C), and how many they are, (B, 1): they tell about where the mean is."""
+    """Sums over a few tokens spread evenly, (B, C), and how many, (B, 1): they tell about where the mean is."""
     step = max(1, x.shape[1] // most)
     few = tokens(x[:, ::step].to(accumulate_dtype(x.dtype)), None, layer_norm_eps)
     if token_mask is None:
