@@ -118,8 +118,11 @@ def choose(
     dtypes: tuple[torch.dtype, ...],
     head_dims: tuple[int, ...],
     first: str | None = None,
+    warn: bool = True,
 ) -> str:
     """The name of the backend that serves the call; auto asks `first` before the others.
+
+    Where auto finds none for the CPU but the reference, it warns once, unless that is expected.
 
     Raises ValueError for an unknown name and RuntimeError, with every reason, when the backend asked for by name (or by
     the environment) cannot serve it.
@@ -131,7 +134,7 @@ def choose(
         if _asked(backend)[0] == "auto":
             # the first that can: later backends are not even imported
             name = next(x for x in _walk(first) if not _against_auto(x, device_type, dtypes, head_dims))
-            if name == "reference" and device_type == "cpu":
+            if name == "reference" and device_type == "cpu" and warn:
                 _warn_of_slow_path(explain(backend, device_type, dtypes, head_dims))
         else:
             name = explain(backend, device_type, dtypes, head_dims).backend

@@ -117,10 +117,12 @@ class XFA(nn.Module):
         """The direct form, by calling qkv and proj."""
         if self.form == "gram" or group is not None:
             raise ValueError(
-                "form='gram' and group need the weights of qkv and proj, which are not torch.nn.Linear without hooks here"
+                "form='gram' and group need the weights of qkv and proj, and these are no plain torch.nn.Linear"
             )
         choices = self.choices()
         del choices["form"]
+        if token_mask is not None:
+            x = torch.where(token_mask.unsqueeze(-1), x, 0)
         q, k, v = (t.transpose(1, 2) for t in self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2))
         out = xfa(q, k, v, self.temperature, token_mask=token_mask, **choices)
         y: Tensor = self.proj(out.transpose(1, 2).flatten(2))

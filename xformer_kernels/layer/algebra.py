@@ -191,7 +191,7 @@ def backward(
 
     dshifted[:, : rule.rows] += (X @ sums.s.unsqueeze(-1)).view_as(x) + sums.n.view(-1, 1, 1, 1) * x
     dqkv = dshifted.flatten(1).T @ sums.c
-    dqkv[: x[0].numel()] += (X @ sums.S).sum(0) + x.flatten(1).T @ sums.s
+    dqkv[: X.shape[1]] += (X @ sums.S).sum(0) + x.flatten(1).T @ sums.s
     dqkv = dqkv.view_as(w.qkv)
     dqkv[mixed] += dz
     return R, r, Gradients(dqkv, dshifted.sum(0), dtemperature, dproj, dm.sum(0))

@@ -20,7 +20,7 @@ class Machine(NamedTuple):
 # cpu: measured on two cores of a Zen 5, torch 2.14, float32; `python -m bench layer` reports the regret of its choices.
 # cuda: by design, from the data sheet of an H100 in tf32; not measured.
 MACHINES = {
-    "cpu": Machine(matmul=2.2e11, kernel=2.6e11, algebra=1.1e11, bandwidth=2.5e10, start=4e-6),
+    "cpu": Machine(matmul=2.2e11, kernel=2.8e11, algebra=1.5e11, bandwidth=2.5e10, start=8e-6),
     "cuda": Machine(matmul=2e14, kernel=1.5e14, algebra=5e13, bandwidth=2.5e12, start=6e-6),
 }
 
@@ -60,7 +60,7 @@ def direct(s: Shape, device: str) -> Cost:
     # forward: x, q k v twice, out twice, y; backward: these once more and their gradients
     numbers = tokens * (s.C + 8 * s.inner + s.out) * times
     moved = numbers * s.itemsize
-    seconds = projections / m.matmul + xfa / m.kernel + moved / m.bandwidth + 10 * times * m.start
+    seconds = projections / m.matmul + xfa / m.kernel + moved / m.bandwidth + 12 * times * m.start
     return Cost(projections + xfa, moved, seconds)
 
 
@@ -76,6 +76,6 @@ def gram(s: Shape, device: str) -> Cost:
     algebra = s.B * per_image
     numbers = tokens * (2 * s.C + s.out) + (tokens * (2 * s.C + 2 * s.out + s.C) if s.training else 0)
     moved = numbers * s.itemsize
-    operations = 120 if s.training else 40
+    operations = 110 if s.training else 30
     seconds = passes / m.kernel + algebra / m.algebra + moved / m.bandwidth + operations * m.start
     return Cost(passes + algebra, moved, seconds)

@@ -12,6 +12,7 @@ from xformer_kernels import dispatch, functional, ops, parallel, reference, vali
 from xformer_kernels.layer import cost
 from xformer_kernels.layer.ops import OPERANDS, Operands, layer
 
+WIDEST = 512
 FORMS = ("auto", "gram", "direct")
 
 
@@ -79,7 +80,8 @@ def xfa_layer(
     o = Operands(x, qkv_weight, qkv_bias, temperature, proj_weight, proj_bias)
     with parallel.together(group, x) as alike:
         call.check(o)
-        alike += call.alike(o)
+        if group is not None:
+            alike += call.alike(o)
     return _run(call, o, 0.0, False)
 
 
@@ -134,7 +136,8 @@ def xfa_block(
                 f"proj_weight must have shape (C, I) with C = {x.shape[-1]} where x is added, "
                 f"got {tuple(proj_weight.shape)}"
             )
-        alike += call.alike(o, ln_eps, residual)
+        if group is not None:
+            alike += call.alike(o, ln_eps, residual)
     return _run(call, o, float(ln_eps), bool(residual))
 
 
@@ -234,7 +237,8 @@ class _Call(NamedTuple):
         """Of the Gram form, and of the direct one."""
         training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in o[:OPERANDS])
         O, I = o.proj_weight.shape  # noqa: E741
-        shape = cost.Shape(*o.x.shape, o.temperature.numel(), I, O, o.x.element_size(), training)
+        B, N, C = o.x.shape
+        shape = cost.Shape(B, N, C, o.temperature.numel(), I, O, o.x.element_size(), training)
         return cost.gram(shape, o.x.device.type), cost.direct(shape, o.x.device.type)
 
     def choose(self, o: Operands) -> str:
@@ -251,7 +255,9 @@ def _run(call: _Call, o: Operands, ln_eps: float, residual: bool) -> Tensor:
     if call.choose(o) == "direct":
         return _direct(call, o, ln_eps, residual)
     x, dtype = o.x, reference.accumulate_dtype(o.x.dtype)
-    backend = dispatch.choose(call.backend, x.device.type, (x.dtype,), functional.head_dims(x))
+    # more features than the kernels take: torch's own products make up the passes, and are as fast there
+    dims = functional.head_dims(x)
+    backend = dispatch.choose(call.backend, x.device.type, (x.dtype,), dims, warn=not dims or dims[0] <= WIDEST)
     if call.dropout_p:
         H = o.temperature.shape[0]
         D = o.proj_weight.shape[1] // H
@@ -263,8 +269,10 @@ def _run(call: _Call, o: Operands, ln_eps: float, residual: bool) -> Tensor:
 
 def _direct(call: _Call, o: Operands, ln_eps: float, residual: bool) -> Tensor:
     x, u = o.x, o.x
+    if o.token_mask is not None:  # the gradients of weights would meet what masked tokens hold
+        u = torch.where(o.token_mask.unsqueeze(-1), x, 0)
     if ln_eps:
-        u = F.layer_norm(x, x.shape[-1:], _as(o.ln_weight, x), _as(o.ln_bias, x), ln_eps)
+        u = F.layer_norm(u, x.shape[-1:], _as(o.ln_weight, x), _as(o.ln_bias, x), ln_eps)
     # split along dim 2: autograd then joins dq, dk and dv into the projection's gradient with one copy
     heads = F.linear(u, o.qkv_weight.to(u.dtype), _as(o.qkv_bias, u)).unflatten(-1, (3, o.temperature.shape[0], -1))
     q, k, v = (t.transpose(1, 2) for t in heads.unbind(2))

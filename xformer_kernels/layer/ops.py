@@ -90,9 +90,8 @@ def _weights(o: Operands) -> algebra.Weights:
 def _gradients(o: Operands, g: algebra.Gradients) -> tuple[Tensor, ...]:
     """From gradients of what _weights gives to those of what it is given; absent ones are empty."""
     dtype = accumulate_dtype(o.x.dtype)
-    none = g.qkv.new_empty(0)
     dW, db, dproj, dproj_bias = g.qkv.flatten(0, 2), g.qkv_bias.flatten(), g.proj, g.proj_bias
-    dln_weight = dln_bias = dscale = none
+    dln_weight, dln_bias, dscale = (dW.new_empty(0) for _ in range(3))
     W = o.qkv_weight.to(dtype)
     if o.ln_weight is not None:
         dln_weight = (dW * W).sum(0).to(o.ln_weight.dtype)
@@ -109,10 +108,10 @@ def _gradients(o: Operands, g: algebra.Gradients) -> tuple[Tensor, ...]:
         dproj, dproj_bias = dproj * scale.unsqueeze(-1), dproj_bias * scale
     return (
         dW.to(o.qkv_weight.dtype),
-        none if o.qkv_bias is None else db.to(o.qkv_bias.dtype),
+        dW.new_empty(0) if o.qkv_bias is None else db.to(o.qkv_bias.dtype),
         g.temperature.to(o.temperature.dtype),
         dproj.to(o.proj_weight.dtype),
-        none if o.proj_bias is None else dproj_bias.to(o.proj_bias.dtype),
+        dW.new_empty(0) if o.proj_bias is None else dproj_bias.to(o.proj_bias.dtype),
         dln_weight,
         dln_bias,
         dscale,

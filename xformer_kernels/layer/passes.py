@@ -29,13 +29,19 @@ def tokens(x: Tensor, center: Tensor | None, layer_norm_eps: float) -> Tensor:
 
 
 def sample(x: Tensor, token_mask: Tensor | None, layer_norm_eps: float, most: int = 64) -> tuple[Tensor, Tensor]:
-    """Sums over a few tokens spread evenly, (B, C), and how many, (B, 1): they tell about where the mean is."""
-    step = max(1, x.shape[1] // most)
-    few = tokens(x[:, ::step].to(accumulate_dtype(x.dtype)), None, layer_norm_eps)
+    """Sums over a few tokens, (B, C), and how many, (B, 1): they tell about where the mean is.
+
+    They are spread over all tokens at uneven distances, so as not to keep step with rows of an image.
+    """
+    N = x.shape[1]
+    if N > most:
+        i = torch.arange(most, device=x.device)
+        at = i * N // most + i * 39 % most * (N // most) // most
+        x, token_mask = x[:, at], None if token_mask is None else token_mask[:, at]
+    few = tokens(x.to(accumulate_dtype(x.dtype)), None, layer_norm_eps)
     if token_mask is None:
         return few.sum(1), few.new_full((x.shape[0], 1), few.shape[1])
-    keep = token_mask[:, ::step]
-    return torch.where(keep.unsqueeze(-1), few, 0).sum(1), keep.sum(1, keepdim=True).to(few.dtype)
+    return torch.where(token_mask.unsqueeze(-1), few, 0).sum(1), token_mask.sum(1, keepdim=True).to(few.dtype)
 
 
 def gram(
@@ -96,10 +102,10 @@ def mix(
 def _layer_norm_backward(grad: Tensor, x: Tensor, eps: float) -> Tensor:
     dtype = accumulate_dtype(x.dtype)
     wide = x.to(dtype)
-    mean, inverse = wide.mean(-1, keepdim=True), (wide.var(-1, correction=0, keepdim=True) + eps).rsqrt()
-    mask = [True, False, False]
+    _, mean, inverse = torch.ops.aten.native_layer_norm(wide, x.shape[-1:], None, None, eps)
+    wanted = [True, False, False]
     dx: Tensor = torch.ops.aten.native_layer_norm_backward(
-        grad.to(dtype), wide, x.shape[-1:], mean, inverse, None, None, mask
+        grad.to(dtype), wide, x.shape[-1:], mean, inverse, None, None, wanted
     )[0]
     return dx.to(x.dtype)
 

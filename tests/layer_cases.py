@@ -1,0 +1,127 @@
+"""Layers and half blocks with their inputs, for the tests of both forms."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from cases import Config, randn, random_mask
+from torch import Tensor
+
+import xformer_kernels as xk
+from xformer_kernels import reference
+from xformer_kernels.testing import assert_close
+
+NAMES = (
+    "x", "qkv_weight", "qkv_bias", "temperature", "proj_weight", "proj_bias", "ln_weight", "ln_bias", "layer_scale",
+)  # fmt: skip
+# (B, N, C, heads)
+LAYER_SHAPES = (
+    (1, 1, 1, 1),
+    (2, 3, 6, 3),
+    (3, 70, 20, 4),
+    (1, 613, 31, 1),
+    (2, 130, 66, 3),
+    (1, 150, 130, 2),
+    (2, 40, 96, 8),
+    (1, 3000, 24, 2),
+)
+
+
+@dataclass
+class Layer:
+    """One call of xfa_block, or without layer norm of xfa_layer, and of its backward."""
+
+    tensors: tuple[Tensor | None, ...]  # in the order of NAMES
+    dy: Tensor
+    config: Config = field(default_factory=Config)
+    token_mask: Tensor | None = None
+    ln_eps: float = 0.0
+
+    @property
+    def names(self) -> list[str]:
+        return [name for name, t in zip(NAMES, self.tensors, strict=True) if t is not None]
+
+    def to(self, dtype: torch.dtype) -> Layer:
+        tensors = tuple(None if t is None else t.to(dtype) for t in self.tensors)
+        return replace(self, tensors=tensors, dy=self.dy.to(dtype))
+
+    def leaves(self) -> list[Any]:
+        return [None if t is None else t.detach().requires_grad_() for t in self.tensors]
+
+    def call(self, leaves: list[Any], **choices: Any) -> Tensor:
+        x, qkv_weight, qkv_bias, temperature, proj_weight, proj_bias, ln_weight, ln_bias, layer_scale = leaves
+        weights = (qkv_weight, qkv_bias, temperature, proj_weight, proj_bias)
+        choices = {**self.config.kwargs(), "token_mask": self.token_mask, **choices}
+        if not self.ln_eps:
+            return xk.xfa_layer(x, *weights, **choices)
+        return xk.xfa_block(x, ln_weight, ln_bias, self.ln_eps, *weights, layer_scale=layer_scale, **choices)
+
+    def by_reference(self, leaves: list[Any]) -> Tensor:
+        return reference.xfa_block(
+            *leaves, ln_eps=self.ln_eps, residual=self.ln_eps > 0, token_mask=self.token_mask, **self.config.kwargs()
+        )
+
+    def _gradients(self, function: Any) -> dict[str, Tensor]:
+        leaves = self.leaves()
+        y = function(leaves)
+        grads = torch.autograd.grad(y, [t for t in leaves if t is not None], self.dy.to(y.dtype))
+        return {"y": y.detach(), **{f"d{name}": g for name, g in zip(self.names, grads, strict=True)}}
+
+    def run(self, **choices: Any) -> dict[str, Tensor]:
+        """The output and all gradients, by name."""
+        return self._gradients(lambda leaves: self.call(leaves, **choices))
+
+    def eager(self) -> dict[str, Tensor]:
+        return self._gradients(self.by_reference)
+
+    def oracle(self) -> dict[str, Tensor]:
+        return self.to(torch.float64)._gradients(self.by_reference)
+
+    def check(self, result: dict[str, Tensor], names: tuple[str, ...] = ()) -> None:
+        """The rule, for the output and every gradient."""
+        eager, oracle = self.eager(), self.oracle()
+        for name in names or oracle:
+            assert result[name].dtype == eager[name].dtype, f"{name} is {result[name].dtype}"
+            assert_close(result[name], eager[name], oracle[name], name)
+
+
+def make_layer(
+    shape: tuple[int, int, int, int],
+    config: Config | None = None,
+    *,
+    block: bool = False,
+    dtype: torch.dtype = torch.float32,
+    weight_dtype: torch.dtype | None = None,
+    masked: bool = False,
+    bias: bool = True,
+    mean: float = 0.0,
+    out: int | None = None,
+    device: str = "cpu",
+    seed: int = 0,
+) -> Layer:
+    """Channels of unlike means and spreads; `mean`: how far channels' means are off, in spreads."""
+    B, N, C, heads = shape
+    inner = C if C % heads == 0 else heads * (C // heads + 1)
+    O = out or C  # noqa: E741
+    base = 100 * seed
+
+    def random(i: int, *size: int, to: torch.dtype | None = None) -> Tensor:
+        return randn(*size, seed=base + i, dtype=torch.float64).to(device, to or weight_dtype or dtype)
+
+    spread = torch.linspace(0.5, 2.0, C, dtype=torch.float64)
+    x = randn(B, N, C, seed=base, dtype=torch.float64) * spread
+    x = (x + (0.1 + mean) * spread * randn(C, seed=base + 1, dtype=torch.float64)).to(device, dtype)
+    weights = (
+        random(2, 3 * inner, C) / C**0.5,
+        random(3, 3 * inner) / 2 if bias else None,
+        torch.linspace(0.7, 3.0, heads, dtype=torch.float64).to(device, weight_dtype or dtype),
+        random(4, O, inner) / inner**0.5,
+        random(5, O) if bias else None,
+    )
+    norm = (1 + random(6, C) / 4, random(7, C) / 2, random(8, O)) if block else (None, None, None)
+    mask = random_mask(B, N, seed, device) if masked else None
+    dy = random(9, B, N, O, to=dtype)
+    return Layer((x, *weights, *norm), dy, config or Config(), mask, 1e-5 if block else 0.0)
+
