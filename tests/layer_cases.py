@@ -124,4 +124,3 @@ def make_layer(
     mask = random_mask(B, N, seed, device) if masked else None
     dy = random(9, B, N, O, to=dtype)
     return Layer((x, *weights, *norm), dy, config or Config(), mask, 1e-5 if block else 0.0)
-

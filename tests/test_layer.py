@@ -8,7 +8,6 @@ from cases import CONFIGS, DTYPES, Config, randn
 from layer_cases import LAYER_SHAPES, NAMES, make_layer
 from torch.autograd import gradcheck, gradgradcheck
 
-import xformer_kernels as xk
 from xformer_kernels.testing import assert_bitwise, assert_close
 
 GRAM_CONFIGS = tuple(config for config in CONFIGS if config.norm == "token")

@@ -187,7 +187,7 @@ class XFABlock(nn.Module):
 def half_block(
     x: Tensor,
     norm: nn.Module,
-    attn: XFA,
+    attn: nn.Module,
     layer_scale: Tensor | None,
     drop_path: nn.Module | None = None,
     *,
@@ -197,16 +197,18 @@ def half_block(
     """``x + drop_path(layer_scale * attn(norm(x)))``: as one where the parts are what their parameters say."""
     drops = drop_path is not None and drop_path.training and getattr(drop_path, "drop_prob", 0.0) > 0
     if not (
-        untouched(norm, nn.LayerNorm)
+        isinstance(norm, nn.LayerNorm)
+        and untouched(norm, nn.LayerNorm)
         and norm.normalized_shape == (x.shape[-1],)
+        and isinstance(attn, XFA)
         and untouched(attn, XFA)
         and attn.knows_its_weights()
         and not (attn.proj_drop.training and attn.proj_drop.p > 0)
     ):
-        y = attn(norm(x), token_mask=token_mask, group=group)
+        more = {"token_mask": token_mask, "group": group} if isinstance(attn, XFA) else {}
+        y = attn(norm(x), **more)
         y = y if layer_scale is None else layer_scale * y
         return x + (y if drop_path is None else drop_path(y))
-    assert isinstance(norm, nn.LayerNorm)
     y = xfa_block(
         x, norm.weight, norm.bias, norm.eps, *attn.weights(), layer_scale=layer_scale, residual=not drops,
         token_mask=token_mask, group=group, **attn.choices(),

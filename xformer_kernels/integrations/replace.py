@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from xformer_kernels import dispatch
+from xformer_kernels.integrations.blocks import block_class
 from xformer_kernels.integrations.mdta import MDTA, agrees, is_mdta_shaped
 from xformer_kernels.nn import XFA
 
@@ -22,8 +23,12 @@ def replace_attention(model: nn.Module, *, backend: str = "auto") -> int:
     Restormer's MDTA whose forward is that formula (it is tried on a small random image). The model itself may be such a
     layer. Classes derived from these with a forward of their own are left alone.
 
-    Each layer stays the same module object, with its parameters, buffers, hooks, dtype, device and training mode:
-    only its class changes, to :class:`xformer_kernels.XFA` or to :class:`xformer_kernels.integrations.mdta.MDTA`.
+    Blocks of timm's XCiT and EdgeNeXt around such a layer compute layer norm, attention, layer scale and residual as
+    one, see :func:`xformer_kernels.xfa_block`, as long as these parts are the usual ones and have no hooks.
+
+    Each layer or block stays the same module object, with its parameters, buffers, hooks, dtype, device and training
+    mode: only its class changes, to :class:`xformer_kernels.XFA`, to :class:`xformer_kernels.integrations.mdta.MDTA`
+    or to one of :mod:`xformer_kernels.integrations.blocks`.
     State dicts are those of the original. Undo with :func:`restore_attention`.
 
     Args:
@@ -44,6 +49,11 @@ def replace_attention(model: nn.Module, *, backend: str = "auto") -> int:
             module.__class__ = replacement
             module.__dict__["backend"] = backend
             count += 1
+    for module in model.modules():
+        around = block_class(module)
+        if around is not None:
+            module.__dict__[_ORIGINAL] = type(module)
+            module.__class__ = around
     return count
 
 
@@ -57,8 +67,8 @@ def restore_attention(model: nn.Module) -> int:
     for module in model.modules():
         if _ORIGINAL in module.__dict__:
             module.__class__ = module.__dict__.pop(_ORIGINAL)
-            del module.__dict__["backend"]
-            count += 1
+            # blocks around the layers have none
+            count += module.__dict__.pop("backend", None) is not None
     return count
 
 

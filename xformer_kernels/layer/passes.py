@@ -34,7 +34,7 @@ def sample(x: Tensor, token_mask: Tensor | None, layer_norm_eps: float, most: in
     They are spread over all tokens at uneven distances, so as not to keep step with rows of an image.
     """
     N = x.shape[1]
-    if N > most:
+    if most < N:
         i = torch.arange(most, device=x.device)
         at = i * N // most + i * 39 % most * (N // most) // most
         x, token_mask = x[:, at], None if token_mask is None else token_mask[:, at]

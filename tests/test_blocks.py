@@ -1,0 +1,113 @@
+"""Blocks of timm's models whose layer norm, attention, layer scale and residual become one."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from cases import randn
+from test_nn import randomize, run
+from torch import nn
+
+import xformer_kernels as xk
+from xformer_kernels.integrations import blocks as timm_blocks
+from xformer_kernels.integrations import replace_attention, restore_attention
+
+pytest.importorskip("timm", reason="timm, whose models are converted, is not installed")
+from test_integrations import Holder, differences, replaced
+from timm.models.edgenext import SplitTransposeBlock
+from timm.models.xcit import XCABlock
+
+
+def blocks():
+    class XCiT(Holder):
+        def forward(self, x):
+            return self.inner(x, 20, 24)
+
+    yield "XCABlock", XCiT(XCABlock(48, 4, qkv_bias=True, drop_path=0.5)), (2, 480, 48)
+    yield "SplitTransposeBlock", Holder(SplitTransposeBlock(48, 3, 4, drop_path=0.5)), (2, 48, 20, 24)
+
+
+BLOCKS = pytest.mark.parametrize(
+    "kind, model, shape", list(blocks()), ids=lambda value: value if isinstance(value, str) else ""
+)
+
+
+@BLOCKS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_blocks_are_one(kind, model, shape, dtype, ran_auto, monkeypatch):
+    """Neither the layer norm nor the layer is called by itself; the numbers are those of the original."""
+    model = randomize(copy.deepcopy(model)).to(dtype).eval()
+    x = randn(*shape, seed=1, dtype=dtype)
+    dy = randn(*shape, seed=2, dtype=dtype)
+    new, count = replaced(model)
+    assert count == 1 and type(new.inner).__module__ == "xformer_kernels.integrations.blocks"
+    with monkeypatch.context() as patched:
+        patched.setattr(xk.XFA, "forward", None)
+        with ran_auto("layer_forward", "layer_backward"):
+            result = run(new, x, dy)
+    eager = run(model, x, dy)
+    oracle = run(copy.deepcopy(model).double(), x.double(), dy.double())
+    ours, theirs = differences(result, oracle), differences(eager, oracle)
+    assert max(ours.values()) <= 2 * max(theirs.values()) + 4 * torch.finfo(dtype).eps * (
+        64 if dtype == torch.float64 else 1
+    )
+
+
+@BLOCKS
+def test_drop_path_drops_the_same_images(kind, model, shape):
+    model = randomize(copy.deepcopy(model)).double().train()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    new, _ = replaced(model)
+    x = randn(8, *shape[1:], seed=1, dtype=torch.float64)
+    results = []
+    for each in (model, new):
+        torch.manual_seed(5)
+        results.append(each(x))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-9, atol=1e-9)
+
+
+@BLOCKS
+@pytest.mark.parametrize("hooked", ["norm", "layer", "qkv"])
+def test_hooks_of_parts_are_called(hooked, kind, model, shape):
+    """Feature extraction and adapters: a part with a hook is called, and what the hook returns is used."""
+    model = randomize(copy.deepcopy(model)).double().eval()
+    x, called = randn(*shape, seed=1, dtype=torch.float64), []
+
+    def twice(module, _, output):
+        called.append(module)
+        return 2 * output
+
+    results = []
+    for each in (model, replaced(model)[0]):
+        inner = each.inner
+        layer = inner.attn if kind == "XCABlock" else inner.xca
+        norm = inner.norm1 if kind == "XCABlock" else inner.norm_xca
+        {"norm": norm, "layer": layer, "qkv": layer.qkv}[hooked].register_forward_hook(twice)
+        results.append(each(x))
+    assert len(called) == 2
+    torch.testing.assert_close(results[1], results[0], rtol=1e-9, atol=1e-9)
+
+
+@BLOCKS
+def test_blocks_are_restored(kind, model, shape):
+    model = randomize(copy.deepcopy(model)).double().eval()
+    x, original = randn(*shape, seed=1, dtype=torch.float64), type(model.inner)
+    expected = model(x)
+    assert replace_attention(model) == 1 and type(model.inner) is not original
+    assert restore_attention(model) == 1 and type(model.inner) is original
+    assert torch.equal(model(x), expected)
+
+
+def test_blocks_that_compute_something_else_are_left_alone(monkeypatch):
+    """Another release of timm may change a block: then its layer alone is replaced."""
+    monkeypatch.setattr(XCABlock, "forward", lambda self, x, H, W: x + 2 * self.attn(self.norm1(x)))
+    timm_blocks._agrees.cache_clear()
+    try:
+        block = XCABlock(48, 4)
+        assert replace_attention(block) == 1 and type(block) is XCABlock
+    finally:
+        timm_blocks._agrees.cache_clear()
