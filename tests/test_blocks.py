@@ -41,7 +41,7 @@ def test_blocks_are_one(kind, model, shape, dtype, ran_auto, monkeypatch):
     model = randomize(copy.deepcopy(model)).to(dtype).eval()
     x = randn(*shape, seed=1, dtype=dtype)
     dy = randn(*shape, seed=2, dtype=dtype)
-    new, count = replaced(model)
+    new, count = replaced(model, form="gram")
     assert count == 1 and type(new.inner).__module__ == "xformer_kernels.integrations.blocks"
     with monkeypatch.context() as patched:
         patched.setattr(xk.XFA, "forward", None)
@@ -61,7 +61,7 @@ def test_drop_path_drops_the_same_images(kind, model, shape):
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.eval()
-    new, _ = replaced(model)
+    new, _ = replaced(model, form="gram")
     x = randn(8, *shape[1:], seed=1, dtype=torch.float64)
     results = []
     for each in (model, new):

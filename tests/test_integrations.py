@@ -52,9 +52,9 @@ class Holder(nn.Module):
         return self.inner(x)
 
 
-def replaced(model):
+def replaced(model, **choices):
     model = copy.deepcopy(model)
-    count = replace_attention(model)
+    count = replace_attention(model, **choices)
     return model, count
 
 

@@ -7,16 +7,17 @@ from typing import Any
 
 from torch import nn
 
-from xformer_kernels import dispatch
+from xformer_kernels import dispatch, validate
 from xformer_kernels.integrations.blocks import block_class
 from xformer_kernels.integrations.mdta import MDTA, agrees, is_mdta_shaped
+from xformer_kernels.layer.functional import FORMS
 from xformer_kernels.nn import XFA
 
 _XCA = (("timm.models.xcit", "XCA"), ("timm.models.edgenext", "CrossCovarianceAttn"))
 _ORIGINAL = "_xformer_kernels_original_class"
 
 
-def replace_attention(model: nn.Module, *, backend: str = "auto") -> int:
+def replace_attention(model: nn.Module, *, form: str = "auto", backend: str = "auto") -> int:
     """Makes the cross feature attention layers of a model compute with our kernels; returns how many there were.
 
     Served are timm's XCiT (``XCA``), timm's EdgeNeXt (``CrossCovarianceAttn``), and every module of the shape of
@@ -33,13 +34,15 @@ def replace_attention(model: nn.Module, *, backend: str = "auto") -> int:
 
     Args:
         model: any module.
+        form: as in :func:`xformer_kernels.xfa_layer`; MDTA, which convolves q, k and v, has no other than its own.
         backend: as in :func:`xformer_kernels.xfa`.
 
     Raises:
         TypeError: model is not a torch.nn.Module.
-        ValueError: an unknown backend.
+        ValueError: an unknown form or backend.
     """
     _check(model)
+    validate.choice("form", form, FORMS)
     dispatch.check_name(backend)
     count = 0
     for module in model.modules():
@@ -47,7 +50,7 @@ def replace_attention(model: nn.Module, *, backend: str = "auto") -> int:
         if replacement is not None:
             module.__dict__[_ORIGINAL] = type(module)
             module.__class__ = replacement
-            module.__dict__["backend"] = backend
+            module.__dict__.update(form=form, backend=backend)
             count += 1
     for module in model.modules():
         around = block_class(module)
@@ -67,6 +70,7 @@ def restore_attention(model: nn.Module) -> int:
     for module in model.modules():
         if _ORIGINAL in module.__dict__:
             module.__class__ = module.__dict__.pop(_ORIGINAL)
+            module.__dict__.pop("form", None)
             # blocks around the layers have none
             count += module.__dict__.pop("backend", None) is not None
     return count
