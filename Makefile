@@ -37,7 +37,7 @@ lint: setup
 # The compiled kernels once more, instrumented, under the tests that reach all of them. Warnings are not errors in this
 # build: with sanitizers on, GCC warns of the deliberately undefined values in its own intrinsics.
 SANITIZED := build/sanitized
-SANITIZED_TESTS := tests/test_xfa.py tests/test_primitives.py tests/test_determinism.py
+SANITIZED_TESTS := tests/test_xfa.py tests/test_primitives.py tests/test_determinism.py tests/test_layer.py
 sanitize: setup
 	XFORMER_KERNELS_SANITIZE=address,undefined XFORMER_KERNELS_REQUIRE_EXTENSION=1 XFORMER_KERNELS_WERROR=0 \
 	  XFORMER_KERNELS_CUDA=0 \

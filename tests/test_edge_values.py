@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from cases import CONFIGS, Config, Problem, make_problem, randn
+from layer_cases import make_layer
 
 import xformer_kernels as xk
 from xformer_kernels.testing import assert_bitwise, assert_close
@@ -56,11 +57,22 @@ def test_primitives_write_every_result(masked, kernel, device, ran, shorter, nan
             assert not x.isnan().any()
 
 
+@pytest.mark.parametrize("block", [False, True], ids=["layer", "block"])
+def test_layers_write_every_result(block, kernel, device, ran, nan_filled_allocations):
+    for shape in ((2, 67, 20, 4), (1, 1, 3, 1), (1, 300, 33, 3)):
+        layer = make_layer(shape, block=block, masked=block, device=device)
+        with ran("layer_forward", "layer_backward"):
+            result = layer.run(form="gram", backend=kernel)
+        for name, x in result.items():
+            assert not x.isnan().any(), f"{name} of {shape}"
+
+
 GARBAGE = """
 import hashlib, sys, torch
 sys.path.insert(0, sys.argv[1])
 import xformer_kernels as xk
 from cases import CONFIGS, make_problem
+from layer_cases import make_layer
 from test_edge_values import UNWRITTEN_SHAPES
 torch.set_num_threads(2)
 for shape in UNWRITTEN_SHAPES:
@@ -70,6 +82,10 @@ for shape in UNWRITTEN_SHAPES:
                 result = make_problem(shape, config, dtype=dtype, masked=masked).run(xk.xfa, backend="cpp")
                 bits = (x.contiguous().view(torch.uint8).numpy().tobytes() for x in result.values())
                 print(shape, config, dtype, masked, hashlib.sha256(b"".join(bits)).hexdigest())
+for block in (False, True):
+    result = make_layer((2, 300, 40, 4), block=block).run(form="gram", backend="cpp")
+    bits = (x.contiguous().view(torch.uint8).numpy().tobytes() for x in result.values())
+    print("layer", block, hashlib.sha256(b"".join(bits)).hexdigest())
 """
 
 
@@ -84,7 +100,7 @@ def test_scratch_memory_of_the_kernels_is_written_before_it_is_read(only, need_b
         return subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, check=True).stdout
 
     plain = digests()
-    assert len(plain.splitlines()) == len(UNWRITTEN_SHAPES) * len(CONFIGS) * 3 * 2
+    assert len(plain.splitlines()) == len(UNWRITTEN_SHAPES) * len(CONFIGS) * 3 * 2 + 2
     assert digests(GLIBC_TUNABLES="glibc.malloc.perturb=128") == plain
 
 

@@ -14,6 +14,7 @@ import sys
 sys.path.insert(0, sys.argv[1])
 import torch
 from cases import CONFIGS, LAYOUTS, make_problem
+from layer_cases import make_layer
 from test_primitives import mix_inputs
 import xformer_kernels as xk
 from xformer_kernels import _C, reference
@@ -29,6 +30,11 @@ for shape in ((2, 17, 3, 5), (1, 131, 2, 48), (1, 40, 1, 130), (2, 0, 1, 3)):
 t = mix_inputs((2, 3, 67, 9, 20), ("bias", "add", "add_scale", "x2"))
 y = xk.channel_mix(**t, backend="cpp")
 assert_close(y, reference.channel_mix(**t), reference.channel_mix(**{k: x.double() for k, x in t.items()}), "y")
+for shape in ((2, 17, 10, 2), (1, 131, 48, 4), (1, 40, 130, 1)):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        for block in (False, True):
+            layer = make_layer(shape, dtype=dtype, block=block, masked=block)
+            layer.check(layer.run(form="gram", backend="cpp"))
 print("same")
 """
 
