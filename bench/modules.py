@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -62,19 +63,20 @@ def layer_cases(shape: LayerShape, dtype: torch.dtype, device: str, wanted: set[
         eager = HalfBlock(nn.LayerNorm(shape.C, eps=1e-6), eager, nn.Parameter(torch.full((shape.C,), 0.5)))
     eager = eager.to(device, dtype)
     x = torch.randn(shape.B, shape.N, shape.C).to(device, dtype)
-    yield from _baselines(eager, x, wanted)
+    baseline = Baseline(eager, x)
+    yield from _baseline_cases(baseline, wanted)
     for name in KERNELS:
         for form in ("auto", *FORMS):
             provider = name if form == "auto" else f"{name}-{form}"
             dims = (shape.C,) if form == "gram" else (shape.C // shape.heads,)
             if provider in wanted and not dispatch.reasons_against(name, device, (dtype,), dims):
                 ours = _our_layer(shape, eager, form, name)
-                yield _module_case(provider, ours, eager, x, form=_form_of(ours, x))
+                yield _module_case(provider, ours, baseline, form=_form_of(ours, x))
     if "sdpa" in wanted and not block and shape.B * shape.heads * shape.N**2 <= SDPA_MAP:
         attention = Attention(shape.C, shape.heads, qkv_bias=True).to(device, dtype)
         plain = copy.deepcopy(attention)
         plain.__dict__["fused_attn"] = False  # its other way of computing the same
-        yield _module_case("sdpa", attention, plain, x)
+        yield _module_case("sdpa", attention, Baseline(plain, x))
 
 
 def _our_layer(shape: LayerShape, eager: nn.Module, form: str, backend: str) -> nn.Module:
@@ -101,7 +103,8 @@ def model_cases(shape: ModelShape, dtype: torch.dtype, device: str, wanted: set[
     """A model before and after replace_attention; and, for its share, the attention of the model before."""
     model = create_model(shape.name).to(device, dtype)
     x = torch.randn(shape.B, 3, shape.size, shape.size, generator=torch.Generator().manual_seed(0)).to(device, dtype)
-    yield from _baselines(model, x, wanted)
+    baseline = Baseline(model, x)
+    yield from _baseline_cases(baseline, wanted)
     replaced = None
     for name in KERNELS:
         named = {name, f"{name}+compile"} & wanted
@@ -110,7 +113,7 @@ def model_cases(shape: ModelShape, dtype: torch.dtype, device: str, wanted: set[
         replaced = copy.deepcopy(model)
         replace_attention(replaced, backend=name)
         for provider in sorted(named):
-            yield _module_case(provider, replaced, model, x, compile=provider != name)
+            yield _module_case(provider, replaced, baseline, compile=provider != name)
     if replaced is not None and "eager" in wanted:
         yield _attention_case(model, replaced, x)
 
@@ -183,42 +186,57 @@ def _attention_case(model: nn.Module, replaced: nn.Module, x: Tensor) -> Case:
 # -------------------------------------------------------------------------------------------------------------- modules
 
 
-def _baselines(eager: nn.Module, x: Tensor, wanted: set[str]) -> Iterator[Case]:
+class Baseline:
+    """A module, an input and a gradient; and what must come of them, computed once, when first asked for."""
+
+    def __init__(self, module: nn.Module, x: Tensor) -> None:
+        self.module, self.x, self.leaf = module, x, x.detach().requires_grad_()
+        with torch.no_grad():
+            y = module(x)
+        self.dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(x)
+
+    @cached_property
+    def eager(self) -> list[Tensor]:
+        return _gradients(self.module, self.module, self.leaf, self.dy)
+
+    @cached_property
+    def oracle(self) -> list[Tensor]:
+        wide = copy.deepcopy(self.module).double()
+        return _gradients(wide, wide, self.x.double().requires_grad_(), self.dy.double())
+
+
+def _gradients(module: nn.Module, function: Function, leaf: Tensor, dy: Tensor) -> list[Tensor]:
+    y = function(leaf)
+    return [y.detach(), *torch.autograd.grad(y, (leaf, *module.parameters()), dy)]
+
+
+def _baseline_cases(eager: Baseline, wanted: set[str]) -> Iterator[Case]:
     for provider in ("eager", "compile"):
         if provider in wanted:
-            yield _module_case(provider, eager, eager, x, compile=provider == "compile")
+            yield _module_case(provider, eager.module, eager, compile=provider == "compile")
 
 
 def _module_case(
     provider: str,
     module: nn.Module,
-    baseline: nn.Module,
-    x: Tensor,
+    baseline: Baseline,
     compile: bool = False,
     form: Callable[[], str] | None = None,
 ) -> Case:
-    leaf = x.detach().requires_grad_()
-    dy = torch.randn(module(x).shape, generator=torch.Generator().manual_seed(1)).to(x)
     function = compiled(module) if compile else module
 
-    def gradients(module: nn.Module, function: Function, leaf: Tensor, dy: Tensor) -> list[Tensor]:
-        y = function(leaf)
-        return [y.detach(), *torch.autograd.grad(y, (leaf, *module.parameters()), dy)]
-
     def check() -> Errors:
-        wide = copy.deepcopy(baseline).double()
-        return check_gradients(
-            ["y", "dx", *(f"d{name}" for name, _ in module.named_parameters())],
-            gradients(module, function, leaf, dy),
-            gradients(baseline, baseline, leaf, dy),
-            gradients(wide, wide, x.double().requires_grad_(), dy.double()),
-        )
+        names = ["y", "dx", *(f"d{name}" for name, _ in module.named_parameters())]
+        return check_gradients(names, gradients(), baseline.eager, baseline.oracle)
+
+    def gradients() -> list[Tensor]:
+        return _gradients(module, function, baseline.leaf, baseline.dy)
 
     def forward() -> object:
         with torch.no_grad():
-            return function(x)
+            return function(baseline.x)
 
-    return Case(provider, forward, lambda: gradients(module, function, leaf, dy), check, weights_from=2, form=form)
+    return Case(provider, forward, gradients, check, weights_from=2, form=form)
 
 
 def check_gradients(names: list[str], result: list[Tensor], eager: list[Tensor], oracle: list[Tensor]) -> Errors:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -248,3 +249,34 @@ def test_wrong_and_failing_providers_are_told_apart_from_right_ones(load, capsys
         assert main._right(case, "shape", told, "cpu") == right
     assert "not timed: off by one" in told["b", "shape"]
     assert "failed: RuntimeError: out of memory" in told["c", "shape"]
+
+
+def test_table_of_layers_in_the_readme_comes_from_the_result_files(load):
+    table, readme = load("table"), (ROOT / "README.md").read_text()
+    (folder,) = re.findall(re.escape(table.LAYERS).replace(r"\{\}", "(.*?)"), readme)
+    assert table.render_layers(ROOT / folder) in readme
+
+
+def test_table_of_layers(load, monkeypatch, tmp_path):
+    table = load("table")
+    monkeypatch.setattr(table, "ROOT", tmp_path)
+    facts = dict(machine="m", threads=2, versions={"torch": "2"}, date="2026-01-01T", commit="c", copy_gb_per_s=9.6)
+    for suffix, prefix in (("", ""), ("-blocks", "block ")):
+        rows = [
+            dict(
+                workload=f"{prefix}({N},{N},16,2)", direction=direction, provider="cpp", speedup_over_eager=N / 32,
+                speedup_over_compile=None if N == 64 else 1.5, memory_of_eager=memory, regret=N / 1e4, form=form,
+            )
+            for N in (64, 128, 512)
+            for direction, memory, form in (("forward", None, "direct"), ("forward+backward", 0.25, "gram"))
+        ]  # fmt: skip
+        path = tmp_path / f"layer-cpu-float32{suffix}.json"
+        assert "Not measured yet." in table.render_layers(tmp_path)
+        path.write_text(json.dumps({**facts, "matmul_gflop_per_s": 99.0, "rows": rows}))
+    text = table.render_layers(tmp_path)
+    assert "worst regret is 5%, at block (512,512,16,2) forward" in text
+    assert "| (64,64,16,2) | 2.0 | - | 2.0 | - | 0.25 | direct, then gram |" in text
+    assert "| mean of blocks where N >= 8C | 8.0 | 1.50 | 8.0 | 1.50 | 0.25 | |" in text
+    readme = f"a\n{table.BEGIN}\n1\n{table.END}\nb\n{table.LAYERS}\n2\n{table.END}\nc\n"
+    replaced = table.replace(readme, text)
+    assert replaced == f"a\n{table.BEGIN}\n1\n{table.END}\nb\n{text}\nc\n"
