@@ -1,6 +1,8 @@
 """Throughput and memory of XFA, its layer and whole models, against what users would run instead.
 
 python -m bench op|layer|model [--device cpu] [--dtype float32] [--shapes main,xcit] [--quick] [--out bench/results]
+
+Sets of layers whose names end in "blocks" have layer norm, layer scale and residual around the layer.
 """
 
 from __future__ import annotations
@@ -16,12 +18,11 @@ from typing import Any
 
 import torch
 
-from bench import machine, measure, providers, report, workloads
+from bench import machine, measure, modules, providers, report, workloads
+from bench.modules import FORMS, KERNELS
 from bench.terminal import Terminal
-from xformer_kernels import dispatch
 
 DIRECTIONS = ("forward", "forward+backward")
-KERNELS = tuple(name for name in dispatch.BACKENDS if name != "reference")
 DEFAULT = "; ".join(f"on {device} {','.join(names)}" for device, names in workloads.DEFAULT.items())
 # what is measured -> (shape sets, cases of a shape, providers)
 KINDS: dict[str, tuple[dict[str, Any], Callable[..., Iterator[providers.Case]], tuple[str, ...]]] = {
@@ -30,10 +31,14 @@ KINDS: dict[str, tuple[dict[str, Any], Callable[..., Iterator[providers.Case]], 
         providers.op_cases,
         ("eager", "compile", "compile+graphs", *KERNELS, "triton+graphs", "cuda+graphs", "sdpa"),
     ),
-    "layer": (dict(workloads.LAYER_SHAPES), providers.layer_cases, ("eager", "compile", *KERNELS, "sdpa")),
+    "layer": (
+        dict(workloads.LAYER_SHAPES),
+        modules.layer_cases,
+        ("eager", "compile", *KERNELS, *(f"{name}-{form}" for name in KERNELS for form in FORMS), "sdpa"),
+    ),
     "model": (
         dict(workloads.MODEL_SHAPES),
-        providers.model_cases,
+        modules.model_cases,
         ("eager", "compile", *KERNELS, *(f"{name}+compile" for name in KERNELS)),
     ),
 }
@@ -47,7 +52,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16", "float64"))
     parser.add_argument(
-        "--shapes", default="", help=f"comma-separated sets of {', '.join(workloads.OP_SHAPES)}; by default {DEFAULT}"
+        "--shapes", default="", help=f"comma-separated sets; by default, of those that there are, {DEFAULT}"
     )
     parser.add_argument("--providers", default="", help="comma-separated; all by default")
     parser.add_argument("--threads", type=int, default=2)
@@ -58,7 +63,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="also write JSON, CSV and PNG to OUT/<machine>/")
     options = parser.parse_args(arguments)
     sets, _, known = KINDS[options.what]
-    options.shapes = tuple(filter(None, options.shapes.split(","))) or workloads.DEFAULT[options.device]
+    default = tuple(name for name in workloads.DEFAULT[options.device] if name in sets)
+    options.shapes = tuple(filter(None, options.shapes.split(","))) or default
     unknown = set(options.shapes) - set(sets)
     if unknown:
         parser.error(f"--shapes {', '.join(sorted(unknown))}: for {options.what} there are {', '.join(sets)}")
@@ -95,7 +101,7 @@ def main(arguments: list[str] | None = None) -> int:
     if late:
         terminal.print(f"NOT MEASURED within {options.stop_after:.0f} s: {', '.join(late)}", style="bold red")
     # a model that torch.compile gets wrong by itself is not our mistake
-    ours = [(name, shape) for name, shape in wrong if name.split("+")[0] in KERNELS]
+    ours = [(name, shape) for name, shape in wrong if report.is_ours(name)]
     if any(not name.endswith("+compile") or ("compile", shape) not in wrong for name, shape in ours):
         return 1
     return 3 if late else 0
@@ -135,7 +141,10 @@ def _run(
             "GFLOP/s".format(**facts)
         )
     report.print_table(f"{options.what}, {options.dtype}, shapes {name}", rows, terminal)
-    report.print_means(rows, {str(shape) for shape in shapes if getattr(shape, "N", 0) >= 1024}, terminal)
+    many = {str(shape) for shape in shapes if getattr(shape, "many", False)}
+    report.print_means(rows, many, workloads.MANY.get(options.what, ""), terminal)
+    report.print_regrets(rows, terminal)
+    report.print_gains(rows, terminal)
     if options.out and rows:
         terminal.print("written: " + ", ".join(map(str, _save(name, shapes, facts, rows, options, terminal))))
 
@@ -167,7 +176,7 @@ def _save(
 def _right(case: providers.Case, shape: object, wrong: dict[tuple[str, str], str], device: str) -> bool:
     """Whether the result is right; a provider that fails leaves the others their turn."""
     try:
-        case.check()
+        case.errors = case.check()
     except AssertionError as error:
         wrong[case.provider, str(shape)] = f"{case.provider} at {shape}, not timed: {error}"
     except Exception as error:
@@ -188,9 +197,10 @@ def _measure(
 ) -> list[report.Row]:
     """Times all cases in one interleaved run, with the yardsticks among them; appends what these gave to `limits`."""
     backward = direction != "forward"
-    either = {case.provider: case.both if backward else case.forward for case in cases}
-    calls = {name: call for name, call in either.items() if call is not None}
-    if not calls:
+    at = {case.provider: case for case in cases}
+    either = {name: case.both if backward else case.forward for name, case in at.items()}
+    calls: dict[str, measure.Call] = {name: call for name, call in either.items() if call is not None}
+    if not any(not at[name].part for name in calls):
         return []
     default = 12.0 if options.what == "model" else 6.0
     seconds = (options.seconds or default) / (10 if options.quick else 1)
@@ -203,19 +213,18 @@ def _measure(
         limit = limits[-1].seconds(shape.flops(backward), least)
     else:
         times = measure.interleaved(calls, seconds, options.device)
+    parts = [times.pop(name).median for name in calls if at[name].part]
+    live = {name: _live_mb(at[name], backward, options.device) for name in times}
+    share = sum(parts) / times["eager"].median if parts and "eager" in times else None
 
     def ratio(provider: str, name: str) -> float | None:
         return times[provider].median / times[name].median if provider in times else None
-
-    def peak(name: str) -> float | None:
-        """A CUDA graph's memory is reserved when it is captured, which no call shows."""
-        size = None if name.endswith("+graphs") else measure.peak_extra_bytes(calls[name], options.device)
-        return None if size is None else size / 1e6
 
     rows = []
     for name, timing in times.items():
         # sdpa is another operator: the limit is not its own
         of_limit = limit if name != "sdpa" else None
+        mine, eagers, errors = live[name], live.get("eager"), at[name].errors
         rows.append(
             report.Row(
                 workload=str(shape),
@@ -230,10 +239,42 @@ def _measure(
                 speedup_over_eager=ratio("eager", name),
                 speedup_over_compile=ratio("compile", name),
                 speedup_over_graphs=ratio("compile+graphs", name),
-                peak_extra_mb=peak(name),
+                peak_extra_mb=_peak_mb(name, calls[name], options.device),
+                peak_live_mb=mine,
+                memory_of_eager=mine / eagers if mine is not None and eagers else None,
+                form=_form(at[name], backward),
+                regret=_regret(name, times) if options.what == "layer" and report.is_users(name) else None,
+                attention_share=share,
+                bound=None if share is None or share >= 1 else 1 / (1 - share),
+                output_error=errors.output if errors else None,
+                gradient_error=errors.gradients if errors else None,
             )
         )
     return rows
+
+
+def _peak_mb(name: str, call: measure.Call, device: str) -> float | None:
+    """A CUDA graph's memory is reserved when it is captured, which no call shows."""
+    size = None if name.endswith("+graphs") else measure.peak_extra_bytes(call, device)
+    return None if size is None else size / 1e6
+
+
+def _live_mb(case: providers.Case, backward: bool, device: str) -> float | None:
+    """Of forward and backward: that is where memory is short."""
+    if not backward or case.both is None:
+        return None
+    return measure.peak_live_bytes(case.both, case.weights_from, device) / 1e6
+
+
+def _form(case: providers.Case, backward: bool) -> str | None:
+    with torch.set_grad_enabled(backward):
+        return case.form() if case.form else None
+
+
+def _regret(name: str, times: dict[str, measure.Timing]) -> float | None:
+    """How much longer the form that was chosen takes than the best of the others; negative if it is the best itself."""
+    others = [times[other].median for other in times if other in ("eager", "compile") or other.startswith(f"{name}-")]
+    return times[name].median / min(others) - 1 if others else None
 
 
 if __name__ == "__main__":

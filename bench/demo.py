@@ -21,7 +21,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import xformer_kernels as xk
-from bench import machine, measure, providers
+from bench import machine, measure, modules
 from xformer_kernels import dispatch
 from xformer_kernels.integrations import replace_attention
 
@@ -118,7 +118,7 @@ def agree(before: nn.Module, after: nn.Module, x: Tensor, console: Console) -> b
     )
     names = ["output", "dx", *(name for name, _ in before.named_parameters())]
     try:
-        providers.check_gradients(names, ours, theirs, exact)
+        modules.check_gradients(names, ours, theirs, exact)
     except AssertionError as error:
         console.print(f"THE MODELS DISAGREE: {error}", style="bold red")
         return False
@@ -142,7 +142,7 @@ def main(arguments: list[str] | None = None) -> int:
     console.print(f"{facts['machine']}, {options.threads} threads, torch {torch.__version__}, image {image.size}")
     good = True
     for name in options.models.split(","):
-        before = providers.create_model(name, options.pretrained)
+        before = modules.create_model(name, options.pretrained)
         after = copy.deepcopy(before)
         count = replace_attention(after)
         x = prepare(before, image)

@@ -8,13 +8,18 @@ takes it, with what the call before left in the caches; nothing is flushed.
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read when torch is imported: no word about each use of the profiler
+
 import torch
+from torch import Tensor
+from torch._C._profiler import _EventType
 
 from bench.machine import give_memory_back
 
@@ -137,6 +142,39 @@ def peak_extra_bytes(call: Call, device: str) -> int | None:
         return max(0, _status("VmHWM") - before)
     except OSError:
         return None
+
+
+def peak_live_bytes(call: Callable[[], list[Tensor]], weights_from: int, device: str) -> int:
+    """The most bytes of tensors alive at once that a call allocates, but for gradients of weights, its results from
+    `weights_from` on.
+
+    Exact: every allocation and release in torch's allocator is seen, by torch's operators, compiled code and our
+    kernels alike. Scratch that C++ takes from elsewhere is not (oneDNN's, and that of our CPU kernels):
+    :func:`peak_extra_bytes` has it, with pages of code and of the allocator beside it.
+    """
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        results = call()
+    weights = {x.untyped_storage().data_ptr() for x in results[weights_from:] if x.numel()}
+    del results
+    events, waiting = [], list(profiler.profiler.kineto_results.experimental_event_tree())  # type: ignore[union-attr]
+    while waiting:
+        event = waiting.pop()
+        waiting += event.children
+        if event.tag == _EventType.Allocation and event.extra_fields.device.type == device:
+            events.append(event)
+    events.sort(key=lambda event: event.start_time_ns)
+    last = {event.extra_fields.ptr: i for i, event in enumerate(events) if event.extra_fields.alloc_size > 0}
+    sizes: dict[int, int] = {}
+    live = peak = 0
+    for i, event in enumerate(events):
+        address, size = event.extra_fields.ptr, event.extra_fields.alloc_size
+        if size > 0:
+            sizes[address] = 0 if address in weights and last[address] == i else size
+            live += sizes[address]
+            peak = max(peak, live)
+        else:  # what was allocated before is no part of it
+            live -= sizes.pop(address, 0)
+    return peak
 
 
 def _status(field: str) -> int:

@@ -1,4 +1,4 @@
-"""What is compared: who computes a workload, and the proof that the result is right.
+"""What is compared: who computes the operator, and the proof that the result is right; modules.py has the layers.
 
 Each workload has a baseline, ``eager``, which is also run in float64 as the oracle. A provider is timed only after its
 output and all gradients have passed the rule of :mod:`xformer_kernels.testing` against the oracle.
@@ -6,25 +6,29 @@ output and all gradients have passed the rule of :mod:`xformer_kernels.testing` 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 import xformer_kernels as xk
-from bench.workloads import LayerShape, ModelShape, OpShape
+from bench.workloads import OpShape
 from xformer_kernels import dispatch, reference
-from xformer_kernels.integrations import replace_attention
 from xformer_kernels.testing import assert_close, gradient_terms
 
 Function = Callable[..., Tensor]
 SDPA_FLOPS = 3e11
 """Softmax attention over tokens is quadratic in their number; above this many FLOPs forward it is left out."""
-SDPA_MAP = 2**26
-"""The same for layers, in numbers of the map that the check of the gradients holds in float64."""
+
+
+class Errors(NamedTuple):
+    """Largest differences to the eager result in the same dtype, relative to each tensor's largest number."""
+
+    output: float
+    gradients: float
 
 
 @dataclass
@@ -33,8 +37,12 @@ class Case:
 
     provider: str
     forward: Callable[[], object]
-    both: Callable[[], object] | None  # None: this provider is for the forward only
-    check: Callable[[], None]
+    both: Callable[[], list[Tensor]] | None  # the result and all gradients; None: this provider is for the forward only
+    check: Callable[[], Errors | None]
+    weights_from: int = 4  # of what `both` gives, the gradients of weights: temperature's is the operator's only one
+    form: Callable[[], str] | None = None  # which form a layer takes, to be asked with gradients on or off
+    part: bool = False  # of eager, to say its share of it: no provider
+    errors: Errors | None = None  # what check found
 
 
 def _gradients(function: Function, inputs: tuple[Tensor, ...], dout: Tensor) -> list[Tensor]:
@@ -54,10 +62,10 @@ def _compare(
         assert_close(got, baseline, exact, name, (terms or {}).get(name))
 
 
-def _compiled(function: Function) -> Function:
+def compiled(function: Function) -> Function:
     torch.compiler.reset()
-    compiled: Function = torch.compile(function, dynamic=False)
-    return compiled
+    result: Function = torch.compile(function, dynamic=False)
+    return result
 
 
 # ------------------------------------------------------------------------------------------------------------- operator
@@ -105,7 +113,7 @@ def op_cases(shape: OpShape, dtype: torch.dtype, device: str, wanted: set[str]) 
     if "eager" in wanted:
         yield case("eager", reference.xfa)
     if "compile" in wanted:
-        yield case("compile", _compiled(reference.xfa))
+        yield case("compile", compiled(reference.xfa))
     for name in dispatch.BACKENDS:
         if name in wanted and name != "reference" and not dispatch.reasons_against(name, device, (dtype,), (shape.D,)):
             yield case(name, lambda *x, name=name: xk.xfa(*x, backend=name))  # type: ignore[misc]
@@ -190,109 +198,3 @@ def _sdpa_case(leaves: tuple[Tensor, ...], dout: Tensor) -> Case:
         lambda: _gradients(softmax_attention, leaves, dout),
         check,
     )
-
-
-# --------------------------------------------------------------------------------------------------- layers and models
-
-
-def layer_cases(shape: LayerShape, dtype: torch.dtype, device: str, wanted: set[str]) -> Iterator[Case]:
-    """timm's XCA with its weights in each provider's layer; SDPA is timm's attention over tokens of the same size."""
-    from timm.models.vision_transformer import Attention
-    from timm.models.xcit import XCA
-
-    torch.manual_seed(0)
-    eager = XCA(shape.C, shape.heads, qkv_bias=True).to(device, dtype)
-    x = torch.randn(shape.B, shape.N, shape.C).to(device, dtype)
-    yield from _module_cases(eager, x, wanted)
-    if "sdpa" in wanted and shape.B * shape.heads * shape.N**2 <= SDPA_MAP:
-        attention = Attention(shape.C, shape.heads, qkv_bias=True).to(device, dtype)
-        plain = copy.deepcopy(attention)
-        plain.__dict__["fused_attn"] = False  # its other way of computing the same
-        yield _module_case("sdpa", attention, plain, x)
-
-
-def model_cases(shape: ModelShape, dtype: torch.dtype, device: str, wanted: set[str]) -> Iterator[Case]:
-    """A timm model before and after replace_attention."""
-    model = create_model(shape.name).to(device, dtype)
-    x = torch.randn(shape.B, 3, shape.size, shape.size, generator=torch.Generator().manual_seed(0)).to(device, dtype)
-    yield from _module_cases(model, x, wanted)
-
-
-def create_model(name: str, pretrained: bool = False) -> nn.Module:
-    """A timm model in evaluation mode; untrained ones get layer scales of 0.5, since 1e-6 would hide their layers."""
-    import timm
-
-    torch.manual_seed(0)
-    model: nn.Module = timm.create_model(name, pretrained=pretrained).eval()
-    if not pretrained:
-        with torch.no_grad():
-            for key, parameter in model.named_parameters():
-                if "gamma" in key:
-                    parameter.fill_(0.5)
-    return model
-
-
-def _module_cases(eager: nn.Module, x: Tensor, wanted: set[str]) -> Iterator[Case]:
-    if "eager" in wanted:
-        yield _module_case("eager", eager, eager, x)
-    if "compile" in wanted:
-        yield _module_case("compile", eager, eager, x, compiled=True)
-    for name in dispatch.BACKENDS:
-        if name == "reference" or dispatch.reasons_against(name, x.device.type, (x.dtype,), ()):
-            continue
-        ours = copy.deepcopy(eager)
-        if name in wanted or f"{name}+compile" in wanted:
-            replace_attention(ours, backend=name)
-        if name in wanted:
-            yield _module_case(name, ours, eager, x)
-        if f"{name}+compile" in wanted:
-            yield _module_case(f"{name}+compile", ours, eager, x, compiled=True)
-
-
-def _module_case(provider: str, module: nn.Module, baseline: nn.Module, x: Tensor, compiled: bool = False) -> Case:
-    leaf = x.detach().requires_grad_()
-    dy = torch.randn(module(x).shape, generator=torch.Generator().manual_seed(1)).to(x)
-    function = _compiled(module) if compiled else module
-
-    def gradients(module: nn.Module, function: Function, leaf: Tensor, dy: Tensor) -> list[Tensor]:
-        y = function(leaf)
-        return [y.detach(), *torch.autograd.grad(y, (leaf, *module.parameters()), dy)]
-
-    def check() -> None:
-        wide = copy.deepcopy(baseline).double()
-        check_gradients(
-            ["y", "dx", *(f"d{name}" for name, _ in module.named_parameters())],
-            gradients(module, function, leaf, dy),
-            gradients(baseline, baseline, leaf, dy),
-            gradients(wide, wide, x.double().requires_grad_(), dy.double()),
-        )
-
-    def forward() -> object:
-        with torch.no_grad():
-            return function(x)
-
-    return Case(provider, forward, lambda: gradients(module, function, leaf, dy), check)
-
-
-def check_gradients(names: list[str], result: list[Tensor], eager: list[Tensor], oracle: list[Tensor]) -> None:
-    """The rule for a deep model: the errors of all its layers are in each gradient, so it is judged as a whole.
-
-    The worst error, relative to each tensor's largest number, may be twice the baseline's and a few ulp. Gradients that
-    are zero but for rounding are left out. Raises AssertionError.
-    """
-    largest = max(x.abs().max().item() for x in oracle)
-
-    def worst(tensors: list[Tensor]) -> tuple[float, str]:
-        errors = [(0.0, "")]
-        for name, x, exact in zip(names, tensors, oracle, strict=True):
-            if not x.isfinite().all():
-                raise AssertionError(f"{name} is not finite")
-            unit = exact.abs().max().item()
-            if unit > 1e-12 * largest:
-                errors.append((((x.double() - exact).abs().max() / unit).item(), name))
-        return max(errors)
-
-    error, where = worst(result)
-    allowed = 2 * worst(eager)[0] + 8 * torch.finfo(result[0].dtype).eps
-    if not error <= allowed:
-        raise AssertionError(f"relative error {error:.2e} of {where} > {allowed:.2e}")

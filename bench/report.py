@@ -6,6 +6,7 @@ import csv
 import importlib.util
 import json
 import math
+import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,24 @@ class Row:
     speedup_over_eager: float | None
     speedup_over_compile: float | None
     speedup_over_graphs: float | None  # over torch.compile's CUDA graphs
-    peak_extra_mb: float | None
+    peak_extra_mb: float | None  # of the process or the GPU's allocator, scratch of libraries included
+    peak_live_mb: float | None = None  # tensors alive at once, gradients of weights excluded
+    memory_of_eager: float | None = None  # peak_live_mb over eager's
+    form: str | None = None  # of a layer
+    regret: float | None = None  # of the form that was chosen: time over the best of all others that are XFA, less 1
+    attention_share: float | None = None  # of eager's time, what replace_attention replaces
+    bound: float | None = None  # on the gain over eager by any attention: 1 / (1 - attention_share)
+    output_error: float | None = None  # largest, relative to the largest number of eager's output
+    gradient_error: float | None = None  # the same of the worst gradient
+
+
+def is_ours(provider: str) -> bool:
+    return re.split("[+-]", provider)[0] in KERNELS
+
+
+def is_users(provider: str) -> bool:
+    """Whether it is what users get, no form or graph asked for."""
+    return provider in KERNELS
 
 
 def print_table(title: str, rows: list[Row], terminal: Terminal) -> None:
@@ -42,8 +60,13 @@ def print_table(title: str, rows: list[Row], terminal: Terminal) -> None:
         ("x compile", "speedup_over_compile", 2),
         ("x compile+graphs", "speedup_over_graphs", 2),
         ("peak MB", "peak_extra_mb", 1),
+        ("live MB", "peak_live_mb", 1),
+        ("of eager's", "memory_of_eager", 2),
+        ("form", "form", 0),
+        ("regret", "regret", 3),
+        ("share", "attention_share", 3),
     )
-    columns = tuple(c for c in columns if c[1] != "speedup_over_graphs" or any(r.speedup_over_graphs for r in rows))
+    columns = tuple(c for c in columns if any(getattr(row, c[1]) is not None for row in rows))
     lines: list[Line] = []
     last: tuple[str, str] | None = None
     for row in rows:
@@ -51,15 +74,15 @@ def print_table(title: str, rows: list[Row], terminal: Terminal) -> None:
         numbers = [_format(getattr(row, field), digits) for _, field, digits in columns]
         numbers.insert(1, f"{row.spread:.0%}")
         names = (*(here if here != last else ("", "")), row.provider)
-        lines.append(Line((*names, *numbers), last not in (None, here), row.provider.split("+")[0] in KERNELS))
+        lines.append(Line((*names, *numbers), last not in (None, here), is_ours(row.provider)))
         last = here
     headings = [heading for heading, _, _ in columns]
     headings.insert(1, "spread")
     terminal.table(title, ("workload", "direction", "provider", *headings), 3, lines)
 
 
-def _format(value: float | None, digits: int) -> str:
-    return "" if value is None else f"{value:.{digits}f}"
+def _format(value: float | str | None, digits: int) -> str:
+    return "" if value is None else value if isinstance(value, str) else f"{value:.{digits}f}"
 
 
 def save(stem: Path, facts: dict[str, Any], rows: list[Row]) -> list[Path]:
@@ -151,15 +174,37 @@ def plot_over_tokens(stem: Path, facts: dict[str, Any], rows: list[Row], tokens:
     return path
 
 
-def print_means(rows: list[Row], many: set[str], terminal: Terminal) -> None:
+def print_means(rows: list[Row], many: set[str], label: str, terminal: Terminal) -> None:
     """Geometric means of our kernels, over all workloads and over those of many tokens."""
-    ours = [row for row in rows if row.provider.split("+")[0] in KERNELS]
+    ours = [row for row in rows if is_ours(row.provider)]
     for direction, name in dict.fromkeys((row.direction, row.provider) for row in ours):
         mine = [row for row in ours if (row.direction, row.provider) == (direction, name)]
-        for chosen, which in ((mine, "all"), ([row for row in mine if row.workload in many], "N >= 1024")):
-            if chosen and (which == "all" or len(chosen) < len(mine)):
+        for chosen, which in ((mine, "all"), ([row for row in mine if row.workload in many], label)):
+            if chosen and (chosen is mine or len(chosen) < len(mine)):
                 means = ", ".join(filter(None, (_mean(chosen, *field) for field in MEANS)))
                 terminal.print(f"{name}, {direction}, {which}, geometric mean: {means}")
+
+
+def print_regrets(rows: list[Row], terminal: Terminal) -> None:
+    """Where the form that was chosen was the worst choice."""
+    known = [row for row in rows if row.regret is not None]
+    for direction, name in dict.fromkeys((row.direction, row.provider) for row in known):
+        worst = max((r for r in known if (r.direction, r.provider) == (direction, name)), key=lambda r: r.regret or 0.0)
+        terminal.print(f"{name}, {direction}: worst regret {worst.regret:.1%}, {worst.form} at {worst.workload}")
+
+
+def print_gains(rows: list[Row], terminal: Terminal) -> None:
+    """Of whole models: the gain, the most it could be, and how far the results are from eager's."""
+    for row in rows:
+        if row.attention_share is None or not is_users(row.provider) or row.speedup_over_eager is None:
+            continue
+        text = (
+            f"{row.provider}, {row.workload}, {row.direction}: {row.speedup_over_eager:.2f}x eager; attention is "
+            f"{row.attention_share:.0%} of its time, so at most {row.bound:.2f}x"
+        )
+        if row.output_error is not None:
+            text += f"; worst relative error: output {row.output_error:.1e}, gradients {row.gradient_error:.1e}"
+        terminal.print(text)
 
 
 MEANS = (
@@ -167,6 +212,7 @@ MEANS = (
     ("speedup_over_compile", "x compile"),
     ("speedup_over_graphs", "x compile+graphs"),
     ("fraction_of_limit", "of limit"),
+    ("memory_of_eager", "of eager's memory"),
 )
 
 
@@ -174,7 +220,8 @@ def _mean(rows: list[Row], field: str, label: str) -> str:
     values = [value for row in rows if (value := getattr(row, field))]
     if not values:
         return ""
-    return f"{math.exp(sum(map(math.log, values)) / len(values)):.2f} {label} (least {min(values):.2f})"
+    worst = f"most {max(values):.2f}" if field == "memory_of_eager" else f"least {min(values):.2f}"
+    return f"{math.exp(sum(map(math.log, values)) / len(values)):.2f} {label} ({worst})"
 
 
 def _title(facts: dict[str, Any]) -> str:

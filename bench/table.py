@@ -1,15 +1,17 @@
-"""The README's table, from result files: ``python -m bench.table bench/results/<machine>`` rewrites it in place."""
+"""The README's tables, from result files: ``python -m bench.table bench/results/<machine>`` rewrites them in place."""
 
 from __future__ import annotations
 
 import json
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- results: python -m bench.table {} -->", "<!-- end of results -->"
+LAYERS = "<!-- layers: python -m bench.table {} -->"
 # (dtype, allocator) of the runs; the first one is shown in full
 RUNS = (("float32", "default"), ("float32", "raised"), ("bfloat16", "raised"))
 FIELDS = ("speedup_over_eager", "speedup_over_compile", "fraction_of_limit")
@@ -21,9 +23,7 @@ def render(folder: Path) -> str:
     first = runs[RUNS[0]]
     lines = [
         BEGIN.format(folder.relative_to(ROOT)),
-        f"{first['machine']}, {first['threads']} threads, torch {first['versions']['torch']}, {first['date'][:10]}, "
-        f"commit {first['commit']}; copy {first['copy_gb_per_s']:.0f} GB/s, matrix product "
-        f"{first['matmul_gflop_per_s']:.0f} GFLOP/s.",
+        f"{_origin(first)}.",
         "",
         "| (B,N,H,D) | forward: x eager | x compiled | of limit | forward+backward: x eager | x compiled | of limit |",
         "|---|---:|---:|---:|---:|---:|---:|",
@@ -33,9 +33,59 @@ def render(folder: Path) -> str:
         lines.append(f"| {workload} | {' | '.join(cells)} |")
     for (dtype, allocator), run in runs.items():
         label = dtype if allocator == "default" else f"{dtype}, {allocator} allocator"
-        means = [_cell(_mean(run, direction, field)) for direction in _directions(first) for field in FIELDS]
+        means = [
+            _cell(_mean(run, direction, field, lambda workload: _numbers(workload)[1] >= 1024))
+            for direction in _directions(first)
+            for field in FIELDS
+        ]
         lines.append(f"| mean of N >= 1024, {label} | {' | '.join(means)} |")
     return "\n".join([*lines, END])
+
+
+def render_layers(folder: Path) -> str:
+    """What users get of layers and half blocks, each with its means over the workloads where N >= 8C."""
+    begin = LAYERS.format(folder.relative_to(ROOT))
+    paths = [folder / f"layer-cpu-float32{suffix}.json" for suffix in ("", "-blocks")]
+    if not all(path.exists() for path in paths):
+        return f"{begin}\nNot measured yet.\n{END}"
+    runs = [json.loads(path.read_text()) for path in paths]
+    regrets = [_regrets(run, direction) for run in runs for direction in _directions(run)]
+    lines = [
+        begin,
+        f"{_origin(runs[0])}. Of the forms chosen, the worst regret is {max(regrets)[0]:.0%}, at {max(regrets)[1]}.",
+        "",
+        "| (B,N,C,heads) | forward: x eager | x compiled | forward+backward: x eager | x compiled | memory of eager's "
+        "| form |",
+        "|---|---:|---:|---:|---:|---:|---|",
+    ]
+    for run, kind in zip(runs, ("layers", "blocks"), strict=True):
+        directions = _directions(run)
+        for workload in dict.fromkeys(row["workload"] for row in run["rows"]):
+            found = [_find(run, workload, direction) for direction in directions]
+            cells = [_cell(row.get(field)) for row in found for field in FIELDS[:2]]
+            forms = dict.fromkeys(row["form"] for row in found if row.get("form"))
+            lines.append(
+                f"| {workload} | {' | '.join(cells)} | {_cell(found[-1].get('memory_of_eager'))} "
+                f"| {', then '.join(forms) or '-'} |"
+            )
+        means = [_cell(_mean(run, direction, field, _many)) for direction in directions for field in FIELDS[:2]]
+        memory = _cell(_mean(run, directions[-1], "memory_of_eager", _many))
+        lines.append(f"| mean of {kind} where N >= 8C | {' | '.join(means)} | {memory} | |")
+    return "\n".join([*lines, END])
+
+
+def _regrets(run: dict[str, Any], direction: str) -> tuple[float, str]:
+    """The worst one."""
+    rows = [r for r in run["rows"] if (r["direction"], r["provider"]) == (direction, "cpp") and r["regret"] is not None]
+    return max((r["regret"], f"{r['workload']} {direction}") for r in rows)
+
+
+def _origin(run: dict[str, Any]) -> str:
+    return (
+        f"{run['machine']}, {run['threads']} threads, torch {run['versions']['torch']}, {run['date'][:10]}, "
+        f"commit {run['commit']}; copy {run['copy_gb_per_s']:.0f} GB/s, matrix product "
+        f"{run['matmul_gflop_per_s']:.0f} GFLOP/s"
+    )
 
 
 def _load(folder: Path, dtype: str, allocator: str) -> dict[str, Any]:
@@ -56,9 +106,19 @@ def _find(run: dict[str, Any], workload: str, direction: str) -> dict[str, Any]:
     return rows[0] if rows else {}
 
 
-def _mean(run: dict[str, Any], direction: str, field: str) -> float | None:
+def _numbers(workload: str) -> list[int]:
+    return [int(number) for number in workload.split("(")[1].strip(")").split(",")]
+
+
+def _many(workload: str) -> bool:
+    """As workloads.LayerShape.many."""
+    _, N, C, _ = _numbers(workload)
+    return N >= 8 * C
+
+
+def _mean(run: dict[str, Any], direction: str, field: str, many: Callable[[str], bool]) -> float | None:
     rows = [r for r in run["rows"] if r["direction"] == direction and r["provider"] == "cpp" and r[field]]
-    values = [r[field] for r in rows if int(r["workload"].strip("()").split(",")[1]) >= 1024]
+    values = [r[field] for r in rows if many(r["workload"])]
     return math.exp(sum(map(math.log, values)) / len(values)) if values else None
 
 
@@ -67,15 +127,19 @@ def _cell(value: float | None) -> str:
 
 
 def replace(readme: str, table: str) -> str:
-    """The text with the table where one was."""
-    before, rest = readme.split(BEGIN.split("{}")[0], 1)
+    """The text with the table where one was that begins alike."""
+    kind = next(begin.split("{}")[0] for begin in (BEGIN, LAYERS) if table.startswith(begin.split("{}")[0]))
+    before, rest = readme.split(kind, 1)
     return before + table + rest.split(END, 1)[1]
 
 
 def main() -> int:
     folder = Path(sys.argv[1]).resolve()
     readme = ROOT / "README.md"
-    readme.write_text(replace(readme.read_text(), render(folder)))
+    text = readme.read_text()
+    for table in (render(folder), render_layers(folder)):
+        text = replace(text, table)
+    readme.write_text(text)
     return 0
 
 

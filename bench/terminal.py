@@ -16,7 +16,7 @@ try:
 except ImportError:
     RICH = False
 
-WIDTH = 140
+WIDTH = 170
 """Characters of a line where the output is not a terminal."""
 
 

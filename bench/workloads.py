@@ -25,6 +25,11 @@ class OpShape:
     def channels(self) -> int:
         return self.H * self.D
 
+    @property
+    def many(self) -> bool:
+        """Whether it counts among those of MANY tokens."""
+        return self.N >= 1024
+
     def flops(self, backward: bool) -> int:
         """Two D x D products per token forward, four more backward; a multiply-add is two."""
         return (12 if backward else 4) * self.B * self.H * self.N * self.D**2
@@ -51,19 +56,43 @@ class LayerShape:
     def __str__(self) -> str:
         return f"({self.B},{self.N},{self.C},{self.heads})"
 
+    @property
+    def many(self) -> bool:
+        """Whether it counts among those of MANY tokens."""
+        return self.N >= 8 * self.C
+
     def flops(self, backward: bool) -> int:
+        """The fewer of the two forms': what limits a layer, whichever form it takes."""
+        return min(self.direct_flops(backward), self.gram_flops(backward))
+
+    def direct_flops(self, backward: bool) -> int:
         """The projections to q, k, v and from out, and the operator between them."""
         op = OpShape(self.B, self.N, self.heads, self.C // self.heads)
         return (3 if backward else 1) * 8 * self.B * self.N * self.C**2 + op.flops(backward)
 
+    def gram_flops(self, backward: bool) -> int:
+        """Per token half of the symmetric x x^T, and M x; backward dy x^T, M^T dy and R x. Per image, at the least:
+        W_q S, W_k S, W_o T and two products D wide; backward W_o^T dM, dM T^T, half of the symmetric R and five."""
+        token, image = (9, 12) if backward else (3, 6)
+        wide = (14 if backward else 4) * self.C // self.heads
+        return self.B * self.C**2 * (token * self.N + image * self.C + wide)
+
     def least_bytes(self, backward: bool, itemsize: int) -> int:
-        """Forward reads x and writes y; backward reads x and dy and writes dx. Weights are left out."""
+        """Forward reads x and writes y; backward reads x and dy and writes dx. Weights are left out, and that the Gram
+        form reads x twice: a cache may hold it."""
         return (5 if backward else 2) * self.B * self.N * self.C * itemsize
+
+
+class BlockShape(LayerShape):
+    """The same with layer norm, layer scale and residual around it: no more products or least bytes."""
+
+    def __str__(self) -> str:
+        return f"block {super().__str__()}"
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A timm model and what goes in."""
+    """A timm model, or one of :mod:`bench.mdta`, and what goes in."""
 
     name: str
     B: int
@@ -102,25 +131,34 @@ OP_SHAPES: dict[str, tuple[OpShape, ...]] = {
         OpShape(1, 784, 8, 128),
     ),
 }
+MANY = {"op": "N >= 1024", "layer": "N >= 8C"}
 LAYER_SHAPES: dict[str, tuple[LayerShape, ...]] = {
     "main": (
+        LayerShape(1, 65536, 64, 4),
         LayerShape(1, 16384, 128, 4),
         LayerShape(8, 3136, 96, 4),
         LayerShape(8, 1024, 144, 4),
         LayerShape(8, 256, 192, 4),
+        LayerShape(16, 64, 240, 4),
+        LayerShape(8, 784, 384, 8),
+        LayerShape(8, 196, 384, 8),
     ),
     "xcit": (LayerShape(8, 784, 128, 4), LayerShape(8, 784, 384, 8), LayerShape(1, 2304, 128, 4)),
     "edgenext": (LayerShape(8, 1024, 96, 8), LayerShape(8, 256, 160, 8), LayerShape(8, 64, 304, 8)),
     "gpu": (LayerShape(32, 16384, 256, 8), LayerShape(64, 3136, 384, 8), LayerShape(128, 784, 384, 8)),
     "gpu-latency": (LayerShape(1, 196, 384, 8), LayerShape(1, 2304, 128, 4), LayerShape(1, 784, 1024, 8)),
 }
-DEFAULT = {"cpu": ("main",), "cuda": ("gpu", "gpu-latency")}
-"""The sets that are run where none is named."""
+for _of, _blocks in (("main", "blocks"), ("gpu", "gpu-blocks")):
+    LAYER_SHAPES[_blocks] = tuple(BlockShape(s.B, s.N, s.C, s.heads) for s in LAYER_SHAPES[_of])
+DEFAULT = {"cpu": ("main", "blocks"), "cuda": ("gpu", "gpu-latency")}
+"""The sets that are run where none is named, of those that there are for what is measured."""
 MODEL_SHAPES: dict[str, tuple[ModelShape, ...]] = {
     "main": (
         ModelShape("xcit_nano_12_p8_384", 1, 384),
+        ModelShape("xcit_tiny_12_p16_384", 1, 384),
         ModelShape("edgenext_small", 1, 256),
         ModelShape("edgenext_xx_small", 8, 256),
+        ModelShape("mdta_48", 1, 128),
     ),
     "xcit": (ModelShape("xcit_nano_12_p16_224", 8, 224), ModelShape("xcit_nano_12_p8_384", 1, 384)),
     "edgenext": (ModelShape("edgenext_xx_small", 8, 256), ModelShape("edgenext_small", 1, 256)),
