@@ -15,6 +15,7 @@ from xformer_kernels.layer.ops import layer
 FORMS = ("auto", "gram", "direct")
 
 
+@parallel.outside_graphs
 def xfa_layer(
     x: Tensor,
     qkv_weight: Tensor,
@@ -58,7 +59,7 @@ def xfa_layer(
         token_mask: (B, N) bool. False tokens take no part in the attention: theirs is proj_bias, as of a zero.
         form: "auto", "gram" or "direct". ``norm="feature"`` has no Gram form. Under ``torch.export`` "auto" is "direct".
         group: a ``torch.distributed.ProcessGroup`` over whose ranks the tokens of every image are split, unevenly if
-            need be: see :mod:`xformer_kernels.parallel`.
+            need be: see :mod:`xformer_kernels.parallel`. ``torch.compile`` leaves such a call out of its graphs.
         backend: as in :func:`xformer_kernels.xfa`.
 
     Weights are in the dtype of x or in its accumulate dtype (float32; float64 for float64). With autocast on, x is cast
@@ -77,13 +78,14 @@ def xfa_layer(
         (x,) = ops.autocast(x)  # type: ignore[assignment]
     call = _Call(map, norm, activation, eps, token_mask, dropout_p, form, group, backend)
     tensors = (x, qkv_weight, qkv_bias, temperature, proj_weight, proj_bias, None, None, None)
-    with parallel.together(group, x) as alike:
+    with parallel.together(group, x) as ranks:
         validate.layer(*tensors)
         call.check(x)
-        alike += call.alike(*tensors)
-    return _run(call, *tensors, 0.0, False)
+        call.tell(ranks, *tensors)
+    return _run(call.agreed(ranks, *tensors), *tensors, 0.0, False)
 
 
+@parallel.outside_graphs
 def xfa_block(
     x: Tensor,
     ln_weight: Tensor | None,
@@ -127,7 +129,7 @@ def xfa_block(
     """
     call = _Call(map, norm, activation, eps, token_mask, dropout_p, form, group, backend)
     tensors = (x, qkv_weight, qkv_bias, temperature, proj_weight, proj_bias, ln_weight, ln_bias, layer_scale)
-    with parallel.together(group, x) as alike:
+    with parallel.together(group, x) as ranks:
         validate.layer(*tensors)
         validate.positive("ln_eps", ln_eps)
         if residual and proj_weight.shape[0] != x.shape[-1]:
@@ -136,8 +138,8 @@ def xfa_block(
                 f"got {tuple(proj_weight.shape)}"
             )
         call.check(x)
-        alike += call.alike(*tensors, ln_eps, residual)
-    return _run(call, *tensors, float(ln_eps), bool(residual))
+        call.tell(ranks, *tensors, float(ln_eps), bool(residual))
+    return _run(call.agreed(ranks, *tensors), *tensors, float(ln_eps), bool(residual))
 
 
 class LayerExplanation(NamedTuple):
@@ -182,7 +184,8 @@ def explain_layer(
 ) -> LayerExplanation:
     """Which form and backend the same call of :func:`xfa_layer` would take, and the costs of both: print the result.
 
-    Computes nothing. Raises what :func:`xfa_layer` would raise for the same arguments.
+    Computes nothing, and asks no other rank of a group: "auto" is as if no rank had more tokens. Raises what
+    :func:`xfa_layer` would raise for the same arguments.
     """
     if isinstance(x, Tensor):
         (x,) = ops.autocast(x)  # type: ignore[assignment]
@@ -219,12 +222,31 @@ class _Call(NamedTuple):
         if self.form == "gram" and self.no_gram_form():
             raise ValueError(f"form='gram' is not possible: {self.no_gram_form()}; take 'auto' or 'direct'")
 
-    def alike(self, x: Tensor, _: Tensor, __: Any, temperature: Tensor, proj_weight: Tensor, *rest: Any) -> list[int]:
-        """What ranks of a group must have alike."""
-        absent = [t is None for t in rest[:5]]
-        choices = (self.map, self.norm, self.activation, self.eps, self.dropout_p, self.form, *absent, *rest[5:])
+    def tell(self, ranks: parallel.Exchange, x: Tensor, *rest: Any) -> None:
+        """What the ranks of a group must have alike, for all to send each other the same sums in the same order."""
+        if self.group is None:
+            return
+        weights, block = rest[:8], rest[8:]
+        qkv_weight, qkv_bias, temperature, proj_weight, _, ln_weight, ln_bias, _ = weights
+        absent = [t is None for t in weights]
+        choices = (self.map, self.norm, self.activation, float(self.eps), float(self.dropout_p), self.form)
+        # of anything, as the Gram form goes backward for, and of q and k, as the direct form does
+        wanted = [ops._wants_grad(x, *weights), ops._wants_grad(x, qkv_weight, qkv_bias, ln_weight, ln_bias)]
         O, I = proj_weight.shape  # noqa: E741
-        return parallel.describe(x, temperature.numel(), I, O, choices)
+        H = temperature.numel()
+        served = [self._served(x, dims) for dims in ((x.shape[-1],), (I // H,))]
+        ranks.alike = parallel.describe(x, H, I, O, (*choices, *absent, *block), wanted, served)
+        ranks.tokens = x.shape[1]
+
+    def _served(self, x: Tensor, dims: tuple[int, ...]) -> bool:
+        name = dispatch.asked(self.backend)
+        return name == "auto" or not dispatch.reasons_against(name, x.device.type, (x.dtype,), dims)
+
+    def agreed(self, ranks: parallel.Exchange, x: Tensor, *rest: Any) -> _Call:
+        """The call with the form that all ranks of its group take, which is decided by the most tokens that one has."""
+        if self.group is None:
+            return self
+        return self._replace(form=self.choose(x, *rest, tokens=ranks.most_tokens))
 
     def no_gram_form(self) -> str:
         """Why there is no Gram form, or nothing."""
@@ -232,20 +254,22 @@ class _Call(NamedTuple):
             return "norm='feature' divides each token of q and k by a norm of its own, so no sum over x knows them"
         return ""
 
-    def costs(self, x: Tensor, *rest: Any) -> tuple[cost.Cost, cost.Cost]:
+    def costs(self, x: Tensor, *rest: Any, tokens: int | None = None) -> tuple[cost.Cost, cost.Cost]:
         _, _, temperature, proj_weight, _ = rest[:5]
-        training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *rest))
+        training = ops._wants_grad(x, *rest)
         B, N, C = x.shape
+        N = N if tokens is None else tokens
         O, I = proj_weight.shape  # noqa: E741
         shape = cost.Shape(B, N, C, temperature.numel(), I, O, x.element_size(), training)
         return cost.gram(shape, x.device.type), cost.direct(shape, x.device.type)
 
-    def choose(self, *tensors: Any) -> str:
+    def choose(self, *tensors: Any, tokens: int | None = None) -> str:
+        """The form; `tokens`: as if x had so many."""
         if self.form != "auto":
             return self.form
         if self.no_gram_form() or torch.compiler.is_exporting():
             return "direct"
-        gram, direct = self.costs(*tensors)
+        gram, direct = self.costs(*tensors, tokens=tokens)
         return "gram" if gram.seconds < direct.seconds else "direct"
 
 
