@@ -27,7 +27,7 @@ from xformer_kernels import reference
 LAYER_WEIGHTS = ("qkv_weight", "qkv_bias", "temperature", "proj_weight", "proj_bias")
 BLOCK_WEIGHTS = (*LAYER_WEIGHTS, "ln_weight", "ln_bias", "layer_scale")
 SEED = 11
-WAIT = timedelta(seconds=20)
+WAIT = timedelta(seconds=15)
 
 
 @dataclass(frozen=True)
@@ -198,16 +198,6 @@ def _twice_backward(rank: int, ranks: int, group: Any) -> Any:
     return torch.autograd.grad(g.square().sum(), x)
 
 
-def _exported(rank: int, ranks: int, group: Any) -> Any:
-    class Module(torch.nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return case.call(x, weights, group=group)
-
-    case = Case()
-    x, _, weights, _ = case.inputs()
-    return torch.export.export(Module(), (x,), strict=False)
-
-
 VALUE, TYPE = (ValueError,), (TypeError,)
 BOTH = (TypeError, ValueError)
 _extra: dict[str, Any] = {}
@@ -239,7 +229,6 @@ REFUSALS = {
         _module(lambda m: m.qkv.register_forward_hook(print), False), VALUE, "torch.nn.linear without hooks"
     ),
     "Gram form, differentiated twice": Refusal(_twice_backward, (NotImplementedError,), "second derivatives"),
-    "exported": Refusal(_exported, (NotImplementedError,), "export without group"),
 }
 
 
@@ -360,6 +349,16 @@ def compiled(rank: int, ranks: int, group: Any) -> dict[str, Tensor]:
     return grads_of(model)
 
 
+def exported(group: Any) -> Any:
+    class Module(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return case.call(x, weights, group=group)
+
+    case = Case()
+    x, _, weights, _ = case.inputs()
+    return torch.export.export(Module(), (x,), strict=False)
+
+
 def twice(rank: int, ranks: int, group: Any) -> dict[str, Tensor]:
     """Gradients of the squared gradients of the tokens, direct form."""
     case = Case("direct", dtype=torch.float64, split=((40, 27), (31, 0, 36)))
@@ -455,17 +454,26 @@ def count(case: Case, rank: int, ranks: int, group: Any) -> dict[str, int]:
 
 
 def attempt(function: Callable[[], Any]) -> dict[str, Any]:
-    """The result or the error, and the seconds it took."""
+    """The result or the error, and the seconds it took; nothing is run any more once ranks have waited in vain."""
+    if _waited_in_vain:
+        return {"error": "not run", "words": _waited_in_vain[0], "trace": _waited_in_vain[0], "seconds": 0.0}
     start = time.monotonic()
     try:
         outcome = {"result": function()}
     except Exception as error:
         outcome = {"error": type(error).__name__, "words": str(error), "trace": traceback.format_exc()}
+        if "imed out" in str(error) or "closed by peer" in str(error):
+            _waited_in_vain.append("after " + outcome["trace"])
     return {**outcome, "seconds": time.monotonic() - start}
+
+
+_waited_in_vain: list[str] = []
 
 
 def in_step(group: Any, rank: int, ranks: int) -> bool:
     """Whether the ranks still hear each other in the order in which they speak."""
+    if _waited_in_vain:
+        return False
     t = torch.tensor([rank])
     dist.all_reduce(t, group=group)
     return t.item() == ranks * (ranks - 1) // 2
@@ -494,13 +502,15 @@ def main(rank: int, ranks: int, folder: Path) -> None:
     results["twice"] = attempt(lambda: twice(rank, ranks, world))
     if ranks == 2:
         results["model compiled"] = attempt(lambda: compiled(rank, ranks, world))
+        results["exported"] = attempt(lambda: exported(world))
     if ranks == 3:
         pair = dist.new_group([0, 2])
         place = {0: 0, 2: 1}.get(rank)
         results["pair"] = attempt(lambda: Case().run(pair, 0 if place is None else place, 2))
     torch.save(results, folder / f"{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    if not _waited_in_vain:
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -65,10 +65,19 @@ def outcomes(tmp_path_factory):
     def run(count):
         folder = tmp_path_factory.mktemp(f"ranks{count}")
         script = str(ROOT / "tests" / "ranks.py")
-        run_ranks(count, lambda rank: [sys.executable, script, str(rank), str(count), str(folder)])
+        try:
+            run_ranks(count, lambda rank: [sys.executable, script, str(rank), str(count), str(folder)])
+        except (AssertionError, subprocess.TimeoutExpired) as error:
+            return error
         return Ranks(torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(count))
 
-    return run
+    def run_once(count):
+        result = run(count)
+        if isinstance(result, Exception):
+            pytest.fail(str(result))
+        return result
+
+    return run_once
 
 
 @pytest.fixture(params=[2, 3], ids=["2 ranks", "3 ranks"])
@@ -112,7 +121,7 @@ def test_what_one_rank_cannot_do_is_an_error_on_every_rank(name, ranks):
     outcomes = [rank[f"refusal {name}"] for rank in ranks]
     for outcome in outcomes:
         assert outcome.get("error") in {t.__name__ for t in REFUSALS[name].types}, outcome
-        assert outcome["seconds"] < 15
+        assert outcome["seconds"] < 10
         assert outcome["in_step"]
     assert any(REFUSALS[name].words in outcome["words"].lower() for outcome in outcomes), outcomes
 
@@ -153,6 +162,12 @@ def test_compiled_calls_are_left_out_of_graphs_and_right(outcomes):
             torch.testing.assert_close(grad, expected[key], rtol=1e-9, atol=1e-9)
 
 
+def test_export_with_a_group_is_refused(outcomes):
+    for rank in outcomes(2):
+        assert rank["exported"]["error"] == "NotImplementedError"
+        assert "export without group" in rank["exported"]["words"]
+
+
 def test_direct_form_can_be_differentiated_twice(ranks):
     case = Case("direct", dtype=torch.float64)
     x, dout, weights, _ = case.inputs()
@@ -189,13 +204,12 @@ def test_bytes_are_those_of_the_documents_whatever_the_number_of_tokens(name, ra
 @pytest.mark.parametrize("launch", ["python", "torchrun"])
 def test_the_example_agrees_with_one_process_and_with_the_formula(launch):
     example = [str(ROOT / "examples" / "token_parallel.py"), "--height", "40", "--width", "50"]
-    python = [sys.executable, *example, "--ranks", "3"]
+    python = [sys.executable, *example, "--ranks", "2"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *example]
     (text,) = run_ranks(1, lambda _: python if launch == "python" else torchrun)
-    count = 3 if launch == "python" else 2
-    assert len(re.findall("output and all gradients agree with one process", text)) == count, text
+    assert len(re.findall("output and all gradients agree with one process", text)) == 2, text
     received = re.findall(r"received (\d+) B in the step, by the formula (\d+) B", text)
-    assert len(received) == count or "bytes not counted" in text, text
+    assert len(received) == 2 or "bytes not counted" in text, text
     for counted, formula in received:
         # beside the sums: headers, and the integers by which ranks compare
         assert int(formula) <= int(counted) <= int(formula) + 5000, text
