@@ -77,6 +77,11 @@ def _asked(backend: str) -> tuple[str, str]:
     return backend, backend
 
 
+def asked(backend: str) -> str:
+    """The name of the backend that a call asks for, by its argument or by the environment, or "auto"."""
+    return _asked(backend)[0]
+
+
 def _names() -> str:
     return ", ".join(repr(name) for name in ("auto", *BACKENDS))
 

@@ -283,6 +283,8 @@ def composed(
         # v too: its gradient's Gram matrix would meet what masked tokens hold
         q, k, v = (torch.where(token_mask[:, None, :, None], x, 0) for x in (q, k, v))
     if norm == "feature":
+        # an eps that the dtype rounds to 0 would make NaN of a zero norm
+        eps = max(eps, torch.finfo(q.dtype).smallest_normal * torch.finfo(q.dtype).eps)
         q, k = F.normalize(q, dim=-1, eps=eps), F.normalize(k, dim=-1, eps=eps)
     left, right = (q, k) if map == "query_key" else (k, v)
     S, ssq_left, ssq_right = gram(left, right, backend=backend)

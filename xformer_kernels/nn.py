@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from xformer_kernels import dispatch, validate
+from xformer_kernels import dispatch, parallel, validate
 from xformer_kernels.functional import xfa
 from xformer_kernels.layer import xfa_block, xfa_layer
 from xformer_kernels.layer.functional import FORMS
@@ -85,8 +85,10 @@ class XFA(nn.Module):
 
         token_mask (B, N) bool: False tokens take no part in the attention. group: tokens are split over its ranks.
         """
-        validate.tensor("x", x)
-        if x.dim() != 3 or x.shape[-1] != self.qkv.in_features:
+        # with a group xfa_layer checks, for an error on one rank to be one on all
+        if group is None:
+            validate.tensor("x", x)
+        if group is None and (x.dim() != 3 or x.shape[-1] != self.qkv.in_features):
             raise ValueError(f"x must have shape (B, N, C) with C = {self.qkv.in_features}, got {tuple(x.shape)}")
         if self.knows_its_weights():
             y = xfa_layer(x, *self.weights(), **self.choices(), token_mask=token_mask, group=group)
@@ -116,9 +118,10 @@ class XFA(nn.Module):
     def _through_modules(self, x: Tensor, token_mask: Tensor | None, group: Any) -> Tensor:
         """The direct form, by calling qkv and proj."""
         if self.form == "gram" or group is not None:
-            raise ValueError(
-                "form='gram' and group need the weights of qkv and proj, and these are no plain torch.nn.Linear"
-            )
+            with parallel.together(group, x):
+                raise ValueError(
+                    "form='gram' and group need the weights of qkv and proj, and these are no plain torch.nn.Linear"
+                )
         choices = self.choices()
         del choices["form"]
         if token_mask is not None:
@@ -199,10 +202,11 @@ def half_block(
     if not (
         isinstance(norm, nn.LayerNorm)
         and untouched(norm, nn.LayerNorm)
-        and norm.normalized_shape == (x.shape[-1],)
         and isinstance(attn, XFA)
         and untouched(attn, XFA)
         and attn.knows_its_weights()
+        # with a group xfa_block checks x, for an error on one rank to be one on all
+        and norm.normalized_shape == (x.shape[-1] if group is None else attn.qkv.in_features,)
         and not (attn.proj_drop.training and attn.proj_drop.p > 0)
     ):
         more = {"token_mask": token_mask, "group": group} if isinstance(attn, XFA) else {}

@@ -80,14 +80,14 @@ def _implementation(op: str, args: tuple[Any, ...]) -> Any:
 _composed: dict[str, Any] = {}
 
 
-def _wants_grad(*tensors: Tensor | None) -> bool:
+def wants_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def run(op: str, function: type[torch.autograd.Function], operands: tuple[Tensor | None, ...], *args: Any) -> Any:
     """Calls `op` on `args` (the last one is the backend); `operands` are its differentiable tensors."""
     if _plain(*operands):
-        return function.apply(*args) if _wants_grad(*operands) else _implementation(op, args)
+        return function.apply(*args) if wants_grad(*operands) else _implementation(op, args)
     return getattr(_ops, op)(*args)
 
 
@@ -327,7 +327,7 @@ def register(
         return _implementation(op, args)
 
     def autograd(*args: Any) -> Any:
-        if _wants_grad(*args[operands]) or torch.autograd.forward_ad._current_level >= 0:
+        if wants_grad(*args[operands]) or torch.autograd.forward_ad._current_level >= 0:
             return function.apply(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return overload(*args)

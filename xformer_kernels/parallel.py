@@ -1,11 +1,13 @@
 """Tokens split over the ranks of a process group: sums of C x C numbers go over the network, never tokens.
 
 Each rank calls :func:`xformer_kernels.xfa_layer` with its own tokens of the same images, (B, N of this rank, C), and
-gets their outputs; N may differ from rank to rank and be 0. Weights are the same on all ranks.
+gets their outputs; N may differ from rank to rank and be 0. Weights are the same on all ranks. All ranks call, and if
+gradients are wanted all ranks go backward through the result: also one that has no tokens.
 
-Gram form, per layer and image, in the accumulate dtype: forward C numbers (a vector near the tokens' mean), then
-``C C + C + 1``; backward ``O C + O``. Direct form: ``H D D + 2 H D`` forward and the same backward. Both add a few
-integers forward, by which ranks find out that they disagree before they wait for each other.
+Gram form, per layer and image, in the accumulate dtype: forward C + 1 numbers (a vector near the tokens' mean), then
+``C C + C + 1``; backward ``O C + O``. Direct form: ``H D D + 2 H D`` forward and the same backward. Dropout on the map
+adds ``H D D`` forward, from the first rank to all. Every call adds a few integers, by which ranks find out that they
+disagree before they wait for each other, and how many tokens the others have: ``form="auto"`` is decided by the most.
 
 A rank's gradients of weights are such that their *sum* over the ranks is the gradient of the sum of the ranks' losses:
 add them up, as DDP does (DDP then divides by the number of ranks, for all parameters alike). A rank's gradient of its
@@ -15,15 +17,26 @@ own tokens is whole.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_NAMES = ("the number of images B", "C", "the number of heads", "I", "O", "dtype", "map, norm, activation, form or eps")
+P = ParamSpec("P")
+R = TypeVar("R")
+
+# What ranks must have alike: numbers that are shown, then codes of what no number says.
+_SHOWN = ("the number of images B", "C", "the number of heads", "I", "O")
+_CODED = (
+    "dtype and kind of device",
+    "map, norm, activation, eps, dropout_p, form, ln_eps, residual and which weights are None",
+    "which gradients are wanted (requires_grad, torch.no_grad)",
+    "whether a backend serves the call",
+)
 _FAILED = -1
 
 
@@ -74,55 +87,111 @@ def size(group: str) -> int:
 
 
 def _group(name: str) -> Any:
-    from torch.distributed.distributed_c10d import _resolve_process_group
+    resolve: Any = dist.distributed_c10d._resolve_process_group  # type: ignore[attr-defined]
+    return resolve(name)
 
-    return _resolve_process_group(name)
+
+def outside_graphs(function: Callable[P, R]) -> Callable[P, R]:
+    """`function`, which torch.compile leaves out of its graphs when it is given a group: ranks compare at run time."""
+    eager: Callable[P, R] = torch.compiler.disable(
+        function, reason="group=: ranks compare their arguments at run time, which no graph holds"
+    )
+
+    @wraps(function)
+    def chosen(*args: P.args, **kwargs: P.kwargs) -> R:
+        if kwargs.get("group") is None or not torch.compiler.is_compiling():
+            return function(*args, **kwargs)
+        return eager(*args, **kwargs)
+
+    return chosen
+
+
+class Exchange:
+    """What this rank tells the others: ``alike``, as :func:`describe` gives it, and its number of ``tokens``.
+
+    Then ``most_tokens`` is that of the rank that has most.
+    """
+
+    def __init__(self) -> None:
+        self.alike: list[int] = []
+        self.tokens = self.most_tokens = 0
 
 
 @contextmanager
-def together(group: Any, x: Any) -> Iterator[list[int]]:
-    """Within it a rank checks its arguments and appends to the list what all ranks must have alike.
+def together(group: Any, x: Any) -> Iterator[Exchange]:
+    """Within it a rank checks its arguments and says what it has; then the ranks compare.
 
-    Raises on every rank, and none waits, if one of them has raised or they differ.
+    Raises on every rank, and none waits, if one of them has raised or they differ. Without a group nothing is compared.
     """
-    if group is None or torch.compiler.is_compiling():
-        yield []
-        return
-    _check(group, x)
-    mine: list[int] = []
-    try:
+    mine = Exchange()
+    if group is None:
         yield mine
+        return
+    if torch.compiler.is_exporting():
+        raise NotImplementedError("group: an exported program has no process groups; export without group=")
+    device = _meeting_place(group, x)
+    try:
+        _check(group, x)
+        yield mine
+        values = [*mine.alike, mine.tokens]
     except Exception:
-        _gather(group, x.device, [_FAILED] * len(_NAMES))
+        _gather(group, device, [_FAILED] * (len(_SHOWN) + len(_CODED) + 1))
         raise
-    ranks = _gather(group, x.device, mine)
-    failed = [rank for rank, values in enumerate(ranks) if values[0] == _FAILED]
+    ranks = _gather(group, device, values)
+    failed = [rank for rank, row in enumerate(ranks) if row[0] == _FAILED]
     if failed:
-        raise ValueError(f"group: the arguments of rank {', '.join(map(str, failed))} were refused there")
-    for what, *values in zip(_NAMES, *ranks, strict=True):
-        if len(set(values)) > 1:
-            shown = f": {values}" if what in _NAMES[:5] else ""
-            raise ValueError(f"group: ranks must agree on {what}, and rank by rank they have not{shown}")
+        raise ValueError(f"group: the arguments of rank {', '.join(map(str, failed))} of it were refused there")
+    *columns, tokens = zip(*ranks, strict=True)
+    for what, column in zip(_SHOWN + _CODED, columns, strict=True):
+        if len(set(column)) > 1:
+            shown = f": {list(column)} rank by rank" if what in _SHOWN else ""
+            raise ValueError(f"group: ranks must agree on {what}, and they do not{shown}")
+    mine.most_tokens = max(tokens)
 
 
-def describe(x: Tensor, heads: int, inner: int, out: int, choices: tuple[Any, ...]) -> list[int]:
+def describe(x: Tensor, heads: int, inner: int, out: int, *codes: Any) -> list[int]:
     """What all ranks must have alike, as integers in the order of the names in messages."""
-    codes = [zlib.crc32(repr(value).encode()) for value in (x.dtype, choices)]
-    return [x.shape[0], x.shape[-1], heads, inner, out, *codes]
+    coded = [zlib.crc32(repr(value).encode()) for value in ((x.dtype, x.device.type), *codes)]
+    return [x.shape[0], x.shape[-1], heads, inner, out, *coded]
+
+
+def _meeting_place(group: Any, x: Any) -> torch.device:
+    """Where the ranks compare: known from the group alone, so that it is the same on all, whatever x is.
+
+    Raises what cannot be told to other ranks: there is no group to tell them through.
+    """
+    if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
+        outside = "; this process is not one of its ranks" if _is_nobody(group) else ""
+        raise TypeError(f"group must be a torch.distributed.ProcessGroup or None, got {type(group).__name__}{outside}")
+    kinds = _kinds(group)
+    if "cpu" in kinds:
+        return torch.device("cpu")
+    if isinstance(x, Tensor) and x.device.type in kinds[:1]:
+        return x.device
+    if not kinds or not torch.get_device_module(kinds[0]).is_available():
+        raise ValueError(_wrong_backend(group, x))
+    return torch.device(kinds[0], torch.get_device_module(kinds[0]).current_device())
+
+
+def _kinds(group: Any) -> list[str]:
+    return sorted(device.type for device in group._device_types)
+
+
+def _wrong_backend(group: Any, x: Any) -> str:
+    where = f"x is on {x.device.type}" if isinstance(x, Tensor) else f"x is of type {type(x).__name__}"
+    kinds = " and ".join(_kinds(group)) or "no device"
+    return f"group has the backend {dist.get_backend(group)!r}, for tensors on {kinds}, and {where}"
+
+
+def _is_nobody(group: Any) -> bool:
+    return dist.is_available() and group is dist.GroupMember.NON_GROUP_MEMBER
 
 
 def _check(group: Any, x: Any) -> None:
-    if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
-        raise TypeError(f"group must be a torch.distributed.ProcessGroup or None, got {type(group).__name__}")
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
-    if dist.get_rank(group) < 0:
-        raise ValueError("group: this process is not one of its ranks")
-    try:
-        group._get_backend(x.device)
-    except RuntimeError:
-        accepted = dist.get_backend(group)
-        raise ValueError(f"group has the backend {accepted!r}, which has none for tensors on {x.device.type}") from None
+    if x.device.type not in _kinds(group):
+        raise ValueError(_wrong_backend(group, x))
 
 
 def _gather(group: Any, device: torch.device, mine: list[int]) -> list[list[int]]:

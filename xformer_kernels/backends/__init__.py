@@ -3,7 +3,7 @@
 A backend offers the ops' functions (``xfa_forward``, ``xfa_backward``, ``gram``, ``channel_mix``) with the schemas of
 :mod:`xformer_kernels.ops` less the ``backend`` argument, and ``unsupported(device_type, dtypes, head_dims)``: every
 reason why it cannot serve a call. If it has a text ``ONLY_BY_NAME``, ``backend="auto"`` passes over it for that reason.
-It may have ``layer_gram`` and ``layer_mix``, the passes of :mod:`xformer_kernels.layer.passes` over (B, 1, N, C) tokens.
+It may have ``layer_gram`` and ``layer_mix``: see :mod:`xformer_kernels.layer.passes`.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ WIDEST = 512
 FORMS = ("auto", "gram", "direct")
 
 
+@parallel.outside_graphs
 def xfa_layer(
     x: Tensor,
     qkv_weight: Tensor,
@@ -59,7 +60,7 @@ def xfa_layer(
         token_mask: (B, N) bool. False tokens take no part in the attention: theirs is proj_bias, as of a zero.
         form: "auto", "gram" or "direct". ``norm="feature"`` has no Gram form. In ``torch.export`` "auto" is "direct".
         group: a ``torch.distributed.ProcessGroup`` over whose ranks the tokens of every image are split, unevenly if
-            need be: see :mod:`xformer_kernels.parallel`.
+            need be: see :mod:`xformer_kernels.parallel`. ``torch.compile`` leaves such a call out of its graphs.
         backend: as in :func:`xformer_kernels.xfa`.
 
     Weights are in the dtype of x or in its accumulate dtype (float32; float64 for float64). With autocast on, x is cast
@@ -78,13 +79,13 @@ def xfa_layer(
         (x,) = ops.autocast(x)  # type: ignore[assignment]
     call = _Call(map, norm, activation, eps, token_mask, dropout_p, form, group, backend)
     o = Operands(x, qkv_weight, qkv_bias, temperature, proj_weight, proj_bias)
-    with parallel.together(group, x) as alike:
+    with parallel.together(group, x) as ranks:
         call.check(o)
-        if group is not None:
-            alike += call.alike(o)
-    return _run(call, o, 0.0, False)
+        call.tell(ranks, o)
+    return _run(call.agreed(ranks, o), o, 0.0, False)
 
 
+@parallel.outside_graphs
 def xfa_block(
     x: Tensor,
     ln_weight: Tensor | None,
@@ -128,7 +129,7 @@ def xfa_block(
     """
     call = _Call(map, norm, activation, eps, token_mask, dropout_p, form, group, backend)
     o = Operands(x, qkv_weight, qkv_bias, temperature, proj_weight, proj_bias, ln_weight, ln_bias, layer_scale)
-    with parallel.together(group, x) as alike:
+    with parallel.together(group, x) as ranks:
         call.check(o)
         validate.positive("ln_eps", ln_eps)
         if residual and proj_weight.shape[0] != x.shape[-1]:
@@ -136,9 +137,8 @@ def xfa_block(
                 f"proj_weight must have shape (C, I) with C = {x.shape[-1]} where x is added, "
                 f"got {tuple(proj_weight.shape)}"
             )
-        if group is not None:
-            alike += call.alike(o, ln_eps, residual)
-    return _run(call, o, float(ln_eps), bool(residual))
+        call.tell(ranks, o, float(ln_eps), bool(residual))
+    return _run(call.agreed(ranks, o), o, float(ln_eps), bool(residual))
 
 
 class LayerExplanation(NamedTuple):
@@ -183,7 +183,8 @@ def explain_layer(
 ) -> LayerExplanation:
     """Which form and backend the same call of :func:`xfa_layer` would take, and the costs of both: print the result.
 
-    Computes nothing. Raises what :func:`xfa_layer` would raise for the same arguments.
+    Computes nothing, and asks no other rank of a group: "auto" is as if no rank had more tokens. Raises what
+    :func:`xfa_layer` would raise for the same arguments.
     """
     if isinstance(x, Tensor):
         (x,) = ops.autocast(x)  # type: ignore[assignment]
@@ -220,12 +221,30 @@ class _Call(NamedTuple):
         if self.form == "gram" and self.no_gram_form():
             raise ValueError(f"form='gram' is not possible: {self.no_gram_form()}; take 'auto' or 'direct'")
 
-    def alike(self, o: Operands, *more: Any) -> list[int]:
-        """What ranks of a group must have alike."""
-        absent = tuple(t is None for t in o[:OPERANDS])
-        choices = (self.map, self.norm, self.activation, self.eps, self.dropout_p, self.form, absent, more)
+    def tell(self, ranks: parallel.Exchange, o: Operands, *block: Any) -> None:
+        """What the ranks of a group must have alike, for all to send each other the same sums in the same order."""
+        if self.group is None:
+            return
+        absent = [t is None for t in o[:OPERANDS]]
+        choices = (self.map, self.norm, self.activation, float(self.eps), float(self.dropout_p), self.form)
+        # of anything, as the Gram form goes backward for, and of q and k, as the direct form does
+        of_qk = (o.x, o.qkv_weight, o.qkv_bias, o.ln_weight, o.ln_bias)
+        wanted = [ops.wants_grad(*o[:OPERANDS]), ops.wants_grad(*of_qk)]
         O, I = o.proj_weight.shape  # noqa: E741
-        return parallel.describe(o.x, o.temperature.numel(), I, O, choices)
+        H = o.temperature.numel()
+        served = [self._served(o.x, dims) for dims in ((o.x.shape[-1],), (I // H,))]
+        ranks.alike = parallel.describe(o.x, H, I, O, (*choices, *absent, *block), wanted, served)
+        ranks.tokens = o.x.shape[1]
+
+    def _served(self, x: Tensor, dims: tuple[int, ...]) -> bool:
+        name = dispatch.asked(self.backend)
+        return name == "auto" or not dispatch.reasons_against(name, x.device.type, (x.dtype,), dims)
+
+    def agreed(self, ranks: parallel.Exchange, o: Operands) -> _Call:
+        """The call with the form that all ranks of its group take, which is decided by the most tokens that one has."""
+        if self.group is None:
+            return self
+        return self._replace(form=self.choose(o, tokens=ranks.most_tokens))
 
     def no_gram_form(self) -> str:
         """Why there is no Gram form, or nothing."""
@@ -233,20 +252,22 @@ class _Call(NamedTuple):
             return "norm='feature' divides each token of q and k by a norm of its own, so no sum over x knows them"
         return ""
 
-    def costs(self, o: Operands) -> tuple[cost.Cost, cost.Cost]:
-        """Of the Gram form, and of the direct one."""
-        training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in o[:OPERANDS])
+    def costs(self, o: Operands, tokens: int | None = None) -> tuple[cost.Cost, cost.Cost]:
+        """Of the Gram form, and of the direct one; `tokens`: as if x had so many."""
         O, I = o.proj_weight.shape  # noqa: E741
         B, N, C = o.x.shape
+        N = N if tokens is None else tokens
+        training = ops.wants_grad(*o[:OPERANDS])
         shape = cost.Shape(B, N, C, o.temperature.numel(), I, O, o.x.element_size(), training)
         return cost.gram(shape, o.x.device.type), cost.direct(shape, o.x.device.type)
 
-    def choose(self, o: Operands) -> str:
+    def choose(self, o: Operands, tokens: int | None = None) -> str:
+        """The form; `tokens`: as if x had so many."""
         if self.form != "auto":
             return self.form
         if self.no_gram_form() or torch.compiler.is_exporting():
             return "direct"
-        gram, direct = self.costs(o)
+        gram, direct = self.costs(o, tokens)
         return "gram" if gram.seconds < direct.seconds else "direct"
 
 

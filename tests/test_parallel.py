@@ -1,0 +1,228 @@
+"""Tokens split over 2 and 3 processes, against one process: outputs, all gradients, errors on all ranks, bytes sent."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from functools import cache
+from pathlib import Path
+
+import pytest
+import ranks as worker
+import torch
+from ranks import CASES, COUNTED, MODELS, PAIRS, REFUSALS, Case
+
+import xformer_kernels as xk
+from xformer_kernels import parallel, reference
+from xformer_kernels.testing import assert_close
+
+ROOT = Path(__file__).parents[1]
+LIMIT = 120
+"""Seconds after which processes count as hanging."""
+
+pytestmark = pytest.mark.skipif(
+    not torch.distributed.is_available() or not torch.distributed.is_gloo_available(), reason="torch without gloo"
+)
+
+
+def run_ranks(count, command, **environment):
+    """What `count` processes print, each started with `command` of its rank; all end within the limit."""
+    # no OMP_NUM_THREADS of the caller: ranks say themselves how many threads they have
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests"))), **environment}
+    processes = [
+        subprocess.Popen(command(rank), env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for rank in range(count)
+    ]
+    end = time.monotonic() + LIMIT
+    try:
+        printed = [p.communicate(timeout=max(1, end - time.monotonic()))[0] for p in processes]
+    finally:
+        for p in processes:
+            p.kill()
+    for rank, (p, text) in enumerate(zip(processes, printed, strict=True)):
+        assert p.returncode == 0, f"rank {rank}:\n{text[-4000:]}"
+    return printed
+
+
+class Ranks(list):
+    """The outcomes of all ranks by name."""
+
+    def of(self, name):
+        outcomes = [rank[name] for rank in self]
+        for rank, outcome in enumerate(outcomes):
+            assert "error" not in outcome, f"rank {rank}: {outcome['trace']}"
+        return [outcome["result"] for outcome in outcomes]
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    """``outcomes(count)``: what so many ranks came to, run once."""
+
+    @cache
+    def run(count):
+        folder = tmp_path_factory.mktemp(f"ranks{count}")
+        script = str(ROOT / "tests" / "ranks.py")
+        try:
+            run_ranks(count, lambda rank: [sys.executable, script, str(rank), str(count), str(folder)])
+        except (AssertionError, subprocess.TimeoutExpired) as error:
+            return error
+        return Ranks(torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(count))
+
+    def run_once(count):
+        result = run(count)
+        if isinstance(result, Exception):
+            pytest.fail(str(result))
+        return result
+
+    return run_once
+
+
+@pytest.fixture(params=[2, 3], ids=["2 ranks", "3 ranks"])
+def ranks(request, outcomes):
+    return outcomes(request.param)
+
+
+def joined(results):
+    """The ranks' tokens side by side, and the sums of their gradients of weights."""
+    whole = {name: torch.cat([r[name] for r in results], 1) for name in ("out", "dx") if name in results[0]}
+    for name in results[0].keys() - whole.keys():
+        total = sum(r[name].double() for r in results)
+        whole[name] = total.to(results[0][name].dtype)
+    return whole
+
+
+def check(case, results):
+    whole, eager, oracle = joined(results), case.by_reference(None), case.by_reference(torch.float64)
+    assert whole.keys() == oracle.keys()
+    for name, expected in oracle.items():
+        assert whole[name].dtype == eager[name].dtype, name
+        assert_close(whole[name], eager[name], expected, name)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_output_and_gradients_are_those_of_one_process(case, ranks):
+    check(case, ranks.of(f"case {case}"))
+
+
+def test_form_is_the_same_on_ranks_that_alone_would_take_others():
+    case = next(c for c in CASES if c.form == "auto")
+    x, _, w, _ = case.inputs()
+    forms = set()
+    for shard in x.split(case.shards(2), 1):
+        forms.add(xk.explain_layer(shard.requires_grad_(), *(w[name] for name in worker.LAYER_WEIGHTS)).form)
+    assert forms == {"gram", "direct"}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_what_one_rank_cannot_do_is_an_error_on_every_rank(name, ranks):
+    outcomes = [rank[f"refusal {name}"] for rank in ranks]
+    for outcome in outcomes:
+        assert outcome.get("error") in {t.__name__ for t in REFUSALS[name].types}, outcome
+        assert outcome["seconds"] < 10
+        assert outcome["in_step"]
+    assert any(REFUSALS[name].words in outcome["words"].lower() for outcome in outcomes), outcomes
+
+
+def expected_of_network(loss):
+    model = worker.network()
+    x, target = worker.network_input()
+    loss(model(x) - target).backward()
+    return worker.grads_of(model)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_gradients_of_a_network_beside_ddp_fsdp_and_by_hand(name, ranks):
+    """All but the mean are sums over all tokens; DDP and FSDP2 divide by the number of ranks."""
+    loss = (lambda d: d.square().mean()) if name == "ddp_mean" else (lambda d: d.square().sum())
+    expected = expected_of_network(loss)
+    for grads in ranks.of(f"model {name}"):
+        assert grads.keys() == expected.keys()
+        for key, grad in grads.items():
+            torch.testing.assert_close(grad, expected[key], rtol=1e-9, atol=1e-9, msg=lambda m, k=key: f"{k}: {m}")
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_as_one_process_does(name, ranks):
+    for pairs in ranks.of(f"pairs {name}"):
+        for key, (ours, alone) in pairs.items():
+            assert ours.dtype == alone.dtype
+            tolerance = 1e-9 if ours.dtype == torch.float64 else 0.02
+            torch.testing.assert_close(
+                ours, alone, rtol=tolerance, atol=tolerance, msg=lambda m, k=key: f"{k}: {m}"
+            )  # fmt: skip
+
+
+def test_compiled_calls_are_left_out_of_graphs_and_right(outcomes):
+    expected = expected_of_network(lambda d: d.square().sum())
+    for grads in outcomes(2).of("model compiled"):
+        for key, grad in grads.items():
+            torch.testing.assert_close(grad, expected[key], rtol=1e-9, atol=1e-9)
+
+
+def test_export_with_a_group_is_refused(outcomes):
+    for rank in outcomes(2):
+        assert rank["exported"]["error"] == "NotImplementedError"
+        assert "export without group" in rank["exported"]["words"]
+
+
+def test_direct_form_can_be_differentiated_twice(ranks):
+    case = Case("direct", dtype=torch.float64)
+    x, dout, weights, _ = case.inputs()
+    expected = worker.second(lambda x, w: reference.xfa_layer(x, *w.values()), x, dout, weights)
+    for name, result in joined(ranks.of("twice")).items():
+        torch.testing.assert_close(result, expected[name], rtol=1e-9, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_a_group_of_some_of_the_ranks(outcomes):
+    inside = [rank["pair"] for rank in outcomes(3)]
+    outside = inside.pop(1)
+    assert outside["error"] == "TypeError" and "not one of its ranks" in outside["words"]
+    check(Case(), [outcome["result"] for outcome in inside])
+
+
+def payload(case):
+    """Bytes that a rank gives to each kind of collective: what docs/token_parallel.md says."""
+    B, C, H = case.B, case.C, case.H
+    D, size = C // H, reference.accumulate_dtype(case.dtype).itemsize
+    gram, direct = (C + 1) + (C * C + C + 1) + (C * C + C), 2 * (H * D * D + 2 * H * D)
+    numbers = gram if case.form == "gram" else direct
+    counts = {"all_reduce": B * numbers * size, "all_gather": 8 * (len(parallel._SHOWN) + len(parallel._CODED) + 1)}
+    if case.dropout_p:
+        counts["broadcast"] = B * H * D * D * size
+    return counts
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_bytes_are_those_of_the_documents_whatever_the_number_of_tokens(name, ranks):
+    for seen in ranks.of(f"count {name}"):
+        assert seen == payload(COUNTED[name])
+
+
+@pytest.mark.parametrize("launch", ["python", "torchrun"])
+def test_the_example_agrees_with_one_process_and_with_the_formula(launch):
+    example = [str(ROOT / "examples" / "token_parallel.py"), "--height", "40", "--width", "50"]
+    python = [sys.executable, *example, "--ranks", "2"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *example]
+    (text,) = run_ranks(1, lambda _: python if launch == "python" else torchrun)
+    assert len(re.findall("output and all gradients agree with one process", text)) == 2, text
+    received = re.findall(r"received (\d+) B in the step, by the formula (\d+) B", text)
+    assert len(received) == 2 or "bytes not counted" in text, text
+    for counted, formula in received:
+        # beside the sums: headers, and the integers by which ranks compare
+        assert int(formula) <= int(counted) <= int(formula) + 5000, text
+
+
+def test_table_of_bytes_is_by_the_formula():
+    text = (ROOT / "docs" / "token_parallel.md").read_text()
+    C, H = 384, 8
+    gram, direct = (payload(Case(form, B=1, C=C, H=H))["all_reduce"] for form in ("gram", "direct"))
+    rows = re.findall(r"^\| ([\d,]+) \| (.*) \|$", text, re.M)
+    assert len(rows) >= 4
+    for tokens, cells in rows:
+        keys_and_values = 2 * 2 * int(tokens.replace(",", "")) * C * 2
+        for ranks, cell in zip((2, 8, 64), cells.split(" | "), strict=True):
+            expected = [2 * gram, 2 * direct, keys_and_values]
+            assert cell == " / ".join(f"{(ranks - 1) / ranks * b / 1e6:,.2f}" for b in expected)
