@@ -226,7 +226,7 @@ REFUSALS = {
     "C of a module": Refusal(_module(lambda m: None, False, 25), VALUE, "c = 25"),
     "C of a block": Refusal(_module(lambda m: None, True, 25), VALUE, "c = 25"),
     "hooks on one rank": Refusal(
-        _module(lambda m: m.qkv.register_forward_hook(print), False), VALUE, "torch.nn.linear without hooks"
+        _module(lambda m: m.qkv.register_forward_hook(print), False), VALUE, "no plain torch.nn.linear"
     ),
     "Gram form, differentiated twice": Refusal(_twice_backward, (NotImplementedError,), "second derivatives"),
 }
