@@ -200,8 +200,9 @@ def print_gains(rows: list[Row], terminal: Terminal) -> None:
             continue
         text = (
             f"{row.provider}, {row.workload}, {row.direction}: {row.speedup_over_eager:.2f}x eager; attention is "
-            f"{row.attention_share:.0%} of its time, so at most {row.bound:.2f}x"
+            f"{row.attention_share:.0%} of its time"
         )
+        text += "" if row.bound is None else f", so at most {row.bound:.2f}x"
         if row.output_error is not None:
             text += f"; worst relative error: output {row.output_error:.1e}, gradients {row.gradient_error:.1e}"
         terminal.print(text)
