@@ -206,6 +206,18 @@ def test_explain_shows_both_costs_and_the_choice(ran_auto):
             layer.call(list(layer.tensors))
 
 
+def test_a_backend_asked_for_by_name_takes_the_form_that_it_can(ran_backend, need_backend):
+    """The CPU kernels take 512 features at a time: those of a head, but not those of a token here."""
+    need_backend("cpp")
+    layer = make_layer((1, 1800, 520, 8))
+    assert xk.explain_layer(*layer.tensors[:6]).form == "gram"
+    assert xk.explain_layer(*layer.tensors[:6], backend="cpp").form == "direct"
+    with ran_backend("cpp", "xfa_forward"):
+        layer.call(list(layer.tensors), backend="cpp")
+    with pytest.raises(RuntimeError, match="520 features"):
+        layer.call(list(layer.tensors), backend="cpp", form="gram")
+
+
 def test_training_counts_what_backward_costs():
     layer = make_layer((1, 4096, 64, 4))
     without = xk.explain_layer(*layer.tensors[:6])

@@ -267,6 +267,8 @@ class _Call(NamedTuple):
             return self.form
         if self.no_gram_form() or torch.compiler.is_exporting():
             return "direct"
+        if not self._served(o.x, functional.head_dims(o.x)):
+            return "direct"  # of fewer features at a time
         gram, direct = self.costs(o, tokens)
         return "gram" if gram.seconds < direct.seconds else "direct"
 
