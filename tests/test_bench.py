@@ -30,12 +30,6 @@ def load(monkeypatch):
     return lambda name: importlib.import_module(f"bench.{name}")
 
 
-@pytest.fixture
-def few_tokens(load, monkeypatch):
-    """In sums of either sign over so few terms, eager's own error is no measure of what rounding may do."""
-    monkeypatch.setattr(load("modules"), "ULPS", 64)
-
-
 def test_shapes_of_a_gpu_fill_its_caches_and_fit_its_memory(load):
     workloads = load("workloads")
     for shape in workloads.OP_SHAPES["gpu"]:
@@ -67,7 +61,7 @@ def test_op_cases(load, need_backend):
 
 
 @pytest.mark.parametrize("kind", ["LayerShape", "BlockShape"])
-def test_layer_cases(kind, load, need_backend, few_tokens):
+def test_layer_cases(kind, load, need_backend):
     need_backend("cpp")
     pytest.importorskip("timm", reason="the layer that is compared with is timm's")
     modules, workloads = load("modules"), load("workloads")
@@ -152,7 +146,7 @@ def test_regret(load):
     assert main._regret("cpp", {"cpp": times["cpp"]}) is None
 
 
-def test_layers_and_blocks_in_one_run(load, need_backend, few_tokens, monkeypatch, capsys, tmp_path):
+def test_layers_and_blocks_in_one_run(load, need_backend, monkeypatch, capsys, tmp_path):
     need_backend("cpp")
     pytest.importorskip("timm", reason="the layer that is compared with is timm's")
     main, report, workloads = load("__main__"), load("report"), load("workloads")
@@ -172,12 +166,12 @@ def test_layers_and_blocks_in_one_run(load, need_backend, few_tokens, monkeypatc
         assert ours["form"] in ("gram", "direct") and ours["regret"] > -1 and 0 < ours["memory_of_eager"] < 1
 
 
-def test_models_say_what_they_could_gain(load, need_backend, few_tokens, monkeypatch, capsys, tmp_path):
+def test_models_say_what_they_could_gain(load, need_backend, monkeypatch, capsys, tmp_path):
     need_backend("cpp")
     main, mdta, workloads = load("__main__"), load("mdta"), load("workloads")
     monkeypatch.setattr(mdta, "mdta_48", lambda: mdta.Stack(8, 2, 2))
     monkeypatch.setattr(load("report"), "can_plot", lambda: False)
-    monkeypatch.setitem(main.KINDS["model"][0], "test", (workloads.ModelShape("mdta_48", 1, 16),))
+    monkeypatch.setitem(main.KINDS["model"][0], "test", (workloads.ModelShape("mdta_48", 1, 40),))
     command = ["model", "--shapes", "test", "--providers", "eager,cpp", "--seconds", "0.1", "--out", str(tmp_path)]
     assert main.main(command) == 0
     printed = capsys.readouterr().out
