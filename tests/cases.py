@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +12,9 @@ from torch import Tensor
 
 from xformer_kernels import reference
 from xformer_kernels.testing import assert_close, gradient_terms
+
+THOROUGH = os.environ.get("XFORMER_KERNELS_THOROUGH", "0") not in ("", "0")
+"""Whether tests that have more than each push can wait for do all of it: see .ci/thorough."""
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, *LOW_PRECISION, torch.float64)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from cases import Config, Problem, random_mask
+from cases import THOROUGH, Config, Problem, random_mask
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -16,7 +16,8 @@ from xformer_kernels.testing import assert_bitwise, assert_close
 
 def for_all(strategy, check, slow):
     """The check for many drawn arguments, for fewer where each takes seconds."""
-    settings(max_examples=8 if slow else 100, suppress_health_check=list(HealthCheck))(given(strategy)(check))()
+    few = 8 if THOROUGH else 4
+    settings(max_examples=few if slow else 100, suppress_health_check=list(HealthCheck))(given(strategy)(check))()
 
 
 batches = st.sampled_from([0, 1, 1, 2, 3])

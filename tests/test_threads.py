@@ -133,7 +133,8 @@ def test_after_fork(run_python):
 
 def test_calls_from_many_python_threads(kernel, device, slow):
     """The kernels let go of the interpreter: calls that overlap must not share scratch memory."""
-    problems = [make_problem((2, 1100 + 100 * i, 2, 24), seed=i, device=device) for i in range(4)]
+    least = 300 if slow else 1100
+    problems = [make_problem((2, least + 100 * i, 2, 24), seed=i, device=device) for i in range(4)]
     expected = [p.run(xk.xfa, backend=kernel) for p in problems]
     with ThreadPoolExecutor(8) as pool:
         results = list(pool.map(lambda i: problems[i % 4].run(xk.xfa, backend=kernel), range(12 if slow else 48)))

@@ -145,7 +145,7 @@ def compile_one(job: Job, name: str, launched: Launch) -> dict[str, Any]:
             file.write(compiled.asm["cubin"])
             file.flush()
             usage = _output(TOOLS / "cuobjdump", "--dump-resource-usage", file.name)
-            code = _output(TOOLS / "nvdisasm", "-c", file.name)
+            code = _output(TOOLS / "nvdisasm", "-c", "-ndf", file.name)
         numbers = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
         row |= {"registers": numbers["REG"], "spilled": numbers["STACK"] + numbers["LOCAL"]}
     else:
