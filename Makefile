@@ -35,7 +35,7 @@ lint: setup
 	$(BIN)/mypy
 
 # The compiled kernels once more, instrumented, under the tests that reach all of them. Warnings are not errors in this
-# build: with sanitizers on, GCC warns of the deliberately undefined values in its own intrinsics. Each instruction level
+# build: with sanitizers on, GCC warns of the deliberately undefined values in its own intrinsics. An instruction level
 # takes minutes, and is built only if these tests run it here: the one in use, and Zen 4's beside x86_64_v4.
 SANITIZED := build/sanitized
 SANITIZED_LEVELS = $(shell $(BIN)/python -c "from xformer_kernels import _C; used = _C.cpu_level(); \
