@@ -35,12 +35,15 @@ lint: setup
 	$(BIN)/mypy
 
 # The compiled kernels once more, instrumented, under the tests that reach all of them. Warnings are not errors in this
-# build: with sanitizers on, GCC warns of the deliberately undefined values in its own intrinsics.
+# build: with sanitizers on, GCC warns of the deliberately undefined values in its own intrinsics. An instruction level
+# takes minutes, and is built only if these tests run it here: the one in use, and Zen 4's beside x86_64_v4.
 SANITIZED := build/sanitized
+SANITIZED_LEVELS = $(shell $(BIN)/python -c "from xformer_kernels import _C; used = _C.cpu_level(); \
+  print(used + ';zen4' * (used == 'x86_64_v4' and 'zen4' in _C.build_info()['levels']))")
 SANITIZED_TESTS := tests/test_xfa.py tests/test_primitives.py tests/test_determinism.py tests/test_layer.py
 sanitize: setup
 	XFORMER_KERNELS_SANITIZE=address,undefined XFORMER_KERNELS_REQUIRE_EXTENSION=1 XFORMER_KERNELS_WERROR=0 \
-	  XFORMER_KERNELS_CUDA=0 \
+	  XFORMER_KERNELS_CUDA=0 CMAKE_ARGS="$(CMAKE_ARGS) -DXK_LEVELS=$(SANITIZED_LEVELS)" \
 	  $(BIN)/python setup.py -q build --build-lib $(SANITIZED) --build-temp $(SANITIZED)-objects
 	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \

@@ -89,7 +89,7 @@ def test_compile_fullgraph_dynamic(compiler, backend, device, ran, slow):
     if slow and compiler == "inductor":
         pytest.skip("the graph, and so the code around the kernels, is that of the other backends")
     if backend == "reference" and compiler == "inductor" and not THOROUGH:
-        pytest.skip("no kernels of ours: minutes of the compiler for torch's own functions, when tests are thorough")
+        pytest.skip("without kernels of ours, when tests are thorough")
     compiled = torch.compile(everything, fullgraph=True, dynamic=True, backend=compiler)
     for i, (B, N) in enumerate(((2, 50), (3, 77), (5, 130), (2, 300 if slow else 1025))):
         p = make_problem((B, N, 3, 8), dtype=torch.float64, masked=True, device=device, seed=i)
