@@ -71,6 +71,24 @@ def xfa(
         RuntimeError: a backend asked for by name cannot serve the call; the message has every reason.
     """
     q, k, v, temperature = _prepare(q, k, v, temperature, map, norm, activation, eps, token_mask, dropout_p, map_fn)
+    return checked_xfa(q, k, v, temperature, map, norm, activation, eps, token_mask, dropout_p, map_fn, backend)
+
+
+def checked_xfa(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    temperature: Tensor,
+    map: str,
+    norm: str,
+    activation: str,
+    eps: float,
+    token_mask: Tensor | None,
+    dropout_p: float,
+    map_fn: Callable[[Tensor], Tensor] | None,
+    backend: str,
+) -> Tensor:
+    """:func:`xfa` of arguments that are known to be right, with the temperature as (H,)."""
     fused = map_fn is None and dropout_p == 0
     first = preference.first_asked(q, norm) if fused else None
     name = dispatch.choose(backend, q.device.type, (q.dtype, temperature.dtype), head_dims(q), first)
@@ -83,7 +101,7 @@ def xfa(
     with ops.without_autocast(q):
         return reference.xfa(
             q, k, v, temperature, map=map, norm=norm, activation=activation, eps=eps, token_mask=token_mask,
-            dropout_p=dropout_p, map_fn=None if map_fn is None else _checked(map_fn),
+            dropout_p=dropout_p, map_fn=None if map_fn is None else _checked_result(map_fn),
         )  # fmt: skip
 
 
@@ -253,7 +271,7 @@ def _broadcast(name: str, t: Tensor, x: Tensor, heads: Any, last: tuple[Any, ...
         ) from None
 
 
-def _checked(map_fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+def _checked_result(map_fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     def checked(S: Tensor) -> Tensor:
         A = map_fn(S)
         validate.tensor("the result of map_fn", A)
@@ -298,7 +316,7 @@ def composed(
         else:
             q = (q / _norm(ssq_right, eps).unsqueeze(-2)).to(q.dtype)
     S = S * temperature.to(S.dtype).view(-1, 1, 1)
-    A = reference.activate(S, map, activation) if map_fn is None else _checked(map_fn)(S).to(S.dtype)
+    A = reference.activate(S, map, activation) if map_fn is None else _checked_result(map_fn)(S).to(S.dtype)
     if dropout_p:
         A = A * parallel.same(group, F.dropout(torch.ones_like(A), dropout_p))
     x, weight = (v, A) if map == "query_key" else (q, A.transpose(-2, -1))

@@ -6,6 +6,7 @@ operations. They are estimates to compare with each other, of a machine in propo
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 
@@ -14,13 +15,13 @@ class Machine(NamedTuple):
     kernel: float  # FLOP/s of our passes
     algebra: float  # FLOP/s of torch's products of C x C matrices, with what is done to each number between them
     bandwidth: float  # bytes/s
-    start: float  # seconds of one small operation
+    start: float  # seconds of one small operation, as in a model: with caches that other layers have filled
 
 
 # cpu: measured on two cores of a Zen 5, torch 2.14, float32; `python -m bench layer` reports the regret of its choices.
 # cuda: by design, from the data sheet of an H100 in tf32; not measured.
 MACHINES = {
-    "cpu": Machine(matmul=2.2e11, kernel=2.8e11, algebra=1.5e11, bandwidth=2.5e10, start=8e-6),
+    "cpu": Machine(matmul=2.2e11, kernel=2.8e11, algebra=1.2e11, bandwidth=2.5e10, start=1e-5),
     "cuda": Machine(matmul=2e14, kernel=1.5e14, algebra=5e13, bandwidth=2.5e12, start=6e-6),
 }
 
@@ -60,7 +61,7 @@ def direct(s: Shape, device: str) -> Cost:
     # forward: x, q k v twice, out twice, y; backward: these once more and their gradients
     numbers = tokens * (s.C + 8 * s.inner + s.out) * times
     moved = numbers * s.itemsize
-    seconds = projections / m.matmul + xfa / m.kernel + moved / m.bandwidth + 12 * times * m.start
+    seconds = projections / m.matmul + xfa / m.kernel + moved / m.bandwidth + 10 * times * m.start
     return Cost(projections + xfa, moved, seconds)
 
 
@@ -76,6 +77,13 @@ def gram(s: Shape, device: str) -> Cost:
     algebra = s.B * per_image
     numbers = tokens * (2 * s.C + s.out) + (tokens * (2 * s.C + 2 * s.out + s.C) if s.training else 0)
     moved = numbers * s.itemsize
-    operations = 110 if s.training else 30
+    operations = 130 if s.training else 45
     seconds = passes / m.kernel + algebra / m.algebra + moved / m.bandwidth + operations * m.start
     return Cost(passes + algebra, moved, seconds)
+
+
+def cheaper(s: Shape, device: str) -> str:
+    return "gram" if gram(s, device).seconds < direct(s, device).seconds else "direct"
+
+
+cached = lru_cache(maxsize=4096)(cheaper)

@@ -77,12 +77,12 @@ def xfa_layer(
     """
     if isinstance(x, Tensor):
         (x,) = ops.autocast(x)  # type: ignore[assignment]
-    call = _Call(map, norm, activation, eps, token_mask, dropout_p, form, group, backend)
+    call = Call(map, norm, activation, eps, token_mask, dropout_p, form, group, backend)
     o = Operands(x, qkv_weight, qkv_bias, temperature, proj_weight, proj_bias)
     with parallel.together(group, x) as ranks:
         call.check(o)
         call.tell(ranks, o)
-    return _run(call.agreed(ranks, o), o, 0.0, False)
+    return run(call.agreed(ranks, o), o, 0.0, False)
 
 
 @parallel.outside_graphs
@@ -127,7 +127,7 @@ def xfa_block(
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`xfa_layer`.
     """
-    call = _Call(map, norm, activation, eps, token_mask, dropout_p, form, group, backend)
+    call = Call(map, norm, activation, eps, token_mask, dropout_p, form, group, backend)
     o = Operands(x, qkv_weight, qkv_bias, temperature, proj_weight, proj_bias, ln_weight, ln_bias, layer_scale)
     with parallel.together(group, x) as ranks:
         call.check(o)
@@ -138,7 +138,7 @@ def xfa_block(
                 f"got {tuple(proj_weight.shape)}"
             )
         call.tell(ranks, o, float(ln_eps), bool(residual))
-    return _run(call.agreed(ranks, o), o, float(ln_eps), bool(residual))
+    return run(call.agreed(ranks, o), o, float(ln_eps), bool(residual))
 
 
 class LayerExplanation(NamedTuple):
@@ -188,7 +188,7 @@ def explain_layer(
     """
     if isinstance(x, Tensor):
         (x,) = ops.autocast(x)  # type: ignore[assignment]
-    call = _Call(map, norm, activation, eps, token_mask, dropout_p, form, group, backend)
+    call = Call(map, norm, activation, eps, token_mask, dropout_p, form, group, backend)
     o = Operands(x, qkv_weight, qkv_bias, temperature, proj_weight, proj_bias)
     call.check(o)
     chosen = call.choose(o)
@@ -198,7 +198,7 @@ def explain_layer(
     return LayerExplanation(chosen, form, *call.costs(o), call.no_gram_form(), served)
 
 
-class _Call(NamedTuple):
+class Call(NamedTuple):
     """What a call says beside its tensors."""
 
     map: str
@@ -240,7 +240,7 @@ class _Call(NamedTuple):
         name = dispatch.asked(self.backend)
         return name == "auto" or not dispatch.reasons_against(name, x.device.type, (x.dtype,), dims)
 
-    def agreed(self, ranks: parallel.Exchange, o: Operands) -> _Call:
+    def agreed(self, ranks: parallel.Exchange, o: Operands) -> Call:
         """The call with the form that all ranks of its group take, which is decided by the most tokens that one has."""
         if self.group is None:
             return self
@@ -252,14 +252,18 @@ class _Call(NamedTuple):
             return "norm='feature' divides each token of q and k by a norm of its own, so no sum over x knows them"
         return ""
 
-    def costs(self, o: Operands, tokens: int | None = None) -> tuple[cost.Cost, cost.Cost]:
-        """Of the Gram form, and of the direct one; `tokens`: as if x had so many."""
+    def costs(self, o: Operands) -> tuple[cost.Cost, cost.Cost]:
+        """Of the Gram form, and of the direct one."""
+        shape, device = self._shape(o), o.x.device.type
+        return cost.gram(shape, device), cost.direct(shape, device)
+
+    def _shape(self, o: Operands, tokens: int | None = None) -> cost.Shape:
+        """`tokens`: as if x had so many."""
         O, I = o.proj_weight.shape  # noqa: E741
         B, N, C = o.x.shape
         N = N if tokens is None else tokens
         training = ops.wants_grad(*o[:OPERANDS])
-        shape = cost.Shape(B, N, C, o.temperature.numel(), I, O, o.x.element_size(), training)
-        return cost.gram(shape, o.x.device.type), cost.direct(shape, o.x.device.type)
+        return cost.Shape(B, N, C, o.temperature.numel(), I, O, o.x.element_size(), training)
 
     def choose(self, o: Operands, tokens: int | None = None) -> str:
         """The form; `tokens`: as if x had so many."""
@@ -269,11 +273,12 @@ class _Call(NamedTuple):
             return "direct"
         if not self._served(o.x, functional.head_dims(o.x)):
             return "direct"  # of fewer features at a time
-        gram, direct = self.costs(o, tokens)
-        return "gram" if gram.seconds < direct.seconds else "direct"
+        shape, device = self._shape(o, tokens), o.x.device.type
+        return cost.cheaper(shape, device) if torch.compiler.is_compiling() else cost.cached(shape, device)
 
 
-def _run(call: _Call, o: Operands, ln_eps: float, residual: bool) -> Tensor:
+def run(call: Call, o: Operands, ln_eps: float, residual: bool) -> Tensor:
+    """:func:`xfa_layer`, or with an ``ln_eps`` above 0 :func:`xfa_block`, of arguments that are known to be right."""
     o = o._replace(temperature=o.temperature.reshape(-1), token_mask=call.token_mask)
     if call.choose(o) == "direct":
         return _direct(call, o, ln_eps, residual)
@@ -290,19 +295,19 @@ def _run(call: _Call, o: Operands, ln_eps: float, residual: bool) -> Tensor:
     return layer(*o, call.map, call.activation, eps, ln_eps, residual, parallel.name(call.group), backend)
 
 
-def _direct(call: _Call, o: Operands, ln_eps: float, residual: bool) -> Tensor:
+def _direct(call: Call, o: Operands, ln_eps: float, residual: bool) -> Tensor:
     x, u = o.x, o.x
     if o.token_mask is not None:  # the gradients of weights would meet what masked tokens hold
         u = torch.where(o.token_mask.unsqueeze(-1), x, 0)
     if ln_eps:
         u = F.layer_norm(u, x.shape[-1:], _as(o.ln_weight, x), _as(o.ln_bias, x), ln_eps)
     # split along dim 2: autograd then joins dq, dk and dv into the projection's gradient with one copy
-    heads = F.linear(u, o.qkv_weight.to(u.dtype), _as(o.qkv_bias, u)).unflatten(-1, (3, o.temperature.shape[0], -1))
+    heads = F.linear(u, _as(o.qkv_weight, u), _as(o.qkv_bias, u)).unflatten(-1, (3, o.temperature.shape[0], -1))
     q, k, v = (t.transpose(1, 2) for t in heads.unbind(2))
     if call.group is None:
-        out = functional.xfa(
-            q, k, v, o.temperature, map=call.map, norm=call.norm, activation=call.activation, eps=call.eps,
-            token_mask=o.token_mask, dropout_p=call.dropout_p, backend=call.backend,
+        out = functional.checked_xfa(
+            q, k, v, o.temperature, call.map, call.norm, call.activation, call.eps, o.token_mask, call.dropout_p, None,
+            call.backend,
         )  # fmt: skip
     else:
         dtypes = (q.dtype, o.temperature.dtype)
@@ -312,11 +317,11 @@ def _direct(call: _Call, o: Operands, ln_eps: float, residual: bool) -> Tensor:
             backend, call.group,
         )  # fmt: skip
     out = out.transpose(1, 2).flatten(2)
-    y = F.linear(out, o.proj_weight.to(out.dtype), _as(o.proj_bias, out))
+    y = F.linear(out, _as(o.proj_weight, out), _as(o.proj_bias, out))
     if o.layer_scale is not None:
-        y = y * o.layer_scale.to(y.dtype)
-    return (x + y).to(x.dtype) if residual else y
+        y = y * _as(o.layer_scale, y)
+    return _as(x + y, x) if residual else y
 
 
-def _as(t: Tensor | None, x: Tensor) -> Tensor | None:
-    return t if t is None else t.to(x.dtype)
+def _as(t: Any, x: Tensor) -> Any:
+    return t if t is None or t.dtype == x.dtype else t.to(x.dtype)
