@@ -243,7 +243,7 @@ def _measure(
                 peak_live_mb=mine,
                 memory_of_eager=mine / eagers if mine is not None and eagers else None,
                 form=_form(at[name], backward),
-                regret=_regret(name, times) if options.what == "layer" and report.is_users(name) else None,
+                regret=_regret(name, _form(at[name], backward), times) if options.what == "layer" and report.is_users(name) else None,
                 attention_share=share,
                 bound=None if share is None or share >= 1 else 1 / (1 - share),
                 output_error=errors.output if errors else None,
@@ -271,9 +271,14 @@ def _form(case: providers.Case, backward: bool) -> str | None:
         return case.form() if case.form else None
 
 
-def _regret(name: str, times: dict[str, measure.Timing]) -> float | None:
-    """How much longer the form that was chosen takes than the best of the others; negative if it is the best itself."""
-    others = [times[other].median for other in times if other in ("eager", "compile") or other.startswith(f"{name}-")]
+def _regret(name: str, form: str | None, times: dict[str, measure.Timing]) -> float | None:
+    """How much longer the form that was chosen takes than the best of eager, compile and our other form; negative if
+    it is the best itself. The same form asked for by name is the same code."""
+    others = [
+        timing.median
+        for other, timing in times.items()
+        if other in ("eager", "compile") or (other.startswith(f"{name}-") and other != f"{name}-{form}")
+    ]
     return times[name].median / min(others) - 1 if others else None
 
 

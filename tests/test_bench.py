@@ -141,9 +141,10 @@ def test_peak_of_the_gram_form_is_its_results(load, need_backend):
 def test_regret(load):
     main, measure = load("__main__"), load("measure")
     times = {name: measure.Timing((ms,)) for name, ms in (("eager", 9), ("cpp", 3), ("cpp-gram", 2), ("cpp-direct", 4))}
-    assert main._regret("cpp", times) == 0.5
-    assert main._regret("cpp", {name: times[name] for name in ("cpp", "eager")}) == 3 / 9 - 1
-    assert main._regret("cpp", {"cpp": times["cpp"]}) is None
+    assert main._regret("cpp", "direct", times) == 0.5
+    assert main._regret("cpp", "gram", times) == 3 / 4 - 1
+    assert main._regret("cpp", "gram", {name: times[name] for name in ("cpp", "eager")}) == 3 / 9 - 1
+    assert main._regret("cpp", "gram", {"cpp": times["cpp"]}) is None
 
 
 def test_layers_and_blocks_in_one_run(load, need_backend, monkeypatch, capsys, tmp_path):
