@@ -225,6 +225,7 @@ def _measure(
         # sdpa is another operator: the limit is not its own
         of_limit = limit if name != "sdpa" else None
         mine, eagers, errors = live[name], live.get("eager"), at[name].errors
+        form = _form(at[name], backward)
         rows.append(
             report.Row(
                 workload=str(shape),
@@ -242,8 +243,8 @@ def _measure(
                 peak_extra_mb=_peak_mb(name, calls[name], options.device),
                 peak_live_mb=mine,
                 memory_of_eager=mine / eagers if mine is not None and eagers else None,
-                form=_form(at[name], backward),
-                regret=_regret(name, _form(at[name], backward), times) if options.what == "layer" and report.is_users(name) else None,
+                form=form,
+                regret=_regret(name, form, times) if options.what == "layer" and report.is_users(name) else None,
                 attention_share=share,
                 bound=None if share is None or share >= 1 else 1 / (1 - share),
                 output_error=errors.output if errors else None,

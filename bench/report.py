@@ -35,7 +35,7 @@ class Row:
     peak_live_mb: float | None = None  # tensors alive at once, gradients of weights excluded
     memory_of_eager: float | None = None  # peak_live_mb over eager's
     form: str | None = None  # of a layer
-    regret: float | None = None  # of the form chosen: its time over the best of eager, compile and our other form, less 1
+    regret: float | None = None  # of the form chosen: time over the best of eager, compile, our other form, less 1
     attention_share: float | None = None  # of eager's time, what replace_attention replaces
     bound: float | None = None  # on the gain over eager by any attention: 1 / (1 - attention_share)
     output_error: float | None = None  # largest, relative to the largest number of eager's output
