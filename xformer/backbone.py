@@ -150,8 +150,8 @@ class Trunk(nn.Module):
         tokens = -(-height // reduction) * -(-width // reduction)
         if tokens < 2:
             raise ValueError(
-                f"img_size={img_size} leaves one token at stride {reduction}, and norms over one token leave of q and k "
-                "their signs alone: take stem_stride=1, or stage_strides with more ones"
+                f"img_size={img_size} leaves one token at stride {reduction}, and norms over one token leave "
+                "of q and k their signs alone: take stem_stride=1, or stage_strides with more ones"
             )
 
     def walk(self, x: Tensor) -> Iterator[Tensor]:
@@ -172,8 +172,8 @@ class Trunk(nn.Module):
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Parameters in groups by depth, for layer-wise learning rates (timm's convention)."""
-        blocks: Any = r"^stages\.(\d+)" if coarse else [(r"^stages\.(\d+)\.(\d+)", None), (r"^head_conv", (99999,))]
-        return {"stem": r"^stem", "blocks": blocks}
+        depth = r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.(\d+)"
+        return {"stem": r"^stem", "blocks": [(depth, None), (r"^head_conv", (99999,))]}
 
     def no_weight_decay(self) -> set[str]:
         """Names of the temperatures, which an optimiser should not decay (timm's convention)."""

@@ -1,6 +1,7 @@
 """What the backbone is made of beside attention.
 
-Images are (B, C, H, W) in channels_last memory, so that their tokens (B, H W, C) are views, and images of tokens too. A 1x1 convolution is a linear layer over tokens: no library has to find out, and oneDNN refuses small ones.
+Images are (B, C, H, W) in channels_last memory: their tokens (B, H W, C) are views, and so are images of tokens. A 1x1
+convolution is a linear layer over tokens: no library has to find out, and oneDNN refuses small ones.
 """
 
 from __future__ import annotations
