@@ -130,7 +130,7 @@ def test_attention_by_name_or_factory():
     small(attention=own, drop_path_rate=0.1)
     assert [(dim, heads) for dim, heads, _ in seen] == [(64, 2), *[(96, 3)] * 4, *[(160, 5)] * 2]
     assert seen[-1][2] == pytest.approx(0.1)
-    with pytest.raises(ValueError, match="attention must be one of 'xfa', .*, got 'linear'"):
+    with pytest.raises(ValueError, match=r"attention must be one of 'xfa', .*, got 'linear'"):
         small(attention="linear")
 
 

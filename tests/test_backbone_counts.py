@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -9,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import xformer
 
 pytest.importorskip("fvcore", reason="fvcore counts")
-from xformer.counts import count, main  # noqa: E402
+from xformer.counts import count, main, table
 
 BUDGETS = {"xformer_s": (5.5e6, 0.95e9), "xformer_xs": (2.3e6, 0.45e9), "xformer_xxs": (1.3e6, 0.27e9)}
 
@@ -56,6 +58,13 @@ def test_counting_leaves_the_model_alone():
 def test_attention_that_costs_more():
     macs = {name: count(xformer.xformer_xxs(attention=name), 512).macs for name in ("xfa", "softmax", "none")}
     assert macs["none"] < macs["xfa"] < macs["softmax"]
+
+
+def test_documents_have_these_counts():
+    root = Path(__file__).parents[1]
+    for line in table(list(xformer.VARIANTS)).splitlines():
+        for document in ("README.md", "docs/backbone.md"):
+            assert line in (root / document).read_text(), document
 
 
 def test_command(capsys):
