@@ -125,7 +125,7 @@ class Trunk(nn.Module):
         self.feature_info = FeatureInfo()
         self.grad_checkpointing = False
         steps = sum(len(stage.expand) + stage.blocks * stage.depth for stage in variant.stages)
-        rates = iter([drop_path_rate * i / (steps - 1) for i in range(steps)])
+        rates = iter([drop_path_rate * i / max(1, steps - 1) for i in range(steps)])
         stages, channels, reduction = [], STEM, stem_stride
         for i, (stage, stride) in enumerate(zip(variant.stages, stage_strides, strict=True)):
             blocks: list[nn.Module] = []

@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xformer.layers import ConvNorm, HardSwish, Mlp, Pointwise, to_image, to_tokens
-from xformer_kernels import XFA, XFABlock, xfa
-from xformer_kernels.layer import cost
+from xformer_kernels import XFA
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -48,7 +47,7 @@ class FusedLinear(nn.Module):
             y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, _name(self.act), [], "")
             return y
         y = F.linear(x, self.weight, self.bias)
-        return F.hardswish(y) if self.act else y
+        return F.hardswish(y, inplace=not torch.is_grad_enabled()) if self.act else y
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[1]}, {self.weight.shape[0]}, act={self.act}"
@@ -73,53 +72,16 @@ class FusedConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if _takes(x, self.weight):
+            shape = (self.padding, self.stride, self.dilation, self.groups)
             y: Tensor = torch.ops.mkldnn._convolution_pointwise(
-                x,
-                self.weight,
-                self.bias,
-                self.padding,
-                self.stride,
-                self.dilation,
-                self.groups,
-                _name(self.act),
-                [],
-                "",
+                x, self.weight, self.bias, *shape, _name(self.act), [], ""
             )
             return y
         y = F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
-        return F.hardswish(y) if self.act else y
+        return F.hardswish(y, inplace=not torch.is_grad_enabled()) if self.act else y
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, stride={self.stride}, groups={self.groups}, act={self.act}"
-
-
-class FusedXFABlock(nn.Module):
-    """An :class:`xformer_kernels.XFABlock` whose projections are likewise where its form is the direct one."""
-
-    def __init__(self, block: XFABlock) -> None:
-        super().__init__()
-        self.block = block
-
-    def forward(self, x: Tensor) -> Tensor:
-        norm, attn, scale = self.block.norm, self.block.attn, self.block.layer_scale
-        if not (_takes(x, attn.qkv.weight) and attn.knows_its_weights() and _is_direct(x, attn)):
-            y: Tensor = self.block(x)
-            return y
-        choices = attn.choices()
-        del choices["form"]
-        qkv = torch.ops.mkldnn._linear_pointwise(norm(x), attn.qkv.weight, attn.qkv.bias, "none", [], "")
-        q, k, v = (t.transpose(1, 2) for t in qkv.unflatten(-1, (3, attn.num_heads, -1)).unbind(2))
-        out = xfa(q, k, v, attn.temperature, **choices).transpose(1, 2).flatten(2)
-        y = torch.ops.mkldnn._linear_pointwise(out, attn.proj.weight, attn.proj.bias, "none", [], "")
-        return x + (y if scale is None else y * scale)
-
-
-def _is_direct(x: Tensor, attn: XFA) -> bool:
-    if attn.form != "auto" or attn.norm == "feature":
-        return attn.form != "gram"
-    B, N, C = x.shape
-    shape = cost.Shape(B, N, C, attn.num_heads, C, C, x.element_size(), False)
-    return cost.direct(shape, "cpu").seconds <= cost.gram(shape, "cpu").seconds
 
 
 def _name(act: bool) -> str:
@@ -132,7 +94,7 @@ def fuse_for_inference(model: Model, onednn: bool | None = None) -> Model:
     With `onednn`, linear layers and convolutions take their hard-swish with them, in float32 on the CPU without
     gradients: one oneDNN call instead of a product, its bias and an activation. These calls are the ones that
     ``torch.compile`` makes, and private to torch; where they cannot serve, plain ones do, in compiled and exported
-    graphs too.
+    graphs too. XFA stays as it is: in Gram form, which it mostly takes, it has no projections.
 
     Outputs are those of ``model.eval()`` to rounding; the state dict has other names. The copy is not for training:
     there are no batch statistics any more.
@@ -156,7 +118,7 @@ def fuse_for_inference(model: Model, onednn: bool | None = None) -> Model:
 
 
 def _replace(module: nn.Module) -> None:
-    if isinstance(module, (XFA, XFABlock, FusedXFABlock)):
+    if isinstance(module, XFA):
         return
     if isinstance(module, Mlp) and isinstance(module.fc1, nn.Linear):
         module.fc1, module.act = FusedLinear(module.fc1, act=True), nn.Identity()
@@ -165,8 +127,6 @@ def _replace(module: nn.Module) -> None:
             act = isinstance(child.act, HardSwish)
             conv = child.conv
             setattr(module, name, FusedPointwise(conv, act) if isinstance(conv, Pointwise) else FusedConv(conv, act))
-        elif isinstance(child, XFABlock):
-            setattr(module, name, FusedXFABlock(child))
         elif type(child) is nn.Linear:
             setattr(module, name, FusedLinear(child))
         else:
