@@ -5,12 +5,13 @@
     xfa_layer, xfa_block             with projections; and with layer norm and residual: two passes over x
     XFA, XFABlock                    the same as modules; XFA has the state dict of timm's XCA
     integrations.replace_attention   the same for whole models
+    flops                            what the ops count as, for torch's flop counter and for fvcore
     explain, explain_layer           which backend serves a call, in which form, and why others do not
 
 ``python -m xformer_kernels.info`` prints what was built and what runs here.
 """
 
-from xformer_kernels import integrations
+from xformer_kernels import flops, integrations
 from xformer_kernels.functional import channel_mix, explain, gram, xfa
 from xformer_kernels.layer import explain_layer, xfa_block, xfa_layer
 from xformer_kernels.nn import XFA, XFABlock
@@ -22,6 +23,7 @@ __all__ = [
     "channel_mix",
     "explain",
     "explain_layer",
+    "flops",
     "gram",
     "integrations",
     "xfa",

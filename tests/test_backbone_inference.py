@@ -1,0 +1,113 @@
+"""fuse_for_inference: same outputs, fewer operations."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import xformer
+from xformer import fuse, fuse_for_inference
+
+
+def trained(name="xformer_xxs", **options):
+    """With running statistics, affine numbers and biases that are none of their first values."""
+    torch.manual_seed(0)
+    model = getattr(xformer, name)(**options)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+        for _ in range(3):
+            model(2 * torch.randn(8, 3, 64, 64) + 1)
+    return model
+
+
+@pytest.mark.parametrize("onednn", [False, None])
+@pytest.mark.parametrize("name", xformer.VARIANTS)
+def test_same_outputs(name, onednn):
+    model = trained(name)
+    fused = fuse_for_inference(model, onednn)
+    assert model.training and not fused.training
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in fused.modules())
+    assert any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
+    model.eval()
+    for size in ((128, 128), (71, 90)):
+        x = torch.randn(2, 3, *size)
+        with torch.no_grad():
+            expected = model(x)
+            assert (fused(x) - expected).abs().max() < 1e-5 * max(1.0, expected.abs().max())
+        assert (fused(x) - expected).abs().max() < 1e-5 * max(1.0, expected.abs().max())
+
+
+@pytest.mark.parametrize("options", [{"se": True}, {"attention": "softmax"}, {"attention": "none"}], ids=str)
+def test_options(options):
+    model = trained(**options)
+    fused, x = fuse_for_inference(model), torch.randn(1, 3, 96, 96)
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x), model.eval()(x), rtol=1e-5, atol=1e-5)
+
+
+def test_feature_extractor():
+    model = trained(features_only=True)
+    fused, x = fuse_for_inference(model), torch.randn(1, 3, 96, 96)
+    with torch.no_grad():
+        for got, expected in zip(fused(x), model.eval()(x), strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_twice_is_once():
+    fused, x = fuse_for_inference(trained()), torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(fuse_for_inference(fused)(x), fused(x), rtol=0, atol=0)
+
+
+class Operations(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen.append(str(function.overloadpacket))
+        return function(*args, **(kwargs or {}))
+
+
+def operations(model, x):
+    with torch.no_grad(), Operations() as operations:
+        model(x)
+    return operations.seen
+
+
+def test_fewer_operations():
+    model = trained().eval()
+    x = torch.randn(1, 3, 64, 64)
+    folded = operations(fuse_for_inference(model, onednn=False), x)
+    assert "aten.native_batch_norm" in operations(model, x)
+    assert "aten.native_batch_norm" not in folded and "aten.hardswish_" in folded
+    if fuse.has_onednn():
+        fused = operations(fuse_for_inference(model), x)
+        assert "mkldnn._linear_pointwise" in fused and "mkldnn._convolution_pointwise" in fused
+        assert not [name for name in fused if "hardswish" in name]
+
+
+def test_what_onednn_cannot_take_is_computed_plainly():
+    model = trained()
+    fused, plain = fuse_for_inference(model), model.eval()
+    x = torch.randn(2, 3, 64, 64)
+    fused(x).sum().backward()
+    with torch.no_grad():
+        torch.testing.assert_close(fused.double()(x.double()), plain.double()(x.double()))
+        fused, plain = fused.float(), plain.float()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert (fused(x) - plain(x)).abs().max() < 0.05
+        program = torch.export.export(fused, (x,))
+    assert "mkldnn" not in str(program.graph)
+
+
+def test_without_onednn(monkeypatch):
+    monkeypatch.setattr(fuse, "has_onednn", lambda: False)
+    fused = fuse_for_inference(trained())
+    assert not any(isinstance(m, fuse.FusedLinear) for m in fused.modules())
+    with pytest.raises(RuntimeError, match="built without oneDNN"):
+        fuse_for_inference(fused, onednn=True)

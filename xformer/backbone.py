@@ -1,0 +1,319 @@
+"""The backbone: a light hybrid of convolutions and transformer layers whose attention is linear in the tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from xformer.attention import Factory, factory
+from xformer.layers import ConvNorm, MBConv, XFBlock, init_weights
+
+HEAD_DIM = 32
+STEM = 16
+
+
+class Stage(NamedTuple):
+    """MBConvs, the first of them with the stage's stride, then ``blocks`` XF blocks of ``depth`` layers each."""
+
+    channels: int
+    expand: tuple[int, ...]
+    kernel: int
+    dim: int = 0
+    depth: int = 0
+    blocks: int = 0
+
+
+class Variant(NamedTuple):
+    stages: tuple[Stage, ...]
+    head: int
+
+
+VARIANTS = {
+    "xformer_s": Variant(
+        (
+            Stage(32, (2, 3), 3),
+            Stage(64, (4, 3), 3, 96, 2, 1),
+            Stage(128, (4, 3), 5, 192, 2, 2),
+            Stage(256, (4, 3), 5, 288, 3, 1),
+        ),
+        848,
+    ),
+    "xformer_xs": Variant(
+        (
+            Stage(24, (2, 3), 3),
+            Stage(48, (4, 3), 3, 64, 2, 1),
+            Stage(80, (4, 3), 5, 128, 2, 2),
+            Stage(128, (4, 3), 5, 192, 3, 1),
+        ),
+        368,
+    ),
+    "xformer_xxs": Variant(
+        (
+            Stage(16, (2, 3), 3),
+            Stage(32, (4, 3), 3, 64, 1, 1),
+            Stage(64, (4, 3), 5, 96, 2, 2),
+            Stage(112, (4,), 5, 160, 2, 1),
+        ),
+        320,
+    ),
+}
+
+
+class FeatureInfo(list[dict[str, Any]]):
+    """One dict (num_chs, reduction, module) per feature map, with the questions that timm's users ask."""
+
+    @property
+    def out_indices(self) -> tuple[int, ...]:
+        return tuple(info["index"] for info in self)
+
+    def channels(self, idx: int | Sequence[int] | None = None) -> Any:
+        return self.get("num_chs", idx)
+
+    def reduction(self, idx: int | Sequence[int] | None = None) -> Any:
+        return self.get("reduction", idx)
+
+    def module_name(self, idx: int | Sequence[int] | None = None) -> Any:
+        return self.get("module", idx)
+
+    def get(self, key: str, idx: int | Sequence[int] | None = None) -> Any:
+        if isinstance(idx, int):
+            return self[idx][key]
+        return [self[i][key] for i in (range(len(self)) if idx is None else idx)]
+
+    def get_dicts(self, keys: Sequence[str] | None = None) -> list[dict[str, Any]]:
+        return [dict(info) if keys is None else {key: info[key] for key in keys} for info in self]
+
+
+class Trunk(nn.Module):
+    """Stem and stages, which the classifier and the feature extractor share."""
+
+    default_cfg: dict[str, Any]
+    pretrained_cfg: dict[str, Any]
+
+    def __init__(
+        self,
+        variant: Variant,
+        in_chans: int = 3,
+        *,
+        attention: str | Factory = "xfa",
+        stem_stride: int = 2,
+        stage_strides: Sequence[int] = (2, 2, 2, 2),
+        mlp_ratio: float = 2.0,
+        se: bool = False,
+        proj_drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        img_size: int | tuple[int, int] | None = None,
+    ) -> None:
+        super().__init__()
+        if stem_stride not in (1, 2) or len(stage_strides) != len(variant.stages) or set(stage_strides) - {1, 2}:
+            raise ValueError(
+                f"stem_stride must be 1 or 2 and stage_strides {len(variant.stages)} of them, "
+                f"got stem_stride={stem_stride}, stage_strides={tuple(stage_strides)}"
+            )
+        make = factory(attention)
+
+        def half(dim: int, drop_path: float) -> nn.Module:
+            return make(dim, dim // HEAD_DIM, attn_drop=attn_drop_rate, proj_drop=proj_drop_rate, drop_path=drop_path)
+
+        self.in_chans = in_chans
+        self.stem = ConvNorm(in_chans, STEM, 3, stem_stride)
+        self.feature_info = FeatureInfo()
+        self.grad_checkpointing = False
+        steps = sum(len(stage.expand) + stage.blocks * stage.depth for stage in variant.stages)
+        rates = iter([drop_path_rate * i / max(1, steps - 1) for i in range(steps)])
+        stages, channels, reduction = [], STEM, stem_stride
+        for i, (stage, stride) in enumerate(zip(variant.stages, stage_strides, strict=True)):
+            blocks: list[nn.Module] = []
+            for expand in stage.expand:
+                step = stride if not blocks else 1
+                blocks.append(MBConv(channels, stage.channels, expand, stage.kernel, step, se, next(rates)))
+                channels = stage.channels
+            for _ in range(stage.blocks):
+                drops = tuple(next(rates) for _ in range(stage.depth))
+                blocks.append(XFBlock(channels, stage.dim, half, mlp_ratio, proj_drop_rate, drops))
+            stages.append(nn.Sequential(*blocks))
+            reduction *= stride
+            self.feature_info.append({"num_chs": channels, "reduction": reduction, "module": f"stages.{i}", "index": i})
+        self.stages = nn.Sequential(*stages)
+        self._check_size(img_size, reduction)
+
+    @staticmethod
+    def _check_size(img_size: int | tuple[int, int] | None, reduction: int) -> None:
+        if img_size is None:
+            return
+        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+        tokens = -(-height // reduction) * -(-width // reduction)
+        if tokens < 2:
+            raise ValueError(
+                f"img_size={img_size} leaves one token at stride {reduction}, and norms over one token leave "
+                "of q and k their signs alone: take stem_stride=1, or stage_strides with more ones"
+            )
+
+    def walk(self, x: Tensor) -> Iterator[Tensor]:
+        """The output of every stage."""
+        x = self.stem(x.contiguous(memory_format=torch.channels_last))
+        # one channel has no order: the convolution may have taken its other layout
+        x = x.contiguous(memory_format=torch.channels_last)
+        for stage in self.stages:
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(stage, x, use_reentrant=False)
+            else:
+                x = stage(x)
+            yield x
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Whether stages are computed again in backward instead of keeping what is inside them."""
+        self.grad_checkpointing = enable
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Parameters in groups by depth, for layer-wise learning rates (timm's convention)."""
+        depth = r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.(\d+)"
+        return {"stem": r"^stem", "blocks": [(depth, None), (r"^head_conv", (99999,))]}
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the temperatures, which an optimiser should not decay (timm's convention)."""
+        return {name for name, _ in self.named_parameters() if name.endswith("temperature")}
+
+
+class XFormer(Trunk):
+    """The classifier: images (B, in_chans, H, W) to logits (B, num_classes).
+
+    ::
+
+        stem 3x3 -> 4 stages of MBConvs and XF blocks -> 1x1 convolution -> mean over pixels -> dropout -> classifier
+
+    Args:
+        variant: a row of :data:`VARIANTS`, or one of your own.
+        num_classes: of the classifier; 0: none, and ``forward`` returns pooled features.
+        in_chans: channels of the images.
+        attention: a name of :data:`xformer.attention.ATTENTION`, or a factory of half blocks.
+        stem_stride, stage_strides: 1 or 2 each; together 32. For small images take ones, from the front.
+        mlp_ratio: hidden features of an MLP by its features.
+        se: squeeze and excitation in every MBConv.
+        drop_rate: dropout before the classifier. proj_drop_rate: after attention and MLPs. attn_drop_rate: of its map.
+        drop_path_rate: of the last block; it grows linearly from 0 at the first.
+        global_pool: "avg", or "" for none: logits (B, num_classes, H', W').
+        img_size: only checked: every size works that leaves two tokens or more, odd ones too.
+
+    Raises:
+        ValueError: strides, attention or global_pool that there are not; an ``img_size`` that leaves one token.
+    """
+
+    def __init__(
+        self,
+        variant: Variant,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        *,
+        drop_rate: float = 0.0,
+        global_pool: str = "avg",
+        **trunk: Any,
+    ) -> None:
+        super().__init__(variant, in_chans, **trunk)
+        self.num_features = self.head_hidden_size = variant.head
+        self.head_conv = ConvNorm(variant.stages[-1].channels, variant.head)
+        self.head_drop = nn.Dropout(drop_rate)
+        self.reset_classifier(num_classes, global_pool)
+        init_weights(self)
+        self.to(memory_format=torch.channels_last)
+
+    def get_classifier(self) -> nn.Module:
+        return self.classifier
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A new classifier; 0 classes: none. Pooling stays where it is None."""
+        if global_pool not in ("avg", "", None):
+            raise ValueError(f"global_pool must be 'avg' or '', got {global_pool!r}")
+        if global_pool is not None:
+            self.global_pool = global_pool
+        self.num_classes = num_classes
+        like = self.head_conv.conv.weight
+        self.classifier = (
+            nn.Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype)
+            if num_classes > 0
+            else nn.Identity()
+        )
+        init_weights(self.classifier)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(B, num_features, H', W'), before pooling."""
+        *_, x = self.walk(x)
+        y: Tensor = self.head_conv(x)
+        return y
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """From features to logits; `pre_logits`: to what the classifier would get."""
+        if self.global_pool:
+            x = self.head_drop(x.mean((2, 3)))
+            return x if pre_logits else self.classifier(x)
+        x = self.head_drop(x)
+        return x if pre_logits else self.classifier(x.movedim(1, -1)).movedim(-1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """Outputs of stages, with ``forward_features`` unless `intermediates_only` (timm's convention).
+
+        indices: stages, or how many of the last ones; all by default. `norm` is accepted and means nothing here.
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
+        wanted = stage_indices(len(self.stages), indices)
+        found: dict[int, Tensor] = {}
+        for i, y in enumerate(self.walk(x)):
+            found[i] = y
+            if stop_early and intermediates_only and i == max(wanted):
+                break
+        intermediates = [found[i] for i in wanted]
+        return intermediates if intermediates_only else (self.head_conv(y), intermediates)
+
+
+class XFormerFeatures(Trunk):
+    """The feature extractor: images to a list of feature maps, one for each of ``out_indices``.
+
+    Its ``feature_info`` has their channels and reductions. The other arguments are those of :class:`XFormer`.
+    Parameters have the names that they have there, and those of later stages do not exist.
+
+    Raises:
+        ValueError: as :class:`XFormer`; an index of no stage.
+    """
+
+    def __init__(
+        self, variant: Variant, in_chans: int = 3, out_indices: int | Sequence[int] | None = None, **trunk: Any
+    ) -> None:
+        super().__init__(variant, in_chans, **trunk)
+        self.out_indices = stage_indices(len(self.stages), out_indices)
+        self.stages = self.stages[: max(self.out_indices) + 1]
+        self.feature_info = FeatureInfo(self.feature_info[i] for i in self.out_indices)
+        init_weights(self)
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        found = list(self.walk(x))
+        return [found[i] for i in self.out_indices]
+
+
+def stage_indices(stages: int, indices: int | Sequence[int] | None) -> tuple[int, ...]:
+    """Indices from 0 in increasing order: all for None, the last so many for a number; negative ones from the end."""
+    if indices is None:
+        return tuple(range(stages))
+    if isinstance(indices, int):
+        indices = range(stages - indices, stages)
+    result = tuple(sorted({i + stages if i < 0 else i for i in indices}))
+    if not result or result[0] < 0 or result[-1] >= stages:
+        raise ValueError(f"indices must name some of {stages} stages, got {list(indices)}")
+    return result

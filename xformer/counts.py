@@ -1,0 +1,130 @@
+"""Parameters and multiply-adds of models, by one call of fvcore: ``python -m xformer.counts``.
+
+One multiply-add is one (GMACs); fvcore adds 2 per number for batch norm, 5 for layer norm, and nothing for activations
+and softmax. XFA is counted in its direct form unless asked otherwise: the Gram form takes fewer multiply-adds where
+tokens are many, and which one runs is decided at run time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import logging
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from xformer.backbone import VARIANTS
+from xformer.registry import build
+from xformer_kernels import XFA, XFABlock
+from xformer_kernels.flops import fvcore_handlers
+
+FORMS = ("direct", "gram", "auto")
+OTHERS = (
+    "mobilevit_xxs",
+    "mobilevit_xs",
+    "mobilevit_s",
+    "edgenext_xx_small",
+    "edgenext_x_small",
+    "edgenext_small",
+    "efficientnet_b0",
+    "deit_tiny_patch16_224",
+)
+SIZES = {"deit_tiny_patch16_224": 224}
+SIZE = 256
+
+
+class _Whole(nn.Module):
+    """A module whose parts are out of sight: fvcore hooks all that it sees, and a layer with hooks is direct."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.hidden = (module,)
+
+    def forward(self, *args: Any) -> Any:
+        return self.hidden[0](*args)
+
+
+class Counts(NamedTuple):
+    parameters: int
+    macs: int
+    by_op: dict[str, int]
+    unknown: dict[str, int]
+
+    def __str__(self) -> str:
+        return f"{self.parameters / 1e6:.2f}M parameters, {self.macs / 1e9:.3f} GMACs"
+
+
+def _sdpa(inputs: list[Any], outputs: list[Any]) -> int:
+    """q k^T and its map times v, which fvcore does not know."""
+    (*heads, N, D), (*_, M, _), (*_, E) = (v.type().sizes() for v in inputs[:3])
+    tokens: int = torch.Size(heads).numel() * N * M
+    return tokens * (D + E)
+
+
+def count(model: nn.Module, size: int | tuple[int, int] = SIZE, form: str = "direct", in_chans: int = 3) -> Counts:
+    """Of one image through `model` in eval mode, which stays as it is.
+
+    Args:
+        model: any; its XFA layers are counted in `form`.
+        size: of the image.
+        form: "direct", "gram", or "auto" for what each layer takes here.
+        in_chans: channels of the image.
+
+    ``unknown`` has the operators of which fvcore knows nothing, and how many there are: activations and the like.
+    """
+    from fvcore.nn import FlopCountAnalysis
+
+    if form not in FORMS:
+        raise ValueError(f"form must be one of {FORMS}, got {form!r}")
+    parameters = sum(p.numel() for p in model.parameters())
+    model = copy.deepcopy(model).eval().requires_grad_(False)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, XFA) and not (form == "gram" and module.norm == "feature"):
+            module.form = form
+        if isinstance(module, (XFA, XFABlock)) and name:
+            parent, _, last = name.rpartition(".")
+            setattr(model.get_submodule(parent), last, _Whole(module))
+    height, width = (size, size) if isinstance(size, int) else size
+    x = torch.zeros(1, in_chans, height, width)
+    handlers = {**fvcore_handlers(), "aten::scaled_dot_product_attention": _sdpa}
+    analysis = FlopCountAnalysis(model, x).set_op_handle(**handlers)
+    analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
+    by_op = {name: int(macs) for name, macs in analysis.by_operator().items()}
+    return Counts(parameters, sum(by_op.values()), by_op, dict(analysis.unsupported_ops()))
+
+
+def table(names: list[str], size: int = SIZE) -> str:
+    """Markdown: ours in both forms, others as they are."""
+    lines = ["| model | image | parameters | GMACs | GMACs, Gram form |", "|---|---:|---:|---:|---:|"]
+    for name in names:
+        ours = name in VARIANTS
+        at = size if ours else SIZES.get(name, size)
+        model = build(name) if ours else _timm(name)
+        counts = count(model, at)
+        gram = f"{count(model, at, 'gram').macs / 1e9:.3f}" if ours else ""
+        lines.append(f"| {name} | {at} | {counts.parameters / 1e6:.2f}M | {counts.macs / 1e9:.3f} | {gram} |")
+    return "\n".join(lines)
+
+
+def _timm(name: str) -> nn.Module:
+    import timm
+
+    model: nn.Module = timm.create_model(name)
+    return model
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m xformer.counts", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("models", nargs="*", help="ours or timm's; by default ours and the usual others")
+    parser.add_argument("--size", type=int, default=SIZE, help="of the image")
+    options = parser.parse_args(arguments)
+    logging.getLogger("fvcore").setLevel(logging.ERROR)
+    print(table(options.models or [*VARIANTS, *OTHERS], options.size))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""A model as inference wants it: batch norms folded, and on the CPU products with their hard-swish as one operation."""
+
+from __future__ import annotations
+
+import copy
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from xformer.layers import ConvNorm, HardSwish, Mlp, Pointwise, to_image, to_tokens
+from xformer_kernels import XFA
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def has_onednn() -> bool:
+    """Whether this torch has oneDNN's products with an activation behind them."""
+    return torch.backends.mkldnn.is_available() and all(
+        hasattr(torch.ops.mkldnn, op) for op in ("_linear_pointwise", "_convolution_pointwise")
+    )
+
+
+def _takes(x: Tensor, weight: Tensor) -> bool:
+    """Only plain eager float32 on the CPU: a compiler fuses on its own, and an exported graph shall be portable."""
+    return (
+        x.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+        and torch._C._get_tracing_state() is None
+        and x.numel() > 0
+    )
+
+
+class FusedLinear(nn.Module):
+    """``act(linear(x))`` on tokens, by oneDNN where :func:`_takes` says so: same parameters, same result."""
+
+    def __init__(self, linear: nn.Linear, act: bool = False) -> None:
+        super().__init__()
+        self.weight, self.bias, self.act = linear.weight, linear.bias, act
+
+    def forward(self, x: Tensor) -> Tensor:
+        if _takes(x, self.weight):
+            y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, _name(self.act), [], "")
+            return y
+        y = F.linear(x, self.weight, self.bias)
+        return F.hardswish(y, inplace=not torch.is_grad_enabled()) if self.act else y
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[1]}, {self.weight.shape[0]}, act={self.act}"
+
+
+class FusedPointwise(FusedLinear):
+    """The same on images."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return to_image(super().forward(to_tokens(x)), x.shape[2], x.shape[3])
+
+
+class FusedConv(nn.Module):
+    """``act(conv(x))`` likewise."""
+
+    def __init__(self, conv: nn.Conv2d, act: bool) -> None:
+        super().__init__()
+        self.weight, self.bias, self.act = conv.weight, conv.bias, act
+        self.stride, self.padding, self.dilation, self.groups = (
+            list(conv.stride), list(map(int, conv.padding)), list(conv.dilation), conv.groups,
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        if _takes(x, self.weight):
+            shape = (self.padding, self.stride, self.dilation, self.groups)
+            y: Tensor = torch.ops.mkldnn._convolution_pointwise(
+                x, self.weight, self.bias, *shape, _name(self.act), [], ""
+            )
+            return y
+        y = F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+        return F.hardswish(y, inplace=not torch.is_grad_enabled()) if self.act else y
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, stride={self.stride}, groups={self.groups}, act={self.act}"
+
+
+def _name(act: bool) -> str:
+    return "hardswish" if act else "none"
+
+
+def fuse_for_inference(model: Model, onednn: bool | None = None) -> Model:
+    """A copy in eval mode whose batch norms are part of the convolutions before them.
+
+    With `onednn`, linear layers and convolutions take their hard-swish with them, in float32 on the CPU without
+    gradients: one oneDNN call instead of a product, its bias and an activation. These calls are the ones that
+    ``torch.compile`` makes, and private to torch; where they cannot serve, plain ones do, in compiled and exported
+    graphs too. XFA stays as it is: in Gram form, which it mostly takes, it has no projections.
+
+    Outputs are those of ``model.eval()`` to rounding; the state dict has other names. The copy is not for training:
+    there are no batch statistics any more.
+
+    Args:
+        model: any that is made of this package's layers. Of another model's modules, linear layers alone are replaced.
+        onednn: None: where torch has it. False: only batch norms are folded.
+
+    Raises:
+        RuntimeError: ``onednn=True`` where torch has it not.
+    """
+    if onednn and not has_onednn():
+        raise RuntimeError("onednn=True: this torch was built without oneDNN's fused products; take None or False")
+    fused = copy.deepcopy(model).eval()
+    for module in fused.modules():
+        if isinstance(module, ConvNorm):
+            module.fold()
+    if onednn or (onednn is None and has_onednn()):
+        _replace(fused)
+    return fused
+
+
+def _replace(module: nn.Module) -> None:
+    if isinstance(module, XFA):
+        return
+    if isinstance(module, Mlp) and isinstance(module.fc1, nn.Linear):
+        module.fc1, module.act = FusedLinear(module.fc1, act=True), nn.Identity()
+    for name, child in module.named_children():
+        if isinstance(child, ConvNorm):
+            act = isinstance(child.act, HardSwish)
+            conv = child.conv
+            setattr(module, name, FusedPointwise(conv, act) if isinstance(conv, Pointwise) else FusedConv(conv, act))
+        elif type(child) is nn.Linear:
+            setattr(module, name, FusedLinear(child))
+        else:
+            _replace(child)

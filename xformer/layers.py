@@ -1,0 +1,215 @@
+"""What the backbone is made of beside attention.
+
+Images are (B, C, H, W) in channels_last memory: their tokens (B, H W, C) are views, and so are images of tokens. A 1x1
+convolution is a linear layer over tokens: no library has to find out, and oneDNN refuses small ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from xformer_kernels import XFA
+
+
+def to_tokens(x: Tensor) -> Tensor:
+    """(B, C, H, W) to (B, H W, C): a view of channels_last memory."""
+    return x.flatten(2).transpose(1, 2)
+
+
+def to_image(tokens: Tensor, height: int, width: int) -> Tensor:
+    """(B, H W, C) to (B, C, H, W) in channels_last memory: a view of contiguous tokens."""
+    return tokens.transpose(1, 2).unflatten(2, (height, width))
+
+
+class Pointwise(nn.Linear):
+    """1x1 convolution: (B, I, H, W) to (B, O, H, W), as one matrix product over all tokens of the batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return to_image(super().forward(to_tokens(x)), x.shape[2], x.shape[3])
+
+
+class HardSwish(nn.Module):
+    """``x relu6(x + 3) / 6``. Without gradients it overwrites x, which the backbone uses nowhere else."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.hardswish(x, inplace=not torch.is_grad_enabled())
+
+
+class ConvNorm(nn.Module):
+    """``act(bn(conv(x)))``: a convolution without bias, batch norm and perhaps hard-swish.
+
+    Args:
+        in_chans, out_chans: channels.
+        kernel: size of the kernel; 1 is :class:`Pointwise`.
+        stride: of the convolution; padding keeps ``ceil(size / stride)`` pixels.
+        groups: of the convolution; ``in_chans`` makes it depthwise.
+        act: whether hard-swish follows.
+    """
+
+    def __init__(
+        self, in_chans: int, out_chans: int, kernel: int = 1, stride: int = 1, groups: int = 1, act: bool = True
+    ) -> None:
+        super().__init__()
+        self.conv: nn.Conv2d | Pointwise
+        if kernel == 1 and stride == 1 and groups == 1:
+            self.conv = Pointwise(in_chans, out_chans, bias=False)
+        else:
+            self.conv = nn.Conv2d(in_chans, out_chans, kernel, stride, kernel // 2, groups=groups, bias=False)
+        self.bn: nn.Module = nn.BatchNorm2d(out_chans)
+        self.act = HardSwish() if act else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.act(self.bn(self.conv(x)))
+        return y
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Batch norm with its running statistics becomes part of weight and bias; nothing the second time."""
+        bn = self.bn
+        if not isinstance(bn, nn.BatchNorm2d):
+            return
+        assert bn.running_mean is not None and bn.running_var is not None
+        weight = self.conv.weight
+        scale = bn.weight.double() / (bn.running_var.double() + bn.eps).sqrt()
+        bias = bn.bias.double() - bn.running_mean.double() * scale
+        weight.copy_(weight.double() * scale.view(-1, *(1,) * (weight.dim() - 1)))
+        self.conv.bias = nn.Parameter(bias.to(weight.dtype), requires_grad=weight.requires_grad)
+        self.bn = nn.Identity()
+
+
+class SqueezeExcite(nn.Module):
+    """Channels scaled by what their means over the image say: (B, C, H, W) to the same."""
+
+    def __init__(self, channels: int, ratio: float = 0.25) -> None:
+        super().__init__()
+        hidden = max(8, int(channels * ratio + 4) // 8 * 8)
+        self.reduce = nn.Linear(channels, hidden)
+        self.expand = nn.Linear(hidden, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = F.hardsigmoid(self.expand(F.relu(self.reduce(x.mean((2, 3))))))
+        return x * gate[:, :, None, None]
+
+
+class DropPath(nn.Module):
+    """Zeros whole samples with probability ``drop_prob`` in training and scales the rest by 1 / (1 - drop_prob)."""
+
+    def __init__(self, drop_prob: float = 0.0) -> None:
+        super().__init__()
+        if not 0 <= drop_prob < 1:
+            raise ValueError(f"drop_prob must be in [0, 1), got {drop_prob}")
+        self.drop_prob = drop_prob
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.drop_prob == 0:
+            return x
+        keep = 1 - self.drop_prob
+        return x * (x.new_empty((x.shape[0], *(1,) * (x.dim() - 1))).bernoulli_(keep) / keep)
+
+    def extra_repr(self) -> str:
+        return f"drop_prob={self.drop_prob:.3g}"
+
+
+class MBConv(nn.Module):
+    """Inverted residual: 1x1 to ``expand`` times the channels, depthwise, 1x1 back; plus x where the shapes agree."""
+
+    def __init__(
+        self,
+        in_chans: int,
+        out_chans: int,
+        expand: int,
+        kernel: int = 3,
+        stride: int = 1,
+        se: bool = False,
+        drop_path: float = 0.0,
+    ) -> None:
+        super().__init__()
+        hidden = in_chans * expand
+        self.expand = ConvNorm(in_chans, hidden)
+        self.depthwise = ConvNorm(hidden, hidden, kernel, stride, groups=hidden)
+        self.se = SqueezeExcite(hidden) if se else nn.Identity()
+        self.project = ConvNorm(hidden, out_chans, act=False)
+        self.skip = stride == 1 and in_chans == out_chans
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.project(self.se(self.depthwise(self.expand(x))))
+        return x + self.drop_path(y) if self.skip else y
+
+
+class Mlp(nn.Module):
+    """The half block ``x + drop_path(fc2(hardswish(fc1(norm(x)))))`` on tokens (B, N, C)."""
+
+    def __init__(self, dim: int, ratio: float = 2.0, drop: float = 0.0, drop_path: float = 0.0) -> None:
+        super().__init__()
+        hidden = int(dim * ratio)
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.fc1: nn.Module = nn.Linear(dim, hidden)
+        self.act: nn.Module = HardSwish()
+        self.fc2 = nn.Linear(hidden, dim)
+        self.drop = nn.Dropout(drop)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.drop_path(self.drop(self.fc2(self.act(self.fc1(self.norm(x))))))
+
+
+class XFBlock(nn.Module):
+    """Local convolution, then transformer layers over all tokens, added to what came in: (B, C, H, W) to the same.
+
+    ::
+
+        t = tokens(reduce(dw3x3_bn(x)))                      C -> D features, H W tokens, a view
+        t = t + attention(norm(t));  t = t + mlp(norm(t))    `depth` times
+        y = x + bn(expand(norm(t)))                          D -> C
+
+    Attention over features does not know neighbours: what is near is told by the depthwise convolution alone.
+
+    Args:
+        channels: C. dim: D. depth: transformer layers.
+        attention: from (dim, drop_path) to the half block of attention, (B, N, D) to (B, N, D).
+        mlp_ratio, drop: of the MLPs. drop_path: one probability per layer, the last one for the block too.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        dim: int,
+        attention: Callable[[int, float], nn.Module],
+        mlp_ratio: float = 2.0,
+        drop: float = 0.0,
+        drop_path: tuple[float, ...] = (0.0,),
+    ) -> None:
+        super().__init__()
+        self.local = ConvNorm(channels, channels, 3, groups=channels, act=False)
+        self.reduce = nn.Linear(channels, dim)
+        self.layers = nn.Sequential(
+            *(nn.Sequential(attention(dim, p), Mlp(dim, mlp_ratio, drop, p)) for p in drop_path)
+        )
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.expand = ConvNorm(dim, channels, act=False)
+        self.drop_path = DropPath(drop_path[-1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        t = self.norm(self.layers(self.reduce(to_tokens(self.local(x)))))
+        return x + self.drop_path(self.expand(to_image(t, x.shape[2], x.shape[3])))
+
+
+@torch.no_grad()
+def init_weights(model: nn.Module) -> None:
+    """Convolutions, 1x1 too: normal of the fan out; other linear layers: truncated normal of 0.02; biases 0."""
+    for module in model.modules():
+        if isinstance(module, (nn.Conv2d, Pointwise)):
+            fan_out = module.weight.shape[0] * module.weight[0, 0].numel()
+            groups = module.groups if isinstance(module, nn.Conv2d) else 1
+            nn.init.normal_(module.weight, std=(2 * groups / fan_out) ** 0.5)
+        elif isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=0.02)
+        elif isinstance(module, XFA):
+            nn.init.ones_(module.temperature)
+        if isinstance(module, (nn.Conv2d, nn.Linear)) and module.bias is not None:
+            nn.init.zeros_(module.bias)

@@ -1,0 +1,84 @@
+"""The models by name: ``xformer_s()``, and ``timm.create_model("xformer_s")`` where timm is installed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from xformer.backbone import VARIANTS, XFormer, XFormerFeatures
+
+__all__ = ["xformer_s", "xformer_xs", "xformer_xxs"]
+
+default_cfgs: dict[str, dict[str, Any]] = {
+    name: {
+        "architecture": name,
+        "url": "",
+        "num_classes": 1000,
+        "input_size": (3, 256, 256),
+        "pool_size": (8, 8),
+        "crop_pct": 0.9,
+        "interpolation": "bicubic",
+        "mean": (0.485, 0.456, 0.406),
+        "std": (0.229, 0.224, 0.225),
+        "first_conv": "stem.conv",
+        "classifier": "classifier",
+    }
+    for name in VARIANTS
+}
+"""What timm wants to know of a model; nothing is trained, so there is nothing to download."""
+
+
+def build(
+    name: str,
+    *,
+    pretrained: bool = False,
+    features_only: bool = False,
+    out_indices: int | Sequence[int] | None = None,
+    **options: Any,
+) -> XFormer | XFormerFeatures:
+    """A variant by its name: :class:`xformer.backbone.XFormer`, or with `features_only` XFormerFeatures.
+
+    `options` are theirs; what ``timm.create_model`` adds for models with weights is taken and left.
+    """
+    if pretrained:
+        raise ValueError(f"there are no pretrained weights of {name}; load your own with load_state_dict")
+    config = dict(default_cfgs[name])
+    for source in ("pretrained_cfg", "pretrained_cfg_overlay"):
+        given = options.pop(source, None)
+        config.update(given if isinstance(given, dict) else {})
+    options.pop("cache_dir", None)
+    model: XFormer | XFormerFeatures
+    if features_only:
+        for of_the_head in ("num_classes", "drop_rate", "global_pool"):
+            options.pop(of_the_head, None)
+        model = XFormerFeatures(VARIANTS[name], out_indices=out_indices, **options)
+    elif out_indices is not None:
+        raise ValueError("out_indices needs features_only=True")
+    else:
+        model = XFormer(VARIANTS[name], **options)
+    model.default_cfg = model.pretrained_cfg = config
+    return model
+
+
+def xformer_s(pretrained: bool = False, **options: Any) -> XFormer | XFormerFeatures:
+    """5.5M parameters. Options: those of :class:`xformer.XFormer`, ``features_only`` and ``out_indices``."""
+    return build("xformer_s", pretrained=pretrained, **options)
+
+
+def xformer_xs(pretrained: bool = False, **options: Any) -> XFormer | XFormerFeatures:
+    """2.3M parameters. Options: as of :func:`xformer_s`."""
+    return build("xformer_xs", pretrained=pretrained, **options)
+
+
+def xformer_xxs(pretrained: bool = False, **options: Any) -> XFormer | XFormerFeatures:
+    """1.3M parameters. Options: as of :func:`xformer_s`."""
+    return build("xformer_xxs", pretrained=pretrained, **options)
+
+
+try:
+    from timm.models import register_model
+except ImportError:
+    pass
+else:
+    for entry in (xformer_s, xformer_xs, xformer_xxs):
+        register_model(entry)

@@ -1,0 +1,107 @@
+"""What the ops count as: for ``torch.utils.flop_counter`` (registered here) and for fvcore (:func:`fvcore_handlers`).
+
+Counted are the products that the kernels multiply, one multiply-add (MAC) each: fvcore calls that one FLOP,
+torch two. Norms, softmax, layer norm, biases and residuals are not counted.
+
+    op                what is counted in MACs, B images, N tokens; H heads of D features; C features in, I = H D, O out
+    xfa_forward       q^T k, A v                                      2 B N I D
+    xfa_backward      gradients of A, v, q and k                      4 B N I D
+    gram              a^T b; half of it and the diagonal if symmetric
+    channel_mix       weight x, weight2 x2
+    layer_forward     x^T x, half and the diagonal; M x               B N (C (C + 1) / 2 + C O), and per image
+                      W_q S, W_k S, G, A W_v, W_o (A W_v)             B C I (2 C + 2 D + O)
+    layer_backward    dy^T x, M^T dy, R x                             B N (2 C O + C^2), and per image
+                      the algebra's derivative                        B C I (4 C + 5 D + 2 O)
+
+For ``map="key_value"`` layers multiply ``W_v S`` too. In the direct form of a layer its projections are
+torch's and counted by the counters themselves; the reference is made of matrix products that they know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+from xformer_kernels import layer  # noqa: F401 - defines the ops
+
+Shape = Any
+
+
+def _xfa_forward(q: Shape, *_: Any) -> int:
+    B, H, N, D = q
+    return 2 * B * H * N * D * D
+
+
+def _xfa_backward(dout: Shape, *_: Any) -> int:
+    return 2 * _xfa_forward(dout)
+
+
+def _gram(a: Shape, b: Shape, symmetric: bool, *_: Any) -> int:
+    B, H, N, D = a
+    return B * H * N * (D * (D + 1) // 2 if symmetric else D * b[-1])
+
+
+def _channel_mix(
+    x: Shape, weight: Shape, bias: Shape = None, add: Shape = None, add_scale: Shape = None, x2: Shape = None, *_: Any
+) -> int:
+    B, H, N, I = x  # noqa: E741
+    return B * H * N * weight[-2] * (I + (0 if x2 is None else x2[-1]))
+
+
+def _layer(operands: tuple[Any, ...], map: str) -> tuple[int, ...]:
+    """B, N, C, I, D, O, and of how many of q, k and v the Gram matrix is made, or the map's features."""
+    (B, N, C), temperature, (O, I) = operands[0], operands[3], operands[4]  # noqa: E741
+    return B, N, C, I, I // temperature[0], O, 3 if map == "key_value" else 2
+
+
+def _layer_forward(*args: Any) -> int:
+    B, N, C, I, D, O, rows = _layer(args, args[11])  # noqa: E741
+    return B * (N * (C * (C + 1) // 2 + C * O) + C * I * (rows * C + 2 * D + O))
+
+
+def _layer_backward(*args: Any) -> int:
+    B, N, C, I, D, O, rows = _layer(args[1:], args[16])  # noqa: E741
+    return B * (N * (2 * C * O + C * C) + C * I * (2 * rows * C + 5 * D + 2 * O))
+
+
+MACS: dict[str, Callable[..., int]] = {
+    "xfa_forward": _xfa_forward,
+    "xfa_backward": _xfa_backward,
+    "gram": _gram,
+    "channel_mix": _channel_mix,
+    "layer_forward": _layer_forward,
+    "layer_backward": _layer_backward,
+}
+"""Multiply-adds of an op by its name, from its arguments with shapes in place of tensors."""
+
+
+def _register(op: str, macs: Callable[..., int]) -> None:
+    def flops(*args: Any, out_shape: Any = None, **_: Any) -> int:
+        return 2 * macs(*args)
+
+    register_flop_formula(getattr(torch.ops.xformer_kernels, op))(flops)
+
+
+for _op, _macs in MACS.items():
+    _register(_op, _macs)
+
+
+def fvcore_handlers() -> dict[str, Callable[[list[Any], list[Any]], int]]:
+    """Handlers of the ops in a traced graph: ``FlopCountAnalysis(model, x).set_op_handle(**fvcore_handlers())``."""
+
+    def handler(macs: Callable[..., int]) -> Callable[[list[Any], list[Any]], int]:
+        return lambda inputs, outputs: macs(*map(_known, inputs))
+
+    return {f"xformer_kernels::{op}": handler(macs) for op, macs in MACS.items()}
+
+
+def _known(value: Any) -> Any:
+    """Of a value in a traced graph: the shape of a tensor, or the constant."""
+    sizes = value.type().sizes() if isinstance(value.type(), torch.TensorType) else None
+    if sizes is not None:
+        return sizes
+    constant = value.toIValue()
+    return constant.shape if isinstance(constant, torch.Tensor) else constant
