@@ -117,6 +117,13 @@ def explain(
 
 
 @torch.compiler.assume_constant_result
+def may_serve(backend: str, device_type: str, dtypes: tuple[torch.dtype, ...], head_dims: tuple[int, ...]) -> bool:
+    """Whether a backend asked for by name, or by the environment, can serve a call; always for auto."""
+    name = asked(backend)
+    return name == "auto" or not reasons_against(name, device_type, dtypes, head_dims)
+
+
+@torch.compiler.assume_constant_result
 def choose(
     backend: str,
     device_type: str,

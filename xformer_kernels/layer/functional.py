@@ -232,13 +232,12 @@ class Call(NamedTuple):
         wanted = [ops.wants_grad(*o[:OPERANDS]), ops.wants_grad(*of_qk)]
         O, I = o.proj_weight.shape  # noqa: E741
         H = o.temperature.numel()
-        served = [self._served(o.x, dims) for dims in ((o.x.shape[-1],), (I // H,))]
+        served = [
+            dispatch.may_serve(self.backend, o.x.device.type, (o.x.dtype,), dims)
+            for dims in ((o.x.shape[-1],), (I // H,))
+        ]
         ranks.alike = parallel.describe(o.x, H, I, O, (*choices, *absent, *block), wanted, served)
         ranks.tokens = o.x.shape[1]
-
-    def _served(self, x: Tensor, dims: tuple[int, ...]) -> bool:
-        name = dispatch.asked(self.backend)
-        return name == "auto" or not dispatch.reasons_against(name, x.device.type, (x.dtype,), dims)
 
     def agreed(self, ranks: parallel.Exchange, o: Operands) -> Call:
         """The call with the form that all ranks of its group take, which is decided by the most tokens that one has."""
@@ -271,7 +270,7 @@ class Call(NamedTuple):
             return self.form
         if self.no_gram_form() or torch.compiler.is_exporting():
             return "direct"
-        if not self._served(o.x, functional.head_dims(o.x)):
+        if not dispatch.may_serve(self.backend, o.x.device.type, (o.x.dtype,), functional.head_dims(o.x)):
             return "direct"  # of fewer features at a time
         shape, device = self._shape(o, tokens), o.x.device.type
         return cost.cheaper(shape, device) if torch.compiler.is_compiling() else cost.cached(shape, device)
