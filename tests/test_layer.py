@@ -93,7 +93,7 @@ def test_tokens_whose_few_samples_mislead(kernel, device, ran):
     check(layer, kernel, ran)
 
 
-@pytest.mark.parametrize("layout", ["token_contiguous", "padded", "expanded"])
+@pytest.mark.parametrize("layout", ["token_contiguous", "batch_contiguous", "padded", "expanded"])
 @pytest.mark.parametrize("block", [False, True], ids=["layer", "block"])
 def test_layouts(block, layout, kernel, device, ran):
     """x and dy of any strides: channels-first images, cut out of larger buffers, one token for all."""
@@ -102,6 +102,8 @@ def test_layouts(block, layout, kernel, device, ran):
     def lay_out(t):
         if layout == "token_contiguous":
             return t.transpose(1, 2).contiguous().transpose(1, 2)
+        if layout == "batch_contiguous":
+            return t.permute(1, 2, 0).contiguous().permute(2, 0, 1)
         if layout == "expanded":
             return t[:, :1].expand(t.shape)
         buffer = torch.full((t.shape[0] + 1, t.shape[1] + 3, 2 * t.shape[2] + 3), float("nan"), device=device)

@@ -125,7 +125,7 @@ def _forward(*args: Any) -> tuple[Tensor, ...]:
     with ops.without_autocast(x):
         w = _weights(o)
         around, count = parallel.total(choices.group, *passes.sample(x, mask, choices.ln_eps))
-        c = around / count.clamp_min(1)
+        c = (around / count.clamp_min(1)).contiguous()  # kernels read it by address
         S, _, s = passes.gram(None, x, mask, c, choices.ln_eps, backend)
         n = s.new_full((x.shape[0], 1), x.shape[1]) if mask is None else mask.sum(1, keepdim=True).to(s.dtype)
         S, s, n = parallel.total(choices.group, S, s, n)
