@@ -1,0 +1,203 @@
+"""What a run is: one flat set of settings, from a TOML or YAML file and the command line."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import types
+import typing
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from xformer.errors import UsageError
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+def setting(default: Any, help: str) -> Any:
+    if isinstance(default, (dict, list)):
+        return field(default_factory=lambda: default.copy(), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class Recipe:
+    """Settings of a run. Every one is a key of a recipe file and an option of the command line."""
+
+    task: str = setting("classify", "what is learned")
+    data: str = setting("", "a folder with train/ and val/ of class folders; tar shards; digits; mnist5k")
+    out: str = setting("runs/classify", "folder of checkpoints and logs")
+    seed: int = setting(0, "of init, order, augmentation, dropout")
+
+    model: str = setting("xformer_xxs", "ours or timm's")
+    model_options: dict[str, Any] = setting({}, "more arguments of the model, as key=value")
+    attention: str = setting("", "attention of our models, by name: xfa, softmax, ...")
+    drop_path: float = setting(0.0, "drop path rate of the last block")
+    weights: str = setting("", "safetensors to start from")
+    partial: bool = setting(False, "take what fits of these weights, and say what was left out")
+
+    image_size: int = setting(256, "pixels")
+    sizes: list[int] = setting([], "multi-scale training: each batch has one of these sizes")
+    train_samples: int = setting(0, "images of an epoch, for shards that do not say")
+    eval_samples: int = setting(0, "likewise of the evaluation")
+    train_shards: str = setting("", "tar shards of training (braces expand), if not *train*.tar of data")
+    eval_shards: str = setting("", "likewise of evaluation, if not *val*.tar")
+    classes: str = setting("", "file of class names, one a line, for shards")
+    workers: int = setting(2, "processes that load images")
+
+    scale: list[float] = setting([0.08, 1.0], "share of an image's area in a random crop")
+    ratio: list[float] = setting([0.75, 1.3333333], "aspect ratios of a random crop")
+    hflip: float = setting(0.5, "probability of a mirror image")
+    color_jitter: float = setting(0.0, "strength")
+    auto_augment: str = setting("", "timm's policy, such as rand-m9-mstd0.5-inc1")
+    reprob: float = setting(0.0, "probability of random erasing")
+    interpolation: str = setting("bicubic", "of resized images")
+    crop_pct: float = setting(1.0, "share of an image that the evaluation sees")
+    mixup: float = setting(0.0, "timm's mixup alpha")
+    cutmix: float = setting(0.0, "timm's cutmix alpha")
+    smoothing: float = setting(0.1, "label smoothing")
+
+    epochs: int = setting(300, "passes over the training images")
+    batch_size: int = setting(128, "images of one process in one pass forward")
+    accumulate: int = setting(1, "passes to one optimiser step")
+    opt: str = setting("adamw", "timm's optimisers")
+    lr: float = setting(2e-3, "peak learning rate")
+    min_lr: float = setting(2e-5, "at the end of the cosine")
+    warmup_lr: float = setting(1e-6, "at the first step")
+    warmup_epochs: float = setting(5.0, "of linear warm-up")
+    weight_decay: float = setting(0.05, "not of norms, biases and temperatures")
+    layer_decay: float = setting(0.0, "learning rate of a layer by that of the next one; 0: the same for all")
+    clip_grad: float = setting(0.0, "largest norm of gradients; 0: not clipped")
+    ema: float = setting(0.0, "decay of averaged weights; 0: none")
+
+    precision: str = setting("no", "no, bf16 or fp16")
+    channels_last: bool = setting(True, "memory format of images")
+    compile: bool = setting(False, "torch.compile the model")
+    sync_bn: bool = setting(False, "batch statistics over all processes (GPUs only)")
+    grad_checkpointing: bool = setting(False, "compute stages again in backward")
+    threads: int = setting(0, "of torch on the CPU; 0: as torch decides")
+    eval_every: int = setting(1, "epochs between evaluations")
+    checkpoint_every: int = setting(0, "optimiser steps between checkpoints; 0: an epoch")
+    keep: int = setting(2, "checkpoints that stay")
+    log_every: int = setting(10, "optimiser steps between lines of the log")
+    tensorboard: bool = setting(True, "write TensorBoard events beside the CSV")
+
+    def __post_init__(self) -> None:
+        for entry in fields(self):
+            setattr(self, entry.name, _checked(entry.name, getattr(self, entry.name)))
+        for name, accepted in (("precision", ("no", "bf16", "fp16")),):
+            if getattr(self, name) not in accepted:
+                raise UsageError(f"{name} must be one of {', '.join(accepted)}, got {getattr(self, name)!r}")
+        for name in ("epochs", "batch_size", "accumulate", "image_size", "eval_every", "keep", "log_every"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} must be 1 or more, got {getattr(self, name)}")
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+_TYPES = typing.get_type_hints(Recipe)
+
+
+def _checked(name: str, value: Any) -> Any:
+    """`value` as the type of a setting; numbers may be written as integers, lists as tuples."""
+    kind = typing.get_origin(_TYPES[name]) or _TYPES[name]
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if kind is list and isinstance(value, (list, tuple)):
+        (inner,) = typing.get_args(_TYPES[name])
+        if all(isinstance(v, (int, float) if inner is float else inner) for v in value):
+            return [inner(v) for v in value]
+    elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+        return value
+    raise UsageError(f"{name} must be of type {_TYPES[name]}, got {value!r}")
+
+
+def load_recipe(path: str | Path = "", changes: dict[str, Any] | None = None) -> Recipe:
+    """Settings of a file (``.toml``, ``.yaml``; or the name of one in ``xformer/recipes``) and changes of them.
+
+    Tables of a file only group its keys; ``model_options`` is a table of its own.
+
+    Raises:
+        UsageError: no such file or setting, a value of another type, or a file that does not parse.
+    """
+    settings: dict[str, Any] = {}
+    if path:
+        for key, value in _parse(_find(path)).items():
+            inner = value if isinstance(value, dict) and key not in _TYPES else {key: value}
+            settings.update(inner)
+    unknown = sorted(settings.keys() - _TYPES.keys())
+    if unknown:
+        raise UsageError(f"{path}: there is no setting {', '.join(unknown)}")
+    recipe = Recipe(**settings)
+    return replace(recipe, **(changes or {}))
+
+
+def _find(path: str | Path) -> Path:
+    found = next((p for p in (Path(path), RECIPES / f"{path}", RECIPES / f"{path}.toml") if p.is_file()), None)
+    if found is None:
+        names = ", ".join(sorted(p.stem for p in RECIPES.glob("*.toml")))
+        raise UsageError(f"there is no recipe {path}: give a .toml or .yaml file, or one of {names}")
+    return found
+
+
+def _parse(path: Path) -> dict[str, Any]:
+    try:
+        if path.suffix in (".yaml", ".yml"):
+            import yaml
+
+            parsed = yaml.safe_load(path.read_text()) or {}
+        else:
+            parsed = _toml().loads(path.read_text())
+    except Exception as error:  # each parser has errors of its own
+        raise UsageError(f"{path} does not parse: {error}") from error
+    if not isinstance(parsed, dict):
+        raise UsageError(f"{path} must hold settings by name, got {type(parsed).__name__}")
+    return parsed
+
+
+def _toml() -> types.ModuleType:
+    if sys.version_info >= (3, 11):
+        import tomllib as toml
+    else:
+        import tomli as toml
+    return toml
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """One option for every setting; those not given are not in the parsed result."""
+    for entry in fields(Recipe):
+        kind = typing.get_origin(_TYPES[entry.name]) or _TYPES[entry.name]
+        options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": entry.metadata["help"]}
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif kind is dict:
+            options |= {"nargs": "+", "metavar": "KEY=VALUE"}
+        elif kind is list:
+            options |= {"nargs": "+", "type": typing.get_args(_TYPES[entry.name])[0]}
+        else:
+            options["type"] = kind
+        parser.add_argument(f"--{entry.name.replace('_', '-')}", **options)
+
+
+def from_options(path: str, options: argparse.Namespace) -> Recipe:
+    """The recipe of a file with what the command line says of settings."""
+    changes = {key: value for key, value in vars(options).items() if key in _TYPES}
+    if "model_options" in changes:
+        changes["model_options"] = {**load_recipe(path).model_options, **_pairs(changes["model_options"])}
+    return load_recipe(path, changes)
+
+
+def _pairs(given: list[str]) -> dict[str, Any]:
+    """``key=value`` with values as TOML writes them; what is no TOML is text."""
+    result: dict[str, Any] = {}
+    for pair in given:
+        key, equals, text = pair.partition("=")
+        if not equals:
+            raise UsageError(f"model-options must be KEY=VALUE, got {pair!r}")
+        try:
+            result[key] = _toml().loads(f"value = {text}")["value"]
+        except ValueError:
+            result[key] = text
+    return result

@@ -1,0 +1,147 @@
+"""Weights as files: safetensors, with a card of what they are weights of.
+
+The card is JSON in the file's metadata: the model by its name and options, its classes, and how images are to be
+prepared. Nothing in such a file is code.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from xformer.errors import UsageError
+
+KEY = "xformer"
+
+
+@dataclass
+class Card:
+    """What weights are of, and what the model wants to see.
+
+    model: a name of ours or timm's. options: its arguments, without ``num_classes`` and ``in_chans``. image_size,
+    crop_pct, interpolation, mean, std: how an image is prepared (timm's terms). classes: names in the order of logits.
+    step: optimiser steps done. metrics: of the evaluation at that step.
+    """
+
+    model: str
+    num_classes: int
+    task: str = "classify"
+    options: dict[str, Any] = field(default_factory=dict)
+    in_chans: int = 3
+    image_size: int = 256
+    crop_pct: float = 1.0
+    interpolation: str = "bicubic"
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    classes: list[str] = field(default_factory=list)
+    step: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+def create_model(name: str, num_classes: int, in_chans: int = 3, **options: Any) -> nn.Module:
+    """One of ours, or of timm's where timm is installed.
+
+    Raises:
+        UsageError: a model that neither has, or options that it does not take.
+    """
+    from xformer.registry import build, default_cfgs
+
+    try:
+        if name in default_cfgs:
+            return build(name, num_classes=num_classes, in_chans=in_chans, **options)
+        import timm
+
+        if timm.is_model(name):
+            model: nn.Module = timm.create_model(name, num_classes=num_classes, in_chans=in_chans, **options)
+            return model
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"model {name} does not take these options: {error}") from error
+    raise UsageError(f"model must be one of {', '.join(default_cfgs)} or a name of timm.list_models(), got {name!r}")
+
+
+def save_weights(path: str | Path, state: Mapping[str, Tensor], card: Card) -> None:
+    """Write a state dict and its card, atomically: a file of this name is always a whole one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
+    try:
+        save_file(tensors, part, metadata={KEY: json.dumps(asdict(card))})
+        with open(part, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def load_weights(path: str | Path) -> tuple[dict[str, Tensor], Card | None]:
+    """A state dict, and its card if the file has one (other people's safetensors have not).
+
+    Raises:
+        UsageError: no such file, or not a safetensors file.
+    """
+    if not Path(path).is_file():
+        raise UsageError(f"weights: there is no file {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get(KEY)
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is not a dict)
+    except (SafetensorError, OSError) as error:
+        raise UsageError(f"weights: {path} is not a safetensors file: {error}") from error
+    if text is None:
+        return state, None
+    known = {entry.name for entry in fields(Card)}
+    return state, Card(**{key: value for key, value in json.loads(text).items() if key in known})
+
+
+def load_state(model: nn.Module, state: Mapping[str, Tensor], path: str | Path, partial: bool = False) -> list[str]:
+    """Put a state dict into a model; with `partial`, what fits of it.
+
+    Returns what was left out, of the file and of the model, as sentences.
+
+    Raises:
+        UsageError: names or shapes that differ, without `partial`.
+    """
+    own = model.state_dict()
+    other = {name: value.shape for name, value in state.items() if name in own and own[name].shape != value.shape}
+    missing = sorted(own.keys() - state.keys())
+    unexpected = sorted(state.keys() - own.keys())
+    said = [f"{name} is {tuple(own[name].shape)} here and {tuple(shape)} there" for name, shape in other.items()]
+    said += [f"{len(names)} {what}, such as {names[0]}" for names, what in (
+        (missing, "tensors of the model are not there"), (unexpected, "tensors there are not of the model")
+    ) if names]  # fmt: skip
+    if said and not partial:
+        raise UsageError(f"weights: {path} is not of this model: {'; '.join(said[:3])}")
+    if said and not (state.keys() & own.keys()) - other.keys():
+        raise UsageError(f"weights: nothing in {path} fits this model: {'; '.join(said[:3])}")
+    with torch.no_grad():
+        model.load_state_dict({k: v for k, v in state.items() if k in own and k not in other}, strict=False)
+    return said
+
+
+def load_model(path: str | Path, name: str = "", **changes: Any) -> tuple[nn.Module, Card]:
+    """The model of a file in eval mode, and its card. `name` and `changes` (of a card) where the file has none.
+
+    Raises:
+        UsageError: as :func:`load_weights`; a file without a card and no `name`; weights of another model.
+    """
+    state, card = load_weights(path)
+    if card is None:
+        if not name:
+            raise UsageError(f"weights: {path} does not say what it is of: name the model with --model")
+        classes = [value.shape[0] for key, value in state.items() if key.endswith(("classifier.weight", "fc.weight"))]
+        card = Card(name, num_classes=classes[-1] if classes else 1000)
+    for key, value in changes.items():
+        setattr(card, key, value)
+    model = create_model(card.model, card.num_classes, card.in_chans, **card.options)
+    load_state(model, state, path)
+    return model.eval(), card
