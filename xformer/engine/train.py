@@ -95,9 +95,10 @@ class Run:
         if recipe.weights:
             self.said = load_state(model, load_weights(recipe.weights)[0], recipe.weights, recipe.partial)
         if recipe.grad_checkpointing:
-            if not hasattr(model, "set_grad_checkpointing"):
+            switch: Any = getattr(model, "set_grad_checkpointing", None)
+            if switch is None:
                 raise UsageError(f"grad_checkpointing: {recipe.model} does not offer it")
-            model.set_grad_checkpointing()
+            switch()
         if recipe.channels_last:
             model = model.to(memory_format=torch.channels_last)
         if recipe.sync_bn:
@@ -292,9 +293,10 @@ class Run:
             )
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         try:
+            values: dict[str, Any] = dict(weights["model"])
             set_state_dict(
-                self.model, self.optimizer.optimizer, model_state_dict=weights["model"], optim_state_dict=optimizer,
-                options=options,
+                self.model, self.optimizer.optimizer,
+                model_state_dict=values, optim_state_dict=optimizer, options=options,
             )  # fmt: skip
             if self.ema is not None:
                 self.ema.module.load_state_dict(weights["ema"])
