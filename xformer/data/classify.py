@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from xformer.data import files
+from xformer.data import files, shards, tars
 from xformer.data.images import Skipped
 from xformer.data.loader import Batch, Batches, Loader, Source
 from xformer.data.order import Shard
@@ -19,8 +18,8 @@ from xformer.data.transforms import Statistics, Transform, eval_transform, train
 from xformer.errors import UsageError
 from xformer.recipe import Recipe
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+IMAGENET: tuple[Statistics, Statistics] = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+"""Mean and standard deviation of channels."""
 
 
 @dataclass
@@ -37,8 +36,8 @@ class Content:
     train_images: int
     eval_images: int
     classes: list[str]
-    mean: Statistics = IMAGENET_MEAN
-    std: Statistics = IMAGENET_STD
+    mean: Statistics = IMAGENET[0]
+    std: Statistics = IMAGENET[1]
 
 
 @dataclass
@@ -121,34 +120,99 @@ def open_data(recipe: Recipe, shard: Shard | None = None) -> Data:
     if any(size < 1 for size in recipe.sizes):
         raise UsageError(f"sizes must be 1 or more, got {recipe.sizes}")
     skipped = Skipped()
-    return Data(recipe, shard, _open(recipe, shard), skipped)
+    return Data(recipe, shard, _open(recipe, shard, skipped), skipped)
 
 
-def _open(recipe: Recipe, shard: Shard) -> Content:
-    train: files.Indexed
-    held_out: files.Indexed
-    statistics: dict[str, Statistics] = {}
+def _open(recipe: Recipe, shard: Shard, skipped: Skipped) -> Content:
+    root = Path(recipe.data)
     if recipe.data in files.SAMPLES:
-        train, held_out, classes, (mean, std) = files.open_samples(recipe.data)
-        statistics = {"mean": (mean,) * 3, "std": (std,) * 3}
-    elif recipe.data and Path(recipe.data).is_dir():
-        train, held_out, classes = files.open_folders(Path(recipe.data))
-    else:
+        return _indexed(recipe, shard, *files.open_samples(recipe.data))
+    if recipe.train_shards or recipe.data.endswith(".tar") or tars.is_remote(recipe.data):
+        return _streamed(recipe, shard, skipped)
+    if not recipe.data or not root.is_dir():
         names = ", ".join(files.SAMPLES)
-        raise UsageError(f"data must be {names} or a folder that exists, got {recipe.data!r}")
-    return _indexed(recipe, shard, train, held_out, classes, **statistics)
+        raise UsageError(f"data must be {names}, a folder that exists or tar shards, got {recipe.data!r}")
+    if not (root / "train").is_dir() and any(root.glob("*.tar")):
+        return _streamed(recipe, shard, skipped)
+    return _indexed(recipe, shard, *files.open_folders(root))
 
 
 def _indexed(
-    recipe: Recipe, shard: Shard, train: Any, held_out: Any, classes: list[str], **statistics: Statistics
+    recipe: Recipe,
+    shard: Shard,
+    train: files.Files | files.Arrays,
+    held_out: files.Files | files.Arrays,
+    classes: list[str],
+    statistics: tuple[Statistics, Statistics] = IMAGENET,
 ) -> Content:
+    names = _names(recipe.classes) if recipe.classes else classes
+    if len(names) != len(classes):
+        raise UsageError(
+            f"classes: {recipe.classes} must name the {len(classes)} classes of the data, got {len(names)}"
+        )
+
     def train_batches(epoch: int, start: int) -> Iterator[Batch]:
         return files.train_batches(len(train), recipe.batch_size, _sizes(recipe), recipe.seed, epoch, start, shard)
 
     def eval_batches() -> Iterator[Batch]:
         return files.eval_batches(len(held_out), recipe.batch_size, recipe.image_size, shard)
 
-    return Content(train, held_out, train_batches, eval_batches, len(train), len(held_out), classes, **statistics)
+    return Content(train, held_out, train_batches, eval_batches, len(train), len(held_out), names, *statistics)
+
+
+def _streamed(recipe: Recipe, shard: Shard, skipped: Skipped) -> Content:
+    """Numbers of samples are those of the recipe, or said beside the shards, or counted; likewise classes."""
+    train_pattern, root = recipe.train_shards, recipe.data
+    if recipe.data.endswith(".tar"):
+        train_pattern, root = train_pattern or recipe.data, ""
+    urls = tars.find_shards("train_shards", train_pattern or "*train*.tar", root)
+    held_out_urls = tars.find_shards("eval_shards", recipe.eval_shards or "*val*.tar", root)
+    names = _names(recipe.classes) if recipe.classes else []
+    train_images, labels = _known("train_samples", recipe.train_samples, urls, bool(names))
+    eval_images, _ = _known("eval_samples", recipe.eval_samples, held_out_urls, True)
+    if names and labels > len(names):
+        raise UsageError(
+            f"classes: {recipe.classes} must name {labels} classes, as labels go to {labels - 1}, got {len(names)}"
+        )
+    names = names or [str(label) for label in range(labels)]
+
+    def stream(urls: list[str], sizes: list[int]) -> shards.Stream:
+        return shards.Stream(urls, len(names), shard, recipe.batch_size, sizes, recipe.seed, skipped)
+
+    train, held_out = stream(urls, _sizes(recipe)), stream(held_out_urls, [recipe.image_size])
+    batches = train_images // (recipe.batch_size * shard.world)
+
+    def train_batches(epoch: int, start: int) -> Iterator[Batch]:
+        return train.train_batches(epoch, start, batches)
+
+    source = shards.Samples()
+    return Content(source, source, train_batches, held_out.eval_batches, train_images, eval_images, names)
+
+
+def _known(setting: str, given: int, urls: list[str], named: bool) -> tuple[int, int]:
+    """Samples of shards, and the classes that their labels show (0 if they were not looked at).
+
+    Raises:
+        UsageError: shards that are not local, of which the settings do not say enough.
+    """
+    local = not any(tars.is_remote(url) for url in urls)
+    samples = given or (tars.said_sizes(urls) if local else None)
+    if samples and named:
+        return samples, 0
+    if not local:
+        missing = setting if not samples else "classes"
+        raise UsageError(f"{missing} must be given for shards that are not local files, such as {urls[0]}")
+    counted, labels = tars.count_samples(urls)
+    if not counted:
+        raise UsageError(f"data: none of {len(urls)} shards has images with labels, such as {urls[0]}")
+    return samples or counted, labels
+
+
+def _names(path: str) -> list[str]:
+    try:
+        return [line.strip() for line in Path(path).read_text().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"classes must be a file of class names, one a line, got {path}: {error}") from error
 
 
 def _sizes(recipe: Recipe) -> list[int]:

