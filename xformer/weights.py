@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -132,16 +132,27 @@ def load_model(path: str | Path, name: str = "", **changes: Any) -> tuple[nn.Mod
     """The model of a file in eval mode, and its card. `name` and `changes` (of a card) where the file has none.
 
     Raises:
-        UsageError: as :func:`load_weights`; a file without a card and no `name`; weights of another model.
+        UsageError: as :func:`load_weights`; a file without a card and no `name`; weights of another model, by what the
+            card says or by their shapes.
     """
     state, card = load_weights(path)
+    bare = card is None
     if card is None:
         if not name:
             raise UsageError(f"weights: {path} does not say what it is of: name the model with --model")
-        classes = [value.shape[0] for key, value in state.items() if key.endswith(("classifier.weight", "fc.weight"))]
+        last = ("classifier.weight", "fc.weight", "head.weight")
+        classes = [value.shape[0] for key, value in state.items() if key.endswith(last)]
         card = Card(name, num_classes=classes[-1] if classes else 1000)
-    for key, value in changes.items():
-        setattr(card, key, value)
+    elif name and name != card.model:
+        raise UsageError(f"model: {path} is of {card.model}, got {name}; without --model it is taken as what it says")
+    card = replace(card, **changes)
     model = create_model(card.model, card.num_classes, card.in_chans, **card.options)
     load_state(model, state, path)
-    return model.eval(), card
+    return model.eval(), replace(card, **{**preparation(model), **changes}) if bare else card
+
+
+def preparation(model: nn.Module) -> dict[str, Any]:
+    """What a model's own configuration (timm's) says of images, as fields of a card."""
+    config = getattr(model, "pretrained_cfg", None) or {}
+    said = {key: config[key] for key in ("crop_pct", "interpolation", "mean", "std") if key in config}
+    return said | ({"image_size": config["input_size"][-1]} if "input_size" in config else {})

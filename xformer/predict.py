@@ -1,0 +1,148 @@
+"""What a model says of images: ``python -m xformer predict image.jpg --weights w.safetensors``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from xformer.errors import UsageError
+from xformer.fuse import fuse_for_inference
+from xformer.preprocess import eval_transform
+from xformer.weights import Card, load_model
+
+
+@dataclass
+class Guess:
+    name: str
+    index: int
+    probability: float
+
+
+@dataclass
+class Prediction:
+    """The likeliest classes of an image, best first; or why it could not be read."""
+
+    image: str
+    top: list[Guess] = field(default_factory=list)
+    error: str = ""
+
+
+def predict(
+    model: nn.Module, card: Card, images: Sequence[str | Path], names: Sequence[str], top: int = 5, batch: int = 32
+) -> Iterator[Prediction]:
+    """One prediction for every image, in their order. `names` are those of the classes."""
+    transform = eval_transform(card)
+    for start in range(0, len(images), batch):
+        results = [Prediction(str(path)) for path in images[start : start + batch]]
+        read: list[tuple[Prediction, Tensor]] = []
+        for result in results:
+            try:
+                read.append((result, _read(result.image, card.in_chans, transform)))
+            except UsageError as error:
+                result.error = str(error)
+        if read:
+            with torch.inference_mode():
+                logits = model(torch.stack([image for _, image in read]))
+            best = logits.float().softmax(-1).topk(min(top, card.num_classes))
+            for (result, _), values, indices in zip(read, best.values.tolist(), best.indices.tolist(), strict=True):
+                result.top = [Guess(names[i], i, p) for p, i in zip(values, indices, strict=True)]
+        yield from results
+
+
+def _read(path: str, in_chans: int, transform: Callable[[Any], Tensor]) -> Tensor:
+    from PIL import Image
+
+    if not Path(path).is_file():
+        raise UsageError(f"image: there is no file {path}")
+    try:
+        with Image.open(path) as image:
+            return transform(image.convert("RGB" if in_chans == 3 else "L"))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UsageError(f"image: {path} cannot be read: {error}") from error
+
+
+def class_names(card: Card, labels: str | Path = "") -> list[str]:
+    """Names in the order of logits: of the file `labels` (one a line), else the card's, else their numbers.
+
+    Raises:
+        UsageError: no such file, or not as many names as classes.
+    """
+    names = card.classes or [str(i) for i in range(card.num_classes)]
+    if labels:
+        try:
+            names = Path(labels).read_text(encoding="utf-8").rstrip().splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"labels: {labels} cannot be read: {error}") from error
+    if len(names) != card.num_classes:
+        raise UsageError(
+            f"labels: {labels or 'the card'} has {len(names)} names, the model has {card.num_classes} classes"
+        )
+    return names
+
+
+def add_parser(commands: Any) -> None:
+    parser = commands.add_parser(
+        "predict", help="classes of images", description="Print the likeliest classes of images."
+    )
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="files that PIL reads")
+    parser.add_argument("--weights", required=True, help="safetensors")
+    parser.add_argument("--model", default="", help="what they are of, where the file does not say")
+    parser.add_argument("--labels", default="", help="class names, one a line; default: those in the weights file")
+    parser.add_argument("--top", type=int, default=5, help="classes to print (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=32, help="images at a time (default: %(default)s)")
+    parser.add_argument("--json", default="", help="also write the results here")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print predictions; 1 if an image could not be read."""
+    for name in ("top", "batch_size"):
+        if getattr(options, name) < 1:
+            raise UsageError(f"{name.replace('_', '-')} must be 1 or more, got {getattr(options, name)}")
+    model, card = load_model(options.weights, options.model)
+    if card.task != "classify" or card.in_chans not in (1, 3):
+        raise UsageError(
+            f"weights: predict takes classifiers of images with 1 or 3 channels, {options.weights} is of task "
+            f"{card.task} with {card.in_chans}"
+        )
+    names = class_names(card, options.labels)
+    results = []
+    for result in predict(fuse_for_inference(model), card, options.images, names, options.top, options.batch_size):
+        results.append(result)
+        if result.error:
+            print(f"error: {result.error}", file=sys.stderr)
+        else:
+            show(result)
+    if options.json:
+        try:
+            Path(options.json).write_text(json.dumps([asdict(result) for result in results], indent=1) + "\n")
+        except OSError as error:
+            raise UsageError(f"json: {options.json} cannot be written: {error}") from error
+    return int(any(result.error for result in results))
+
+
+def show(result: Prediction) -> None:
+    """A table on a terminal where rich is installed, else lines of probability and name."""
+    try:
+        if not sys.stdout.isatty():
+            raise ImportError
+        from rich.console import Console
+        from rich.markup import escape
+        from rich.table import Table
+    except ImportError:
+        print(result.image)
+        for guess in result.top:
+            print(f"  {guess.probability:7.2%}  {guess.name}")
+        return
+    table = Table("class", "probability", title=escape(result.image), title_justify="left")
+    for guess in result.top:
+        table.add_row(escape(guess.name), f"{guess.probability:.2%}")
+    Console().print(table)
