@@ -1,5 +1,16 @@
 """One engine for all tasks: training, evaluation, checkpoints, logs."""
 
-from xformer.engine.train import evaluate, train
+from __future__ import annotations
+
+from typing import Any
 
 __all__ = ["evaluate", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    """On demand: the commands' help needs neither accelerate nor timm."""
+    if name in __all__:
+        from xformer.engine import loop
+
+        return getattr(loop, name)
+    raise AttributeError(name)

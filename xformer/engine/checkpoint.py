@@ -108,7 +108,8 @@ class Checkpoints:
             optimizer = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
             state = json.loads((path / "state.json").read_text())
         except Exception as error:  # zip, pickle, JSON and file errors
+            said = f"{error}".partition("\n")[0]
             raise UsageError(
-                f"resume: {path} cannot be read: {error}; remove it to go on from an earlier one"
+                f"resume: {path} cannot be read ({said}): remove it to go on from an earlier one"
             ) from error
         return weights, optimizer, state

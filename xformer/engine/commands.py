@@ -33,7 +33,7 @@ def run_train(options: argparse.Namespace) -> None:
     if options.show:
         print(json.dumps(recipe.to_dict(), indent=1))
         return
-    from xformer.engine.train import train
+    from xformer.engine.loop import train
 
     result = train(recipe, options.resume)
     import os
@@ -61,8 +61,8 @@ def eval_weights(recipe: Recipe, given: set[str] | frozenset[str] = frozenset())
     """
     import torch
 
+    from xformer.engine.loop import evaluate
     from xformer.engine.task import task_class
-    from xformer.engine.train import evaluate
     from xformer.fuse import fuse_for_inference
     from xformer.weights import load_model
 

@@ -51,7 +51,9 @@ class Run:
         self.recipe, self.out = recipe, Path(recipe.out)
         if recipe.threads:
             torch.set_num_threads(recipe.threads)
+        # without `cpu`, processes that torchrun has started on a machine without an accelerator are strangers
         self.accelerator = Accelerator(
+            cpu=not torch.accelerator.is_available(),
             gradient_accumulation_steps=recipe.accumulate,
             mixed_precision=recipe.precision,
             step_scheduler_with_optimizer=False,

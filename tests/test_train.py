@@ -1,0 +1,349 @@
+"""Runs of the engine on a few small images: where they go, where they go on, and what they say."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from xformer.engine import train
+from xformer.engine.checkpoint import Checkpoints
+from xformer.engine.commands import eval_weights
+from xformer.errors import UsageError
+from xformer.recipe import load_recipe
+from xformer.weights import load_model, load_weights
+
+ROOT = Path(__file__).parent.parent
+CLASSES = ("dark", "light", "middle")
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """A folder of 48 + 12 images of noise around a brightness, which is their class."""
+    root = tmp_path_factory.mktemp("images")
+    numbers = torch.Generator().manual_seed(0)
+    for split, count in (("train", 16), ("val", 4)):
+        for name, level in zip(CLASSES, (60, 200, 130), strict=True):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                noise = torch.randint(-40, 40, (40, 40, 3), generator=numbers)
+                Image.fromarray((noise + level).to(torch.uint8).numpy()).save(folder / f"{i}.png")
+    return root
+
+
+def settings(images, out, **changes):
+    return {
+        "data": str(images), "out": str(out), "epochs": 2, "batch_size": 8, "workers": 0, "warmup_epochs": 0.0,
+        "log_every": 2, "lr": 1e-3, "tensorboard": False, **changes,
+    }  # fmt: skip
+
+
+def recipe(images, out, **changes):
+    return load_recipe("small", settings(images, out, **changes))
+
+
+def command(images, out, *more, **changes):
+    options = []
+    for key, value in settings(images, out, **changes).items():
+        name = key.replace("_", "-")
+        if isinstance(value, bool):
+            options.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            options += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return ["-m", "xformer", "train", "--config", "small", *options, *more]
+
+
+def environment():
+    return {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}", "OMP_NUM_THREADS": "1"}
+
+
+def run(arguments):
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, timeout=300, cwd=ROOT, env=environment()
+    )
+
+
+def rows(path, *without):
+    with open(path, newline="") as file:
+        return [{k: v for k, v in row.items() if k not in without} for row in csv.DictReader(file)]
+
+
+def curves(out):
+    return rows(out / "train.csv", "images/s"), rows(out / "eval.csv")
+
+
+def same_tensors(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def same_run(a, b):
+    return curves(a) == curves(b) and same_tensors(
+        load_weights(a / "last.safetensors")[0], load_weights(b / "last.safetensors")[0]
+    )
+
+
+HARD = {"ema": 0.9, "drop_path": 0.2, "mixup": 0.2, "reprob": 0.3, "sizes": [32, 48], "checkpoint_every": 4}
+"""Everything that draws numbers, and checkpoints in the middle of an epoch."""
+
+
+@pytest.fixture(scope="module")
+def whole(images, tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole")
+    return out, train(recipe(images, out, **HARD))
+
+
+def test_learns_and_writes(images, tmp_path):
+    result = train(recipe(images, tmp_path, epochs=10, lr=2e-3, tensorboard=True))
+    assert result["top1"] >= 90  # three levels of brightness
+    assert result["best"] >= result["top1"]
+    losses, evaluations = curves(tmp_path)
+    assert [int(row["step"]) for row in losses] == list(range(2, 61, 2))
+    assert [int(row["epoch"]) for row in evaluations] == list(range(10))
+    assert float(losses[-1]["loss"]) < float(losses[0]["loss"])
+    assert float(evaluations[-1]["top1"]) == pytest.approx(result["top1"])
+    assert list((tmp_path / "tensorboard").glob("events*"))
+    model, card = load_model(tmp_path / "best.safetensors")
+    assert not model.training
+    assert (card.model, card.classes, card.options) == ("xformer_xxs", list(CLASSES), {"stem_stride": 1})
+    assert card.metrics["top1"] == pytest.approx(result["best"])
+    again = eval_weights(recipe(images, tmp_path / "unused", weights=str(tmp_path / "last.safetensors")))
+    assert again["top1"] == pytest.approx(result["top1"])
+    assert again["loss"] == pytest.approx(result["loss"], rel=1e-4)
+
+
+def test_a_run_is_a_function_of_its_recipe(images, whole, tmp_path):
+    out, result = whole
+    before = torch.random.get_rng_state()
+    assert train(recipe(images, tmp_path, **HARD, workers=2)) == result
+    assert same_run(out, tmp_path)
+    assert not same_tensors(
+        load_weights(out / "last.safetensors")[0],
+        load_weights(out / "checkpoints" / "step-00000012" / "model.safetensors")[0],
+    )  # the averaged weights are what counts
+    torch.random.set_rng_state(before)
+
+
+@pytest.mark.parametrize("stopped_at", [4, 6, 8])
+def test_resumes_to_the_same_bits(images, whole, tmp_path, monkeypatch, stopped_at):
+    """Stopped in the middle of an epoch, at its end, and where the log has half a row."""
+
+    class Stopped(Exception):
+        pass
+
+    save = Checkpoints.save
+
+    def save_and_stop(self, step, *rest):
+        save(self, step, *rest)
+        if step == stopped_at:
+            raise Stopped
+
+    changes = HARD | {"log_every": 3}
+    monkeypatch.setattr(Checkpoints, "save", save_and_stop)
+    with pytest.raises(Stopped):
+        train(recipe(images, tmp_path / "stopped", **changes))
+    monkeypatch.setattr(Checkpoints, "save", save)
+    train(recipe(images, tmp_path / "stopped", **changes), resume=True)
+    train(recipe(images, tmp_path / "whole", **changes))
+    assert same_run(tmp_path / "stopped", tmp_path / "whole")
+
+
+def test_killed_runs_lose_at_most_one_interval(images, whole, tmp_path):
+    """kill -9 at moments that are not ours to choose: what is left is whole, and the end is the same."""
+    out = tmp_path / "run"
+    arguments = command(images, out, "--resume", **HARD)
+    reached = 0
+    for pause in (0.0, 0.15):
+        process = subprocess.Popen(
+            [sys.executable, *arguments], cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        checkpoints = Checkpoints(out)
+        limit = time.monotonic() + 120
+        while time.monotonic() < limit and process.poll() is None:
+            if checkpoints.all() and int(checkpoints.all()[-1].name[5:]) > reached:
+                break
+            time.sleep(0.02)
+        time.sleep(pause)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        for checkpoint in checkpoints.all():
+            checkpoints.load(checkpoint)
+        reached = int(checkpoints.all()[-1].name[5:])
+        assert reached >= 4
+    done = run(arguments)
+    assert done.returncode == 0, done.stderr
+    assert same_run(out, whole[0])
+
+
+def test_what_killed_runs_leave_is_cleared(images, tmp_path):
+    left = tmp_path / "checkpoints" / ".part-3"
+    left.mkdir(parents=True)
+    (left / "model.safetensors").write_bytes(b"half")
+    train(recipe(images, tmp_path, epochs=1))
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000006"]
+
+
+def test_two_processes_equal_one(images, tmp_path):
+    """Data parallel over gloo, against one process that accumulates the same two parts of a batch.
+
+    Both have batch norm over eight images. SGD: Adam divides rounding errors by themselves where gradients vanish.
+    """
+    changes = {"opt": "sgd", "lr": 0.05, "log_every": 1, "eval_every": 2, "threads": 1}
+    train(recipe(images, tmp_path / "one", accumulate=2, **changes))
+    done = run(
+        [
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            *command(images, tmp_path / "two", **changes),
+        ]
+    )
+    assert done.returncode == 0, done.stderr
+    one, two = (curves(tmp_path / name)[0] for name in ("one", "two"))
+    assert [row["step"] for row in one] == [row["step"] for row in two] and len(one) == 6
+    for a, b in zip(one, two, strict=True):
+        assert float(a["loss"]) == pytest.approx(float(b["loss"]), rel=1e-4)
+    first, second = (load_model(tmp_path / name / "last.safetensors")[0] for name in ("one", "two"))
+    for (name, a), b in zip(first.named_parameters(), second.parameters(), strict=True):
+        scale = a.abs().max().clamp_min(1e-3)
+        assert (a - b).abs().max() <= 1e-3 * scale, name
+    # every image is evaluated once, by one process or the other
+    assert float(curves(tmp_path / "two")[1][-1]["top1"]) % (100 / 12) == pytest.approx(0, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"precision": "bf16"},
+        {"grad_checkpointing": True, "channels_last": False},
+        {"attention": "softmax"},
+        {"model": "mobilevit_xxs", "model_options": {}, "image_size": 64},
+        {"cutmix": 1.0, "clip_grad": 1.0, "opt": "lamb", "layer_decay": 0.8},
+    ],
+    ids=["bf16", "checkpointing", "softmax", "timm", "options"],
+)
+def test_settings_run(images, tmp_path, changes):
+    if "precision" in changes:  # accelerate keeps one precision for a process
+        arguments = command(images, tmp_path, epochs=1, **changes)
+        done = run(arguments)
+        assert done.returncode == 0, done.stderr
+    else:
+        train(recipe(images, tmp_path, epochs=1, **changes))
+    assert all(float(row["loss"]) < 3 for row in curves(tmp_path)[0])
+    _, card = load_model(tmp_path / "last.safetensors")
+    assert card.options.get("attention") == changes.get("attention")
+
+
+def test_starts_from_weights(images, tmp_path):
+    train(recipe(images, tmp_path / "first", epochs=3))
+    weights = str(tmp_path / "first" / "last.safetensors")
+    train(recipe(images, tmp_path / "second", epochs=1, weights=weights, lr=1e-7, min_lr=1e-8))
+    last, first = curves(tmp_path / "first")[0][-1], curves(tmp_path / "second")[0][0]
+    assert float(first["loss"]) < 1.3 * float(last["loss"])
+    with pytest.raises(UsageError, match=r"is not of this model.*such as"):
+        train(recipe(images, tmp_path / "third", weights=weights, attention="softmax"))
+
+
+def test_corrupt_images_are_skipped_and_counted(images, tmp_path, capfd, caplog):
+    broken = tmp_path / "images"
+    for path in images.rglob("*.png"):
+        copy = broken / path.relative_to(images)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(path.read_bytes())
+    (broken / "train" / "dark" / "3.png").write_bytes(b"this is not an image")
+    result = train(recipe(broken, tmp_path / "run", epochs=1))
+    assert 0 <= result["top1"] <= 100
+    assert [record.getMessage() for record in caplog.records if "dark/3.png" in record.getMessage()]
+    assert "1 unreadable images skipped" in capfd.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------- what is refused
+
+
+def test_says_what_is_wrong(images, whole, tmp_path):
+    out, _ = whole
+    for changes, message in (
+        ({}, "holds the checkpoint step-00000012: go on with --resume"),
+        ({"data": str(tmp_path / "nowhere")}, "nowhere"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            train(recipe(images, out, **{**HARD, **changes}))
+    for changes, message in (
+        ({"lr": 1.0}, "was made with lr=0.001, and this run has 1.0"),
+        ({"model": "xformer_xs", "seed": 1}, "seed=0.*model differ too"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            train(recipe(images, out, **{**HARD, **changes}), resume=True)
+    for changes, message in (
+        ({"model": "xformer_l"}, "model must be one of xformer_s"),
+        ({"task": "juggle"}, "task must be one of classify"),
+        ({"attention": "linear"}, "attention must be one of 'xfa'"),
+        ({"batch_size": 64}, "batch"),
+        ({"accumulate": 100}, "make no step"),
+        ({"image_size": 16}, "leaves one token"),
+        ({"sync_bn": True}, "sync_bn must be off on cpu"),
+        ({"lr": 1e30, "clip_grad": 0.0, "opt": "sgd", "smoothing": 0.0}, "lr: the loss is"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            train(recipe(images, tmp_path / message[:5], **changes))
+
+
+def test_a_damaged_checkpoint_is_named(images, whole, tmp_path):
+    train(recipe(images, tmp_path, epochs=1))
+    (checkpoint,) = (tmp_path / "checkpoints").iterdir()
+    (checkpoint / "optimizer.pt").write_bytes(b"PK")
+    with pytest.raises(UsageError, match=r"step-00000006 cannot be read.*remove it"):
+        train(recipe(images, tmp_path, epochs=1), resume=True)
+
+
+def test_errors_are_one_sentence_without_a_traceback(images, tmp_path):
+    done = run(command(tmp_path / "nowhere", tmp_path / "out"))
+    assert done.returncode == 2
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("error: ") and "nowhere" in line
+
+
+def test_weights_of_other_classes(images, whole, tmp_path):
+    weights = str(whole[0] / "last.safetensors")
+    with pytest.raises(UsageError, match=r"has 3 classes, and digits has 10"):
+        eval_weights(load_recipe("small", {"data": "digits", "weights": weights}))
+
+
+# ------------------------------------------------------------------------------------------------------- settings
+
+
+def test_recipes_and_changes(tmp_path):
+    for name in ("xformer_s", "xformer_xs", "xformer_xxs"):
+        loaded = load_recipe(name)
+        assert loaded.model == name and loaded.epochs == 300 and loaded.sizes
+    (tmp_path / "r.yaml").write_text("model: xformer_xs\nlr: 1\nsizes: [128, 160]\noptimisation:\n  epochs: 3\n")
+    loaded = load_recipe(tmp_path / "r.yaml", {"seed": 7})
+    assert (loaded.model, loaded.lr, loaded.sizes, loaded.epochs, loaded.seed) == ("xformer_xs", 1.0, [128, 160], 3, 7)
+    (tmp_path / "r.toml").write_text("lear = 1\n")
+    for path, changes, message in (
+        (tmp_path / "r.toml", {}, "there is no setting lear"),
+        (tmp_path / "no.toml", {}, "there is no recipe"),
+        ("small", {"lr": "fast"}, "lr must be of type"),
+        ("small", {"epochs": 0}, "epochs must be 1 or more, got 0"),
+        ("small", {"precision": "fp8"}, "precision must be one of no, bf16, fp16"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            load_recipe(path, changes)
+
+
+def test_the_command_line_changes_a_recipe():
+    more = ["--show", "--attention", "softmax", "--sizes", "32", "48", "--no-tensorboard"]
+    done = run(["-m", "xformer", "train", "--config", "small", *more, "--model-options", "se=true", "mlp_ratio=3.0"])
+    assert done.returncode == 0, done.stderr
+    shown = json.loads(done.stdout)
+    assert (shown["attention"], shown["sizes"], shown["tensorboard"]) == ("softmax", [32, 48], False)
+    assert shown["model_options"] == {"stem_stride": 1, "se": True, "mlp_ratio": 3.0}
