@@ -106,6 +106,7 @@ def test_modes_become_rgb(tmp_path):
     assert open_image(tmp_path / "clear.png").mode == "RGB"
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 def test_images_are_upright(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -44,16 +44,11 @@ class Content:
 class Prepare:
     """Image and label to (tensor, label): one transform for each size of training, and that of evaluation."""
 
-    recipe: Recipe
-    mean: Statistics
-    std: Statistics
-    transform: Transform
-    training: dict[int, Transform] = field(default_factory=dict)
+    evaluation: Transform
+    training: dict[int, Transform]
 
     def __call__(self, image: Image.Image, label: int, size: int, training: bool) -> tuple[Tensor, int]:
-        if not training:
-            return self.transform(image), label
-        return self.training[size](image), label
+        return (self.training[size] if training else self.evaluation)(image), label
 
 
 def collate(samples: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
@@ -85,7 +80,7 @@ class Data:
         self.transform = eval_transform(recipe, self.mean, self.std)
         self.skipped = skipped
         training = {size: train_transform(recipe, size, self.mean, self.std) for size in _sizes(recipe)}
-        prepare = Prepare(recipe, self.mean, self.std, self.transform, training)
+        prepare = Prepare(self.transform, training)
         self._train = Loader(Batches(content.train, prepare, collate), recipe.workers, skipped)
         self._evaluate = Loader(Batches(content.held_out, prepare, collate), recipe.workers, skipped)
 

@@ -97,9 +97,9 @@ def open_folders(root: Path) -> tuple[Files, Files, list[str]]:
         said = [f"{what} {', '.join(names[:5])}" for what, names in (("also has", extra), ("lacks", absent)) if names]
         raise UsageError(f"data: {evaluation} must have the classes of {root / 'train'}, but {' and '.join(said)}")
     train, held_out = _files(root / "train", classes), _files(evaluation, classes)
-    empty = [name for label, name in enumerate(classes) if label not in set(train.labels.tolist())]
-    if empty:
-        raise UsageError(f"data: there are no images in {root / 'train' / empty[0]}")
+    empty = np.flatnonzero(np.bincount(train.labels, minlength=len(classes)) == 0)
+    if len(empty):
+        raise UsageError(f"data: there are no images in {root / 'train' / classes[empty[0]]}")
     return train, held_out, classes
 
 
