@@ -1,0 +1,5 @@
+"""Images into classes."""
+
+from xformer.classification.task import Classify
+
+__all__ = ["Classify"]

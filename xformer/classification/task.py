@@ -1,0 +1,89 @@
+"""Classification for the engine: one label an image, mixed images, accuracy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from xformer.data import Shard, open_data
+from xformer.engine.task import Metrics, Task
+from xformer.recipe import Recipe
+from xformer.registry import default_cfgs
+from xformer.weights import Card, create_model
+
+
+class Accuracy:
+    """top1 and top5 in percent and the mean cross entropy, by torchmetrics."""
+
+    def __init__(self, num_classes: int, device: Any) -> None:
+        from torchmetrics import MeanMetric
+        from torchmetrics.classification import MulticlassAccuracy
+
+        self.parts = {
+            f"top{k}": MulticlassAccuracy(num_classes, top_k=k, average="micro").to(device)
+            for k in (1, 5)
+            if k <= num_classes
+        }
+        self.loss = MeanMetric().to(device)
+
+    def update(self, outputs: Tensor, targets: Tensor) -> None:
+        for part in self.parts.values():
+            part.update(outputs, targets)
+        self.loss.update(F.cross_entropy(outputs.float(), targets, reduction="none"))
+
+    def compute(self) -> dict[str, float]:
+        return {name: 100 * float(part.compute()) for name, part in self.parts.items()} | {
+            "loss": float(self.loss.compute())
+        }
+
+
+class Classify(Task):
+    metric = "top1"
+
+    def __init__(self, recipe: Recipe, rank: int = 0, world: int = 1) -> None:
+        super().__init__(recipe)
+        self.data = self.images = open_data(recipe, Shard(rank, world))
+        self.mixup = None
+        if recipe.mixup > 0 or recipe.cutmix > 0:
+            from timm.data import Mixup
+
+            self.mixup = Mixup(
+                recipe.mixup, recipe.cutmix, label_smoothing=recipe.smoothing, num_classes=len(self.images.classes)
+            )
+
+    def card(self) -> Card:
+        recipe, data = self.recipe, self.images
+        options = dict(recipe.model_options)
+        if recipe.attention:
+            options["attention"] = recipe.attention
+        return Card(
+            model=recipe.model, num_classes=len(data.classes), options=options, in_chans=data.in_chans,
+            image_size=recipe.image_size, crop_pct=recipe.crop_pct, interpolation=recipe.interpolation,
+            mean=data.mean, std=data.std, classes=list(data.classes),
+        )  # fmt: skip
+
+    def build(self) -> nn.Module:
+        card = self.card()
+        options = dict(card.options)
+        if self.recipe.drop_path > 0:
+            options["drop_path_rate"] = self.recipe.drop_path
+        if card.model in default_cfgs:
+            options["img_size"] = self.recipe.image_size
+        return create_model(card.model, card.num_classes, card.in_chans, **options)
+
+    def mix(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        if self.mixup is None or len(images) % 2:
+            return images, targets
+        mixed: tuple[Tensor, Tensor] = self.mixup(images, targets)
+        return mixed
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        if targets.is_floating_point():  # mixed, and smooth already
+            return torch.sum(-targets * outputs.log_softmax(-1), -1).mean()
+        return F.cross_entropy(outputs, targets, label_smoothing=self.recipe.smoothing)
+
+    def metrics(self, device: Any) -> Metrics:
+        return Accuracy(len(self.images.classes), device)

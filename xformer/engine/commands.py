@@ -1,0 +1,89 @@
+"""``python -m xformer train`` and ``eval``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from xformer.errors import UsageError
+from xformer.recipe import Recipe, add_options, from_options
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "train", help="train a model", description="Train. Under torchrun or accelerate launch: on many devices."
+    )
+    parser.add_argument("--config", default="", help="a .toml or .yaml recipe, or the name of one that comes along")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out, if any")
+    parser.add_argument("--show", action="store_true", help="print the settings and stop")
+    add_options(parser)
+    parser.set_defaults(run=run_train)
+    parser = subparsers.add_parser(
+        "eval", help="metrics of weights", description="Evaluate weights on the evaluation images."
+    )
+    parser.add_argument("--config", default="", help="as in train; settings of images come from the weights' card")
+    parser.add_argument("--json", default="", help="also write the metrics to this file")
+    add_options(parser)
+    parser.set_defaults(run=run_eval)
+
+
+def run_train(options: argparse.Namespace) -> None:
+    recipe = from_options(options.config, options)
+    if options.show:
+        print(json.dumps(recipe.to_dict(), indent=1))
+        return
+    from xformer.engine.train import train
+
+    result = train(recipe, options.resume)
+    import os
+
+    if os.environ.get("RANK", "0") == "0":
+        print("  ".join(f"{name} {value:.4f}" for name, value in result.items()))
+
+
+def run_eval(options: argparse.Namespace) -> None:
+    recipe = from_options(options.config, options)
+    result = eval_weights(recipe, set(vars(options)))
+    print("  ".join(f"{name} {value:.4f}" for name, value in result.items()))
+    if options.json:
+        with open(options.json, "w") as file:
+            json.dump(result, file, indent=1)
+
+
+def eval_weights(recipe: Recipe, given: set[str] | frozenset[str] = frozenset()) -> dict[str, float]:
+    """Metrics of ``recipe.weights`` on the evaluation images, in this process, with batch norms folded.
+
+    Images are prepared as the weights' card says, but for settings named in `given`.
+
+    Raises:
+        UsageError: no weights or data, or weights that have other classes than the data.
+    """
+    import torch
+
+    from xformer.engine.task import task_class
+    from xformer.engine.train import evaluate
+    from xformer.fuse import fuse_for_inference
+    from xformer.weights import load_model
+
+    if not recipe.weights:
+        raise UsageError("weights: name the safetensors to evaluate")
+    model, card = load_model(recipe.weights, recipe.model if "model" in given else "")
+    for name in ("image_size", "crop_pct", "interpolation", "task"):
+        if name not in given:
+            setattr(recipe, name, getattr(card, name))
+    if recipe.threads:
+        torch.set_num_threads(recipe.threads)
+    task = task_class(recipe.task)(recipe)
+    expected = task.card()
+    if card.num_classes != expected.num_classes:
+        raise UsageError(
+            f"weights: {recipe.weights} has {card.num_classes} classes, and {recipe.data} has {expected.num_classes}"
+        )
+    if card.classes and expected.classes and card.classes != expected.classes:
+        one = next(pair for pair in zip(card.classes, expected.classes, strict=True) if pair[0] != pair[1])
+        raise UsageError(f"weights: {recipe.weights} has a class {one[0]!r} where {recipe.data} has {one[1]!r}")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    metrics = task.metrics(device)
+    evaluate(fuse_for_inference(model).to(device), task, metrics, device, recipe.channels_last)
+    return metrics.compute()

@@ -1,0 +1,94 @@
+"""What a run says: CSV files, TensorBoard events and a line of progress. Of one process; the others are silent."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from xformer.engine.checkpoint import write_atomically
+
+
+class Table:
+    """A CSV file whose rows have a step; a resumed run goes on behind the rows of the step that it starts from."""
+
+    def __init__(self, path: Path, after: int) -> None:
+        self.path = path
+        rows: list[dict[str, Any]] = []
+        if path.is_file():
+            with open(path, newline="") as file:
+                rows = [row for row in csv.DictReader(file) if (row.get("step") or "").isdigit()]
+        rows = [row for row in rows if int(row["step"]) <= after]
+        self.names = list(rows[0]) if rows else []
+        text = io.StringIO()
+        self._writer(text, bool(rows)).writerows(rows)
+        write_atomically(path, text.getvalue())
+
+    def _writer(self, file: Any, header: bool) -> csv.DictWriter[str]:
+        writer = csv.DictWriter(file, self.names, extrasaction="ignore", lineterminator="\n")
+        if header:
+            writer.writeheader()
+        return writer
+
+    def add(self, row: dict[str, Any]) -> None:
+        first = not self.names
+        if first:
+            self.names = list(row)
+        with open(self.path, "a", newline="") as file:
+            self._writer(file, first).writerow(row)
+
+
+class Log:
+    """Of a run in the folder `out`, whose steps up to `step` are done of `steps`."""
+
+    def __init__(self, out: Path, step: int, steps: int, tensorboard: bool, main: bool) -> None:
+        self.main = main
+        self.console = Console(stderr=True, quiet=not main)
+        self.writer: Any = None
+        columns = (
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+            TimeRemainingColumn(), TextColumn("{task.fields[said]}"),
+        )  # fmt: skip
+        self.progress = Progress(*columns, console=self.console, disable=not (main and self.console.is_terminal))
+        self.bar = self.progress.add_task("train", total=steps, completed=step, said="")
+        if main:
+            self.tables = {name: Table(out / f"{name}.csv", step) for name in ("train", "eval")}
+            if tensorboard:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self.writer = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
+
+    def __enter__(self) -> Log:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+        if self.writer is not None:
+            self.writer.close()
+
+    def add(self, table: str, row: dict[str, Any]) -> None:
+        """A row of ``train.csv`` or ``eval.csv``; the same numbers to TensorBoard."""
+        if not self.main:
+            return
+        self.tables[table].add({k: f"{v:.9g}" if isinstance(v, float) else v for k, v in row.items()})
+        if self.writer is not None:
+            for name, value in row.items():
+                if name != "step":
+                    self.writer.add_scalar(f"{table}/{name}", value, row["step"])
+            self.writer.flush()
+        shown = "  ".join(f"{k} {v:.5g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
+        if table == "train" and self.console.is_terminal:
+            self.progress.update(self.bar, said=shown)
+        else:
+            self.say(f"{table}  {shown}")
+
+    def advance(self, step: int) -> None:
+        self.progress.update(self.bar, completed=step)
+
+    def say(self, text: str) -> None:
+        self.console.print(text, highlight=False, soft_wrap=True, markup=False)
