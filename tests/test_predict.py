@@ -19,7 +19,7 @@ from xformer.weights import Card, save_weights
 
 Image = pytest.importorskip("PIL.Image")
 pytest.importorskip("timm")
-from xformer.preprocess import eval_transform  # noqa: E402
+from xformer.data import eval_transform  # noqa: E402
 
 NAMES = ["ant", "bee", "cat", "dog", "[elk]", "fox"]
 CARD = Card("xformer_xxs", 6, image_size=64, crop_pct=0.9, classes=NAMES)
@@ -50,7 +50,7 @@ def picture(path, mode="RGB", size=(90, 70), seed=0):
 
 def expected(model, path, card=CARD):
     with torch.no_grad(), Image.open(path) as image:
-        return model(eval_transform(card)(image.convert("RGB"))[None]).softmax(-1)[0]
+        return model(eval_transform(card, card.mean, card.std)(image.convert("RGB"))[None]).softmax(-1)[0]
 
 
 def test_lines_and_json(model, weights, tmp_path, capsys):
@@ -171,4 +171,8 @@ def test_help(arguments, capsys):
 def test_a_package_that_is_not_there(weights, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "timm.data", None)
     assert command.main(["predict", picture(tmp_path / "a.png"), "--weights", str(weights)]) == 2
-    assert "error: predict needs the package timm" in capsys.readouterr().err
+    assert "error: images need timm" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    call = ["export", "--model", "xformer_xxs", "--model-options", "attention=none", "--size", "64"]
+    assert command.main([*call, "--to", str(tmp_path / "m.onnx")]) == 2
+    assert "error: export needs the package onnx" in capsys.readouterr().err

@@ -9,7 +9,12 @@ from collections.abc import Sequence
 
 from xformer.errors import UsageError
 
-COMMANDS = {"predict": "xformer.predict", "export": "xformer.export"}
+COMMANDS = {
+    "train": "xformer.engine.commands",
+    "eval": "xformer.engine.commands",
+    "predict": "xformer.predict",
+    "export": "xformer.export",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -17,9 +22,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser("xformer", description="Light backbones of convolutions and transformer layers.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    asked = [argv[0]] if argv and argv[0] in COMMANDS else list(COMMANDS)
-    for name in asked:
-        importlib.import_module(COMMANDS[name]).add_parser(commands)
+    asked = [COMMANDS[argv[0]]] if argv and argv[0] in COMMANDS else dict.fromkeys(COMMANDS.values())
+    for module in asked:
+        importlib.import_module(module).add_parser(commands)
     options = parser.parse_args(argv)
     try:
         return options.run(options) or 0
