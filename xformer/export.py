@@ -124,6 +124,14 @@ def _check(to: Path, format: str, size: Any, batch: Any, ops: str) -> None:
         raise UsageError(f"batch must be dynamic or 1 or more, got {batch}")
     if ops not in ("standard", "fused") or (ops == "fused" and format != "pt2"):
         raise UsageError(f"ops must be standard, or fused for pt2, got {ops} for {format}")
+    if format == "aoti":
+        from torch._inductor.cpp_builder import get_cpp_compiler
+        from torch._inductor.exc import InvalidCxxCompiler
+
+        try:
+            get_cpp_compiler()
+        except InvalidCxxCompiler as error:
+            raise UsageError("format aoti needs a C++ compiler: set CXX to one, or take pt2 or onnx") from error
     try:
         to.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -202,14 +210,8 @@ def _load_pt2(path: Path) -> Run:
 
 
 def _write_aoti(program: ExportedProgram, path: Path, card: str, dims: dict[int, Any]) -> None:
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        torch._inductor.aoti_compile_and_package(
-            program, package_path=str(path), inductor_configs={"aot_inductor.metadata": {KEY: card}}
-        )
-    except InvalidCxxCompiler as error:
-        raise UsageError("format aoti needs a C++ compiler, and there is none: set CXX, or take pt2 or onnx") from error
+    metadata = {"aot_inductor.metadata": {KEY: card}}
+    torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=metadata)
 
 
 def _load_aoti(path: Path) -> Run:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from xformer.errors import UsageError
 from xformer.fuse import fuse_for_inference
-from xformer.preprocess import eval_transform
 from xformer.weights import Card, load_model
 
 
@@ -38,16 +37,22 @@ class Prediction:
 def predict(
     model: nn.Module, card: Card, images: Sequence[str | Path], names: Sequence[str], top: int = 5, batch: int = 32
 ) -> Iterator[Prediction]:
-    """One prediction for every image, in their order. `names` are those of the classes."""
-    transform = eval_transform(card)
+    """One prediction for every image, in their order, prepared as in the evaluation. `names` are of the classes."""
+    from xformer.data.images import Unreadable, open_image
+    from xformer.data.transforms import eval_transform
+
+    transform = eval_transform(card, card.mean, card.std)
     for start in range(0, len(images), batch):
         results = [Prediction(str(path)) for path in images[start : start + batch]]
         read: list[tuple[Prediction, Tensor]] = []
         for result in results:
+            if not Path(result.image).is_file():
+                result.error = f"image: there is no file {result.image}"
+                continue
             try:
-                read.append((result, _read(result.image, card.in_chans, transform)))
-            except UsageError as error:
-                result.error = str(error)
+                read.append((result, transform(open_image(result.image))))
+            except Unreadable as error:
+                result.error = f"image: {result.image} cannot be read: {error}"
         if read:
             with torch.inference_mode():
                 logits = model(torch.stack([image for _, image in read]))
@@ -55,18 +60,6 @@ def predict(
             for (result, _), values, indices in zip(read, best.values.tolist(), best.indices.tolist(), strict=True):
                 result.top = [Guess(names[i], i, p) for p, i in zip(values, indices, strict=True)]
         yield from results
-
-
-def _read(path: str, in_chans: int, transform: Callable[[Any], Tensor]) -> Tensor:
-    from PIL import Image
-
-    if not Path(path).is_file():
-        raise UsageError(f"image: there is no file {path}")
-    try:
-        with Image.open(path) as image:
-            return transform(image.convert("RGB" if in_chans == 3 else "L"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UsageError(f"image: {path} cannot be read: {error}") from error
 
 
 def class_names(card: Card, labels: str | Path = "") -> list[str]:
@@ -108,10 +101,10 @@ def run(options: argparse.Namespace) -> int:
         if getattr(options, name) < 1:
             raise UsageError(f"{name.replace('_', '-')} must be 1 or more, got {getattr(options, name)}")
     model, card = load_model(options.weights, options.model)
-    if card.task != "classify" or card.in_chans not in (1, 3):
+    if card.task != "classify" or card.in_chans != 3:
         raise UsageError(
-            f"weights: predict takes classifiers of images with 1 or 3 channels, {options.weights} is of task "
-            f"{card.task} with {card.in_chans}"
+            f"weights: predict takes classifiers of RGB images, {options.weights} is of task {card.task} and "
+            f"{card.in_chans} channels"
         )
     names = class_names(card, options.labels)
     results = []
