@@ -5,8 +5,8 @@
     ATTENTION                             what attention= may be, by name
     fuse_for_inference                    a copy with batch norms folded
 
-``python -m xformer`` has the commands train, eval, predict and export. ``python -m xformer.counts`` prints parameters and
-multiply-adds beside other models'. Nothing here is trained.
+``python -m xformer`` has the commands train, eval, predict and export. ``python -m xformer.counts`` prints parameters
+and multiply-adds beside other models'. Nothing here is trained.
 """
 
 from xformer.attention import ATTENTION
