@@ -15,6 +15,7 @@ import copy
 import json
 import os
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -100,9 +101,10 @@ def export(
         dims |= {2: Dim("height", min=step + 1), 3: Dim("width", min=step + 1)}
     program = _trace(_prepared(model, fuse, ops), shape, dims, card.model)
 
-    part = to.with_name(f".{to.stem}.{os.getpid()}.part{to.suffix}")
     said = json.dumps(asdict(card) | {"input": [dims[i].__name__ if i in dims else n for i, n in enumerate(shape)]})
-    try:
+    # under its own name, which goes into archives
+    with tempfile.TemporaryDirectory(dir=to.parent, prefix=f".{to.stem}.") as folder:
+        part = Path(folder) / to.name
         WRITERS[format](program, part, said, dims)
         difference, largest = _compare(model, LOADERS[format](part), _others(shape, dims, step))
         if not difference <= TOLERANCE * largest:
@@ -111,8 +113,6 @@ def export(
                 f"and the largest of them is {largest:.2g}"
             )
         os.replace(part, to)
-    finally:
-        part.unlink(missing_ok=True)
     return Exported(to, format, tuple(json.loads(said)["input"]), difference, largest)
 
 
