@@ -27,6 +27,8 @@ bench: setup
 	$(BIN)/python -m bench op --out bench/results --allocator raised --dtype bfloat16
 	$(BIN)/python -m bench layer --out bench/results
 	$(BIN)/python -m bench model --out bench/results
+	$(BIN)/python -m bench.backbones forward --out bench/results
+	$(BIN)/python -m bench.backbones training --out bench/results
 
 lint: setup
 	$(BIN)/ruff check .

@@ -1,1 +1,1 @@
-"""Benchmarks: ``python -m bench op|layer|model``, and the demonstration ``python -m bench.demo``."""
+"""Benchmarks: ``python -m bench op|layer|model``, ``bench.backbones``, ``bench.passes``; ``bench.demo`` to look at."""

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -85,14 +86,14 @@ def _format(value: float | str | None, digits: int) -> str:
     return "" if value is None else value if isinstance(value, str) else f"{value:.{digits}f}"
 
 
-def save(stem: Path, facts: dict[str, Any], rows: list[Row]) -> list[Path]:
-    """<stem>.json with everything and <stem>.csv with the rows; returns what was written."""
+def save(stem: Path, facts: dict[str, Any], rows: Sequence[Any]) -> list[Path]:
+    """<stem>.json with everything and <stem>.csv with the rows, dataclasses of one kind; returns what was written."""
     stem.parent.mkdir(parents=True, exist_ok=True)
     written = [stem.with_suffix(".json"), stem.with_suffix(".csv")]
     records = [{key: _rounded(value) for key, value in asdict(row).items()} for row in rows]
     written[0].write_text(json.dumps({**facts, "rows": records}, indent=1) + "\n")
     with written[1].open("w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)])
+        writer = csv.DictWriter(file, [field.name for field in fields(rows[0])])
         writer.writeheader()
         writer.writerows(records)
     return written
@@ -138,7 +139,7 @@ def plot(stem: Path, facts: dict[str, Any], rows: list[Row]) -> list[Path]:
         ax.set_xticks(range(len(workloads)), workloads, fontsize=8)
         ax.set_ylabel(f"{direction}, ms")
         ax.legend(fontsize=8, ncols=3)
-    figure.suptitle(_title(facts), fontsize=9)
+    figure.suptitle(title(facts), fontsize=9)
     path = stem.with_suffix(".png")
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -167,7 +168,7 @@ def plot_over_tokens(stem: Path, facts: dict[str, Any], rows: list[Row], tokens:
         ax.plot(list(limit), list(limit.values()), color="black", linestyle="--", label="limit")
         ax.set(xscale="log", yscale="log", xlabel="tokens N", ylabel="ms", title=f"{direction}, {series}")
         ax.legend(fontsize=8)
-    figure.suptitle(_title(facts), fontsize=9)
+    figure.suptitle(title(facts), fontsize=9)
     path = stem.with_name(f"{stem.name}-{series}.png")
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -225,7 +226,8 @@ def _mean(rows: list[Row], field: str, label: str) -> str:
     return f"{math.exp(sum(map(math.log, values)) / len(values)):.2f} {label} ({worst})"
 
 
-def _title(facts: dict[str, Any]) -> str:
+def title(facts: dict[str, Any]) -> str:
+    """Of a plot: where, how and when it was measured."""
     return (
         f"{facts['machine']}, {facts['threads']} threads, {facts['dtype']}, torch {facts['versions']['torch']}, "
         f"allocator {facts['allocator']}, {facts['date'][:10]}"

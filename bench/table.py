@@ -1,4 +1,4 @@
-"""The README's tables, from result files: ``python -m bench.table bench/results/<machine>`` rewrites them in place."""
+"""Tables of the documents, from result files: ``python -m bench.table bench/results/<machine>`` rewrites them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,19 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- results: python -m bench.table {} -->", "<!-- end of results -->"
 LAYERS = "<!-- layers: python -m bench.table {} -->"
+BACKBONES = "<!-- backbones: python -m bench.table {} -->"
+FORWARD = "<!-- backbones, forward: python -m bench.table {} -->"
+TRAINING = "<!-- backbones, training: python -m bench.table {} -->"
+# what each backbone is measured against, and how many times as fast it should be, for one image and for eight
+GOALS = {
+    ("xformer_s", "edgenext_small"): {1: 1.3, 8: 1.5},
+    ("xformer_s", "mobilevit_s"): {1: 2.1, 8: 2.4},
+    ("xformer_xs", "edgenext_x_small"): {1: 1.15, 8: 1.15},
+    ("xformer_xs", "mobilevit_xs"): {1: 2.0, 8: 2.0},
+    ("xformer_xxs", "edgenext_xx_small"): {1: 1.15, 8: 1.15},
+    ("xformer_xxs", "mobilevit_xxs"): {1: 2.0, 8: 2.0},
+}
+VARIANTS = ("unfused", "folded", "fused", "compiled")
 # (dtype, allocator) of the runs; the first one is shown in full
 RUNS = (("float32", "default"), ("float32", "raised"), ("bfloat16", "raised"))
 FIELDS = ("speedup_over_eager", "speedup_over_compile", "fraction_of_limit")
@@ -74,6 +87,107 @@ def render_layers(folder: Path) -> str:
     return "\n".join([*lines, END])
 
 
+def render_backbones(folder: Path) -> str:
+    """For the README: time of timm's models over that of ours, unfused and fused alike."""
+    begin = BACKBONES.format(folder.relative_to(ROOT))
+    (run,) = _backbones(folder, "forward", ("",))
+    if run is None:
+        return f"{begin}\nNot measured yet.\n{END}"
+    columns = ("unfused", "folded", "fused")
+    lines = [
+        begin,
+        f"{_machine(run)}.",
+        "",
+        f"| model | images | {' | '.join(f'{of}: {how}' for of in ('x EdgeNeXt', 'x MobileViT') for how in columns)} |",
+        f"|---|---:|{'---:|' * 6}",
+    ]
+    for ours in dict.fromkeys(ours for ours, _ in GOALS):
+        peers = [peer for mine, peer in GOALS if mine == ours]
+        for images in GOALS[ours, peers[0]]:
+            cells = [_cell(_over_ours(run, peer, images, variant)) for peer in peers for variant in columns]
+            lines.append(f"| {ours} | {images} | {' | '.join(cells)} |")
+    return "\n".join([*lines, END])
+
+
+def render_forward(folder: Path) -> str:
+    """For the page of the backbone: the same with every variant, both allocators and the goals."""
+    begin = FORWARD.format(folder.relative_to(ROOT))
+    runs = [run for run in _backbones(folder, "forward", ("", "-raised")) if run is not None]
+    if not runs:
+        return f"{begin}\nNot measured yet.\n{END}"
+    columns = [
+        (run, variant) for run in runs for variant in VARIANTS if any(r["variant"] == variant for r in run["rows"])
+    ]
+    headings = [
+        variant if run["allocator"] == "default" else f"{variant}, {run['allocator']} allocator"
+        for run, variant in columns
+    ]
+    lines = [
+        begin,
+        f"{'; '.join(map(_machine, runs))}.",
+        "",
+        f"| model | images | x | {' | '.join(headings)} | goal |",
+        f"|---|---:|---|{'---:|' * len(columns)}---:|",
+    ]
+    for (ours, peer), goals in GOALS.items():
+        for images, goal in goals.items():
+            cells = [_cell(_over_ours(run, peer, images, variant)) for run, variant in columns]
+            lines.append(f"| {ours} | {images} | {peer} | {' | '.join(cells)} | {goal} |")
+    return "\n".join([*lines, END])
+
+
+def render_training(folder: Path) -> str:
+    """For the page of the backbone: a step with other attention over one with our kernels, and how ours grows."""
+    begin = TRAINING.format(folder.relative_to(ROOT))
+    runs = [run for run in _backbones(folder, "training", ("", "-raised")) if run is not None]
+    if not runs:
+        return f"{begin}\nNot measured yet.\n{END}"
+    lines = [
+        begin,
+        f"{'; '.join(map(_machine, runs))}.",
+        "",
+        "| allocator | pixels | images | eager XFA: time | memory | softmax: time | memory "
+        "| ours per pixel: time | memory |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for run in runs:
+        rows = {(row["size"], row["provider"]): row for row in run["rows"]}
+        sizes = sorted({row["size"] for row in run["rows"]})
+        first = rows[sizes[0], "xfa"]
+        for size in sizes:
+            ours = rows[size, "xfa"]
+            cells: list[str] = []
+            for provider in ("eager", "softmax"):
+                row = rows[size, provider]
+                times = [row["over_ours"], row["memory_over_ours"]]
+                cells += ["did not fit"] * 2 if row["failure"] else map(_cell, times)
+            for field in ("ms_per_image", "live_mb_per_image"):
+                known = ours[field] is not None and first[field] is not None
+                grown = ours[field] / first[field] * (first["size"] / size) ** 2 if known else None
+                cells.append(_cell(grown))
+            lines.append(f"| {run['allocator']} | {size} | {ours['images']} | {' | '.join(cells)} |")
+    return "\n".join([*lines, END])
+
+
+def _backbones(folder: Path, what: str, suffixes: tuple[str, ...]) -> list[dict[str, Any] | None]:
+    paths = [folder / f"backbones-{what}-cpu-float32{suffix}.json" for suffix in suffixes]
+    return [json.loads(path.read_text()) if path.exists() else None for path in paths]
+
+
+def _over_ours(run: dict[str, Any], model: str, images: int, variant: str) -> float | None:
+    wanted = (model, images, variant)
+    rows = [row for row in run["rows"] if (row["model"], row["images"], row["variant"]) == wanted]
+    return rows[0]["over_ours"] if rows else None
+
+
+def _machine(run: dict[str, Any]) -> str:
+    """Where a run without yardsticks was made."""
+    return (
+        f"{run['machine']}, {run['threads']} threads, torch {run['versions']['torch']}, "
+        f"timm {run['versions']['timm']}, {run['allocator']} allocator, {run['date'][:10]}, commit {run['commit']}"
+    )
+
+
 def _regrets(run: dict[str, Any], direction: str) -> tuple[float, str]:
     """The worst one."""
     rows = [r for r in run["rows"] if (r["direction"], r["provider"]) == (direction, "cpp") and r["regret"] is not None]
@@ -128,18 +242,24 @@ def _cell(value: float | None) -> str:
 
 def replace(readme: str, table: str) -> str:
     """The text with the table where one was that begins alike."""
-    kind = next(begin.split("{}")[0] for begin in (BEGIN, LAYERS) if table.startswith(begin.split("{}")[0]))
+    kinds = [begin.split("{}")[0] for begin in (BEGIN, LAYERS, BACKBONES, FORWARD, TRAINING)]
+    kind = next(kind for kind in kinds if table.startswith(kind))
     before, rest = readme.split(kind, 1)
     return before + table + rest.split(END, 1)[1]
 
 
 def main() -> int:
     folder = Path(sys.argv[1]).resolve()
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    for table in (render(folder), render_layers(folder)):
-        text = replace(text, table)
-    readme.write_text(text)
+    documents = {
+        "README.md": (render, render_layers, render_backbones),
+        "docs/backbone.md": (render_forward, render_training),
+    }
+    for name, tables in documents.items():
+        path = ROOT / name
+        text = path.read_text()
+        for table in tables:
+            text = replace(text, table(folder))
+        path.write_text(text)
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ import emulated  # noqa: E402
 
 from xformer_kernels import backends, dispatch  # noqa: E402
 
+ROOT = Path(__file__).parents[1]
 KERNELS = backends.ORDER
 REQUIRED = os.environ.get("XFORMER_KERNELS_REQUIRE_EXTENSION", "0") not in ("", "0")
 EXPECTED = os.environ.get("XFORMER_KERNELS_EXPECTED_LOCATION")
@@ -218,3 +220,12 @@ def ran_auto(ran_backend):
     """``ran_auto(*ops)`` for what backend="auto" chooses for ordinary tensors on the CPU."""
     name = dispatch.choose("auto", "cpu", (torch.float32,), (8,))
     return lambda *ops: ran_backend(name, *ops)
+
+
+@pytest.fixture
+def load(monkeypatch):
+    """``load("providers")`` imports the module of bench/ that lies beside these tests."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    for name in [name for name in sys.modules if name.partition(".")[0] == "bench"]:
+        monkeypatch.delitem(sys.modules, name)
+    return lambda name: importlib.import_module(f"bench.{name}")

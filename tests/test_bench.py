@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import json
 import re
 import sys
@@ -19,15 +18,6 @@ ROOT = Path(__file__).parents[1]
 GB = 10**9
 # a GPU of 80 GB, beside the inputs, the caches of the allocator and the pools of CUDA graphs
 MOST = 60 * GB
-
-
-@pytest.fixture
-def load(monkeypatch):
-    """``load("providers")`` imports the module of bench/ that lies beside these tests."""
-    monkeypatch.syspath_prepend(str(ROOT))
-    for name in [name for name in sys.modules if name.partition(".")[0] == "bench"]:
-        monkeypatch.delitem(sys.modules, name)
-    return lambda name: importlib.import_module(f"bench.{name}")
 
 
 def test_shapes_of_a_gpu_fill_its_caches_and_fit_its_memory(load):

@@ -12,6 +12,7 @@ import xformer_kernels
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+BACKBONE = (ROOT / "docs" / "backbone.md").read_text()
 
 
 def test_table_of_results_comes_from_the_result_files(monkeypatch):
@@ -21,6 +22,13 @@ def test_table_of_results_comes_from_the_result_files(monkeypatch):
 
     (folder,) = re.findall(re.escape(table.BEGIN).replace(r"\{\}", "(.*?)"), README)
     assert table.render(ROOT / folder) in README
+    for begin, render, text in (
+        (table.BACKBONES, table.render_backbones, README),
+        (table.FORWARD, table.render_forward, BACKBONE),
+        (table.TRAINING, table.render_training, BACKBONE),
+    ):
+        (folder,) = re.findall(re.escape(begin).replace(r"\{\}", "(.*?)"), text)
+        assert render(ROOT / folder) in text
 
 
 def test_public_names_are_documented():

@@ -1,0 +1,99 @@
+"""timm's models as inference wants them: what :func:`xformer.fuse_for_inference` does to ours, done to theirs.
+
+Softmax attention and XCA stay timm's; everything around them is treated as ours is.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from xformer.layers import to_image, to_tokens
+
+# class of an activation (timm has some of its own by these names) -> oneDNN's name for it, and its algorithm
+ACTIVATIONS = {"Identity": ("none", ""), "SiLU": ("swish", ""), "GELU": ("gelu", "none")}
+
+
+def fold(model: nn.Module) -> nn.Module:
+    """A copy in eval mode whose batch norms are part of the convolutions before them, by public means alone."""
+    from timm.layers import ConvNormAct
+
+    def visit(module: nn.Module) -> None:
+        for name, child in module.named_children():
+            if isinstance(child, ConvNormAct) and isinstance(child.bn.drop, nn.Identity):
+                setattr(module, name, nn.Sequential(fuse_conv_bn_eval(child.conv, child.bn), child.bn.act))
+            else:
+                visit(child)
+
+    folded = copy.deepcopy(model).eval()
+    visit(folded)
+    return folded
+
+
+def fuse(model: nn.Module) -> nn.Module:
+    """The same with oneDNN's operations, private to torch: convolutions and linear layers that take the activation
+    behind them into the same call, 1x1 convolutions as linear layers over pixels. Without gradients, in float32."""
+    from timm.layers import Mlp
+
+    def visit(module: nn.Module) -> None:
+        for name, child in module.named_children():
+            parts = list(child) if type(child) is nn.Sequential else [child]
+            if isinstance(parts[0], nn.Conv2d) and len(parts) == 2 and _known(parts[1]):
+                setattr(module, name, Conv(parts[0], parts[1]))
+            elif type(child) is nn.Conv2d:
+                setattr(module, name, Conv(child, nn.Identity()))
+            elif type(child) is nn.Linear:
+                setattr(module, name, Linear(child, nn.Identity()))
+            else:
+                if isinstance(child, Mlp) and _known(child.act):
+                    child.fc1, child.act = Linear(child.fc1, child.act), nn.Identity()
+                visit(child)
+
+    fused = fold(model)
+    visit(fused)
+    return fused
+
+
+def _known(act: nn.Module) -> bool:
+    return type(act).__name__ in ACTIVATIONS
+
+
+class Linear(nn.Module):
+    """``act(linear(x))``."""
+
+    def __init__(self, linear: nn.Linear, act: nn.Module) -> None:
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+        self.act, self.algorithm = ACTIVATIONS[type(act).__name__]
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, self.act, [], self.algorithm)
+        return y
+
+
+class Conv(nn.Module):
+    """``act(conv(x))``."""
+
+    def __init__(self, conv: nn.Conv2d, act: nn.Module) -> None:
+        super().__init__()
+        self.pointwise = conv.kernel_size == conv.stride == (1, 1) and conv.groups == 1
+        self.weight, self.bias = conv.weight, conv.bias
+        if self.pointwise:
+            self.weight = nn.Parameter(conv.weight.detach().flatten(1).contiguous())
+        self.act, self.algorithm = ACTIVATIONS[type(act).__name__]
+        assert not isinstance(conv.padding, str)
+        self.shape = list(conv.padding), list(conv.stride), list(conv.dilation), conv.groups
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor
+        if self.pointwise:
+            x = x.contiguous(memory_format=torch.channels_last)
+            y = torch.ops.mkldnn._linear_pointwise(to_tokens(x), self.weight, self.bias, self.act, [], self.algorithm)
+            return to_image(y, x.shape[2], x.shape[3])
+        y = torch.ops.mkldnn._convolution_pointwise(
+            x, self.weight, self.bias, *self.shape, self.act, [], self.algorithm
+        )
+        return y
