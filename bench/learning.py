@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import statistics
 import subprocess
 import sys
 import time
@@ -54,7 +53,7 @@ for _name in MODELS[1:]:
 
 
 def learn(data: str, model: str, seed: int, epochs: int, folder: Path) -> dict[str, Any]:
-    """One run, from its newest checkpoint on if it has one."""
+    """One run, from its newest checkpoint on if it has one. Its minutes are of one processor, since others may be busy."""
     recipe = load_recipe("small")
     changes: dict[str, Any] = {"model": model}
     if model != recipe.model:
@@ -66,11 +65,11 @@ def learn(data: str, model: str, seed: int, epochs: int, folder: Path) -> dict[s
             "eval_every": 5, "keep": 1, "tensorboard": False, **changes,
         },
     )  # fmt: skip
-    began = time.monotonic()
+    began = time.process_time()
     result = train(recipe, resume=True)
     return {
         "data": data, "model": model, "seed": seed, "epochs": epochs, "top1": result["top1"], "loss": result["loss"],
-        "minutes": (time.monotonic() - began) / 60, "date": machine.facts("cpu")["date"],
+        "minutes": (time.process_time() - began) / 60, "date": machine.facts("cpu")["date"],
         "commit": machine.facts("cpu")["commit"],
     }  # fmt: skip
 
@@ -85,22 +84,11 @@ def run(work: Path, data: str, model: str, seed: int, epochs: int) -> dict[str, 
         with open(folder / "log.txt", "a") as log:
             subprocess.run(command, cwd=machine.ROOT, stdout=log, stderr=log, check=True)
     row: dict[str, Any] = json.loads(result.read_text())
-    print(f"{data:8} {model:20} seed {seed}  {row['top1']:6.2f} %  {row['minutes']:.1f} minutes", flush=True)
+    print(
+        f"{data:8} {model:20} seed {seed}  {row['top1']:6.2f} %  {row['minutes']:.1f} minutes of a processor",
+        flush=True,
+    )
     return row
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: mean accuracy in percent, and the least and the most of the seeds."""
-    sets = list(dict.fromkeys(row["data"] for row in rows))
-    lines = [f"| model | {' | '.join(sets)} |", f"|---|{'---:|' * len(sets)}"]
-    for model in dict.fromkeys(row["model"] for row in rows):
-        cells = []
-        for data in sets:
-            found = [row["top1"] for row in rows if (row["model"], row["data"]) == (model, data)]
-            mean = statistics.mean(found) if found else float("nan")
-            cells.append(f"{mean:.2f} ({min(found):.2f} to {max(found):.2f})" if found else "-")
-        lines.append(f"| {model} | {' | '.join(cells)} |")
-    return "\n".join(lines)
 
 
 def save(stem: Path, facts: dict[str, Any], rows: list[dict[str, Any]]) -> None:
@@ -133,7 +121,6 @@ def main(arguments: list[str] | None = None) -> None:
     with ThreadPoolExecutor(options.jobs) as pool:
         running = [pool.submit(run, options.work.resolve(), *one, options.epochs or EPOCHS[one[0]]) for one in asked]
         rows = [future.result() for future in running]
-    print(table(rows))
     if options.out:
         save(options.out / machine.slug("cpu") / "learning", facts, rows)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ BEGIN, END = "<!-- results: python -m bench.table {} -->", "<!-- end of results 
 LAYERS = "<!-- layers: python -m bench.table {} -->"
 BACKBONES = "<!-- backbones: python -m bench.table {} -->"
 FORWARD = "<!-- backbones, forward: python -m bench.table {} -->"
+LEARNING = "<!-- learning: python -m bench.table {} -->"
 TRAINING = "<!-- backbones, training: python -m bench.table {} -->"
 # what each backbone is measured against, and how many times as fast it should be, for one image and for eight
 GOALS = {
@@ -240,9 +242,37 @@ def _cell(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}" if value < 2 else f"{value:.1f}"
 
 
+def render_learning(folder: Path) -> str:
+    """For the page of training: accuracy of models of one size by one recipe, over seeds."""
+    begin = LEARNING.format(folder.relative_to(ROOT))
+    path = folder / "learning.json"
+    if not path.exists():
+        return f"{begin}\nNot measured yet.\n{END}"
+    run = json.loads(path.read_text())
+    sets = {row["data"]: row["epochs"] for row in run["rows"]}
+    seeds = sorted({row["seed"] for row in run["rows"]})
+    lines = [
+        begin,
+        f"{run['machine']}, torch {run['versions']['torch']}, {run['date'][:10]}, commit {run['commit']}. Top-1 accuracy in "
+        f"percent after the last epoch, mean (least to most) of seeds {', '.join(map(str, seeds))}; minutes of one processor.",
+        "",
+        f"| model | {' | '.join(f'{data}, {epochs} epochs | minutes' for data, epochs in sets.items())} |",
+        f"|---|{'---:|' * 2 * len(sets)}",
+    ]
+    for model in dict.fromkeys(row["model"] for row in run["rows"]):
+        cells = []
+        for data in sets:
+            rows = [row for row in run["rows"] if (row["model"], row["data"]) == (model, data)]
+            top = [row["top1"] for row in rows]
+            cells.append(f"{statistics.mean(top):.2f} ({min(top):.2f} to {max(top):.2f})")
+            cells.append(f"{statistics.mean(row['minutes'] for row in rows):.1f}")
+        lines.append(f"| {model} | {' | '.join(cells)} |")
+    return "\n".join([*lines, END])
+
+
 def replace(readme: str, table: str) -> str:
     """The text with the table where one was that begins alike."""
-    kinds = [begin.split("{}")[0] for begin in (BEGIN, LAYERS, BACKBONES, FORWARD, TRAINING)]
+    kinds = [begin.split("{}")[0] for begin in (BEGIN, LAYERS, BACKBONES, FORWARD, TRAINING, LEARNING)]
     kind = next(kind for kind in kinds if table.startswith(kind))
     before, rest = readme.split(kind, 1)
     return before + table + rest.split(END, 1)[1]
@@ -253,6 +283,7 @@ def main() -> int:
     documents = {
         "README.md": (render, render_layers, render_backbones),
         "docs/backbone.md": (render_forward, render_training),
+        "docs/training.md": (render_learning,),
     }
     for name, tables in documents.items():
         path = ROOT / name
