@@ -53,7 +53,7 @@ for _name in MODELS[1:]:
 
 
 def learn(data: str, model: str, seed: int, epochs: int, folder: Path) -> dict[str, Any]:
-    """One run, from its newest checkpoint on if it has one. Its minutes are of one processor, since others may be busy."""
+    """One run, from its newest checkpoint on if it has one. Minutes are of the processor, which may be shared."""
     recipe = load_recipe("small")
     changes: dict[str, Any] = {"model": model}
     if model != recipe.model:
