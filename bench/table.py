@@ -253,9 +253,8 @@ def render_learning(folder: Path) -> str:
     seeds = sorted({row["seed"] for row in run["rows"]})
     lines = [
         begin,
-        f"{run['machine']}, torch {run['versions']['torch']}, {run['date'][:10]}, commit {run['commit']}. Top-1 accuracy "
-        f"in percent after the last epoch, mean (least to most) of seeds {', '.join(map(str, seeds))}; minutes of one "
-        "processor.",
+        f"{_machine(run)}. Top-1 accuracy in percent after the last epoch, mean (least to most) of seeds "
+        f"{', '.join(map(str, seeds))}; minutes of one processor.",
         "",
         f"| model | {' | '.join(f'{data}, {epochs} epochs | minutes' for data, epochs in sets.items())} |",
         f"|---|{'---:|' * 2 * len(sets)}",
