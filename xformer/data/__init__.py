@@ -1,8 +1,8 @@
 """Data of training and evaluation: batches that are a function of seed, epoch and place alone (docs/data.md).
 
 ``order`` says which image comes when, ``images`` decodes, ``loader`` runs worker processes and replaces unreadable
-images, all three for any task. ``files``, and ``shards`` with ``tars``, are sources of images and labels; ``classify``
-is the task.
+images, all three for any task. ``files``, and ``shards`` with ``tars``, are sources of images and labels, which
+``classify`` makes batches of.
 """
 
 from xformer.data.classify import Data, open_data

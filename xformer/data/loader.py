@@ -104,7 +104,7 @@ class Loader:
         """What is collated of each batch; nothing for batches of evaluation of which no image can be read.
 
         Raises:
-            UsageError: no image of a long stretch of training, or of all batches, can be read.
+            UsageError: no image of a long stretch of training, or of all batches, can be read; or what `batches` raise.
         """
         if self._busy:  # a second run beside the first has workers of its own
             yield from Loader(self.dataset, self.workers, self.skipped).run(batches)
@@ -112,20 +112,24 @@ class Loader:
         if self._kept is None:
             self._kept = self._create()
         self._plan.batches = batches
-        self._busy, images, unreadable = True, 0, 0
+        self._busy, images, unreadable, mistake = True, 0, 0, ""
         try:
             for loaded in self._kept:
                 for name, reason in loaded.skipped:
                     self.skipped.add(name, reason)
-                if loaded.error:
-                    raise UsageError(loaded.error)
-                images, unreadable = images + loaded.images, unreadable + len(loaded.skipped)
+                images, unreadable, mistake = images + loaded.images, unreadable + len(loaded.skipped), loaded.error
+                if mistake:
+                    break
                 if loaded.images:
                     yield loaded.batch
         finally:
             self._busy = False
         if unreadable and not images:
-            raise UsageError(f"none of the {unreadable} images can be read, such as {self.skipped.names[-1]}")
+            mistake = mistake or f"none of the {unreadable} images can be read, such as {self.skipped.names[-1]}"
+        mistake = mistake or self._plan.mistake
+        if mistake:
+            self._kept = None  # ends its processes, in order, which the garbage collector would not do
+            raise UsageError(mistake)
 
     def _create(self) -> DataLoader[Loaded]:
         return DataLoader(
@@ -142,12 +146,20 @@ class Loader:
 
 
 class _Plan:
-    """The batches of the next run, as the sampler of a data loader that outlives it."""
+    """The batches of the next run, as the sampler of a data loader that outlives it.
+
+    A mistake found on the way ends the batches and is kept: raised here, it would leave worker processes half started.
+    """
 
     batches: Iterator[Batch]
+    mistake = ""
 
     def __iter__(self) -> Iterator[Batch]:
-        return self.batches
+        self.mistake = ""
+        try:
+            yield from self.batches
+        except UsageError as error:
+            self.mistake = f"{error}"
 
 
 def _as_it_is(loaded: Any) -> Any:
