@@ -173,7 +173,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         elif kind is dict:
-            options |= {"nargs": "+", "metavar": "KEY=VALUE"}
+            options |= {"nargs": "*", "metavar": "KEY=VALUE"}
         elif kind is list:
             options |= {"nargs": "+", "type": typing.get_args(_TYPES[entry.name])[0]}
         else:
@@ -184,8 +184,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def from_options(path: str, options: argparse.Namespace) -> Recipe:
     """The recipe of a file with what the command line says of settings."""
     changes = {key: value for key, value in vars(options).items() if key in _TYPES}
-    if "model_options" in changes:
+    if changes.get("model_options"):  # without a pair: none, not the recipe's
         changes["model_options"] = {**load_recipe(path).model_options, **_pairs(changes["model_options"])}
+    elif "model_options" in changes:
+        changes["model_options"] = {}
     return load_recipe(path, changes)
 
 

@@ -20,9 +20,8 @@ class Table:
         self.path = path
         rows: list[dict[str, Any]] = []
         if path.is_file():
-            with open(path, newline="") as file:
-                rows = [row for row in csv.DictReader(file) if (row.get("step") or "").isdigit()]
-        rows = [row for row in rows if int(row["step"]) <= after]
+            whole = path.read_text().rpartition("\n")[0]  # a killed run may leave a part of a line
+            rows = [row for row in csv.DictReader(whole.splitlines()) if int(row["step"]) <= after]
         self.names = list(rows[0]) if rows else []
         text = io.StringIO()
         self._writer(text, bool(rows)).writerows(rows)
