@@ -89,6 +89,8 @@ def test_fewer_operations():
         fused = operations(fuse_for_inference(model), x)
         assert "mkldnn._linear_pointwise" in fused and "mkldnn._convolution_pointwise" in fused
         assert not [name for name in fused if "hardswish" in name]
+        # few tokens: attention in its direct form projects by oneDNN too
+        assert "aten.mm" in folded and not {"aten.mm", "aten.addmm"} & set(fused)
 
 
 def test_what_onednn_cannot_take_is_computed_plainly():
