@@ -140,7 +140,7 @@ def _replace(module: nn.Module) -> None:
     if isinstance(module, XFA):
         return
     if isinstance(module, XFAHalf):
-        module.linear = linear
+        module.linear, module.machine = linear, "onednn"
     for name, child in module.named_children():
         if isinstance(child, ConvNorm):
             act = isinstance(child.act, HardSwish)

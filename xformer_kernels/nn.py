@@ -218,10 +218,11 @@ def half_block(
     token_mask: Tensor | None = None,
     group: Any = None,
     linear: Linear = F.linear,
+    machine: str | None = None,
 ) -> Tensor:
     """``x + drop_path(layer_scale * attn(norm(x)))``: as one where the parts are what their parameters say.
 
-    linear: what projects in the direct form where nothing needs to be checked, in the place of torch's.
+    linear, machine: as in :func:`xformer_kernels.layer.functional.run`, where nothing needs to be checked.
     """
     drops = drop_path is not None and drop_path.training and getattr(drop_path, "drop_prob", 0.0) > 0
     if not (
@@ -240,7 +241,7 @@ def half_block(
         return x + (y if drop_path is None else drop_path(y))
     if attn.may_skip_checks(x, token_mask, group):
         o = Operands(x, *attn.weights(), norm.weight, norm.bias, layer_scale)
-        y = run(attn.call(), o, norm.eps, not drops, linear)
+        y = run(attn.call(), o, norm.eps, not drops, linear, machine)
         return x + drop_path(y) if drops and drop_path is not None else y
     y = xfa_block(
         x, norm.weight, norm.bias, norm.eps, *attn.weights(), layer_scale=layer_scale, residual=not drops,

@@ -266,25 +266,27 @@ class Call(NamedTuple):
         training = ops.wants_grad(*o[:OPERANDS])
         return cost.Shape(B, N, C, o.temperature.numel(), I, O, o.x.element_size(), training)
 
-    def choose(self, o: Operands, tokens: int | None = None) -> str:
-        """The form; `tokens`: as if x had so many."""
+    def choose(self, o: Operands, tokens: int | None = None, machine: str | None = None) -> str:
+        """The form; `tokens`: as if x had so many; `machine`: of cost.MACHINES, in the place of x's device."""
         if self.form != "auto":
             return self.form
         if self.no_gram_form() or torch.compiler.is_exporting():
             return "direct"
         if not dispatch.may_serve(self.backend, o.x.device.type, (o.x.dtype,), functional.head_dims(o.x)):
             return "direct"  # of fewer features at a time
-        shape, device = self._shape(o, tokens), o.x.device.type
+        shape, device = self._shape(o, tokens), machine or o.x.device.type
         return cost.cheaper(shape, device) if torch.compiler.is_compiling() else cost.cached(shape, device)
 
 
-def run(call: Call, o: Operands, ln_eps: float, residual: bool, linear: Linear = F.linear) -> Tensor:
+def run(
+    call: Call, o: Operands, ln_eps: float, residual: bool, linear: Linear = F.linear, machine: str | None = None
+) -> Tensor:
     """:func:`xfa_layer`, or with an ``ln_eps`` above 0 :func:`xfa_block`, of arguments that are known to be right.
 
-    linear: what projects in the direct form, in the place of torch's.
+    linear: what projects in the direct form, in the place of torch's; machine: as in :meth:`Call.choose`.
     """
     o = o._replace(temperature=o.temperature.reshape(-1), token_mask=call.token_mask)
-    if call.choose(o) == "direct":
+    if call.choose(o, machine=machine) == "direct":
         return _direct(call, o, ln_eps, residual, linear)
     x, dtype = o.x, reference.accumulate_dtype(o.x.dtype)
     # more features than the kernels take: torch's own products make up the passes, and are as fast there
