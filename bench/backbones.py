@@ -355,7 +355,8 @@ def main(arguments: list[str] | None = None) -> None:
         rows += run_training(options, terminal)
     if not options.out:
         return
-    suffix = ("-quick" if options.quick else "") + ("-raised" if facts["allocator"] == "raised" else "")
+    suffix = ("-quick" if options.quick else "") + ("-compile" if options.compile else "")
+    suffix += "-raised" if facts["allocator"] == "raised" else ""
     stem = options.out / machine.slug("cpu") / f"backbones-{options.what}-cpu-float32{suffix}"
     written = report.save(stem, facts, rows)
     if options.what == "training" and report.can_plot():

@@ -26,7 +26,7 @@ GOALS = {
     ("xformer_xxs", "edgenext_xx_small"): {1: 1.15, 8: 1.15},
     ("xformer_xxs", "mobilevit_xxs"): {1: 2.0, 8: 2.0},
 }
-VARIANTS = ("unfused", "folded", "fused", "compiled")
+EAGER = ("unfused", "folded", "fused")
 # (dtype, allocator) of the runs; the first one is shown in full
 RUNS = (("float32", "default"), ("float32", "raised"), ("bfloat16", "raised"))
 FIELDS = ("speedup_over_eager", "speedup_over_compile", "fraction_of_limit")
@@ -95,45 +95,44 @@ def render_backbones(folder: Path) -> str:
     (run,) = _backbones(folder, "forward", ("",))
     if run is None:
         return f"{begin}\nNot measured yet.\n{END}"
-    columns = ("unfused", "folded", "fused")
     lines = [
         begin,
         f"{_machine(run)}.",
         "",
-        f"| model | images | {' | '.join(f'{of}: {how}' for of in ('x EdgeNeXt', 'x MobileViT') for how in columns)} |",
+        f"| model | images | {' | '.join(f'{of}: {how}' for of in ('x EdgeNeXt', 'x MobileViT') for how in EAGER)} |",
         f"|---|---:|{'---:|' * 6}",
     ]
     for ours in dict.fromkeys(ours for ours, _ in GOALS):
         peers = [peer for mine, peer in GOALS if mine == ours]
         for images in GOALS[ours, peers[0]]:
-            cells = [_cell(_over_ours(run, peer, images, variant)) for peer in peers for variant in columns]
+            cells = [_cell(_over_ours(run, ours, peer, images, (how,))) for peer in peers for how in EAGER]
             lines.append(f"| {ours} | {images} | {' | '.join(cells)} |")
     return "\n".join([*lines, END])
 
 
 def render_forward(folder: Path) -> str:
-    """For the page of the backbone: the same with every variant, both allocators and the goals."""
+    """For the page of the backbone: also the fastest variant of theirs over that of ours, the raised allocator,
+    compiled models and the goals."""
     begin = FORWARD.format(folder.relative_to(ROOT))
-    runs = [run for run in _backbones(folder, "forward", ("", "-raised")) if run is not None]
-    if not runs:
+    default, raised, compiled = _backbones(folder, "forward", ("", "-raised", "-compile"))
+    runs = [run for run in (default, raised, compiled) if run is not None]
+    if default is None:
         return f"{begin}\nNot measured yet.\n{END}"
-    columns = [
-        (run, variant) for run in runs for variant in VARIANTS if any(r["variant"] == variant for r in run["rows"])
-    ]
-    headings = [
-        variant if run["allocator"] == "default" else f"{variant}, {run['allocator']} allocator"
-        for run, variant in columns
-    ]
+    columns = [(variant, default, (variant,)) for variant in EAGER] + [("fastest", default, EAGER)]
+    if raised is not None:
+        columns += [(f"{variant}, raised", raised, (variant,)) for variant in ("unfused", "fused")]
+    if compiled is not None:
+        columns += [("compiled", compiled, ("compiled",))]
     lines = [
         begin,
         f"{'; '.join(map(_machine, runs))}.",
         "",
-        f"| model | images | x | {' | '.join(headings)} | goal |",
+        f"| model | images | x | {' | '.join(heading for heading, _, _ in columns)} | goal |",
         f"|---|---:|---|{'---:|' * len(columns)}---:|",
     ]
     for (ours, peer), goals in GOALS.items():
         for images, goal in goals.items():
-            cells = [_cell(_over_ours(run, peer, images, variant)) for run, variant in columns]
+            cells = [_cell(_over_ours(run, ours, peer, images, variants)) for _, run, variants in columns]
             lines.append(f"| {ours} | {images} | {peer} | {' | '.join(cells)} | {goal} |")
     return "\n".join([*lines, END])
 
@@ -176,10 +175,13 @@ def _backbones(folder: Path, what: str, suffixes: tuple[str, ...]) -> list[dict[
     return [json.loads(path.read_text()) if path.exists() else None for path in paths]
 
 
-def _over_ours(run: dict[str, Any], model: str, images: int, variant: str) -> float | None:
-    wanted = (model, images, variant)
-    rows = [row for row in run["rows"] if (row["model"], row["images"], row["variant"]) == wanted]
-    return rows[0]["over_ours"] if rows else None
+def _over_ours(run: dict[str, Any], ours: str, peer: str, images: int, variants: tuple[str, ...]) -> float | None:
+    """Time of the peer over that of ours, each in the fastest of these variants."""
+    times = []
+    for model in (peer, ours):
+        of_model = [row for row in run["rows"] if (row["model"], row["images"]) == (model, images)]
+        times.append(min((row["ms"] for row in of_model if row["variant"] in variants), default=None))
+    return times[0] / times[1] if times[0] and times[1] else None
 
 
 def _machine(run: dict[str, Any]) -> str:

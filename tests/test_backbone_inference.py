@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import xformer
 from xformer import fuse, fuse_for_inference
+from xformer_kernels.layer import cost
 
 
 def trained(name="xformer_xxs", **options):
@@ -89,6 +90,14 @@ def test_fewer_operations():
         fused = operations(fuse_for_inference(model), x)
         assert "mkldnn._linear_pointwise" in fused and "mkldnn._convolution_pointwise" in fused
         assert not [name for name in fused if "hardswish" in name]
+        # few tokens: attention in its direct form projects by oneDNN too
+        assert "aten.mm" in folded and not {"aten.mm", "aten.addmm"} & set(fused)
+
+
+def test_faster_projections_move_the_choice_of_form():
+    shape = cost.Shape(B=1, N=1024, C=192, H=6, inner=192, out=192, itemsize=4, training=False)
+    assert cost.cheaper(shape, "cpu") == "gram" and cost.cheaper(shape, "onednn") == "direct"
+    assert cost.cheaper(shape._replace(N=16384), "onednn") == "gram"
 
 
 def test_what_onednn_cannot_take_is_computed_plainly():

@@ -116,14 +116,18 @@ def test_tables(load, monkeypatch, tmp_path):
         allocator="default",
     )  # fmt: skip
     rows = [
-        dict(model=peer, images=images, variant=variant, over_ours=images + ratio)
-        for _, peer in table.GOALS
+        dict(model=model, images=images, variant=variant, ms=images * ms * (1 if model in ours else 3))
+        for ours in [[ours for ours, _ in table.GOALS]]
+        for model in {*ours, *(peer for _, peer in table.GOALS)}
         for images in (1, 8)
-        for variant, ratio in (("unfused", 0.5), ("fused", 0.25))
+        for variant, ms in (("unfused", 3.0), ("fused", 2.0 if model in ours else 3.0), ("compiled", 1.0))
     ]
-    write(tmp_path, "forward", {**facts, "rows": rows})
-    assert "| xformer_s | 8 | 8.5 | - | 8.2 | 8.5 | - | 8.2 |" in table.render_backbones(tmp_path)
-    assert "| xformer_xs | 1 | mobilevit_xs | 1.50 | 1.25 | 2.0 |" in table.render_forward(tmp_path)
+    write(tmp_path, "forward", {**facts, "rows": [row for row in rows if row["variant"] != "compiled"]})
+    assert "| xformer_s | 8 | 3.0 | - | 4.5 | 3.0 | - | 4.5 |" in table.render_backbones(tmp_path)
+    assert "| xformer_xs | 1 | mobilevit_xs | 3.0 | - | 4.5 | 4.5 | 2.0 |" in table.render_forward(tmp_path)
+    for suffix in ("-raised", "-compile"):
+        write(tmp_path, "forward", {**facts, "rows": rows}, suffix)
+    assert "| mobilevit_xs | 3.0 | - | 4.5 | 4.5 | 3.0 | 4.5 | 3.0 | 2.0 |" in table.render_forward(tmp_path)
     fits = dict(failure=None, over_ours=2.0, memory_over_ours=1.25)
     rows = [
         dict(size=size, images=8, provider=name, ms_per_image=float(size), live_mb_per_image=size**2 / 10, **fits)
@@ -139,5 +143,5 @@ def test_tables(load, monkeypatch, tmp_path):
     assert table.replace(both, text) == f"{table.FORWARD.format('x')}\n1\n{table.END}\n{text}\n"
 
 
-def write(folder: Path, what: str, result: dict) -> None:
-    (folder / f"backbones-{what}-cpu-float32.json").write_text(json.dumps(result))
+def write(folder: Path, what: str, result: dict, suffix: str = "") -> None:
+    (folder / f"backbones-{what}-cpu-float32{suffix}.json").write_text(json.dumps(result))

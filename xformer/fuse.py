@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xformer.layers import ConvNorm, HardSwish, Mlp, Pointwise, to_image, to_tokens
+from xformer.attention import XFAHalf
+from xformer.layers import ConvNorm, HardSwish, Mlp, Pointwise
 from xformer_kernels import XFA
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -25,29 +26,34 @@ def has_onednn() -> bool:
 def _takes(x: Tensor, weight: Tensor) -> bool:
     """Only plain eager float32 on the CPU: a compiler fuses on its own, and an exported graph shall be portable."""
     return (
-        x.device.type == "cpu"
-        and x.dtype == weight.dtype == torch.float32
-        and not torch.is_grad_enabled()
+        not torch.is_grad_enabled()
+        and x.dtype is weight.dtype is torch.float32
+        and x.is_cpu
+        and torch._C._get_tracing_state() is None
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
-        and torch._C._get_tracing_state() is None
         and x.numel() > 0
     )
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, act: bool = False) -> Tensor:
+    """``act(linear(x))`` on any number of dimensions, by oneDNN where :func:`_takes` says so: the same result."""
+    if _takes(x, weight):
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, _name(act), [], "")
+        return y
+    y = F.linear(x, weight, bias)
+    return F.hardswish(y, inplace=not torch.is_grad_enabled()) if act else y
+
+
 class FusedLinear(nn.Module):
-    """``act(linear(x))`` on tokens, by oneDNN where :func:`_takes` says so: same parameters, same result."""
+    """:func:`linear` with the same parameters."""
 
     def __init__(self, linear: nn.Linear, act: bool = False) -> None:
         super().__init__()
         self.weight, self.bias, self.act = linear.weight, linear.bias, act
 
     def forward(self, x: Tensor) -> Tensor:
-        if _takes(x, self.weight):
-            y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, _name(self.act), [], "")
-            return y
-        y = F.linear(x, self.weight, self.bias)
-        return F.hardswish(y, inplace=not torch.is_grad_enabled()) if self.act else y
+        return linear(x, self.weight, self.bias, self.act)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[1]}, {self.weight.shape[0]}, act={self.act}"
@@ -57,7 +63,20 @@ class FusedPointwise(FusedLinear):
     """The same on images."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return to_image(super().forward(to_tokens(x)), x.shape[2], x.shape[3])
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class FusedMlp(nn.Module):
+    """:class:`Mlp` without what it does in training alone: at few tokens calls of modules are a part of its time."""
+
+    def __init__(self, mlp: Mlp) -> None:
+        super().__init__()
+        assert isinstance(mlp.fc1, nn.Linear)
+        self.norm, self.fc1, self.fc2 = mlp.norm, FusedLinear(mlp.fc1, act=True), FusedLinear(mlp.fc2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = x + self.fc2(self.fc1(self.norm(x)))
+        return y
 
 
 class FusedConv(nn.Module):
@@ -94,7 +113,7 @@ def fuse_for_inference(model: Model, onednn: bool | None = None) -> Model:
     With `onednn`, linear layers and convolutions take their hard-swish with them, in float32 on the CPU without
     gradients: one oneDNN call instead of a product, its bias and an activation. These calls are the ones that
     ``torch.compile`` makes, and private to torch; where they cannot serve, plain ones do, in compiled and exported
-    graphs too. XFA stays as it is: in Gram form, which it mostly takes, it has no projections.
+    graphs too. XFA projects by them in its direct form, which it takes where tokens are few.
 
     Outputs are those of ``model.eval()`` to rounding; the state dict has other names. The copy is not for training:
     there are no batch statistics any more.
@@ -120,13 +139,15 @@ def fuse_for_inference(model: Model, onednn: bool | None = None) -> Model:
 def _replace(module: nn.Module) -> None:
     if isinstance(module, XFA):
         return
-    if isinstance(module, Mlp) and isinstance(module.fc1, nn.Linear):
-        module.fc1, module.act = FusedLinear(module.fc1, act=True), nn.Identity()
+    if isinstance(module, XFAHalf):
+        module.linear, module.machine = linear, "onednn"
     for name, child in module.named_children():
         if isinstance(child, ConvNorm):
             act = isinstance(child.act, HardSwish)
             conv = child.conv
             setattr(module, name, FusedPointwise(conv, act) if isinstance(conv, Pointwise) else FusedConv(conv, act))
+        elif isinstance(child, Mlp):
+            setattr(module, name, FusedMlp(child))
         elif type(child) is nn.Linear:
             setattr(module, name, FusedLinear(child))
         else:

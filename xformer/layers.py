@@ -29,7 +29,7 @@ class Pointwise(nn.Linear):
     """1x1 convolution: (B, I, H, W) to (B, O, H, W), as one matrix product over all tokens of the batch."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return to_image(super().forward(to_tokens(x)), x.shape[2], x.shape[3])
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class HardSwish(nn.Module):

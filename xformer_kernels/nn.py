@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xformer_kernels import dispatch, ops, parallel, validate
 from xformer_kernels.functional import xfa
 from xformer_kernels.layer import xfa_block, xfa_layer
-from xformer_kernels.layer.functional import FORMS, Call, run
+from xformer_kernels.layer.functional import FORMS, Call, Linear, run
 from xformer_kernels.layer.ops import Operands
 
 
@@ -216,8 +217,13 @@ def half_block(
     *,
     token_mask: Tensor | None = None,
     group: Any = None,
+    linear: Linear = F.linear,
+    machine: str | None = None,
 ) -> Tensor:
-    """``x + drop_path(layer_scale * attn(norm(x)))``: as one where the parts are what their parameters say."""
+    """``x + drop_path(layer_scale * attn(norm(x)))``: as one where the parts are what their parameters say.
+
+    linear, machine: as in :func:`xformer_kernels.layer.functional.run`, where nothing needs to be checked.
+    """
     drops = drop_path is not None and drop_path.training and getattr(drop_path, "drop_prob", 0.0) > 0
     if not (
         isinstance(norm, nn.LayerNorm)
@@ -235,7 +241,7 @@ def half_block(
         return x + (y if drop_path is None else drop_path(y))
     if attn.may_skip_checks(x, token_mask, group):
         o = Operands(x, *attn.weights(), norm.weight, norm.bias, layer_scale)
-        y = run(attn.call(), o, norm.eps, not drops)
+        y = run(attn.call(), o, norm.eps, not drops, linear, machine)
         return x + drop_path(y) if drops and drop_path is not None else y
     y = xfa_block(
         x, norm.weight, norm.bias, norm.eps, *attn.weights(), layer_scale=layer_scale, residual=not drops,

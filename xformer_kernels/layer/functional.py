@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from xformer_kernels.layer.ops import OPERANDS, Operands, layer
 
 WIDEST = 512
 FORMS = ("auto", "gram", "direct")
+Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 @parallel.outside_graphs
@@ -264,23 +266,28 @@ class Call(NamedTuple):
         training = ops.wants_grad(*o[:OPERANDS])
         return cost.Shape(B, N, C, o.temperature.numel(), I, O, o.x.element_size(), training)
 
-    def choose(self, o: Operands, tokens: int | None = None) -> str:
-        """The form; `tokens`: as if x had so many."""
+    def choose(self, o: Operands, tokens: int | None = None, machine: str | None = None) -> str:
+        """The form; `tokens`: as if x had so many; `machine`: of cost.MACHINES, in the place of x's device."""
         if self.form != "auto":
             return self.form
         if self.no_gram_form() or torch.compiler.is_exporting():
             return "direct"
         if not dispatch.may_serve(self.backend, o.x.device.type, (o.x.dtype,), functional.head_dims(o.x)):
             return "direct"  # of fewer features at a time
-        shape, device = self._shape(o, tokens), o.x.device.type
+        shape, device = self._shape(o, tokens), machine or o.x.device.type
         return cost.cheaper(shape, device) if torch.compiler.is_compiling() else cost.cached(shape, device)
 
 
-def run(call: Call, o: Operands, ln_eps: float, residual: bool) -> Tensor:
-    """:func:`xfa_layer`, or with an ``ln_eps`` above 0 :func:`xfa_block`, of arguments that are known to be right."""
+def run(
+    call: Call, o: Operands, ln_eps: float, residual: bool, linear: Linear = F.linear, machine: str | None = None
+) -> Tensor:
+    """:func:`xfa_layer`, or with an ``ln_eps`` above 0 :func:`xfa_block`, of arguments that are known to be right.
+
+    linear: what projects in the direct form, in the place of torch's; machine: as in :meth:`Call.choose`.
+    """
     o = o._replace(temperature=o.temperature.reshape(-1), token_mask=call.token_mask)
-    if call.choose(o) == "direct":
-        return _direct(call, o, ln_eps, residual)
+    if call.choose(o, machine=machine) == "direct":
+        return _direct(call, o, ln_eps, residual, linear)
     x, dtype = o.x, reference.accumulate_dtype(o.x.dtype)
     # more features than the kernels take: torch's own products make up the passes, and are as fast there
     dims = functional.head_dims(x)
@@ -294,14 +301,14 @@ def run(call: Call, o: Operands, ln_eps: float, residual: bool) -> Tensor:
     return layer(*o, call.map, call.activation, eps, ln_eps, residual, parallel.name(call.group), backend)
 
 
-def _direct(call: Call, o: Operands, ln_eps: float, residual: bool) -> Tensor:
+def _direct(call: Call, o: Operands, ln_eps: float, residual: bool, linear: Linear) -> Tensor:
     x, u = o.x, o.x
     if o.token_mask is not None:  # the gradients of weights would meet what masked tokens hold
         u = torch.where(o.token_mask.unsqueeze(-1), x, 0)
     if ln_eps:
         u = F.layer_norm(u, x.shape[-1:], _as(o.ln_weight, x), _as(o.ln_bias, x), ln_eps)
     # split along dim 2: autograd then joins dq, dk and dv into the projection's gradient with one copy
-    heads = F.linear(u, _as(o.qkv_weight, u), _as(o.qkv_bias, u)).unflatten(-1, (3, o.temperature.shape[0], -1))
+    heads = linear(u, _as(o.qkv_weight, u), _as(o.qkv_bias, u)).unflatten(-1, (3, o.temperature.shape[0], -1))
     q, k, v = (t.transpose(1, 2) for t in heads.unbind(2))
     if call.group is None:
         out = functional.checked_xfa(
@@ -316,7 +323,7 @@ def _direct(call: Call, o: Operands, ln_eps: float, residual: bool) -> Tensor:
             backend, call.group,
         )  # fmt: skip
     out = out.transpose(1, 2).flatten(2)
-    y = F.linear(out, _as(o.proj_weight, out), _as(o.proj_bias, out))
+    y = linear(out, _as(o.proj_weight, out), _as(o.proj_bias, out))
     if o.layer_scale is not None:
         y = y * _as(o.layer_scale, y)
     return _as(x + y, x) if residual else y
