@@ -134,6 +134,14 @@ def render_forward(folder: Path) -> str:
         for images, goal in goals.items():
             cells = [_cell(_over_ours(run, ours, peer, images, variants)) for _, run, variants in columns]
             lines.append(f"| {ours} | {images} | {peer} | {' | '.join(cells)} | {goal} |")
+    gains = []
+    for ours in dict.fromkeys(ours for ours, _ in GOALS):
+        times = {(row["images"], row["variant"]): row["ms"] for row in default["rows"] if row["model"] == ours}
+        for images in sorted({images for images, _ in times}):
+            ratios = {how: times[images, "unfused"] / ms for (n, how), ms in times.items() if n == images}
+            gains.append(f"{ours} {images}: {_cell(ratios.get('fused'))} ({_cell(ratios.get('folded'))})")
+    said = "Times as fast by `fuse_for_inference` (in brackets with `onednn=False`), by model and images at once"
+    lines += ["", f"{said}: {'; '.join(gains)}."]
     return "\n".join([*lines, END])
 
 
