@@ -28,6 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     try:
         return options.run(options) or 0
+    except KeyboardInterrupt:
+        return 130
     except UsageError as error:
         said = str(error)
     except ModuleNotFoundError as error:

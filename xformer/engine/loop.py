@@ -18,7 +18,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_state_dict,
+)
 
 from xformer.engine.checkpoint import Checkpoints
 from xformer.engine.log import Log
@@ -32,6 +37,9 @@ FREE = {
     "checkpoint_every", "keep", "log_every", "tensorboard", "weights", "partial", "grad_checkpointing",
 }  # fmt: skip
 """Settings that a resumed run may change: they do not change where it goes, or only by rounding."""
+
+
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def seed_all(*numbers: int) -> None:
@@ -250,26 +258,24 @@ class Run:
 
     # ---------------------------------------------------------------------------------------------- checkpoints
 
-    def _state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-        """Weights by name and the optimiser's state; whole ones in the first process, empty in the others."""
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        weights, optimizer = get_state_dict(self.model, self.optimizer.optimizer, options=options)
-        named: dict[str, Any] = {"model": weights}
+    def _weights(self) -> dict[str, dict[str, Any]]:
+        """State dicts by name. Under FSDP the first process has whole ones and the others have none."""
+        named = {"model": get_model_state_dict(self.model, options=WHOLE)}
         if self.ema is not None:
             named["ema"] = self.ema.module.state_dict()
-        return named, dict(optimizer)
+        return named
 
     def _write(self, name: str, metrics: dict[str, float] | None = None) -> None:
         """out/name.safetensors: the weights that count."""
-        named, _ = self._state()
+        named = self._weights()
         if self.accelerator.is_main_process:
             card = self.task.card()
             card.step, card.metrics = self.step, metrics or {}
             save_weights(self.out / f"{name}.safetensors", named.get("ema", named["model"]), card)
 
     def _save(self) -> None:
-        weights, optimizer = self._state()
-        loss = self._total_loss()
+        weights, loss = self._weights(), self._total_loss()
+        optimizer = get_optimizer_state_dict(self.model, self.optimizer.optimizer, options=WHOLE)
         if not self.accelerator.is_main_process:
             return
         scaler = self.accelerator.scaler
@@ -280,7 +286,7 @@ class Run:
         }  # fmt: skip
         card = self.task.card()
         card.step = self.step
-        self.checkpoints.save(self.step, card, weights, optimizer, state)
+        self.checkpoints.save(self.step, card, weights, dict(optimizer), state)
 
     def _load(self, path: Path) -> None:
         weights, optimizer, state = self.checkpoints.load(path)
@@ -293,12 +299,11 @@ class Run:
                 f"resume: {path} was made with {key}={then.get(key)!r}, and this run has {now[key]!r}"
                 + (f" ({', '.join(changed[1:])} differ too)" if changed[1:] else "")
             )
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         try:
             values: dict[str, Any] = dict(weights["model"])
             set_state_dict(
                 self.model, self.optimizer.optimizer,
-                model_state_dict=values, optim_state_dict=optimizer, options=options,
+                model_state_dict=values, optim_state_dict=optimizer, options=WHOLE,
             )  # fmt: skip
             if self.ema is not None:
                 self.ema.module.load_state_dict(weights["ema"])
@@ -360,4 +365,7 @@ def train(recipe: Recipe, resume: bool = False) -> dict[str, float]:
         UsageError: settings or data that do not work, a folder with checkpoints without `resume`, a checkpoint of
             another run, a loss that is not finite.
     """
-    return Run(recipe, resume).fit()
+    run = Run(recipe, resume)
+    result = run.fit()
+    run.accelerator.end_training()
+    return result
