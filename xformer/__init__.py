@@ -5,8 +5,8 @@
     ATTENTION                             what attention= may be, by name
     fuse_for_inference                    a copy with batch norms folded
 
-``python -m xformer`` has the commands train, eval, predict and export. ``python -m xformer.counts`` prints parameters
-and multiply-adds beside other models'. There are no weights to download.
+``python -m xformer`` has the commands train, eval, predict, export and make-shapes. ``python -m xformer.counts`` prints
+parameters and multiply-adds beside other models'. There are no weights to download.
 """
 
 from xformer.attention import ATTENTION

@@ -14,6 +14,7 @@ COMMANDS = {
     "eval": "xformer.engine.commands",
     "predict": "xformer.predict",
     "export": "xformer.export",
+    "make-shapes": "xformer.data.shapes",
 }
 
 
