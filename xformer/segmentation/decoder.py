@@ -1,0 +1,114 @@
+"""The decoder of segmentation: linear layers alone between the features of four scales and the logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from xformer.layers import HardSwish, Pointwise, init_weights
+
+FORMS = ("commuted", "concatenated")
+
+
+def upsample(x: Tensor, factor: int, size: Sequence[int]) -> Tensor:
+    """Bilinear (``align_corners=False``), by a whole factor, the far edges cut: (B, C, h, w) to (B, C, *size).
+
+    Stages round up, so that the map of an odd size reaches over the image's edge. Scaled by ``size / h`` instead, its
+    pixels would move against the image's, the further from the origin the more, and otherwise for every size.
+
+    Raises:
+        ValueError: a size beyond ``factor`` times the map.
+    """
+    height, width = size
+    dynamic = isinstance(height, torch.SymInt) or isinstance(width, torch.SymInt)
+    if not dynamic and (x.shape[2] * factor < height or x.shape[3] * factor < width):
+        raise ValueError(f"size must be at most {factor} times the map's {tuple(x.shape[2:])}, got {tuple(size)}")
+    if factor > 1:
+        x = F.interpolate(x, size=(x.shape[2] * factor, x.shape[3] * factor), mode="bilinear", align_corners=False)
+    if dynamic and factor > 1:  # torch.export cannot prove that the map is large enough for a slice
+        rows, columns = torch.arange(height, device=x.device), torch.arange(width, device=x.device)
+        return x.index_select(2, rows).index_select(3, columns)
+    return x[:, :, :height, :width]
+
+
+class Decoder(nn.Module):
+    """Features of several scales to logits at the first one's size (SegFormer's all-MLP decoder, arXiv 2105.15203).
+
+    With ``P_i`` (width x C_i) the layer of scale i, ``[F_1 .. F_n]`` the columns of the fusing layer, ``U_i`` the
+    upsampling and x_i the features::
+
+        concatenated   y = [F_1 .. F_n] concat_i U_i(P_i x_i)
+        commuted       y = sum_i U_i((F_i P_i) x_i)
+        logits         = classifier(dropout(hardswish(bn(y))))
+
+    Both are the same function of the same parameters: ``U_i`` mixes pixels and the layers mix channels, so that they
+    change places. The commuted form multiplies the two layers' weights first, which costs ``width^2 C_i``
+    multiply-adds a call, and has no map of ``n width`` channels and no product of F with a map. Neither layer has a
+    bias, which the batch norm would take out again.
+
+    Args:
+        channels: C_i, of the features, from the finest scale.
+        reductions: their strides; every one a multiple of the first.
+        num_classes: of the classifier. width: of y. drop_rate: of whole channels, before the classifier.
+        form: "commuted" or "concatenated", to compare it with.
+
+    Raises:
+        ValueError: another form; as many reductions as channels there are not, or such that are no multiples.
+    """
+
+    def __init__(
+        self,
+        channels: Sequence[int],
+        reductions: Sequence[int],
+        num_classes: int,
+        width: int = 256,
+        drop_rate: float = 0.1,
+        form: str = "commuted",
+    ) -> None:
+        super().__init__()
+        if form not in FORMS:
+            raise ValueError(f"form must be one of {FORMS}, got {form!r}")
+        if len(channels) != len(reductions) or any(r % reductions[0] for r in reductions):
+            raise ValueError(
+                f"reductions must be {len(channels)} multiples of the first of them, got {tuple(reductions)}"
+            )
+        self.form, self.width = form, width
+        self.factors = tuple(r // reductions[0] for r in reductions)
+        self.project = nn.ModuleList(Pointwise(c, width, bias=False) for c in channels)
+        self.fuse = Pointwise(width * len(channels), width, bias=False)
+        self.bn = nn.BatchNorm2d(width)
+        self.act = HardSwish()
+        self.drop = nn.Dropout2d(drop_rate)
+        self.classifier = Pointwise(width, num_classes)
+        init_weights(self)
+        for scale, c in zip(self.project, channels, strict=True):  # scales of few channels count as much as others
+            nn.init.normal_(scale.get_parameter("weight"), std=c**-0.5)
+        nn.init.normal_(self.classifier.weight, std=0.01)
+
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        """(B, C_i, H_i, W_i) of all scales to (B, num_classes, H_1, W_1)."""
+        if len(features) != len(self.factors):
+            raise ValueError(f"features must be {len(self.factors)} maps, got {len(features)}")
+        y = self._concatenated(features) if self.form == "concatenated" else self._commuted(features)
+        logits: Tensor = self.classifier(self.drop(self.act(self.bn(y))))
+        return logits
+
+    def _concatenated(self, features: Sequence[Tensor]) -> Tensor:
+        size = features[0].shape[2:]
+        scales = zip(features, self.project, self.factors, strict=True)
+        y: Tensor = self.fuse(torch.cat([upsample(project(x), factor, size) for x, project, factor in scales], 1))
+        return y
+
+    def _commuted(self, features: Sequence[Tensor]) -> Tensor:
+        size = features[0].shape[2:]
+        columns = self.fuse.weight.split(self.width, 1)
+        y: Tensor | None = None
+        for x, fuse, project, factor in zip(features, columns, self.project, self.factors, strict=True):
+            tokens = F.linear(x.permute(0, 2, 3, 1), fuse @ project.weight)
+            scale = upsample(tokens.permute(0, 3, 1, 2), factor, size)
+            y = scale if y is None else y + scale
+        assert y is not None
+        return y

@@ -1,0 +1,128 @@
+"""The model of segmentation: all four scales of the backbone, and the decoder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from xformer.backbone import XFormerFeatures
+from xformer.errors import UsageError
+from xformer.registry import build, default_cfgs
+from xformer.segmentation.decoder import Decoder, upsample
+from xformer.weights import load_state, load_weights
+
+
+class Segmenter(nn.Module):
+    """Images (B, in_chans, H, W) to logits (B, num_classes, ceil(H / 4), ceil(W / 4)).
+
+    Every size works, odd ones too. ``predict`` gives logits of the image's size.
+
+    Args:
+        backbone_name: "xformer_s", "xformer_xs" or "xformer_xxs".
+        num_classes, width, drop_rate, form: of :class:`xformer.segmentation.Decoder`.
+        backbone: options of :class:`xformer.XFormerFeatures`: ``in_chans``, ``attention``, ``drop_path_rate`` ...
+
+    Raises:
+        UsageError: a backbone that there is not, fewer than one class.
+        ValueError: as the decoder and the backbone.
+    """
+
+    def __init__(
+        self,
+        backbone_name: str = "xformer_s",
+        num_classes: int = 19,
+        width: int = 256,
+        *,
+        drop_rate: float = 0.1,
+        form: str = "commuted",
+        **backbone: Any,
+    ) -> None:
+        super().__init__()
+        if backbone_name not in default_cfgs:
+            raise UsageError(f"backbone_name must be one of {', '.join(default_cfgs)}, got {backbone_name!r}")
+        if num_classes < 1 or width < 1:
+            raise UsageError(f"num_classes and width must be 1 or more, got {num_classes} and {width}")
+        features = build(backbone_name, features_only=True, **backbone)
+        assert isinstance(features, XFormerFeatures)
+        self.backbone_name, self.num_classes = backbone_name, num_classes
+        self.backbone = features
+        self.feature_info = info = features.feature_info
+        self.decoder = Decoder(info.channels(), info.reduction(), num_classes, width, drop_rate, form)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.decoder(self.backbone(x))
+        return logits
+
+    def predict(self, images: Tensor) -> Tensor:
+        """Logits (B, num_classes, H, W), in float32 at least."""
+        logits = self(images)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return upsample(logits, self.feature_info.reduction(0), images.shape[2:])
+
+    @torch.no_grad()
+    def whole_image(self, images: Tensor) -> Tensor:
+        """:meth:`predict` without gradients."""
+        return self.predict(images)
+
+    @torch.no_grad()
+    def sliding_window(
+        self, images: Tensor, window: tuple[int, int] = (1024, 1024), stride: tuple[int, int] = (768, 768)
+    ) -> Tensor:
+        """The mean over windows of what :meth:`predict` gives in each, without gradients: (B, num_classes, H, W).
+
+        Windows begin every `stride` pixels, the last ones where the image ends; a window larger than the image is cut
+        to it. Attention is over the pixels of one window.
+
+        Raises:
+            UsageError: window or stride below 1, a stride beyond the window.
+        """
+        if not all(1 <= step <= side for side, step in zip(window, stride, strict=True)):
+            raise UsageError(f"stride must be from 1 to the window's side, got stride={stride} for window={window}")
+        height, width = images.shape[2:]
+        total: Tensor | None = None
+        seen = torch.zeros(height, width, device=images.device)
+        for top in starts(height, window[0], stride[0]):
+            for left in starts(width, window[1], stride[1]):
+                rows, columns = slice(top, top + window[0]), slice(left, left + window[1])
+                logits = self.predict(images[:, :, rows, columns])
+                if total is None:
+                    total = logits.new_zeros(*logits.shape[:2], height, width)
+                total[:, :, rows, columns] += logits
+                seen[rows, columns] += 1
+        assert total is not None
+        return total / seen
+
+    def load_backbone(self, path: str | Path) -> list[str]:
+        """Weights of a classifier, such as ``python -m xformer train`` writes, into the backbone.
+
+        Returns what was left out of the file, as sentences: the classifier's head.
+
+        Raises:
+            UsageError: no such file, or one that lacks a tensor of the backbone, or has it in another shape.
+        """
+        state, _ = load_weights(path)
+        own = self.backbone.state_dict()
+        other = [name for name, value in own.items() if name not in state or state[name].shape != value.shape]
+        if other:
+            raise UsageError(
+                f"weights: {path} must have the {len(own)} tensors of {self.backbone_name}, "
+                f"got {len(own) - len(other)} of them, without {other[0]}"
+            )
+        return load_state(self.backbone, state, path, partial=True)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Of the backbone's stages."""
+        self.backbone.set_grad_checkpointing(enable)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the temperatures, which an optimiser should not decay (timm's convention)."""
+        return {f"backbone.{name}" for name in self.backbone.no_weight_decay()}
+
+
+def starts(length: int, window: int, stride: int) -> list[int]:
+    """Where windows begin so that every pixel is in one: 0, stride, ... and ``length - window``."""
+    last = max(0, length - window)
+    return [*range(0, last, stride), last]
