@@ -68,6 +68,24 @@ def create_model(name: str, num_classes: int, in_chans: int = 3, **options: Any)
     raise UsageError(f"model must be one of {', '.join(default_cfgs)} or a name of timm.list_models(), got {name!r}")
 
 
+def build_model(card: Card) -> nn.Module:
+    """What a card says, with fresh weights.
+
+    Raises:
+        UsageError: a task or model that there is not, or options that it does not take.
+    """
+    if card.task == "classify":
+        return create_model(card.model, card.num_classes, card.in_chans, **card.options)
+    if card.task == "segment":
+        from xformer.segmentation import Segmenter
+
+        try:
+            return Segmenter(card.model, card.num_classes, in_chans=card.in_chans, **card.options)
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"model {card.model} cannot segment with these options: {error}") from error
+    raise UsageError(f"task must be classify or segment, got {card.task!r}")
+
+
 def save_weights(path: str | Path, state: Mapping[str, Tensor], card: Card) -> None:
     """Write a state dict and its card, atomically: a file of this name is always a whole one."""
     path = Path(path)
@@ -146,7 +164,7 @@ def load_model(path: str | Path, name: str = "", **changes: Any) -> tuple[nn.Mod
     elif name and name != card.model:
         raise UsageError(f"model: {path} is of {card.model}, got {name}; without --model it is taken as what it says")
     card = replace(card, **changes)
-    model = create_model(card.model, card.num_classes, card.in_chans, **card.options)
+    model = build_model(card)
     load_state(model, state, path)
     return model.eval(), replace(card, **{**preparation(model), **changes}) if bare else card
 

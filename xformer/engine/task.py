@@ -81,8 +81,9 @@ def task_class(name: str) -> type[Task]:
         UsageError: a task that there is not.
     """
     from xformer.classification import Classify
+    from xformer.segmentation.task import Segment
 
-    tasks: dict[str, type[Task]] = {"classify": Classify}
+    tasks: dict[str, type[Task]] = {"classify": Classify, "segment": Segment}
     if name not in tasks:
         raise UsageError(f"task must be one of {', '.join(tasks)}, got {name!r}")
     return tasks[name]

@@ -1,0 +1,83 @@
+"""Segmentation for the engine: a class for each pixel, and the intersection over union of classes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from xformer.data import Shard
+from xformer.engine.task import Metrics, Task
+from xformer.recipe import Recipe
+from xformer.segmentation.data import CLASSES, IGNORE, MEAN, STD, CityscapesData
+from xformer.segmentation.decoder import upsample
+from xformer.weights import Card, build_model
+
+STRIDE = 4
+"""Of the logits."""
+
+
+class MeanIoU:
+    """miou and pixel accuracy in percent, of a confusion matrix by torchmetrics.
+
+    ``IoU_c = TP_c / (TP_c + FP_c + FN_c)`` over all pixels of all images that have a class; the mean is over classes
+    that occur in labels or predictions, as Cityscapes' own evaluation takes it.
+    """
+
+    def __init__(self, num_classes: int, device: Any) -> None:
+        from torchmetrics.classification import MulticlassConfusionMatrix
+
+        self.matrix = MulticlassConfusionMatrix(num_classes, ignore_index=IGNORE).to(device)
+
+    def update(self, outputs: Tensor, targets: Tensor) -> None:
+        self.matrix.update(upsample(outputs.float(), STRIDE, targets.shape[1:]).argmax(1), targets)
+
+    def per_class(self) -> Tensor:
+        """(num_classes,): nan where a class does not occur."""
+        matrix = self.matrix.compute().double()
+        hits = matrix.diag()
+        return hits / (matrix.sum(0) + matrix.sum(1) - hits)
+
+    def compute(self) -> dict[str, float]:
+        matrix = self.matrix.compute().double()
+        return {
+            "miou": 100 * float(self.per_class().nanmean()),
+            "pixels": 100 * float(matrix.diag().sum() / matrix.sum()),
+        }
+
+
+class Segment(Task):
+    metric = "miou"
+
+    def __init__(self, recipe: Recipe, rank: int = 0, world: int = 1) -> None:
+        super().__init__(recipe)
+        self.data = CityscapesData(recipe, Shard(rank, world))
+
+    def card(self) -> Card:
+        recipe = self.recipe
+        options = dict(recipe.model_options)
+        if recipe.attention:
+            options["attention"] = recipe.attention
+        return Card(
+            model=recipe.model, num_classes=len(CLASSES), task="segment", options=options,
+            image_size=recipe.image_size, mean=MEAN, std=STD, classes=list(CLASSES),
+        )  # fmt: skip
+
+    def build(self) -> nn.Module:
+        card = self.card()
+        if self.recipe.drop_path > 0:
+            card.options["drop_path_rate"] = self.recipe.drop_path
+        return build_model(card)
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Cross entropy, the mean over pixels that have a class; 0 if none has."""
+        logits = upsample(outputs.float(), STRIDE, targets.shape[1:])
+        total = F.cross_entropy(
+            logits, targets, ignore_index=IGNORE, label_smoothing=self.recipe.smoothing, reduction="sum"
+        )
+        return total / torch.clamp((targets != IGNORE).sum(), min=1)
+
+    def metrics(self, device: Any) -> Metrics:
+        return MeanIoU(len(CLASSES), device)
