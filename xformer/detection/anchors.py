@@ -1,0 +1,133 @@
+"""Anchors of a data set: ``python -m xformer.detection.anchors instances_train.json``.
+
+k-means over (w, h) of boxes with the distance 1 - IoU of two boxes about one centre (arXiv 1612.08242).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from xformer.errors import UsageError
+
+
+def shape_iou(sizes: Tensor, anchors: Tensor) -> Tensor:
+    """IoU of (n, 2) and (k, 2), as (w, h) about one centre: (n, k)."""
+    common = torch.minimum(sizes[:, None], anchors).prod(-1)
+    return common / (sizes.prod(-1)[:, None] + anchors.prod(-1) - common)
+
+
+def mean_iou(sizes: Tensor, anchors: Tensor) -> float:
+    """Of every box (n, 2) with its best anchor (k, 2): what k-means raises."""
+    return float(shape_iou(sizes, anchors).amax(1).mean())
+
+
+def kmeans(sizes: Tensor, k: int = 9, seed: int = 0, steps: int = 100) -> tuple[Tensor, list[float]]:
+    """Anchors (k, 2) by increasing area, and the mean IoU of every step, which never falls. The same for a seed.
+
+    A step gives each box to its best anchor, and each anchor becomes the mean or the median of its boxes or stays as
+    it is, whichever has the greatest mean IoU with them; means alone do not always gain. It starts like k-means++, and
+    ends when no anchor changes.
+
+    Args:
+        sizes: (w, h) of the boxes, (n, 2). k: anchors. seed: of the start. steps: at most.
+
+    Raises:
+        UsageError: sizes of another shape, not finite or not positive, of fewer than k different boxes; k below 1.
+    """
+    if k < 1:
+        raise UsageError(f"k must be 1 or more, got {k}")
+    if sizes.dim() != 2 or sizes.shape[1] != 2:
+        raise UsageError(f"sizes must be of shape (n, 2), got {tuple(sizes.shape)}")
+    sizes = sizes.double().cpu()
+    wrong = ~((sizes > 0) & sizes.isfinite()).all(1)
+    if wrong.any():
+        raise UsageError(f"sizes must be positive and finite, got {tuple(sizes[wrong][0].tolist())}")
+    different = len(sizes.unique(dim=0))
+    if different < k:
+        raise UsageError(f"sizes must be of k={k} different boxes or more, got {different}")
+    anchors = _start(sizes, k, torch.Generator().manual_seed(seed))
+    history = [mean_iou(sizes, anchors)]
+    for _ in range(steps):
+        owner = shape_iou(sizes, anchors).argmax(1)
+        moved = torch.stack([_centre(sizes[owner == i], anchor) for i, anchor in enumerate(anchors)])
+        if torch.equal(moved, anchors):
+            break
+        anchors = moved
+        history.append(mean_iou(sizes, anchors))
+    return anchors[anchors.prod(1).argsort(stable=True)], history
+
+
+def _start(sizes: Tensor, k: int, generator: torch.Generator) -> Tensor:
+    """k different boxes, each next one with probability by its distance to the nearest so far."""
+    chosen = sizes[torch.randint(len(sizes), (1,), generator=generator)]
+    for _ in range(k - 1):
+        far = 1 - shape_iou(sizes, chosen).amax(1)
+        chosen = torch.cat((chosen, sizes[far.clamp_min(0).multinomial(1, generator=generator)]))
+    return chosen
+
+
+def _centre(members: Tensor, anchor: Tensor) -> Tensor:
+    if not len(members):
+        return anchor
+    options = torch.stack((anchor, members.mean(0), members.median(0).values))
+    return options[shape_iou(members, options).mean(0).argmax()]
+
+
+def coco_sizes(path: str | Path, image_size: int = 416) -> Tensor:
+    """(w, h) (n, 2) of the boxes of a COCO file, in pixels once the longer side of their image is `image_size`.
+
+    Crowds and boxes without area are left out.
+
+    Raises:
+        UsageError: no such file, or not one of COCO's instances.
+    """
+    try:
+        content = json.loads(Path(path).read_text())
+        scales = {image["id"]: image_size / max(image["width"], image["height"]) for image in content["images"]}
+        rows = [
+            [side * scales[entry["image_id"]] for side in entry["bbox"][2:]]
+            for entry in content["annotations"]
+            if not entry.get("iscrowd") and min(entry["bbox"][2:]) > 0
+        ]
+    except OSError as error:
+        raise UsageError(f"annotations: cannot read {path}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, ZeroDivisionError) as error:
+        raise UsageError(f"annotations: {path} must be a file of COCO's instances: {error!r}") from error
+    return torch.tensor(rows, dtype=torch.float64).view(-1, 2)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m xformer.detection.anchors",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("annotations", help="a file of COCO's instances")
+    parser.add_argument("--image-size", type=int, default=416, help="what images are resized to")
+    parser.add_argument("-k", type=int, default=9, help="how many anchors")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(arguments)
+    try:
+        sizes = coco_sizes(options.annotations, options.image_size)
+        anchors, history = kmeans(sizes, options.k, options.seed)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    pairs = ", ".join(f"({w:.{_digits(w)}f}, {h:.{_digits(h)}f})" for w, h in anchors.tolist())
+    print(f"anchors = ({pairs})\n# mean IoU {history[-1]:.4f} of {len(sizes)} boxes at {options.image_size}")
+    return 0
+
+
+def _digits(value: float) -> int:
+    return max(0, 2 - int(math.log10(value)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
