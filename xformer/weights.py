@@ -83,7 +83,14 @@ def build_model(card: Card) -> nn.Module:
             return Segmenter(card.model, card.num_classes, in_chans=card.in_chans, **card.options)
         except (TypeError, ValueError) as error:
             raise UsageError(f"model {card.model} cannot segment with these options: {error}") from error
-    raise UsageError(f"task must be classify or segment, got {card.task!r}")
+    if card.task == "detect":
+        from xformer.detection import Detector
+
+        try:
+            return Detector(card.model, card.num_classes, in_chans=card.in_chans, **card.options)
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"model {card.model} cannot detect with these options: {error}") from error
+    raise UsageError(f"task must be classify, segment or detect, got {card.task!r}")
 
 
 def save_weights(path: str | Path, state: Mapping[str, Tensor], card: Card) -> None:

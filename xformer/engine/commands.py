@@ -72,6 +72,7 @@ def eval_weights(recipe: Recipe, given: set[str] | frozenset[str] = frozenset())
     for name in ("image_size", "crop_pct", "interpolation", "task"):
         if name not in given:
             setattr(recipe, name, getattr(card, name))
+    recipe.model_options = dict(card.options)
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     task = task_class(recipe.task)(recipe)

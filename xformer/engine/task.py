@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from importlib import import_module
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -74,16 +75,21 @@ class Task(ABC):
     def metrics(self, device: Any) -> Metrics: ...
 
 
+TASKS = {
+    "classify": "xformer.classification:Classify",
+    "segment": "xformer.segmentation.task:Segment",
+    "detect": "xformer.detection.task:Detect",
+}
+
+
 def task_class(name: str) -> type[Task]:
     """By the name of a recipe.
 
     Raises:
         UsageError: a task that there is not.
     """
-    from xformer.classification import Classify
-    from xformer.segmentation.task import Segment
-
-    tasks: dict[str, type[Task]] = {"classify": Classify, "segment": Segment}
-    if name not in tasks:
-        raise UsageError(f"task must be one of {', '.join(tasks)}, got {name!r}")
-    return tasks[name]
+    if name not in TASKS:
+        raise UsageError(f"task must be one of {', '.join(TASKS)}, got {name!r}")
+    module, _, of_it = TASKS[name].partition(":")
+    found: type[Task] = getattr(import_module(module), of_it)
+    return found

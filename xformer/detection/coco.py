@@ -1,0 +1,159 @@
+"""Files of COCO's instances: read, checked and kept as arrays."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from xformer.errors import UsageError
+
+
+@dataclass
+class Annotations:
+    """Of a file. Boxes of image i are those from ``bounds[i]`` to ``bounds[i + 1]``.
+
+    ids: (N,) int64. names: (N,) bytes, file names. sizes: (N, 2) int64, (H, W). boxes: (M, 4) float32, as (x0, y0, x1,
+    y1) in pixels, within their images. labels: (M,) int64 from 0, in the order of the categories' ids. crowd: (M,)
+    bool. categories: names by id, in this order. dropped: boxes without area. truth: what pycocotools evaluates
+    against, with all boxes as the file has them; empty if it was not asked for.
+    """
+
+    ids: np.ndarray
+    names: np.ndarray
+    sizes: np.ndarray
+    boxes: np.ndarray
+    labels: np.ndarray
+    crowd: np.ndarray
+    bounds: np.ndarray
+    categories: dict[int, str]
+    dropped: int
+    truth: dict[str, Any]
+
+
+def _integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+ACCEPTED: dict[str, Callable[[Any], bool]] = {
+    "an integer": _integer,
+    "1 or more": lambda value: _integer(value) and value >= 1,
+    "0 or 1": lambda value: isinstance(value, int) and value in (0, 1),
+    "text": lambda value: isinstance(value, str),
+    "a finite number": _number,
+    "four finite numbers": lambda value: isinstance(value, list) and len(value) == 4 and all(map(_number, value)),
+}
+
+
+class Records:
+    """Of one of the lists of a file, by their ids.
+
+    Raises:
+        UsageError: no such list, records without an integer as id, two of one id.
+    """
+
+    def __init__(self, path: Path, content: Any, key: str, title: str) -> None:
+        self.where = f"annotations: {path}: {title}"
+        records = content.get(key) if isinstance(content, dict) else None
+        if not isinstance(records, list):
+            raise UsageError(f"annotations: {path} must hold a list {key!r}, as COCO's files of instances do")
+        self.by_id: dict[int, dict[str, Any]] = {}
+        for number, record in enumerate(records):
+            if not isinstance(record, dict) or not _integer(record.get("id")):
+                raise UsageError(f"{self.where} number {number} of the list must be a record with an id, got {record}")
+            if record["id"] in self.by_id:
+                raise UsageError(f"{self.where} {record['id']} is there twice")
+            self.by_id[record["id"]] = record
+
+    def get(self, number: int, key: str, accepted: str, default: Any = None) -> Any:
+        """What a record has as `key`; raises UsageError if that is not what is accepted."""
+        value = self.by_id[number].get(key, default)
+        if value is None and key not in self.by_id[number]:
+            raise UsageError(f"{self.where} {number} has no {key}")
+        if not ACCEPTED[accepted](value):
+            raise UsageError(f"{self.where} {number}: {key} must be {accepted}, got {value!r}")
+        return value
+
+    def known(self, number: int, key: str, others: dict[int, Any]) -> Any:
+        """What `others` has for the id that a record has as `key`."""
+        other = self.get(number, key, "an integer")
+        if other not in others:
+            raise UsageError(f"{self.where} {number}: {key} must be that of a record of the file, got {other}")
+        return others[other]
+
+
+def read_annotations(path: Path, truth: bool = False) -> Annotations:
+    """A file of COCO's instances. Where a record of an object has no ``iscrowd`` it is 0; no ``area``: that of its box.
+
+    Args:
+        truth: also what pycocotools wants to see.
+
+    Raises:
+        UsageError: no such file, or one that is not of this form, by the id of the record that is not.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UsageError(f"annotations: cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise UsageError(f"annotations: {path} is not JSON: {error}") from error
+    found = Records(path, content, "categories", "category")
+    categories = {number: found.get(number, "name", "text") for number in sorted(found.by_id)}
+    images = Records(path, content, "images", "image")
+    if not categories or not images.by_id:
+        raise UsageError(f"annotations: {path} must have images and categories")
+    names = [os.fsencode(images.get(number, "file_name", "text")) for number in images.by_id]
+    sizes = [[images.get(number, side, "1 or more") for side in ("height", "width")] for number in images.by_id]
+    objects = Records(path, content, "annotations", "annotation")
+    label_of = {number: label for label, number in enumerate(categories)}
+    place_of = {number: place for place, number in enumerate(images.by_id)}
+    rows, where, labels, crowd, areas = [], [], [], [], []
+    for number in objects.by_id:
+        where.append(objects.known(number, "image_id", place_of))
+        labels.append(objects.known(number, "category_id", label_of))
+        rows.append(objects.get(number, "bbox", "four finite numbers"))
+        crowd.append(objects.get(number, "iscrowd", "0 or 1", 0))
+        areas.append(objects.get(number, "area", "a finite number", rows[-1][2] * rows[-1][3]))
+    shapes = np.array(sizes, np.int64)
+    return _arrays(list(images.by_id), names, shapes, categories, rows, where, labels, crowd, areas if truth else [])
+
+
+def _arrays(
+    ids: list[int], names: list[bytes], sizes: np.ndarray, categories: dict[int, str], rows: list[list[float]],
+    where: list[int], labels: list[int], crowd: list[int], areas: list[float],
+) -> Annotations:  # fmt: skip
+    """Boxes image by image, cut at the borders, without those of no area. `rows` are (x, y, w, h)."""
+    numbers = list(categories)
+    truth: dict[str, Any] = {}
+    if areas:
+        # numbered from 1: pycocotools takes a match with number 0 for none
+        truth = {
+            "images": [{"id": number} for number in ids],
+            "categories": [{"id": number, "name": name} for number, name in categories.items()],
+            "annotations": [
+                {"id": i, "image_id": ids[w], "category_id": numbers[n], "bbox": box, "area": area, "iscrowd": int(c)}
+                for i, (w, n, box, area, c) in enumerate(zip(where, labels, rows, areas, crowd, strict=True), 1)
+            ],
+        }
+    boxes = np.array(rows, np.float64).reshape(-1, 4)
+    image = np.array(where, np.int64)
+    corners = np.concatenate((boxes[:, :2], boxes[:, :2] + boxes[:, 2:]), 1)
+    corners = corners.clip(0, np.tile(sizes[image, ::-1], 2)).astype(np.float32)
+    kept = (corners[:, 2:] > corners[:, :2]).all(1)
+    order = np.flatnonzero(kept)[np.argsort(image[kept], kind="stable")]
+    counts = np.bincount(image[order], minlength=len(ids))
+    return Annotations(
+        ids=np.array(ids, np.int64), names=np.array(names), sizes=sizes, boxes=corners[order],
+        labels=np.array(labels, np.int64)[order], crowd=np.array(crowd, bool)[order],
+        bounds=np.concatenate(([0], counts.cumsum())), categories=categories, dropped=int((~kept).sum()), truth=truth,
+    )  # fmt: skip

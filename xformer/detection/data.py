@@ -1,0 +1,206 @@
+"""COCO's folders as batches of images and the boxes in them.
+
+An image's target is a dict: boxes (n, 4) float32 as (x0, y0, x1, y1) in pixels of what the model sees, labels (n,)
+int64, iscrowd (n,) bool, image_id; and in evaluation size and original, (H, W) of the image in the batch without
+padding and of the file.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from xformer.data import Shard, Skipped, Unreadable, open_image
+from xformer.data.files import STRETCH, eval_batches, train_batches
+from xformer.data.loader import Batch, Batches, Loader
+from xformer.detection.coco import Annotations, read_annotations
+from xformer.errors import UsageError
+from xformer.recipe import Recipe
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+KEPT = 0.25
+"""Of a box's area, or more: what a crop must leave of it."""
+
+logger = logging.getLogger("xformer.data")
+Target = dict[str, Any]
+
+
+class Pictures:
+    """Files of a folder, and what an annotation file says of them."""
+
+    def __init__(self, folder: Path, annotations: Annotations) -> None:
+        self.folder, self.annotations = folder, annotations
+
+    def __len__(self) -> int:
+        return len(self.annotations.ids)
+
+    def name(self, item: int) -> str:
+        return str(self.folder / os.fsdecode(self.annotations.names[item]))
+
+    def read(self, item: int) -> tuple[Image.Image, Target]:
+        """RGB image, and its target in the file's pixels, without sizes."""
+        said = self.annotations
+        image = open_image(self.name(item))
+        height, width = said.sizes[item].tolist()
+        if image.size != (width, height):
+            raise Unreadable(f"it is {image.width}x{image.height}, and its annotations are of {width}x{height}")
+        of_it = slice(said.bounds[item], said.bounds[item + 1])
+        arrays = {"boxes": said.boxes[of_it], "labels": said.labels[of_it], "iscrowd": said.crowd[of_it]}
+        target: Target = {key: torch.from_numpy(array.copy()) for key, array in arrays.items()}
+        return image, target | {"image_id": int(said.ids[item])}
+
+    def others(self, batch: Batch, index: int) -> Iterable[int]:
+        first = batch.items[index]
+        return ((first + step) % len(self) for step in range(1, min(STRETCH, len(self))))
+
+
+def fitted(image: Image.Image, longer: float) -> tuple[int, int]:
+    """(H, W) of an image whose longer side becomes `longer`."""
+    factor = longer / max(image.size)
+    return max(1, round(image.height * factor)), max(1, round(image.width * factor))
+
+
+def letterbox(image: Image.Image, target: Target, size: int) -> tuple[Tensor, Target]:
+    """(3, size, size) float32, the whole image in the upper left corner, and its target."""
+    height, width = fitted(image, size)
+    x = to_tensor(image.resize((width, height), Image.Resampling.BILINEAR))
+    factors = torch.tensor((width / image.width, height / image.height) * 2)
+    sizes = {"size": (height, width), "original": (image.height, image.width)}
+    return F.pad(x, (0, size - width, 0, size - height)), target | sizes | {"boxes": target["boxes"] * factors}
+
+
+def restore(boxes: Tensor, target: Target) -> Tensor:
+    """Boxes (n, 4) in a letterboxed image to pixels of its file."""
+    (height, width), (whole_height, whole_width) = target["size"], target["original"]
+    return boxes * boxes.new_tensor((whole_width / width, whole_height / height) * 2)
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    from torchvision.transforms.v2 import functional as transforms
+
+    x: Tensor = transforms.to_dtype(transforms.pil_to_tensor(image), torch.float32, scale=True)
+    normalised: Tensor = transforms.normalize(x, MEAN, STD)
+    return normalised
+
+
+class Prepare:
+    """Image and target as :class:`Pictures` gives them to (3, size, size) float32 and the target in its pixels.
+
+    In training: mirrored, its colours changed, resized so that its longer side is `size` times a factor from ``scale``,
+    and cut out or padded at a random place. Boxes are cut as well; those that keep less than KEPT of their area or have
+    a side below one pixel are left out. In evaluation: :func:`letterbox`. Padding is the mean colour.
+    """
+
+    def __init__(self, scale: tuple[float, float], hflip: float, color_jitter: float) -> None:
+        from torchvision.transforms import v2
+
+        self.scale = scale
+        changes = [v2.RandomHorizontalFlip(hflip)]
+        if color_jitter:
+            changes.append(v2.ColorJitter(color_jitter, color_jitter, color_jitter))
+        self.change = v2.Compose(changes)
+
+    def __call__(self, image: Image.Image, target: Target, size: int, training: bool) -> tuple[Tensor, Target]:
+        if not training:
+            return letterbox(image, target, size)
+        from torchvision.transforms.v2 import functional as transforms
+        from torchvision.tv_tensors import BoundingBoxes
+
+        boxes = BoundingBoxes(target["boxes"], format="XYXY", canvas_size=(image.height, image.width))
+        image, boxes = self.change(image, boxes)
+        height, width = fitted(image, size * random.uniform(*self.scale))
+        image, boxes = (transforms.resize(part, [height, width]) for part in (image, boxes))
+        left, top = (random.randint(min(0, side - size), max(0, side - size)) for side in (width, height))
+        x = transforms.crop(to_tensor(image), top, left, size, size)
+        cut = transforms.clamp_bounding_boxes(transforms.crop(boxes, top, left, size, size))
+        before, after = (part.as_subclass(Tensor) for part in (boxes, cut))
+        sides = after[:, 2:] - after[:, :2]
+        kept = (sides >= 1).all(1) & (sides.prod(1) >= KEPT * (before[:, 2:] - before[:, :2]).prod(1))
+        rest = {key: target[key][kept] for key in ("labels", "iscrowd")}
+        return x, target | rest | {"boxes": after[kept]}
+
+
+def collate(samples: list[tuple[Tensor, Target]]) -> tuple[Tensor, list[Target]]:
+    """(B, 3, size, size) and the targets."""
+    return torch.stack([x for x, _ in samples]), [target for _, target in samples]
+
+
+def open_coco(root: Path) -> tuple[Pictures, Pictures]:
+    """Of training and evaluation; the latter with what pycocotools wants to see.
+
+    Raises:
+        UsageError: files or folders are missing, annotations that :func:`read_annotations` refuses, categories of the
+            two that differ, an evaluation without a box.
+    """
+    pictures = []
+    for split in ("train2017", "val2017"):
+        file = root / "annotations" / f"instances_{split}.json"
+        if not file.is_file() or not (root / split).is_dir():
+            raise UsageError(f"data must be a folder with {split}/ and annotations/{file.name}, got {str(root)!r}")
+        said = read_annotations(file, truth=split == "val2017")
+        if said.dropped:
+            logger.warning("%s: %d boxes without area are left out", file, said.dropped)
+        pictures.append(Pictures(root / split, said))
+    train, held_out = pictures
+    ours, theirs = train.annotations.categories, held_out.annotations.categories
+    if ours != theirs:
+        one = sorted(set(ours.items()) ^ set(theirs.items()))[0]
+        raise UsageError(f"annotations: the files in {root} must have the same categories, but one alone has {one}")
+    if held_out.annotations.crowd.all():
+        raise UsageError(f"annotations: instances_val2017.json in {root} has no boxes to be found")
+    return train, held_out
+
+
+class CocoData:
+    """What the engine asks of data, of a folder with annotations/, train2017/ and val2017/.
+
+    ``classes`` are the categories' names, ``held_out`` the annotations of the evaluation.
+
+    Raises:
+        UsageError: as :func:`open_coco`; settings that do not work, fewer images than a batch.
+    """
+
+    def __init__(self, recipe: Recipe, shard: Shard) -> None:
+        if not (len(recipe.scale) == 2 and 0 < recipe.scale[0] <= recipe.scale[1]):
+            raise UsageError(f"scale must be two factors above 0 in order, got {recipe.scale}")
+        if not 0 <= recipe.hflip <= 1:
+            raise UsageError(f"hflip must be in [0, 1], got {recipe.hflip}")
+        if recipe.color_jitter < 0:
+            raise UsageError(f"color_jitter must be 0 or more, got {recipe.color_jitter}")
+        self.recipe, self.shard = recipe, shard
+        self.skipped = Skipped()
+        sources = open_coco(Path(recipe.data))
+        self.train_images, self.eval_images = map(len, sources)
+        self.held_out = sources[1].annotations
+        self.classes = list(self.held_out.categories.values())
+        self.dropped = sum(source.annotations.dropped for source in sources)
+        self.batches_per_epoch = self.train_images // (recipe.batch_size * shard.world)
+        if not self.batches_per_epoch:
+            raise UsageError(
+                f"batch_size must leave one batch an epoch: there are {self.train_images} training images, and "
+                f"{shard.world} x {recipe.batch_size} are taken at once"
+            )
+        prepare = Prepare((recipe.scale[0], recipe.scale[1]), recipe.hflip, recipe.color_jitter)
+        self._train, self._evaluate = (
+            Loader(Batches(source, prepare, collate), recipe.workers, self.skipped) for source in sources
+        )
+
+    def train(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Any]]:
+        recipe = self.recipe
+        sizes = recipe.sizes or [recipe.image_size]
+        return self._train.run(
+            train_batches(self.train_images, recipe.batch_size, sizes, recipe.seed, epoch, start, self.shard)
+        )
+
+    def evaluate(self) -> Iterator[tuple[Tensor, Any]]:
+        recipe = self.recipe
+        return self._evaluate.run(eval_batches(self.eval_images, recipe.batch_size, recipe.image_size, self.shard))
