@@ -108,6 +108,30 @@ def test_detections_in_crowds_are_neither_right_nor_wrong(root):
     assert metric.compute()["map"] == pytest.approx(50)
 
 
+def test_metrics_are_over_all_processes(root, monkeypatch):
+    pytest.importorskip("pycocotools", reason="pycocotools is not installed")
+    from xformer.detection import task
+
+    pictures = held_out(root)
+    *shares, whole = (MeanAP(pictures.annotations) for _ in range(3))
+    for item in range(len(pictures)):
+        _, target = pictures.read(item)
+        keep = ~target["iscrowd"]
+        boxes, labels = target["boxes"][keep] + item, target["labels"][keep]
+        for metric in (shares[item % 2], whole):
+            metric.add(target["image_id"], boxes, torch.full((len(boxes),), 0.5), labels)
+    expected = whole.compute()
+
+    def gather(parts, own):
+        assert own is shares[1].found
+        parts[:] = [share.found for share in shares]
+
+    monkeypatch.setattr(task.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(task.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(task.dist, "all_gather_object", gather)
+    assert shares[1].compute() == expected and 0 < expected["map"] < 100
+
+
 def test_metrics_see_raw_maps_in_the_pixels_of_the_file(root):
     """Maps that say one box: it is found where it is, whatever the size that the model saw."""
     pytest.importorskip("pycocotools", reason="pycocotools is not installed")
