@@ -8,6 +8,7 @@ from PIL import Image
 from xformer.data import Shard
 from xformer.data.shapes import make_shapes
 from xformer.engine import train
+from xformer.engine.commands import eval_weights
 from xformer.errors import UsageError
 from xformer.recipe import load_recipe
 from xformer.segmentation import data as cityscapes
@@ -112,7 +113,10 @@ def test_runs_resumes_and_loads(root, tmp_path):
     part.mkdir(parents=True)
     checkpoints[0].rename(part / checkpoints[0].name)
     assert train(recipe(root, tmp_path / "part", **changes), resume=True) == result
-    model, card = load_model(tmp_path / "part" / "last.safetensors")
+    weights = tmp_path / "part" / "last.safetensors"
+    again = eval_weights(load_recipe("", {"data": str(root), "weights": str(weights), "workers": 0}))
+    assert again == pytest.approx({name: result[name] for name in ("miou", "pixels")}, rel=1e-3)
+    model, card = load_model(weights)
     assert card.task == "segment" and card.classes[0] == "road"
     assert model.predict(torch.zeros(1, 3, 50, 70)).shape == (1, 19, 50, 70)
 

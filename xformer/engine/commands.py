@@ -73,6 +73,8 @@ def eval_weights(recipe: Recipe, given: set[str] | frozenset[str] = frozenset())
         if name not in given:
             setattr(recipe, name, getattr(card, name))
     recipe.model_options = dict(card.options)
+    if recipe.task != "classify" and "batch_size" not in given:
+        recipe.batch_size = 1  # whole images
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     task = task_class(recipe.task)(recipe)
