@@ -148,9 +148,9 @@ def test_aoti(tmp_path):
     assert max(foreign("aoti", result.path, model, [(1, 3, 32, 32), (5, 3, 32, 32)], tmp_path)) < 1e-5
 
 
-def test_aoti_without_a_compiler(tmp_path, monkeypatch):
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
-    with pytest.raises(UsageError, match=r"aoti needs a C\+\+ compiler"):
+def test_aoti_without_a_compiler(tmp_path):
+    without = torch._inductor.config.patch("cpp.cxx", ("no-such-compiler",))
+    with without, pytest.raises(UsageError, match=r"aoti needs a C\+\+ compiler"):
         export(trained(), CARD, tmp_path / "m.pt2", "aoti")
     assert not list(tmp_path.iterdir())
 

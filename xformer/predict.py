@@ -100,12 +100,9 @@ def run(options: argparse.Namespace) -> int:
     for name in ("top", "batch_size"):
         if getattr(options, name) < 1:
             raise UsageError(f"{name.replace('_', '-')} must be 1 or more, got {getattr(options, name)}")
-    model, card = load_model(options.weights, options.model)
-    if card.task != "classify" or card.in_chans != 3:
-        raise UsageError(
-            f"weights: predict takes classifiers of RGB images, {options.weights} is of task {card.task} and "
-            f"{card.in_chans} channels"
-        )
+    model, card = load_model(options.weights, options.model, task="classify")
+    if card.in_chans != 3:
+        raise UsageError(f"weights: {options.weights} must be of RGB images, got one of {card.in_chans} channels")
     names = class_names(card, options.labels)
     results = []
     for result in predict(fuse_for_inference(model), card, options.images, names, options.top, options.batch_size):
