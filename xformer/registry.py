@@ -9,6 +9,9 @@ from xformer.backbone import VARIANTS, XFormer, XFormerFeatures
 
 __all__ = ["xformer_s", "xformer_xs", "xformer_xxs"]
 
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""Of the channels of ImageNet's images."""
+
 default_cfgs: dict[str, dict[str, Any]] = {
     name: {
         "architecture": name,
@@ -18,8 +21,8 @@ default_cfgs: dict[str, dict[str, Any]] = {
         "pool_size": (8, 8),
         "crop_pct": 0.9,
         "interpolation": "bicubic",
-        "mean": (0.485, 0.456, 0.406),
-        "std": (0.229, 0.224, 0.225),
+        "mean": MEAN,
+        "std": STD,
         "first_conv": "stem.conv",
         "classifier": "classifier",
     }

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from xformer.errors import UsageError
+from xformer.registry import MEAN, STD, build, default_cfgs
 
 KEY = "xformer"
 
@@ -40,8 +41,8 @@ class Card:
     image_size: int = 256
     crop_pct: float = 1.0
     interpolation: str = "bicubic"
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
-    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    mean: tuple[float, ...] = MEAN
+    std: tuple[float, ...] = STD
     classes: list[str] = field(default_factory=list)
     step: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
@@ -53,8 +54,6 @@ def create_model(name: str, num_classes: int, in_chans: int = 3, **options: Any)
     Raises:
         UsageError: a model that neither has, or options that it does not take.
     """
-    from xformer.registry import build, default_cfgs
-
     try:
         if name in default_cfgs:
             return build(name, num_classes=num_classes, in_chans=in_chans, **options)

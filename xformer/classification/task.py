@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from xformer.data import Shard, open_data
 from xformer.engine.task import Metrics, Task
 from xformer.recipe import Recipe
 from xformer.registry import default_cfgs
-from xformer.weights import Card, create_model
+from xformer.weights import Card
 
 
 class Accuracy:
@@ -41,7 +42,7 @@ class Accuracy:
 
 
 class Classify(Task):
-    metric = "top1"
+    name, metric = "classify", "top1"
 
     def __init__(self, recipe: Recipe, rank: int = 0, world: int = 1) -> None:
         super().__init__(recipe)
@@ -55,24 +56,12 @@ class Classify(Task):
             )
 
     def card(self) -> Card:
-        recipe, data = self.recipe, self.images
-        options = dict(recipe.model_options)
-        if recipe.attention:
-            options["attention"] = recipe.attention
-        return Card(
-            model=recipe.model, num_classes=len(data.classes), options=options, in_chans=data.in_chans,
-            image_size=recipe.image_size, crop_pct=recipe.crop_pct, interpolation=recipe.interpolation,
-            mean=data.mean, std=data.std, classes=list(data.classes),
-        )  # fmt: skip
+        return replace(super().card(), mean=self.images.mean, std=self.images.std)
 
-    def build(self) -> nn.Module:
-        card = self.card()
-        options = dict(card.options)
-        if self.recipe.drop_path > 0:
-            options["drop_path_rate"] = self.recipe.drop_path
-        if card.model in default_cfgs:
+    def build(self, **options: Any) -> nn.Module:
+        if self.recipe.model in default_cfgs:
             options["img_size"] = self.recipe.image_size
-        return create_model(card.model, card.num_classes, card.in_chans, **options)
+        return super().build(**options)
 
     def mix(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         if self.mixup is None or len(images) % 2:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,32 +12,22 @@ from torch import Tensor
 
 from xformer.data import files, shards, tars
 from xformer.data.images import Skipped
-from xformer.data.loader import Batch, Batches, Loader, Source
+from xformer.data.loader import Batch
 from xformer.data.order import Shard
+from xformer.data.sets import Content, DataSet, indexed, sizes
 from xformer.data.transforms import Statistics, Transform, eval_transform, train_transform
 from xformer.errors import UsageError
 from xformer.recipe import Recipe
-
-IMAGENET: tuple[Statistics, Statistics] = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-"""Mean and standard deviation of channels."""
+from xformer.registry import MEAN, STD
 
 
 @dataclass
-class Content:
-    """One kind of data, opened: sources of images, batches of their items, and what is known of them.
+class Classes:
+    """What is known of the classes and the pixels of some data."""
 
-    train_batches: (epoch, start) to the batches of this process. eval_batches: to those of its share.
-    """
-
-    train: Source
-    held_out: Source
-    train_batches: Callable[[int, int], Iterator[Batch]]
-    eval_batches: Callable[[], Iterator[Batch]]
-    train_images: int
-    eval_images: int
-    classes: list[str]
-    mean: Statistics = IMAGENET[0]
-    std: Statistics = IMAGENET[1]
+    names: list[str]
+    mean: Statistics = MEAN
+    std: Statistics = STD
 
 
 @dataclass
@@ -56,51 +46,19 @@ def collate(samples: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
     return torch.stack([image for image, _ in samples]), torch.tensor([label for _, label in samples])
 
 
-class Data:
-    """Batches of images and labels, for one of the data-parallel processes.
+class Data(DataSet):
+    """Batches of images (B, 3, S, S) float32 and labels (B,) int64.
 
-    classes: names in the order of logits. train_images, eval_images: of the whole data set. batches_per_epoch:
-    micro-batches of an epoch, the same number for all processes. mean, std: of normalised channels. transform: that
-    of evaluation. skipped: unreadable images so far.
+    classes: names in the order of logits. mean, std: of normalised channels. transform: that of evaluation.
     """
 
     in_chans = 3
 
-    def __init__(self, recipe: Recipe, shard: Shard, content: Content, skipped: Skipped) -> None:
-        together = recipe.batch_size * shard.world
-        if content.train_images < together:
-            raise UsageError(
-                f"batch_size must leave one batch an epoch: there are {content.train_images} training images, and "
-                f"{shard.world} x {recipe.batch_size} are taken at once"
-            )
-        self._content = content
-        self.classes, self.mean, self.std = content.classes, content.mean, content.std
-        self.train_images, self.eval_images = content.train_images, content.eval_images
-        self.batches_per_epoch = content.train_images // together
+    def __init__(self, recipe: Recipe, shard: Shard, content: Content, classes: Classes, skipped: Skipped) -> None:
+        self.classes, self.mean, self.std = classes.names, classes.mean, classes.std
         self.transform = eval_transform(recipe, self.mean, self.std)
-        self.skipped = skipped
-        training = {size: train_transform(recipe, size, self.mean, self.std) for size in _sizes(recipe)}
-        prepare = Prepare(self.transform, training)
-        self._train = Loader(Batches(content.train, prepare, collate), recipe.workers, skipped)
-        self._evaluate = Loader(Batches(content.held_out, prepare, collate), recipe.workers, skipped)
-
-    def train(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images (B, 3, S, S) float32 and labels (B,) int64 of micro-batches `start`, `start` + 1, ... of an epoch.
-
-        A function of the recipe's seed, the epoch and the place in it: not of workers, nor of batches before.
-
-        Raises:
-            UsageError: no image of a long stretch can be read.
-        """
-        return self._train.run(self._content.train_batches(epoch, start))
-
-    def evaluate(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images and labels of this process's share: every readable image exactly once over all processes.
-
-        Raises:
-            UsageError: none of the images can be read.
-        """
-        return self._evaluate.run(self._content.eval_batches())
+        training = {size: train_transform(recipe, size, self.mean, self.std) for size in sizes(recipe)}
+        super().__init__(recipe, shard, content, Prepare(self.transform, training), collate, skipped)
 
 
 def open_data(recipe: Recipe, shard: Shard | None = None) -> Data:
@@ -110,15 +68,12 @@ def open_data(recipe: Recipe, shard: Shard | None = None) -> Data:
         UsageError: no such data, files that are missing or wrong, or too few images for one batch.
     """
     shard = shard or Shard()
-    if recipe.workers < 0:
-        raise UsageError(f"workers must be 0 or more, got {recipe.workers}")
-    if any(size < 1 for size in recipe.sizes):
-        raise UsageError(f"sizes must be 1 or more, got {recipe.sizes}")
     skipped = Skipped()
-    return Data(recipe, shard, _open(recipe, shard, skipped), skipped)
+    content, classes = _open(recipe, shard, skipped)
+    return Data(recipe, shard, content, classes, skipped)
 
 
-def _open(recipe: Recipe, shard: Shard, skipped: Skipped) -> Content:
+def _open(recipe: Recipe, shard: Shard, skipped: Skipped) -> tuple[Content, Classes]:
     root = Path(recipe.data)
     if recipe.data in files.SAMPLES:
         return _indexed(recipe, shard, *files.open_samples(recipe.data))
@@ -138,31 +93,24 @@ def _indexed(
     train: files.Files | files.Arrays,
     held_out: files.Files | files.Arrays,
     classes: list[str],
-    statistics: tuple[Statistics, Statistics] = IMAGENET,
-) -> Content:
-    names = _names(recipe.classes) if recipe.classes else classes
+    statistics: tuple[Statistics, Statistics] = (MEAN, STD),
+) -> tuple[Content, Classes]:
+    names = files.read_names("classes", recipe.classes) if recipe.classes else classes
     if len(names) != len(classes):
         raise UsageError(
             f"classes: {recipe.classes} must name the {len(classes)} classes of the data, got {len(names)}"
         )
-
-    def train_batches(epoch: int, start: int) -> Iterator[Batch]:
-        return files.train_batches(len(train), recipe.batch_size, _sizes(recipe), recipe.seed, epoch, start, shard)
-
-    def eval_batches() -> Iterator[Batch]:
-        return files.eval_batches(len(held_out), recipe.batch_size, recipe.image_size, shard)
-
-    return Content(train, held_out, train_batches, eval_batches, len(train), len(held_out), names, *statistics)
+    return indexed(recipe, shard, train, held_out), Classes(names, *statistics)
 
 
-def _streamed(recipe: Recipe, shard: Shard, skipped: Skipped) -> Content:
+def _streamed(recipe: Recipe, shard: Shard, skipped: Skipped) -> tuple[Content, Classes]:
     """Numbers of samples are those of the recipe, or said beside the shards, or counted; likewise classes."""
     train_pattern, root = recipe.train_shards, recipe.data
     if recipe.data.endswith(".tar"):
         train_pattern, root = train_pattern or recipe.data, ""
     urls = tars.find_shards("train_shards", train_pattern or "*train*.tar", root)
     held_out_urls = tars.find_shards("eval_shards", recipe.eval_shards or "*val*.tar", root)
-    names = _names(recipe.classes) if recipe.classes else []
+    names = files.read_names("classes", recipe.classes) if recipe.classes else []
     train_images, labels = _known("train_samples", recipe.train_samples, urls, bool(names))
     eval_images, _ = _known("eval_samples", recipe.eval_samples, held_out_urls, True)
     if names and labels > len(names):
@@ -171,17 +119,18 @@ def _streamed(recipe: Recipe, shard: Shard, skipped: Skipped) -> Content:
         )
     names = names or [str(label) for label in range(labels)]
 
-    def stream(urls: list[str], sizes: list[int]) -> shards.Stream:
-        return shards.Stream(urls, len(names), shard, recipe.batch_size, sizes, recipe.seed, skipped)
+    def stream(urls: list[str], pixels: list[int]) -> shards.Stream:
+        return shards.Stream(urls, len(names), shard, recipe.batch_size, pixels, recipe.seed, skipped)
 
-    train, held_out = stream(urls, _sizes(recipe)), stream(held_out_urls, [recipe.image_size])
+    train, held_out = stream(urls, sizes(recipe)), stream(held_out_urls, [recipe.image_size])
     batches = train_images // (recipe.batch_size * shard.world)
 
     def train_batches(epoch: int, start: int) -> Iterator[Batch]:
         return train.train_batches(epoch, start, batches)
 
     source = shards.Samples()
-    return Content(source, source, train_batches, held_out.eval_batches, train_images, eval_images, names)
+    content = Content(source, source, train_batches, held_out.eval_batches, train_images, eval_images)
+    return content, Classes(names)
 
 
 def _known(setting: str, given: int, urls: list[str], named: bool) -> tuple[int, int]:
@@ -201,14 +150,3 @@ def _known(setting: str, given: int, urls: list[str], named: bool) -> tuple[int,
     if not counted:
         raise UsageError(f"data: none of {len(urls)} shards has images with labels, such as {urls[0]}")
     return samples or counted, labels
-
-
-def _names(path: str) -> list[str]:
-    try:
-        return [line.strip() for line in Path(path).read_text().splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"classes must be a file of class names, one a line, got {path}: {error}") from error
-
-
-def _sizes(recipe: Recipe) -> list[int]:
-    return recipe.sizes or [recipe.image_size]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,34 +10,16 @@ import numpy as np
 from PIL import Image
 
 from xformer.data.images import open_image
-from xformer.data.loader import Batch
-from xformer.data.order import Shard, augmentation_seeds, permutation, positions, size_of
+from xformer.data.sets import Indexed
 from xformer.data.transforms import Statistics
 from xformer.errors import UsageError
 
-STRETCH = 100
-"""Images after an unreadable one that may stand in for it."""
-
-
-class Indexed:
-    """A source whose items are 0, 1, ...; `labels` is (N,) int64."""
-
-    def __init__(self, labels: np.ndarray) -> None:
-        self.labels = labels
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def others(self, batch: Batch, index: int) -> Iterable[int]:
-        first = batch.items[index]
-        return ((first + step) % len(self) for step in range(1, min(STRETCH, len(self))))
-
 
 class Files(Indexed):
-    """Image files of class folders. Paths are bytes of one array: worker processes share its memory."""
+    """Image files of class folders, labels (N,) int64. Paths are bytes of one array: workers share its memory."""
 
     def __init__(self, root: Path, paths: list[str], labels: np.ndarray) -> None:
-        super().__init__(labels)
+        self.count, self.labels = len(labels), labels
         self.root, self.paths = root, np.array([os.fsencode(path) for path in paths])
 
     def name(self, item: int) -> str:
@@ -49,10 +30,10 @@ class Files(Indexed):
 
 
 class Arrays(Indexed):
-    """Gray images in memory: `pixels` is (N, H, W) uint8."""
+    """Gray images in memory: `pixels` is (N, H, W) uint8, `labels` (N,) int64."""
 
     def __init__(self, title: str, pixels: np.ndarray, labels: np.ndarray) -> None:
-        super().__init__(labels)
+        self.count, self.labels = len(labels), labels
         self.title, self.pixels = title, pixels
 
     def name(self, item: int) -> str:
@@ -60,24 +41,6 @@ class Arrays(Indexed):
 
     def read(self, item: int) -> tuple[Image.Image, int]:
         return Image.fromarray(self.pixels[item]).convert("RGB"), int(self.labels[item])
-
-
-def train_batches(
-    count: int, batch_size: int, sizes: list[int], seed: int, epoch: int, start: int, shard: Shard
-) -> Iterator[Batch]:
-    """This process's batches of an epoch of `count` images, from micro-batch `start` on; the rest is dropped."""
-    order = permutation(count, seed, epoch)
-    for index in range(start, count // (batch_size * shard.world)):
-        where = positions(index, batch_size, shard)
-        items = order[where.start : where.stop].tolist()
-        yield Batch(items, size_of(sizes, seed, epoch, index), augmentation_seeds(seed, epoch, where), [])
-
-
-def eval_batches(count: int, batch_size: int, size: int, shard: Shard) -> Iterator[Batch]:
-    """Every image once over all processes, in order."""
-    share = range(shard.rank, count, shard.world)
-    for first in range(0, len(share), batch_size):
-        yield Batch(list(share[first : first + batch_size]), size, [], [])
 
 
 def open_folders(root: Path) -> tuple[Files, Files, list[str]]:
@@ -168,3 +131,15 @@ def _mnist5k() -> tuple[np.ndarray, np.ndarray]:
 
     pixels, labels = mnist_data()
     return pixels.reshape(-1, 28, 28).astype(np.uint8), labels.astype(np.int64)
+
+
+def read_names(setting: str, path: str | Path) -> list[str]:
+    """Lines of a file of class names. Empty ones at its end are none; any other is a class without a name.
+
+    Raises:
+        UsageError: no such file of text; `setting` is the one that names it.
+    """
+    try:
+        return [line.strip() for line in Path(path).read_text(encoding="utf-8").rstrip().splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{setting}: {path} cannot be read as a file of class names, one a line: {error}") from error

@@ -5,14 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol
 
+import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
 from xformer.errors import UsageError
 from xformer.recipe import Recipe
+from xformer.registry import MEAN, STD
 
 Transform = Callable[[Image.Image], Tensor]
 Statistics = tuple[float, ...]
+
+
+def to_tensor(image: Image.Image, mean: Statistics = MEAN, std: Statistics = STD) -> Tensor:
+    """RGB image to (3, H, W) float32, normalised."""
+    from torchvision.transforms.v2 import functional as transforms
+
+    x: Tensor = transforms.to_dtype(transforms.pil_to_tensor(image), torch.float32, scale=True)
+    normalised: Tensor = transforms.normalize(x, list(mean), list(std))
+    return normalised
 
 
 class Preparation(Protocol):

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import os
 import random
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +19,12 @@ from PIL import Image
 from torch import Tensor
 
 from xformer.data import Shard, Skipped, Unreadable, open_image
-from xformer.data.files import STRETCH, eval_batches, train_batches
-from xformer.data.loader import Batch, Batches, Loader
+from xformer.data.sets import DataSet, Indexed, indexed, scale_of
+from xformer.data.transforms import to_tensor
 from xformer.detection.coco import Annotations, read_annotations
 from xformer.errors import UsageError
 from xformer.recipe import Recipe
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 KEPT = 0.25
 """Of a box's area, or more: what a crop must leave of it."""
 
@@ -34,14 +32,12 @@ logger = logging.getLogger("xformer.data")
 Target = dict[str, Any]
 
 
-class Pictures:
+class Pictures(Indexed):
     """Files of a folder, and what an annotation file says of them."""
 
     def __init__(self, folder: Path, annotations: Annotations) -> None:
         self.folder, self.annotations = folder, annotations
-
-    def __len__(self) -> int:
-        return len(self.annotations.ids)
+        self.count = len(annotations.ids)
 
     def name(self, item: int) -> str:
         return str(self.folder / os.fsdecode(self.annotations.names[item]))
@@ -57,10 +53,6 @@ class Pictures:
         arrays = {"boxes": said.boxes[of_it], "labels": said.labels[of_it], "iscrowd": said.crowd[of_it]}
         target: Target = {key: torch.from_numpy(array.copy()) for key, array in arrays.items()}
         return image, target | {"image_id": int(said.ids[item])}
-
-    def others(self, batch: Batch, index: int) -> Iterable[int]:
-        first = batch.items[index]
-        return ((first + step) % len(self) for step in range(1, min(STRETCH, len(self))))
 
 
 def fitted(image: Image.Image, longer: float) -> tuple[int, int]:
@@ -82,14 +74,6 @@ def restore(boxes: Tensor, target: Target) -> Tensor:
     """Boxes (n, 4) in a letterboxed image to pixels of its file."""
     (height, width), (whole_height, whole_width) = target["size"], target["original"]
     return boxes * boxes.new_tensor((whole_width / width, whole_height / height) * 2)
-
-
-def to_tensor(image: Image.Image) -> Tensor:
-    from torchvision.transforms.v2 import functional as transforms
-
-    x: Tensor = transforms.to_dtype(transforms.pil_to_tensor(image), torch.float32, scale=True)
-    normalised: Tensor = transforms.normalize(x, MEAN, STD)
-    return normalised
 
 
 class Prepare:
@@ -160,8 +144,8 @@ def open_coco(root: Path) -> tuple[Pictures, Pictures]:
     return train, held_out
 
 
-class CocoData:
-    """What the engine asks of data, of a folder with annotations/, train2017/ and val2017/.
+class CocoData(DataSet):
+    """Of a folder with annotations/, train2017/ and val2017/.
 
     ``classes`` are the categories' names, ``held_out`` the annotations of the evaluation.
 
@@ -170,37 +154,9 @@ class CocoData:
     """
 
     def __init__(self, recipe: Recipe, shard: Shard) -> None:
-        if not (len(recipe.scale) == 2 and 0 < recipe.scale[0] <= recipe.scale[1]):
-            raise UsageError(f"scale must be two factors above 0 in order, got {recipe.scale}")
-        if not 0 <= recipe.hflip <= 1:
-            raise UsageError(f"hflip must be in [0, 1], got {recipe.hflip}")
-        if recipe.color_jitter < 0:
-            raise UsageError(f"color_jitter must be 0 or more, got {recipe.color_jitter}")
-        self.recipe, self.shard = recipe, shard
-        self.skipped = Skipped()
+        prepare = Prepare(scale_of(recipe), recipe.hflip, recipe.color_jitter)
         sources = open_coco(Path(recipe.data))
-        self.train_images, self.eval_images = map(len, sources)
         self.held_out = sources[1].annotations
         self.classes = list(self.held_out.categories.values())
         self.dropped = sum(source.annotations.dropped for source in sources)
-        self.batches_per_epoch = self.train_images // (recipe.batch_size * shard.world)
-        if not self.batches_per_epoch:
-            raise UsageError(
-                f"batch_size must leave one batch an epoch: there are {self.train_images} training images, and "
-                f"{shard.world} x {recipe.batch_size} are taken at once"
-            )
-        prepare = Prepare((recipe.scale[0], recipe.scale[1]), recipe.hflip, recipe.color_jitter)
-        self._train, self._evaluate = (
-            Loader(Batches(source, prepare, collate), recipe.workers, self.skipped) for source in sources
-        )
-
-    def train(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Any]]:
-        recipe = self.recipe
-        sizes = recipe.sizes or [recipe.image_size]
-        return self._train.run(
-            train_batches(self.train_images, recipe.batch_size, sizes, recipe.seed, epoch, start, self.shard)
-        )
-
-    def evaluate(self) -> Iterator[tuple[Tensor, Any]]:
-        recipe = self.recipe
-        return self._evaluate.run(eval_batches(self.eval_images, recipe.batch_size, recipe.image_size, self.shard))
+        super().__init__(recipe, shard, indexed(recipe, shard, *sources), prepare, collate, Skipped())

@@ -9,17 +9,16 @@ from functools import cached_property
 from typing import Any
 
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from xformer.data import Shard
 from xformer.detection.boxes import ANCHORS, detect
 from xformer.detection.coco import Annotations
-from xformer.detection.data import MEAN, STD, CocoData, Target, restore
+from xformer.detection.data import CocoData, Target, restore
 from xformer.detection.loss import DetectionLoss
 from xformer.engine.task import Metrics, Task
 from xformer.errors import UsageError
 from xformer.recipe import Recipe
-from xformer.weights import Card, build_model
 
 SCORE, IOU, LIMIT = 0.001, 0.6, 100
 """Of the detections that are evaluated: COCO's evaluation looks at the best 100 of an image, however low."""
@@ -87,7 +86,11 @@ class MeanAP:
 
 
 class Detect(Task):
-    metric = "map"
+    name, metric = "detect", "map"
+    unused = (
+        "ratio", "auto_augment", "reprob", "interpolation", "crop_pct", "mixup", "cutmix", "smoothing",
+        "train_shards", "eval_shards", "train_samples", "eval_samples", "classes",
+    )  # fmt: skip
     data: CocoData
 
     def __init__(self, recipe: Recipe, rank: int = 0, world: int = 1) -> None:
@@ -97,22 +100,6 @@ class Detect(Task):
     @property
     def anchors(self) -> Any:
         return self.recipe.model_options.get("anchors", ANCHORS)
-
-    def card(self) -> Card:
-        recipe = self.recipe
-        options = dict(recipe.model_options)
-        if recipe.attention:
-            options["attention"] = recipe.attention
-        return Card(
-            model=recipe.model, num_classes=len(self.data.classes), task="detect", options=options,
-            image_size=recipe.image_size, mean=MEAN, std=STD, classes=self.data.classes,
-        )  # fmt: skip
-
-    def build(self) -> nn.Module:
-        card = self.card()
-        if self.recipe.drop_path > 0:
-            card.options["drop_path_rate"] = self.recipe.drop_path
-        return build_model(card)
 
     @cached_property
     def criterion(self) -> DetectionLoss:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib import import_module
 from typing import Any, Protocol
 
@@ -11,12 +12,13 @@ from torch import Tensor, nn
 
 from xformer.errors import UsageError
 from xformer.recipe import Recipe
-from xformer.weights import Card
+from xformer.weights import Card, build_model
 
 
 class Data(Protocol):
     """Batches of images and targets. The same (seed, epoch, position) is the same batch, whenever it is asked for."""
 
+    classes: list[str]
     train_images: int
     eval_images: int
     batches_per_epoch: int
@@ -46,22 +48,42 @@ class Task(ABC):
     Args:
         recipe: the settings of the run.
         rank, world: number of this process, and how many there are.
+
+    Raises:
+        UsageError: a setting that means nothing to the task.
     """
 
+    name: str
     metric: str
     """Of an evaluation: the larger, the better."""
+    unused: tuple[str, ...] = ()
+    """Settings that mean nothing here."""
     data: Data
 
     def __init__(self, recipe: Recipe, rank: int = 0, world: int = 1) -> None:
         self.recipe = recipe
+        plain = Recipe()
+        for setting in self.unused:
+            if getattr(recipe, setting) != getattr(plain, setting):
+                raise UsageError(f"{setting} means nothing to task {self.name}, got {getattr(recipe, setting)!r}")
 
-    @abstractmethod
     def card(self) -> Card:
         """Of the weights that the run writes."""
+        recipe, options = self.recipe, dict(self.recipe.model_options)
+        if recipe.attention:
+            options["attention"] = recipe.attention
+        return Card(
+            model=recipe.model, num_classes=len(self.data.classes), task=self.name, options=options,
+            image_size=recipe.image_size, crop_pct=recipe.crop_pct, interpolation=recipe.interpolation,
+            classes=list(self.data.classes),
+        )  # fmt: skip
 
-    @abstractmethod
-    def build(self) -> nn.Module:
-        """The model, with fresh weights."""
+    def build(self, **options: Any) -> nn.Module:
+        """The model, with fresh weights; `options` of this run alone, which are not the card's."""
+        card = self.card()
+        if self.recipe.drop_path > 0:
+            options["drop_path_rate"] = self.recipe.drop_path
+        return build_model(replace(card, options=card.options | options))
 
     def mix(self, images: Tensor, targets: Any) -> tuple[Tensor, Any]:
         """What is done to training batches as a whole, on the device."""

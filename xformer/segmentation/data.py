@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,8 +12,8 @@ from PIL import Image
 from torch import Tensor
 
 from xformer.data import Shard, Skipped, Unreadable, open_image
-from xformer.data.files import STRETCH, eval_batches, train_batches
-from xformer.data.loader import Batch, Batches, Loader
+from xformer.data.sets import DataSet, Indexed, indexed, scale_of
+from xformer.data.transforms import to_tensor
 from xformer.errors import UsageError
 from xformer.recipe import Recipe
 
@@ -26,13 +24,12 @@ CLASSES = (
 LABELS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
 """Of the label images, in the order of the classes; pixels with any other one take no part."""
 IGNORE = 255
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 IMAGE, LABEL = "leftImg8bit", "gtFine"
 TO_CLASS = np.full(256, IGNORE, np.uint8)
 TO_CLASS[list(LABELS)] = np.arange(len(LABELS))
 
 
-class Scenes:
+class Scenes(Indexed):
     """Pairs of files ``leftImg8bit/split/city/*_leftImg8bit.png`` and ``gtFine/split/city/*_gtFine_labelIds.png``."""
 
     def __init__(self, root: Path, split: str) -> None:
@@ -42,14 +39,12 @@ class Scenes:
         missing = next((path for path in map(self.label_of, self.images) if not path.is_file()), None)
         if missing is not None:
             raise UsageError(f"data: there is no {missing}, the labels of an image that is there")
+        self.count = len(self.images)
 
     @staticmethod
     def label_of(image: Path) -> Path:
         city, split, root = image.parent.name, image.parents[1].name, image.parents[3]
         return root / LABEL / split / city / f"{image.name.removesuffix(f'_{IMAGE}.png')}_{LABEL}_labelIds.png"
-
-    def __len__(self) -> int:
-        return len(self.images)
 
     def name(self, item: int) -> str:
         return str(self.images[item])
@@ -65,10 +60,6 @@ class Scenes:
         if labels.dtype != np.uint8 or labels.shape != (image.height, image.width):
             raise Unreadable(f"its labels are {labels.dtype} of {labels.shape}, not bytes of {image.size[::-1]}")
         return image, TO_CLASS[labels]
-
-    def others(self, batch: Batch, index: int) -> Iterable[int]:
-        first = batch.items[index]
-        return ((first + step) % len(self) for step in range(1, min(STRETCH, len(self))))
 
 
 class Prepare:
@@ -102,9 +93,7 @@ class Prepare:
 
 
 def to_tensors(image: Image.Image, classes: np.ndarray) -> tuple[Tensor, Tensor]:
-    x = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
-    return (x - mean) / std, torch.from_numpy(classes.astype(np.int64))
+    return to_tensor(image), torch.from_numpy(classes.astype(np.int64))
 
 
 def pad(x: Tensor, y: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
@@ -120,8 +109,8 @@ def collate(samples: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     return torch.stack([x for x, _ in padded]), torch.stack([y for _, y in padded])
 
 
-class CityscapesData:
-    """What the engine asks of data, of a folder with leftImg8bit/ and gtFine/.
+class CityscapesData(DataSet):
+    """Of a folder with leftImg8bit/ and gtFine/.
 
     Raises:
         UsageError: no such folder or files, settings that do not work, fewer images than a batch.
@@ -131,30 +120,7 @@ class CityscapesData:
         root = Path(recipe.data)
         if not (root / IMAGE).is_dir() or not (root / LABEL).is_dir():
             raise UsageError(f"data must be a folder with {IMAGE}/ and {LABEL}/, got {recipe.data!r}")
-        if not (len(recipe.scale) == 2 and 0 < recipe.scale[0] <= recipe.scale[1]):
-            raise UsageError(f"scale must be two factors above 0 in order, got {recipe.scale}")
-        self.recipe, self.shard = recipe, shard
-        self.skipped = Skipped()
-        sources = Scenes(root, "train"), Scenes(root, "val")
-        self.train_images, self.eval_images = map(len, sources)
-        self.batches_per_epoch = self.train_images // (recipe.batch_size * shard.world)
-        if not self.batches_per_epoch:
-            raise UsageError(
-                f"batch_size must leave one batch an epoch: there are {self.train_images} training images, and "
-                f"{shard.world} x {recipe.batch_size} are taken at once"
-            )
-        prepare = Prepare((recipe.scale[0], recipe.scale[1]), recipe.hflip, recipe.color_jitter)
-        self._train, self._evaluate = (
-            Loader(Batches(source, prepare, collate), recipe.workers, self.skipped) for source in sources
-        )
-
-    def train(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Any]]:
-        recipe = self.recipe
-        sizes = recipe.sizes or [recipe.image_size]
-        return self._train.run(
-            train_batches(self.train_images, recipe.batch_size, sizes, recipe.seed, epoch, start, self.shard)
-        )
-
-    def evaluate(self) -> Iterator[tuple[Tensor, Any]]:
-        recipe = self.recipe
-        return self._evaluate.run(eval_batches(self.eval_images, recipe.batch_size, recipe.image_size, self.shard))
+        prepare = Prepare(scale_of(recipe), recipe.hflip, recipe.color_jitter)
+        self.classes = list(CLASSES)
+        content = indexed(recipe, shard, Scenes(root, "train"), Scenes(root, "val"))
+        super().__init__(recipe, shard, content, prepare, collate, Skipped())

@@ -6,14 +6,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from xformer.data import Shard
 from xformer.engine.task import Metrics, Task
 from xformer.recipe import Recipe
-from xformer.segmentation.data import CLASSES, IGNORE, MEAN, STD, CityscapesData
+from xformer.segmentation.data import CLASSES, IGNORE, CityscapesData
 from xformer.segmentation.decoder import upsample
-from xformer.weights import Card, build_model
 
 STRIDE = 4
 """Of the logits."""
@@ -36,40 +35,30 @@ class MeanIoU:
 
     def per_class(self) -> Tensor:
         """(num_classes,): nan where a class does not occur."""
-        matrix = self.matrix.compute().double()
-        hits = matrix.diag()
-        return hits / (matrix.sum(0) + matrix.sum(1) - hits)
+        return iou(self.matrix.compute())
 
     def compute(self) -> dict[str, float]:
         matrix = self.matrix.compute().double()
-        return {
-            "miou": 100 * float(self.per_class().nanmean()),
-            "pixels": 100 * float(matrix.diag().sum() / matrix.sum()),
-        }
+        return {"miou": 100 * float(iou(matrix).nanmean()), "pixels": 100 * float(matrix.trace() / matrix.sum())}
+
+
+def iou(matrix: Tensor) -> Tensor:
+    """(C,) of a confusion matrix (C, C)."""
+    matrix = matrix.double()
+    hits = matrix.diag()
+    return hits / (matrix.sum(0) + matrix.sum(1) - hits)
 
 
 class Segment(Task):
-    metric = "miou"
+    name, metric = "segment", "miou"
+    unused = (
+        "ratio", "auto_augment", "reprob", "interpolation", "crop_pct", "mixup", "cutmix",
+        "train_shards", "eval_shards", "train_samples", "eval_samples", "classes",
+    )  # fmt: skip
 
     def __init__(self, recipe: Recipe, rank: int = 0, world: int = 1) -> None:
         super().__init__(recipe)
         self.data = CityscapesData(recipe, Shard(rank, world))
-
-    def card(self) -> Card:
-        recipe = self.recipe
-        options = dict(recipe.model_options)
-        if recipe.attention:
-            options["attention"] = recipe.attention
-        return Card(
-            model=recipe.model, num_classes=len(CLASSES), task="segment", options=options,
-            image_size=recipe.image_size, mean=MEAN, std=STD, classes=list(CLASSES),
-        )  # fmt: skip
-
-    def build(self) -> nn.Module:
-        card = self.card()
-        if self.recipe.drop_path > 0:
-            card.options["drop_path_rate"] = self.recipe.drop_path
-        return build_model(card)
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Cross entropy, the mean over pixels that have a class; 0 if none has."""
