@@ -19,6 +19,7 @@ from xformer.detection.task import MeanAP
 from xformer.engine import train
 from xformer.errors import UsageError
 from xformer.recipe import load_recipe
+from xformer.registry import MEAN, STD
 from xformer.weights import load_model
 
 ANCHORS = [[6, 6], [8, 8], [10, 10], [12, 12], [14, 14], [16, 16], [20, 20], [24, 24], [30, 30]]
@@ -192,7 +193,7 @@ def test_training_boxes_stay_on_their_objects(size):
     for box, colour in zip(boxes.int().tolist(), COLOURS, strict=True):
         image.paste(colour, tuple(box))
     prepare = coco.Prepare((0.5, 2.5), 0.5, 0.0)
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (coco.MEAN, coco.STD))
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
     dropped, mirrored = 0, set()
     for seed in range(60):
         random.seed(seed)
@@ -368,9 +369,10 @@ def test_what_is_refused(root, tmp_path):
     for changes, message in (
         ({"data": str(tmp_path)}, "data must be a folder with train2017/ and annotations/instances_train2017.json"),
         ({"batch_size": 9}, "there are 8 training images"),
+        ({"smoothing": 0.2}, "smoothing means nothing to task detect, got 0.2"),
         ({"scale": [2.0, 1.0]}, "scale must be two factors above 0 in order"),
-        ({"hflip": 1.5}, "hflip must be in"),
-        ({"color_jitter": -1.0}, "color_jitter must be 0 or more"),
+        ({"hflip": 1.5}, "hflip must be from 0 to 1, got 1.5"),
+        ({"color_jitter": -1.0}, "color_jitter must be finite, 0 or more, got -1.0"),
         ({"model": "resnet18"}, "backbone_name must be one of xformer_s"),
         ({"model_options": {"depth": 3}}, "cannot detect with these options"),
         ({"model_options": {"anchors": [1, 2]}}, "cannot detect with these options"),

@@ -145,6 +145,7 @@ def test_what_is_refused(root, tmp_path):
         ({"data": str(root / "nowhere")}, "data must be a folder with leftImg8bit/ and gtFine/"),
         ({"data": str(tmp_path)}, "there are no images leftImg8bit/train"),
         ({"batch_size": 9}, "there are 8 training images"),
+        ({"reprob": 0.3}, "reprob means nothing to task segment, got 0.3"),
         ({"scale": [2.0, 1.0]}, "scale must be two factors above 0 in order"),
         ({"model": "resnet18"}, "backbone_name must be one of xformer_s"),
         ({"model_options": {"depth": 3}}, "cannot segment with these options"),

@@ -290,6 +290,7 @@ def test_says_what_is_wrong(images, whole, tmp_path):
         ({"accumulate": 100}, "make no step"),
         ({"image_size": 16}, "leaves one token"),
         ({"sync_bn": True}, "sync_bn must be off on cpu"),
+        ({"opt": "adamm"}, "opt must be an optimiser of timm's, got 'adamm'"),
         ({"lr": 1e30, "clip_grad": 0.0, "opt": "sgd", "smoothing": 0.0}, "lr: the loss is"),
     ):
         with pytest.raises(UsageError, match=message):
@@ -333,6 +334,12 @@ def test_recipes_and_changes(tmp_path):
         (tmp_path / "no.toml", {}, "there is no recipe"),
         ("small", {"lr": "fast"}, "lr must be of type"),
         ("small", {"epochs": 0}, "epochs must be 1 or more, got 0"),
+        ("small", {"ema": 1.0}, "ema must be from 0 to below 1, got 1.0"),
+        ("small", {"hflip": 1.5}, "hflip must be from 0 to 1, got 1.5"),
+        ("small", {"lr": 0.0}, "lr must be finite and above 0, got 0.0"),
+        ("small", {"weight_decay": float("nan")}, "weight_decay must be finite, 0 or more, got nan"),
+        ("small", {"checkpoint_every": -1}, "checkpoint_every must be finite, 0 or more, got -1"),
+        ("small", {"sizes": [32, 0]}, "sizes must be 1 or more each, got"),
         ("small", {"precision": "fp8"}, "precision must be one of no, bf16, fp16"),
     ):
         with pytest.raises(UsageError, match=message):

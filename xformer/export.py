@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_leaves
 
 from xformer.errors import UsageError
 from xformer.fuse import fuse_for_inference
-from xformer.weights import KEY, Card, create_model, load_model, preparation
+from xformer.weights import KEY, Card, build_model, load_model, preparation
 from xformer_kernels import XFA
 
 FORMATS = {"pt2": ".pt2", "aoti": ".pt2", "onnx": ".onnx"}
@@ -295,9 +295,9 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _model(options: argparse.Namespace) -> tuple[nn.Module, Card]:
-    from xformer.recipe import _pairs
+    from xformer.recipe import pairs
 
-    changes: dict[str, Any] = {"options": _pairs(options.model_options)} if options.model_options else {}
+    changes: dict[str, Any] = {"options": pairs(options.model_options)} if options.model_options else {}
     if options.num_classes:
         changes["num_classes"] = options.num_classes
     if options.weights:
@@ -305,7 +305,7 @@ def _model(options: argparse.Namespace) -> tuple[nn.Module, Card]:
     if not options.model:
         raise UsageError("weights: give a safetensors file, or --model for a model with random weights")
     card = Card(options.model, **{"num_classes": 1000, **changes})
-    model = create_model(card.model, card.num_classes, card.in_chans, **card.options)
+    model = build_model(card)
     print(f"{card.model} with random weights")
     return model.eval(), replace(card, **preparation(model))
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import types
 import typing
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,27 @@ from typing import Any
 from xformer.errors import UsageError
 
 RECIPES = Path(__file__).parent / "recipes"
+
+
+PRECISIONS = ("no", "bf16", "fp16")
+# what numbers must be, in words, and the settings that must be so; nan is none of it
+RANGES: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
+    "1 or more": (
+        lambda v: v >= 1,
+        ("epochs", "batch_size", "accumulate", "image_size", "eval_every", "keep", "log_every"),
+    ),
+    "finite, 0 or more": (
+        lambda v: 0 <= v < math.inf,
+        (
+            "seed", "workers", "threads", "checkpoint_every", "train_samples", "eval_samples", "color_jitter", "mixup",
+            "cutmix", "min_lr", "warmup_lr", "warmup_epochs", "weight_decay", "layer_decay", "clip_grad",
+        ),
+    ),
+    "finite and above 0": (lambda v: 0 < v < math.inf, ("lr", "crop_pct")),
+    "from 0 to 1": (lambda v: 0 <= v <= 1, ("hflip", "reprob")),
+    "from 0 to below 1": (lambda v: 0 <= v < 1, ("drop_path", "smoothing", "ema")),
+    "1 or more each": (lambda v: all(size >= 1 for size in v), ("sizes",)),
+}  # fmt: skip
 
 
 def setting(default: Any, help: str) -> Any:
@@ -86,12 +109,12 @@ class Recipe:
     def __post_init__(self) -> None:
         for entry in fields(self):
             setattr(self, entry.name, _checked(entry.name, getattr(self, entry.name)))
-        for name, accepted in (("precision", ("no", "bf16", "fp16")),):
-            if getattr(self, name) not in accepted:
-                raise UsageError(f"{name} must be one of {', '.join(accepted)}, got {getattr(self, name)!r}")
-        for name in ("epochs", "batch_size", "accumulate", "image_size", "eval_every", "keep", "log_every"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        if self.precision not in PRECISIONS:
+            raise UsageError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
+        for accepted, (right, names) in RANGES.items():
+            for name in names:
+                if not right(getattr(self, name)):
+                    raise UsageError(f"{name} must be {accepted}, got {getattr(self, name)}")
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -185,13 +208,13 @@ def from_options(path: str, options: argparse.Namespace) -> Recipe:
     """The recipe of a file with what the command line says of settings."""
     changes = {key: value for key, value in vars(options).items() if key in _TYPES}
     if changes.get("model_options"):  # without a pair: none, not the recipe's
-        changes["model_options"] = {**load_recipe(path).model_options, **_pairs(changes["model_options"])}
+        changes["model_options"] = {**load_recipe(path).model_options, **pairs(changes["model_options"])}
     elif "model_options" in changes:
         changes["model_options"] = {}
     return load_recipe(path, changes)
 
 
-def _pairs(given: list[str]) -> dict[str, Any]:
+def pairs(given: list[str]) -> dict[str, Any]:
     """``key=value`` with values as TOML writes them; what is no TOML is text."""
     result: dict[str, Any] = {}
     for pair in given:

@@ -37,8 +37,6 @@ FREE = {
     "checkpoint_every", "keep", "log_every", "tensorboard", "weights", "partial", "grad_checkpointing",
 }  # fmt: skip
 """Settings that a resumed run may change: they do not change where it goes, or only by rounding."""
-
-
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
@@ -116,9 +114,13 @@ class Run:
         self.ema = None
         if recipe.ema:
             self.ema = ModelEmaV3(model.to(self.device), decay=recipe.ema, use_warmup=True)
-        optimizer = create_optimizer_v2(
-            model, recipe.opt, lr=recipe.lr, weight_decay=recipe.weight_decay, layer_decay=recipe.layer_decay or None
-        )
+        try:
+            optimizer = create_optimizer_v2(
+                model, recipe.opt, lr=recipe.lr, weight_decay=recipe.weight_decay,
+                layer_decay=recipe.layer_decay or None,
+            )  # fmt: skip
+        except ValueError as error:
+            raise UsageError(f"opt must be an optimiser of timm's, got {recipe.opt!r}: {error}") from error
         self.scheduler, _ = create_scheduler_v2(
             optimizer, "cosine", num_epochs=recipe.epochs, min_lr=recipe.min_lr, warmup_lr=recipe.warmup_lr,
             warmup_epochs=recipe.warmup_epochs, step_on_epochs=False, updates_per_epoch=self.per_epoch,
