@@ -287,12 +287,15 @@ def test_anchors_command(tmp_path, capsys):
     boxes = [{"image_id": 1, "bbox": [0, 0, 4 * i, 8 * i]} for i in range(1, 10)]
     boxes += [{"image_id": 1, "bbox": [0, 0, 500, 1], "iscrowd": 1}, {"image_id": 1, "bbox": [0, 0, 0, 1]}]
     path = tmp_path / "instances.json"
-    path.write_text(json.dumps({"images": [{"id": 1, "width": 832, "height": 400}], "annotations": boxes}))
+    boxes = [{"id": i, "category_id": 3, **box} for i, box in enumerate(boxes)]
+    image = {"id": 1, "file_name": "a.jpg", "width": 832, "height": 400}
+    content = {"images": [image], "categories": [{"id": 3, "name": "box"}], "annotations": boxes}
+    path.write_text(json.dumps(content))
     assert main([str(path)]) == 0
     out = capsys.readouterr().out
     assert out.startswith("anchors = ((2.00, 4.00), (4.00, 8.00), ") and "mean IoU 1.0000 of 9 boxes at 416" in out
     assert main([str(path), "-k", "10"]) == 2
     assert "error: sizes must be of k=10" in capsys.readouterr().err
     path.write_text("[]")
-    assert main([str(path)]) == 2 and "must be a file of COCO's instances" in capsys.readouterr().err
+    assert main([str(path)]) == 2 and "as COCO's files of instances do" in capsys.readouterr().err
     assert main([str(tmp_path / "none.json")]) == 2 and "cannot read" in capsys.readouterr().err

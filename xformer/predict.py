@@ -70,10 +70,9 @@ def class_names(card: Card, labels: str | Path = "") -> list[str]:
     """
     names = card.classes or [str(i) for i in range(card.num_classes)]
     if labels:
-        try:
-            names = Path(labels).read_text(encoding="utf-8").rstrip().splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"labels: {labels} cannot be read: {error}") from error
+        from xformer.data.files import read_names
+
+        names = read_names("labels", labels)
     if len(names) != card.num_classes:
         raise UsageError(
             f"labels: {labels or 'the card'} has {len(names)} names, the model has {card.num_classes} classes"

@@ -6,14 +6,15 @@ k-means over (w, h) of boxes with the distance 1 - IoU of two boxes about one ce
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from xformer.detection.coco import read_annotations
 from xformer.errors import UsageError
 
 
@@ -88,19 +89,10 @@ def coco_sizes(path: str | Path, image_size: int = 416) -> Tensor:
     Raises:
         UsageError: no such file, or not one of COCO's instances.
     """
-    try:
-        content = json.loads(Path(path).read_text())
-        scales = {image["id"]: image_size / max(image["width"], image["height"]) for image in content["images"]}
-        rows = [
-            [side * scales[entry["image_id"]] for side in entry["bbox"][2:]]
-            for entry in content["annotations"]
-            if not entry.get("iscrowd") and min(entry["bbox"][2:]) > 0
-        ]
-    except OSError as error:
-        raise UsageError(f"annotations: cannot read {path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, ZeroDivisionError) as error:
-        raise UsageError(f"annotations: {path} must be a file of COCO's instances: {error!r}") from error
-    return torch.tensor(rows, dtype=torch.float64).view(-1, 2)
+    said = read_annotations(Path(path))
+    image = np.repeat(np.arange(len(said.ids)), np.diff(said.bounds))
+    sides = (said.boxes[:, 2:] - said.boxes[:, :2]) * (image_size / said.sizes.max(1)[image])[:, None]
+    return torch.from_numpy(sides[~said.crowd].astype(np.float64))
 
 
 def main(arguments: list[str] | None = None) -> int:
