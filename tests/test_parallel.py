@@ -11,9 +11,12 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-import ranks as worker
+import rank_modules
 import torch
-from ranks import CASES, COUNTED, MODELS, PAIRS, REFUSALS, Case
+from rank_cases import CASES, LAYER_WEIGHTS, Case
+from rank_modules import MODELS, PAIRS
+from rank_refusals import REFUSALS
+from ranks import COUNTED
 
 import xformer_kernels as xk
 from xformer_kernels import parallel, reference
@@ -112,7 +115,7 @@ def test_form_is_the_same_on_ranks_that_alone_would_take_others():
     x, _, w, _ = case.inputs()
     forms = set()
     for shard in x.split(case.shards(2), 1):
-        forms.add(xk.explain_layer(shard.requires_grad_(), *(w[name] for name in worker.LAYER_WEIGHTS)).form)
+        forms.add(xk.explain_layer(shard.requires_grad_(), *(w[name] for name in LAYER_WEIGHTS)).form)
     assert forms == {"gram", "direct"}
 
 
@@ -127,10 +130,10 @@ def test_what_one_rank_cannot_do_is_an_error_on_every_rank(name, ranks):
 
 
 def expected_of_network(loss):
-    model = worker.network()
-    x, target = worker.network_input()
+    model = rank_modules.network()
+    x, target = rank_modules.network_input()
     loss(model(x) - target).backward()
-    return worker.grads_of(model)
+    return rank_modules.grads_of(model)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -171,7 +174,7 @@ def test_export_with_a_group_is_refused(outcomes):
 def test_direct_form_can_be_differentiated_twice(ranks):
     case = Case("direct", dtype=torch.float64)
     x, dout, weights, _ = case.inputs()
-    expected = worker.second(lambda x, w: reference.xfa_layer(x, *w.values()), x, dout, weights)
+    expected = rank_modules.second(lambda x, w: reference.xfa_layer(x, *w.values()), x, dout, weights)
     for name, result in joined(ranks.of("twice")).items():
         torch.testing.assert_close(result, expected[name], rtol=1e-9, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
 

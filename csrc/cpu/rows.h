@@ -1,0 +1,167 @@
+// Rows of T, one per token, padded with zeros to whole vectors: packed from any strides and storage dtype, normalised,
+// normalisation differentiated, written back.
+#pragma once
+
+#include "vec.h"
+
+namespace xk {
+namespace XK_LEVEL {
+
+template <class T>
+XK_INLINE int padded(int dim) {
+  return (dim + VL<T> - 1) / VL<T> * VL<T>;
+}
+
+// NV vectors of each row, the last of `last` lanes; the sums of their squares are added to ssq.
+template <class T, int NV, bool Squares, class S>
+void pack_columns(const S* p, int64_t stride_n, int tokens, int last, T* out, int ld, T* ssq) {
+  V<T> squares[NV] = {};
+  for (int n = 0; n < tokens; ++n, p += stride_n, out += ld) {
+#pragma GCC unroll 4
+    for (int c = 0; c < NV; ++c) {
+      V<T> x = c < NV - 1 || last == VL<T> ? load(p + c * VL<T>) : load(p + c * VL<T>, last);
+      store(out + c * VL<T>, x);
+      if (Squares) squares[c] += x * x;
+    }
+  }
+  if (!Squares) return;
+#pragma GCC unroll 4
+  for (int c = 0; c < NV; ++c) store(ssq + c * VL<T>, load(ssq + c * VL<T>) + squares[c]);
+}
+
+template <class T, bool Squares, class S>
+void pack_rows(const S* p, int64_t stride_n, int tokens, int dim, T* out, int ld, T* ssq) {
+  for (int c = 0; c < ld; c += 4 * VL<T>) {
+    int vectors = (ld - c) / VL<T>, last = dim - c - (vectors - 1) * VL<T>;
+    if (vectors > 4)
+      pack_columns<T, 4, Squares>(p + c, stride_n, tokens, VL<T>, out + c, ld, ssq + c);
+    else if (vectors == 4)
+      pack_columns<T, 4, Squares>(p + c, stride_n, tokens, last, out + c, ld, ssq + c);
+    else if (vectors == 3)
+      pack_columns<T, 3, Squares>(p + c, stride_n, tokens, last, out + c, ld, ssq + c);
+    else if (vectors == 2)
+      pack_columns<T, 2, Squares>(p + c, stride_n, tokens, last, out + c, ld, ssq + c);
+    else
+      pack_columns<T, 1, Squares>(p + c, stride_n, tokens, last, out + c, ld, ssq + c);
+  }
+}
+
+template <class T, class S>
+void pack_strided(const S* p, int64_t stride_n, int64_t stride_d, int tokens, int dim, T* out, int ld) {
+  for (int n = 0; n < tokens; ++n, out += ld) {
+    for (int d = 0; d < dim; ++d) out[d] = widen(p[n * stride_n + d * stride_d]);
+    for (int d = dim; d < ld; ++d) out[d] = 0;
+  }
+}
+
+// Tokens side by side in memory (stride_n == 1), as in a (batch, channels, height, width) feature map.
+template <class T, class S>
+void pack_transposed(const S* p, int64_t stride_d, int tokens, int dim, T* out, int ld) {
+  for (int d = 0; d < ld; d += VL<T>)
+    for (int n = 0; n < tokens; n += VL<T>) {
+      int lanes = tokens - n < VL<T> ? tokens - n : VL<T>;
+      V<T> x[VL<T>];
+#pragma GCC unroll 16
+      for (int i = 0; i < VL<T>; ++i) {
+        const S* row = p + (d + i) * stride_d + n;
+        x[i] = d + i >= dim ? V<T>{} : lanes == VL<T> ? load(row) : load(row, lanes);
+      }
+      transpose_registers<T>(x);
+      T* to = out + (ptrdiff_t)n * ld + d;
+#pragma GCC unroll 16
+      for (int i = 0; i < VL<T>; ++i)
+        if (i < lanes) store(to + (ptrdiff_t)i * ld, x[i]);
+    }
+}
+
+// Row n of out: (token 2n, token 2n + 1) of every feature. After an odd last token comes a zero.
+template <bool Squares>
+void pack_pairs(const bf16* p, int64_t stride_n, int tokens, int dim, float* out, int ld, float* ssq) {
+  constexpr int L = VL<float>;
+  for (int c = 0; c < ld; c += L) {
+    int lanes = dim - c < L ? dim - c : L;
+    V<float> squares{};
+    for (int n = 0; n < tokens; n += 2) {
+      const bf16 *first = p + n * stride_n + c, *second = first + stride_n;
+      VU32 pair = lanes == L ? bits(first) : bits(first, lanes);
+      if (n + 1 < tokens) pair |= (lanes == L ? bits(second) : bits(second, lanes)) << 16;
+      store(out + (ptrdiff_t)(n / 2) * ld + c, (V<float>)pair);
+      if (!Squares) continue;
+      squares += first_of_pair(pair) * first_of_pair(pair);
+      squares += second_of_pair(pair) * second_of_pair(pair);
+    }
+    if (Squares) store(ssq + c, load(ssq + c) + squares);
+  }
+}
+
+// W by pairs of its rows, in place: row i becomes (row 2i, row 2i + 1), rounded to bf16.
+inline void pair_rows(float* w, int dim, int ld) {
+  for (int i = 0; i < dim / 2; ++i)
+    for (int c = 0; c < ld; c += VL<float>) {
+      const float* row = w + (ptrdiff_t)(2 * i) * ld + c;
+      VU32 pair = extend(narrow_bf16(load(row))) | extend(narrow_bf16(load(row + ld))) << 16;
+      store(w + (ptrdiff_t)i * ld + c, (V<float>)pair);
+    }
+}
+
+// (x - mean) / sqrt(mean of squares of that + eps) for each row of `dim` columns; one over the root is left in norms.
+template <class T>
+void layer_norm_rows(T* rows, T* norms, int tokens, int dim, int ld, T eps) {
+  for (int n = 0; n < tokens; ++n, rows += ld) {
+    V<T> sum = {}, squares = {};
+    for (int c = 0; c < ld; c += VL<T>) sum += load(rows + c);
+    V<T> mean = broadcast(sum_lanes<T>(sum) / T(dim));
+    for (int c = 0; c < ld; c += VL<T>) store(rows + c, load(rows + c) - mean);
+    for (int c = dim; c < ld; ++c) rows[c] = 0;
+    for (int c = 0; c < ld; c += VL<T>) squares += load(rows + c) * load(rows + c);
+    norms[n] = 1 / T(__builtin_sqrt(sum_lanes<T>(squares) / T(dim) + eps));
+    V<T> inverse = broadcast(norms[n]);
+    for (int c = 0; c < ld; c += VL<T>) store(rows + c, load(rows + c) * inverse);
+  }
+}
+
+// d/dx of a layer norm, in place on rows of gradients g: (g - mean(g) - u mean(g u)) / spread; u + center are the
+// normalised rows. `add`, if given, is added.
+template <class T>
+void layer_norm_backward(T* rows, const T* u, const T* center, const T* norms, const T* add, ptrdiff_t ld_add,
+                         int tokens, int dim, int ld) {
+  for (int n = 0; n < tokens; ++n, rows += ld, u += ld) {
+    V<T> sum = {}, dot = {};
+    auto unit = [&](int c) { return center ? load(u + c) + load(center + c) : load(u + c); };
+    for (int c = 0; c < ld; c += VL<T>) sum += load(rows + c), dot += load(rows + c) * unit(c);
+    V<T> mean = broadcast(sum_lanes<T>(sum) / T(dim)), along = broadcast(sum_lanes<T>(dot) / T(dim));
+    V<T> inverse = broadcast(norms[n]);
+    for (int c = 0; c < ld; c += VL<T>) store(rows + c, (load(rows + c) - mean - along * unit(c)) * inverse);
+    if (!add) continue;
+    for (int c = 0; c < dim; c += VL<T>) {
+      const T* from = add + n * ld_add + c;
+      store(rows + c, load(rows + c) + (dim - c < VL<T> ? load(from, dim - c) : load(from)));
+    }
+  }
+}
+
+// d/dx of x / max(|x|, eps), in place on rows of gradients g: (g - u <g, u>) / |x| with u the unit row.
+template <class T>
+void unit_rows_backward(T* rows, const T* unit, const T* norms, int tokens, int ld, T eps) {
+  for (int n = 0; n < tokens; ++n, rows += ld, unit += ld) {
+    V<T> dot = {};
+    for (int c = 0; c < ld; c += VL<T>) dot += load(rows + c) * load(unit + c);
+    V<T> along = broadcast(norms[n] < eps ? T(0) : sum_lanes<T>(dot));
+    V<T> inverse = broadcast(1 / (norms[n] < eps ? eps : norms[n]));
+    for (int c = 0; c < ld; c += VL<T>) store(rows + c, (load(rows + c) - along * load(unit + c)) * inverse);
+  }
+}
+
+template <class T, class S>
+void unpack(const T* rows, int ld, int tokens, int dim, S* y, int64_t stride_n) {
+  for (int n = 0; n < tokens; ++n, rows += ld, y += stride_n)
+    for (int c = 0; c < dim; c += VL<T>) {
+      if (c + VL<T> <= dim)
+        store(y + c, load(rows + c));
+      else
+        store(y + c, load(rows + c), dim - c);
+    }
+}
+
+}  // namespace XK_LEVEL
+}  // namespace xk
