@@ -49,7 +49,8 @@ def _half_stride(name: str) -> Callable[..., nn.Module]:
 
 
 for _name in MODELS[1:]:
-    register_model(_half_stride(_name))
+    if not timm.is_model(f"{_name}_half_stride"):
+        register_model(_half_stride(_name))
 
 
 def learn(data: str, model: str, seed: int, epochs: int, folder: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from typing import Any
 
 from xformer.errors import UsageError
@@ -36,8 +37,6 @@ def run_train(options: argparse.Namespace) -> None:
     from xformer.engine.loop import train
 
     result = train(recipe, options.resume)
-    import os
-
     if os.environ.get("RANK", "0") == "0":
         print("  ".join(f"{name} {value:.4f}" for name, value in result.items()))
 
