@@ -261,10 +261,10 @@ def render_learning(folder: Path) -> str:
     run = json.loads(path.read_text())
     sets = {row["data"]: row["epochs"] for row in run["rows"]}
     seeds = sorted({row["seed"] for row in run["rows"]})
-    commits = " and ".join(dict.fromkeys(row["commit"] for row in run["rows"]))
+    origin = _machine({**run, "commit": " and ".join(dict.fromkeys(row["commit"] for row in run["rows"]))})
     lines = [
         begin,
-        f"{_machine({**run, 'commit': commits})}. Top-1 accuracy in percent after the last epoch, mean (least to most) of seeds "
+        f"{origin}. Top-1 accuracy in percent after the last epoch, mean (least to most) of seeds "
         f"{', '.join(map(str, seeds))}; minutes of one processor.",
         "",
         f"| model | {' | '.join(f'{data}, {epochs} epochs | minutes' for data, epochs in sets.items())} |",

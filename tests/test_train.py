@@ -274,6 +274,9 @@ def test_says_what_is_wrong(images, whole, tmp_path):
     ):
         with pytest.raises(UsageError, match=message):
             train(recipe(images, out, **{**HARD, **changes}))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="out: there can be no folder"):
+        train(recipe(images, tmp_path / "file" / "out"))
     for changes, message in (
         ({"lr": 1.0}, "was made with lr=0.001, and this run has 1.0"),
         ({"model": "xformer_xs", "seed": 1}, "seed=0.*model differ too"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from xformer.errors import UsageError
+from xformer.files import write_json
 from xformer.fuse import fuse_for_inference
 from xformer.weights import Card, load_model
 
@@ -111,10 +111,7 @@ def run(options: argparse.Namespace) -> int:
         else:
             show(result)
     if options.json:
-        try:
-            Path(options.json).write_text(json.dumps([asdict(result) for result in results], indent=1) + "\n")
-        except OSError as error:
-            raise UsageError(f"json: {options.json} cannot be written: {error}") from error
+        write_json("json", options.json, [asdict(result) for result in results])
     return int(any(result.error for result in results))
 
 

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from xformer.errors import UsageError
+from xformer.files import PART
 from xformer.registry import MEAN, STD, build, default_cfgs
 
 KEY = "xformer"
@@ -96,7 +97,7 @@ def save_weights(path: str | Path, state: Mapping[str, Tensor], card: Card) -> N
     """Write a state dict and its card, atomically: a file of this name is always a whole one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
+    part = path.with_name(f"{PART}{path.name}")
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
     try:
         save_file(tensors, part, metadata={KEY: json.dumps(asdict(card))})

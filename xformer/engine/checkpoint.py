@@ -19,27 +19,8 @@ import torch
 from torch import Tensor
 
 from xformer.errors import UsageError
+from xformer.files import PART, sync_folder, write_atomically
 from xformer.weights import Card, load_weights, save_weights
-
-PART = ".part-"
-
-
-def sync_folder(path: Path) -> None:
-    """A rename is on the disk when its folder is."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    part = path.with_name(f"{PART}{path.name}")
-    with open(part, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
 
 
 class Checkpoints:

@@ -8,6 +8,7 @@ import os
 from typing import Any
 
 from xformer.errors import UsageError
+from xformer.files import write_json
 from xformer.recipe import Recipe, add_options, from_options
 
 
@@ -46,8 +47,7 @@ def run_eval(options: argparse.Namespace) -> None:
     result = eval_weights(recipe, set(vars(options)))
     print("  ".join(f"{name} {value:.4f}" for name, value in result.items()))
     if options.json:
-        with open(options.json, "w") as file:
-            json.dump(result, file, indent=1)
+        write_json("json", options.json, result)
 
 
 def eval_weights(recipe: Recipe, given: set[str] | frozenset[str] = frozenset()) -> dict[str, float]:

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from xformer.engine.checkpoint import write_atomically
+from xformer.files import write_atomically
 
 
 class Table:

@@ -139,7 +139,10 @@ class Run:
         recipe, out = self.recipe, self.out
         main = self.accelerator.is_main_process
         if main:
-            out.mkdir(parents=True, exist_ok=True)
+            try:
+                out.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UsageError(f"out: there can be no folder {out}: {error}") from error
         result: dict[str, float] = {}
         with Log(out, self.step, self.steps, recipe.tensorboard, main) as self.log:
             for said in self.said:
