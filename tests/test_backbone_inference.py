@@ -9,6 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import xformer
 from xformer import fuse, fuse_for_inference
+from xformer.layers import ConvNorm, HardSwish, Mlp, Pointwise
+from xformer_kernels import XFA
 from xformer_kernels.layer import cost
 
 
@@ -56,6 +58,69 @@ def test_feature_extractor():
     with torch.no_grad():
         for got, expected in zip(fused(x), model.eval()(x), strict=True):
             torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def gelu(model):
+    for module in model.modules():
+        if isinstance(module, (ConvNorm, Mlp)):
+            module.act = nn.GELU()
+    return model
+
+
+def hooks(kind):
+    def add(model):
+        for module in model.modules():
+            if type(module) is kind:
+                module.register_forward_hook(lambda module, args, out: 1.1 * out)
+        return model
+
+    return add
+
+
+def normed_weights(model):
+    for module in model.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)) and not isinstance(module, XFA):
+            nn.utils.parametrizations.weight_norm(module)
+    return model
+
+
+def no_affine(model):
+    for module in model.modules():
+        if isinstance(module, ConvNorm):
+            mean, var = module.bn.running_mean, module.bn.running_var
+            module.bn = nn.BatchNorm2d(len(mean), affine=False)
+            module.bn.running_mean, module.bn.running_var = mean, var
+    return model
+
+
+CHANGES = {
+    "SyncBatchNorm": nn.SyncBatchNorm.convert_sync_batchnorm,
+    "other activations": gelu,
+    **{f"hooks of {kind.__name__}": hooks(kind) for kind in (ConvNorm, nn.BatchNorm2d, nn.Conv2d, Pointwise)},
+    **{f"hooks of {kind.__name__}": hooks(kind) for kind in (HardSwish, Mlp, nn.Linear, nn.Dropout, XFA)},
+    "computed weights": normed_weights,
+    "no affine numbers": no_affine,
+}
+
+
+@pytest.mark.parametrize("onednn", [False, None])
+@pytest.mark.parametrize("change", CHANGES)
+def test_parts_that_are_not_as_made(change, onednn):
+    """They are part of the fused model too."""
+    model = CHANGES[change](trained())
+    fused, x = fuse_for_inference(model, onednn), torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = model.eval()(x)
+        assert (fused(x) - expected).abs().max() < 1e-5 * max(1.0, expected.abs().max())
+    if change in ("SyncBatchNorm", "no affine numbers"):
+        assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in fused.modules())
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 64, 64), (1, 3, 1, 1), (2, 3, 33, 70)])
+def test_any_size(shape):
+    model, x = trained().eval(), torch.randn(shape)
+    with torch.no_grad():
+        torch.testing.assert_close(fuse_for_inference(model)(x), model(x), rtol=1e-5, atol=1e-5)
 
 
 def test_twice_is_once():
