@@ -9,8 +9,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import xformer
 from xformer import fuse, fuse_for_inference
+from xformer.attention import XFAHalf
 from xformer.layers import ConvNorm, HardSwish, Mlp, Pointwise
-from xformer_kernels import XFA
+from xformer_kernels import XFA, XFABlock
 from xformer_kernels.layer import cost
 
 
@@ -163,6 +164,30 @@ def test_faster_projections_move_the_choice_of_form():
     shape = cost.Shape(B=1, N=1024, C=192, H=6, inner=192, out=192, itemsize=4, training=False)
     assert cost.cheaper(shape, "cpu") == "gram" and cost.cheaper(shape, "onednn") == "direct"
     assert cost.cheaper(shape._replace(N=16384), "onednn") == "gram"
+
+
+@pytest.mark.skipif(not fuse.has_onednn(), reason="fused products need a torch with oneDNN")
+@pytest.mark.parametrize("kind", [XFA, XFABlock, XFAHalf], ids=lambda kind: kind.__name__)
+def test_auto_knows_who_projects(kind, need_backend, monkeypatch):
+    """By oneDNN the direct form is the cheaper one for these tokens, by torch's products it is the other."""
+    need_backend("cpp")
+    machines, cheaper = [], cost.cheaper
+    monkeypatch.setattr(cost, "cached", lambda shape, machine: (machines.append(machine), cheaper(shape, machine))[1])
+    torch.manual_seed(0)
+    plain = nn.Sequential(kind(192, 6)).eval()
+    fused, x = fuse_for_inference(plain), torch.randn(1, 1024, 192)
+    by_onednn, by_torch = operations(fused, x), operations(plain, x)
+    assert by_onednn.count("mkldnn._linear_pointwise") == 2 and "xformer_kernels.xfa_forward" in by_onednn
+    assert "xformer_kernels.layer_forward" in by_torch and "mkldnn._linear_pointwise" not in by_torch
+    assert machines == ["onednn", "cpu"]
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x), plain(x), rtol=1e-5, atol=1e-5)
+        with torch.autocast("cpu", torch.bfloat16):
+            fused(x)
+        machines.clear()
+        fused.double()(x.double())
+    fused.float()(x)
+    assert machines == ["cpu", "cpu"]
 
 
 def test_what_onednn_cannot_take_is_computed_plainly():

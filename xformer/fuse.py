@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xformer.attention import XFAHalf
 from xformer.layers import ConvNorm, HardSwish, Mlp, Pointwise
 from xformer_kernels import XFA
+from xformer_kernels.layer.functional import Projections
 from xformer_kernels.nn import untouched
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -44,6 +44,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, act: bool = Fa
         return y
     y = F.linear(x, weight, bias)
     return F.hardswish(y, inplace=not torch.is_grad_enabled()) if act else y
+
+
+ONEDNN = Projections(linear, _takes, "onednn")
 
 
 class FusedLinear(nn.Module):
@@ -139,9 +142,8 @@ def fuse_for_inference(model: Model, onednn: bool | None = None) -> Model:
 
 def _replace(module: nn.Module) -> None:
     if isinstance(module, XFA):
+        module.projections = ONEDNN
         return
-    if isinstance(module, XFAHalf):
-        module.linear, module.machine = linear, "onednn"
     for name, child in module.named_children():
         if _made(child, ConvNorm, conv=(nn.Conv2d, Pointwise), bn=(nn.Identity,), act=(HardSwish, nn.Identity)):
             act = isinstance(child.act, HardSwish)
