@@ -78,7 +78,7 @@ def factory(attention: str | Factory) -> Factory:
     """
     if callable(attention):
         return attention
-    if attention not in ATTENTION:
+    if not isinstance(attention, str) or attention not in ATTENTION:
         names = ", ".join(map(repr, ATTENTION))
         raise ValueError(f"attention must be one of {names}, or a factory of half blocks, got {attention!r}")
     return ATTENTION[attention]
