@@ -26,8 +26,12 @@ bench: setup
 	$(BIN)/python -m bench op --out bench/results --allocator raised
 	$(BIN)/python -m bench op --out bench/results --allocator raised --dtype bfloat16
 	$(BIN)/python -m bench layer --out bench/results
+	$(BIN)/python -m bench layer --shapes main --out bench/results --allocator raised
+	$(BIN)/python -m bench.passes --out bench/results
 	$(BIN)/python -m bench model --out bench/results
 	$(BIN)/python -m bench.backbones forward --out bench/results
+	$(BIN)/python -m bench.backbones forward --out bench/results --allocator raised
+	$(BIN)/python -m bench.backbones forward --out bench/results --models xformer_s --compile
 	$(BIN)/python -m bench.backbones training --out bench/results
 
 lint: setup

@@ -10,6 +10,7 @@ import argparse
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -90,14 +91,14 @@ def variants(name: str, compile: bool) -> dict[str, nn.Module]:
 
     torch.manual_seed(0)
     model = timm.create_model(name).eval().to(memory_format=torch.channels_last)
-    result = {"unfused": model}
+    result: dict[str, Any] = {"unfused": model}
     if name in PEERS:
         result["folded"] = xformer.fuse_for_inference(model, onednn=False)
         result["fused"] = xformer.fuse_for_inference(model)
     else:
         result["folded"], result["fused"] = baselines.fold(model), baselines.fuse(model)
     if compile:
-        result["compiled"] = torch.compile(copy.deepcopy(model), dynamic=False)  # type: ignore[assignment]
+        result["compiled"] = torch.compile(copy.deepcopy(model), dynamic=False)
     return result
 
 
@@ -121,7 +122,7 @@ def forward_rows(ours: str, images: int, size: int, seconds: float, compile: boo
                 if not error <= EQUAL:
                     raise AssertionError(f"{variant} {name}: its output is off by {error:.1e} of the largest")
                 errors[name, variant] = error
-                calls[name, variant] = lambda model=model: model(x)  # type: ignore[misc]
+                calls[name, variant] = partial(model, x)
         times = measure.interleaved({"/".join(key): call for key, call in calls.items()}, seconds)
     rows = []
     for name, variant in calls:

@@ -265,8 +265,18 @@ def test_bad_arguments():
         small(global_pool="max")
     with pytest.raises(ValueError, match="out_indices needs features_only"):
         small(out_indices=(1,))
-    with pytest.raises(ValueError, match="indices must name some of 4 stages"):
-        small(features_only=True, out_indices=(4,))
+    for indices in ((4,), (-5,), (), 0, -1, 5):
+        with pytest.raises(ValueError, match="out_indices must name some of 4 stages"):
+            small(features_only=True, out_indices=indices)
+        with pytest.raises(ValueError, match=r"^indices must name some of 4 stages"):
+            small().forward_intermediates(images(1, 3, 64, 64), indices)
+    for x in (images(1, 4, 64, 64), images(3, 64, 64), images(1, 3, 1, 64, 64)):
+        with pytest.raises(ValueError, match=r"x must have shape \(B, 3, H, W\), got"):
+            small()(x)
+    with pytest.raises(ValueError, match="in_chans must be positive, got 0"):
+        small(in_chans=0)
+    with pytest.raises(ValueError, match=r"attention must be one of .*, got \['xfa'\]"):
+        small(attention=["xfa"])
     with pytest.raises(ValueError, match="no pretrained weights of xformer_xxs"):
         small(pretrained=True)
     with pytest.raises(ValueError, match="drop_prob must be in"):

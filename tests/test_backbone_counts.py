@@ -55,6 +55,12 @@ def test_counting_leaves_the_model_alone():
         count(model, 64, "both")
 
 
+def test_dtypes_and_sizes_count_alike():
+    model = xformer.xformer_xxs()
+    assert count(model.bfloat16(), 64).macs == count(model.float(), 64).macs
+    assert count(model, (64, 64)) == count(model, 64) and count(model, (33, 70)).macs > count(model, 32).macs
+
+
 def test_attention_that_costs_more():
     macs = {name: count(xformer.xformer_xxs(attention=name), 512).macs for name in ("xfa", "softmax", "none")}
     assert macs["none"] < macs["xfa"] < macs["softmax"]
@@ -65,6 +71,15 @@ def test_documents_have_these_counts():
     for line in table(list(xformer.VARIANTS)).splitlines():
         for document in ("README.md", "docs/backbone.md"):
             assert line in (root / document).read_text(), document
+
+
+def test_document_has_what_runs(need_backend):
+    need_backend("cpp")
+    model = xformer.xformer_s()
+    assert count(model, form="auto").macs == count(model).macs
+    direct, runs = (f"{count(model, 512, form).macs / 1e9:.3f}" for form in ("direct", "auto"))
+    text = " ".join((Path(__file__).parents[1] / "docs/backbone.md").read_text().split())
+    assert f"for one of 512 x 512 it is {runs} GMACs, where the direct form has {direct}." in text
 
 
 def test_command(capsys):

@@ -9,6 +9,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import xformer
 from xformer import fuse, fuse_for_inference
+from xformer.attention import XFAHalf
+from xformer.layers import ConvNorm, HardSwish, Mlp, Pointwise
+from xformer_kernels import XFA, XFABlock
 from xformer_kernels.layer import cost
 
 
@@ -58,6 +61,69 @@ def test_feature_extractor():
             torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
+def gelu(model):
+    for module in model.modules():
+        if isinstance(module, (ConvNorm, Mlp)):
+            module.act = nn.GELU()
+    return model
+
+
+def hooks(kind):
+    def add(model):
+        for module in model.modules():
+            if type(module) is kind:
+                module.register_forward_hook(lambda module, args, out: 1.1 * out)
+        return model
+
+    return add
+
+
+def normed_weights(model):
+    for module in model.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)) and not isinstance(module, XFA):
+            nn.utils.parametrizations.weight_norm(module)
+    return model
+
+
+def no_affine(model):
+    for module in model.modules():
+        if isinstance(module, ConvNorm):
+            mean, var = module.bn.running_mean, module.bn.running_var
+            module.bn = nn.BatchNorm2d(len(mean), affine=False)
+            module.bn.running_mean, module.bn.running_var = mean, var
+    return model
+
+
+CHANGES = {
+    "SyncBatchNorm": nn.SyncBatchNorm.convert_sync_batchnorm,
+    "other activations": gelu,
+    **{f"hooks of {kind.__name__}": hooks(kind) for kind in (ConvNorm, nn.BatchNorm2d, nn.Conv2d, Pointwise)},
+    **{f"hooks of {kind.__name__}": hooks(kind) for kind in (HardSwish, Mlp, nn.Linear, nn.Dropout, XFA)},
+    "computed weights": normed_weights,
+    "no affine numbers": no_affine,
+}
+
+
+@pytest.mark.parametrize("onednn", [False, None])
+@pytest.mark.parametrize("change", CHANGES)
+def test_parts_that_are_not_as_made(change, onednn):
+    """They are part of the fused model too."""
+    model = CHANGES[change](trained())
+    fused, x = fuse_for_inference(model, onednn), torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = model.eval()(x)
+        assert (fused(x) - expected).abs().max() < 1e-5 * max(1.0, expected.abs().max())
+    if change in ("SyncBatchNorm", "no affine numbers"):
+        assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in fused.modules())
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 64, 64), (1, 3, 1, 1), (2, 3, 33, 70)])
+def test_any_size(shape):
+    model, x = trained().eval(), torch.randn(shape)
+    with torch.no_grad():
+        torch.testing.assert_close(fuse_for_inference(model)(x), model(x), rtol=1e-5, atol=1e-5)
+
+
 def test_twice_is_once():
     fused, x = fuse_for_inference(trained()), torch.randn(1, 3, 64, 64)
     with torch.no_grad():
@@ -98,6 +164,30 @@ def test_faster_projections_move_the_choice_of_form():
     shape = cost.Shape(B=1, N=1024, C=192, H=6, inner=192, out=192, itemsize=4, training=False)
     assert cost.cheaper(shape, "cpu") == "gram" and cost.cheaper(shape, "onednn") == "direct"
     assert cost.cheaper(shape._replace(N=16384), "onednn") == "gram"
+
+
+@pytest.mark.skipif(not fuse.has_onednn(), reason="fused products need a torch with oneDNN")
+@pytest.mark.parametrize("kind", [XFA, XFABlock, XFAHalf], ids=lambda kind: kind.__name__)
+def test_auto_knows_who_projects(kind, need_backend, monkeypatch):
+    """By oneDNN the direct form is the cheaper one for these tokens, by torch's products it is the other."""
+    need_backend("cpp")
+    machines, cheaper = [], cost.cheaper
+    monkeypatch.setattr(cost, "cached", lambda shape, machine: (machines.append(machine), cheaper(shape, machine))[1])
+    torch.manual_seed(0)
+    plain = nn.Sequential(kind(192, 6)).eval()
+    fused, x = fuse_for_inference(plain), torch.randn(1, 1024, 192)
+    by_onednn, by_torch = operations(fused, x), operations(plain, x)
+    assert by_onednn.count("mkldnn._linear_pointwise") == 2 and "xformer_kernels.xfa_forward" in by_onednn
+    assert "xformer_kernels.layer_forward" in by_torch and "mkldnn._linear_pointwise" not in by_torch
+    assert machines == ["onednn", "cpu"]
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x), plain(x), rtol=1e-5, atol=1e-5)
+        with torch.autocast("cpu", torch.bfloat16):
+            fused(x)
+        machines.clear()
+        fused.double()(x.double())
+    fused.float()(x)
+    assert machines == ["cpu", "cpu"]
 
 
 def test_what_onednn_cannot_take_is_computed_plainly():

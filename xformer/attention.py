@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from xformer.layers import DropPath
 from xformer_kernels import XFABlock
-from xformer_kernels.layer.functional import Linear
 from xformer_kernels.nn import half_block
 
 Factory = Callable[..., nn.Module]
@@ -27,24 +26,14 @@ Factory = Callable[..., nn.Module]
 
 
 class XFAHalf(XFABlock):
-    """:class:`xformer_kernels.XFABlock` with drop path; its arguments, and ``drop_path``.
-
-    ``linear`` projects in the direct form, at the cost of ``machine`` (:data:`xformer_kernels.layer.cost.MACHINES`;
-    None: that of the device).
-    """
-
-    linear: Linear = staticmethod(F.linear)
-    machine: str | None = None
+    """:class:`xformer_kernels.XFABlock` with drop path; its arguments, and ``drop_path``."""
 
     def __init__(self, dim: int, num_heads: int, *, drop_path: float = 0.0, **choices: Any) -> None:
         super().__init__(dim, num_heads, **choices)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor, token_mask: Tensor | None = None, group: Any = None) -> Tensor:
-        return half_block(
-            x, self.norm, self.attn, self.layer_scale, self.drop_path,
-            token_mask=token_mask, group=group, linear=self.linear, machine=self.machine,
-        )  # fmt: skip
+        return half_block(x, self.norm, self.attn, self.layer_scale, self.drop_path, token_mask=token_mask, group=group)
 
 
 class SoftmaxHalf(nn.Module):
@@ -89,7 +78,7 @@ def factory(attention: str | Factory) -> Factory:
     """
     if callable(attention):
         return attention
-    if attention not in ATTENTION:
+    if not isinstance(attention, str) or attention not in ATTENTION:
         names = ", ".join(map(repr, ATTENTION))
         raise ValueError(f"attention must be one of {names}, or a factory of half blocks, got {attention!r}")
     return ATTENTION[attention]

@@ -110,6 +110,8 @@ class Trunk(nn.Module):
         img_size: int | tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
+        if in_chans < 1:
+            raise ValueError(f"in_chans must be positive, got {in_chans}")
         if stem_stride not in (1, 2) or len(stage_strides) != len(variant.stages) or set(stage_strides) - {1, 2}:
             raise ValueError(
                 f"stem_stride must be 1 or 2 and stage_strides {len(variant.stages)} of them, "
@@ -156,6 +158,8 @@ class Trunk(nn.Module):
 
     def walk(self, x: Tensor) -> Iterator[Tensor]:
         """The output of every stage."""
+        if x.dim() != 4 or x.shape[1] != self.in_chans:
+            raise ValueError(f"x must have shape (B, {self.in_chans}, H, W), got {tuple(x.shape)}")
         x = self.stem(x.contiguous(memory_format=torch.channels_last))
         # one channel has no order: the convolution may have taken its other layout
         x = x.contiguous(memory_format=torch.channels_last)
@@ -296,7 +300,7 @@ class XFormerFeatures(Trunk):
         self, variant: Variant, in_chans: int = 3, out_indices: int | Sequence[int] | None = None, **trunk: Any
     ) -> None:
         super().__init__(variant, in_chans, **trunk)
-        self.out_indices = stage_indices(len(self.stages), out_indices)
+        self.out_indices = stage_indices(len(self.stages), out_indices, "out_indices")
         self.stages = self.stages[: max(self.out_indices) + 1]
         self.feature_info = FeatureInfo(self.feature_info[i] for i in self.out_indices)
         init_weights(self)
@@ -307,13 +311,17 @@ class XFormerFeatures(Trunk):
         return [found[i] for i in self.out_indices]
 
 
-def stage_indices(stages: int, indices: int | Sequence[int] | None) -> tuple[int, ...]:
+def stage_indices(stages: int, indices: int | Sequence[int] | None, name: str = "indices") -> tuple[int, ...]:
     """Indices from 0 in increasing order: all for None, the last so many for a number; negative ones from the end."""
     if indices is None:
         return tuple(range(stages))
     if isinstance(indices, int):
+        if not 1 <= indices <= stages:
+            raise ValueError(
+                f"{name} must name some of {stages} stages, or be how many of the last ones, got {indices}"
+            )
         indices = range(stages - indices, stages)
     result = tuple(sorted({i + stages if i < 0 else i for i in indices}))
     if not result or result[0] < 0 or result[-1] >= stages:
-        raise ValueError(f"indices must name some of {stages} stages, got {list(indices)}")
+        raise ValueError(f"{name} must name some of {stages} stages, got {list(indices)}")
     return result

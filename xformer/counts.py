@@ -87,7 +87,8 @@ def count(model: nn.Module, size: int | tuple[int, int] = SIZE, form: str = "dir
             parent, _, last = name.rpartition(".")
             setattr(model.get_submodule(parent), last, _Whole(module))
     height, width = (size, size) if isinstance(size, int) else size
-    x = torch.zeros(1, in_chans, height, width)
+    like = next(model.parameters(), torch.empty(0))
+    x = torch.zeros(1, in_chans, height, width, dtype=like.dtype, device=like.device)
     handlers = {**fvcore_handlers(), "aten::scaled_dot_product_attention": _sdpa}
     analysis = FlopCountAnalysis(model, x).set_op_handle(**handlers)
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")

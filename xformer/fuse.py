@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import copy
-from typing import TypeVar
+from typing import TypeGuard, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xformer.attention import XFAHalf
 from xformer.layers import ConvNorm, HardSwish, Mlp, Pointwise
 from xformer_kernels import XFA
+from xformer_kernels.layer.functional import Projections
+from xformer_kernels.nn import untouched
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -45,6 +46,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, act: bool = Fa
     return F.hardswish(y, inplace=not torch.is_grad_enabled()) if act else y
 
 
+ONEDNN = Projections(linear, _takes, "onednn")
+
+
 class FusedLinear(nn.Module):
     """:func:`linear` with the same parameters."""
 
@@ -71,7 +75,6 @@ class FusedMlp(nn.Module):
 
     def __init__(self, mlp: Mlp) -> None:
         super().__init__()
-        assert isinstance(mlp.fc1, nn.Linear)
         self.norm, self.fc1, self.fc2 = mlp.norm, FusedLinear(mlp.fc1, act=True), FusedLinear(mlp.fc2)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -116,7 +119,8 @@ def fuse_for_inference(model: Model, onednn: bool | None = None) -> Model:
     graphs too. XFA projects by them in its direct form, which it takes where tokens are few.
 
     Outputs are those of ``model.eval()`` to rounding; the state dict has other names. The copy is not for training:
-    there are no batch statistics any more.
+    there are no batch statistics any more. What has hooks, computed weights or other parts than this package gave it
+    stays as it is.
 
     Args:
         model: any that is made of this package's layers. Of another model's modules, linear layers alone are replaced.
@@ -138,17 +142,23 @@ def fuse_for_inference(model: Model, onednn: bool | None = None) -> Model:
 
 def _replace(module: nn.Module) -> None:
     if isinstance(module, XFA):
+        module.projections = ONEDNN
         return
-    if isinstance(module, XFAHalf):
-        module.linear, module.machine = linear, "onednn"
     for name, child in module.named_children():
-        if isinstance(child, ConvNorm):
+        if _made(child, ConvNorm, conv=(nn.Conv2d, Pointwise), bn=(nn.Identity,), act=(HardSwish, nn.Identity)):
             act = isinstance(child.act, HardSwish)
             conv = child.conv
             setattr(module, name, FusedPointwise(conv, act) if isinstance(conv, Pointwise) else FusedConv(conv, act))
-        elif isinstance(child, Mlp):
+        elif _made(child, Mlp, fc1=(nn.Linear,), act=(HardSwish,), fc2=(nn.Linear,), drop=(nn.Dropout,)):
             setattr(module, name, FusedMlp(child))
-        elif type(child) is nn.Linear:
+        elif _made(child, nn.Linear):
             setattr(module, name, FusedLinear(child))
         else:
             _replace(child)
+
+
+def _made(module: nn.Module, kind: type[Model], **parts: tuple[type[nn.Module], ...]) -> TypeGuard[Model]:
+    """Whether a module is of that very class without hooks, and each of these parts of one of its classes likewise."""
+    return untouched(module, kind) and all(
+        any(untouched(getattr(module, name), kind) for kind in kinds) for name, kinds in parts.items()
+    )

@@ -11,8 +11,10 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from xformer_kernels import XFA
+from xformer_kernels.nn import untouched
 
 
 def to_tokens(x: Tensor) -> Tensor:
@@ -68,16 +70,19 @@ class ConvNorm(nn.Module):
 
     @torch.no_grad()
     def fold(self) -> None:
-        """Batch norm with its running statistics becomes part of weight and bias; nothing the second time."""
-        bn = self.bn
-        if not isinstance(bn, nn.BatchNorm2d):
+        """Batch norm with its running statistics becomes part of weight and bias.
+
+        Nothing the second time, and where one of both has hooks, computes its weight or knows no statistics.
+        """
+        conv, bn = self.conv, self.bn
+        if not isinstance(bn, (nn.BatchNorm2d, nn.SyncBatchNorm)) or bn.running_mean is None or bn.running_var is None:
             return
-        assert bn.running_mean is not None and bn.running_var is not None
-        weight = self.conv.weight
-        scale = bn.weight.double() / (bn.running_var.double() + bn.eps).sqrt()
-        bias = bn.bias.double() - bn.running_mean.double() * scale
-        weight.copy_(weight.double() * scale.view(-1, *(1,) * (weight.dim() - 1)))
-        self.conv.bias = nn.Parameter(bias.to(weight.dtype), requires_grad=weight.requires_grad)
+        if not (untouched(bn, type(bn)) and type(conv) in (nn.Conv2d, Pointwise) and untouched(conv, type(conv))):
+            return
+        mean, var = bn.running_mean.double(), bn.running_var.double()  # the rest follows
+        weight, bias = fuse_conv_bn_weights(conv.weight.double(), conv.bias, mean, var, bn.eps, bn.weight, bn.bias)
+        conv.weight.copy_(weight)
+        conv.bias = nn.Parameter(bias.to(conv.weight.dtype), requires_grad=conv.weight.requires_grad)
         self.bn = nn.Identity()
 
 
@@ -148,8 +153,8 @@ class Mlp(nn.Module):
         super().__init__()
         hidden = int(dim * ratio)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
-        self.fc1: nn.Module = nn.Linear(dim, hidden)
-        self.act: nn.Module = HardSwish()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.act = HardSwish()
         self.fc2 = nn.Linear(hidden, dim)
         self.drop = nn.Dropout(drop)
         self.drop_path = DropPath(drop_path)

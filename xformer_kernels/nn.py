@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xformer_kernels import dispatch, ops, parallel, validate
 from xformer_kernels.functional import xfa
 from xformer_kernels.layer import xfa_block, xfa_layer
-from xformer_kernels.layer.functional import FORMS, Call, Linear, run
+from xformer_kernels.layer.functional import FORMS, Call, Projections, run
 from xformer_kernels.layer.ops import Operands
 
 
@@ -47,6 +46,7 @@ class XFA(nn.Module):
     activation: str = "softmax"
     form: str = "auto"
     backend: str = "auto"
+    projections: Projections | None = None
 
     def __init__(
         self,
@@ -134,7 +134,7 @@ class XFA(nn.Module):
 
     def call(self) -> Call:
         """The choices as :func:`xformer_kernels.layer.functional.run` takes them."""
-        return Call(**self.choices(), eps=1e-12, token_mask=None, group=None)
+        return Call(**self.choices(), eps=1e-12, token_mask=None, group=None, projections=self.projections)
 
     def _through_modules(self, x: Tensor, token_mask: Tensor | None, group: Any) -> Tensor:
         """The direct form, by calling qkv and proj."""
@@ -217,13 +217,8 @@ def half_block(
     *,
     token_mask: Tensor | None = None,
     group: Any = None,
-    linear: Linear = F.linear,
-    machine: str | None = None,
 ) -> Tensor:
-    """``x + drop_path(layer_scale * attn(norm(x)))``: as one where the parts are what their parameters say.
-
-    linear, machine: as in :func:`xformer_kernels.layer.functional.run`, where nothing needs to be checked.
-    """
+    """``x + drop_path(layer_scale * attn(norm(x)))``: as one where the parts are what their parameters say."""
     drops = drop_path is not None and drop_path.training and getattr(drop_path, "drop_prob", 0.0) > 0
     if not (
         isinstance(norm, nn.LayerNorm)
@@ -241,7 +236,7 @@ def half_block(
         return x + (y if drop_path is None else drop_path(y))
     if attn.may_skip_checks(x, token_mask, group):
         o = Operands(x, *attn.weights(), norm.weight, norm.bias, layer_scale)
-        y = run(attn.call(), o, norm.eps, not drops, linear, machine)
+        y = run(attn.call(), o, norm.eps, not drops)
         return x + drop_path(y) if drops and drop_path is not None else y
     y = xfa_block(
         x, norm.weight, norm.bias, norm.eps, *attn.weights(), layer_scale=layer_scale, residual=not drops,

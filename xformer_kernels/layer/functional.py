@@ -15,7 +15,14 @@ from xformer_kernels.layer.ops import OPERANDS, Operands, layer
 
 WIDEST = 512
 FORMS = ("auto", "gram", "direct")
-Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+
+class Projections(NamedTuple):
+    """Who projects in the direct form in the place of torch's linear layers, and what that costs."""
+
+    linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    takes: Callable[[Tensor, Tensor], bool]  # whether it makes a product of x and a weight other than torch
+    machine: str  # of cost.MACHINES, where it does
 
 
 @parallel.outside_graphs
@@ -212,6 +219,7 @@ class Call(NamedTuple):
     form: str
     group: Any
     backend: str
+    projections: Projections | None = None
 
     def check(self, o: Operands) -> None:
         validate.layer(*o[:OPERANDS])
@@ -266,28 +274,25 @@ class Call(NamedTuple):
         training = ops.wants_grad(*o[:OPERANDS])
         return cost.Shape(B, N, C, o.temperature.numel(), I, O, o.x.element_size(), training)
 
-    def choose(self, o: Operands, tokens: int | None = None, machine: str | None = None) -> str:
-        """The form; `tokens`: as if x had so many; `machine`: of cost.MACHINES, in the place of x's device."""
+    def choose(self, o: Operands, tokens: int | None = None) -> str:
+        """The form; `tokens`: as if x had so many."""
         if self.form != "auto":
             return self.form
         if self.no_gram_form() or torch.compiler.is_exporting():
             return "direct"
         if not dispatch.may_serve(self.backend, o.x.device.type, (o.x.dtype,), functional.head_dims(o.x)):
             return "direct"  # of fewer features at a time
-        shape, device = self._shape(o, tokens), machine or o.x.device.type
+        shape, device = self._shape(o, tokens), o.x.device.type
+        if self.projections is not None and self.projections.takes(o.x, o.qkv_weight):
+            device = self.projections.machine
         return cost.cheaper(shape, device) if torch.compiler.is_compiling() else cost.cached(shape, device)
 
 
-def run(
-    call: Call, o: Operands, ln_eps: float, residual: bool, linear: Linear = F.linear, machine: str | None = None
-) -> Tensor:
-    """:func:`xfa_layer`, or with an ``ln_eps`` above 0 :func:`xfa_block`, of arguments that are known to be right.
-
-    linear: what projects in the direct form, in the place of torch's; machine: as in :meth:`Call.choose`.
-    """
+def run(call: Call, o: Operands, ln_eps: float, residual: bool) -> Tensor:
+    """:func:`xfa_layer`, or with an ``ln_eps`` above 0 :func:`xfa_block`, of arguments that are known to be right."""
     o = o._replace(temperature=o.temperature.reshape(-1), token_mask=call.token_mask)
-    if call.choose(o, machine=machine) == "direct":
-        return _direct(call, o, ln_eps, residual, linear)
+    if call.choose(o) == "direct":
+        return _direct(call, o, ln_eps, residual)
     x, dtype = o.x, reference.accumulate_dtype(o.x.dtype)
     # more features than the kernels take: torch's own products make up the passes, and are as fast there
     dims = functional.head_dims(x)
@@ -301,8 +306,9 @@ def run(
     return layer(*o, call.map, call.activation, eps, ln_eps, residual, parallel.name(call.group), backend)
 
 
-def _direct(call: Call, o: Operands, ln_eps: float, residual: bool, linear: Linear) -> Tensor:
+def _direct(call: Call, o: Operands, ln_eps: float, residual: bool) -> Tensor:
     x, u = o.x, o.x
+    linear = F.linear if call.projections is None else call.projections.linear
     if o.token_mask is not None:  # the gradients of weights would meet what masked tokens hold
         u = torch.where(o.token_mask.unsqueeze(-1), x, 0)
     if ln_eps:
