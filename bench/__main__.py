@@ -1,6 +1,7 @@
 """Throughput and memory of XFA, its layer and whole models, against what users would run instead.
 
 python -m bench op|layer|model [--device cpu] [--dtype float32] [--shapes main,xcit] [--quick] [--out bench/results]
+python -m bench model --task segment [--help] [--out bench/results]
 
 Sets of layers whose names end in "blocks" have layer norm, layer scale and residual around the layer.
 """
@@ -18,11 +19,12 @@ from typing import Any
 
 import torch
 
-from bench import machine, measure, modules, providers, report, workloads
+from bench import machine, measure, modules, providers, report, segment, workloads
 from bench.modules import FORMS, KERNELS
 from bench.terminal import Terminal
 
 DIRECTIONS = ("forward", "forward+backward")
+TASKS = ("classify", "segment")
 DEFAULT = "; ".join(f"on {device} {','.join(names)}" for device, names in workloads.DEFAULT.items())
 # what is measured -> (shape sets, cases of a shape, providers)
 KINDS: dict[str, tuple[dict[str, Any], Callable[..., Iterator[providers.Case]], tuple[str, ...]]] = {
@@ -49,6 +51,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("what", choices=KINDS)
+    parser.add_argument(
+        "--task", choices=TASKS, help="of model: classify, models of timm (default); segment, which has its own options"
+    )
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16", "float64"))
     parser.add_argument(
@@ -62,6 +67,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--allocator", default="default", choices=("default", "raised"), help="glibc's thresholds")
     parser.add_argument("--out", type=Path, help="also write JSON, CSV and PNG to OUT/<machine>/")
     options = parser.parse_args(arguments)
+    if options.task and options.what != "model":
+        parser.error(f"--task {options.task}: there are tasks of model alone, not of {options.what}")
     sets, _, known = KINDS[options.what]
     default = tuple(name for name in workloads.DEFAULT[options.device] if name in sets)
     options.shapes = tuple(filter(None, options.shapes.split(","))) or default
@@ -81,6 +88,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Prints one table for each set of shapes; returns 1 if a result of ours was wrong, 3 if time was too short."""
     begun = time.monotonic()
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if _task(arguments) == "segment":
+        return segment.main(arguments)
     options = parse(arguments)
     if options.allocator == "raised":
         machine.restart_with_raised_allocator()
@@ -105,6 +115,13 @@ def main(arguments: list[str] | None = None) -> int:
     if any(not name.endswith("+compile") or ("compile", shape) not in wrong for name, shape in ours):
         return 1
     return 3 if late else 0
+
+
+def _task(arguments: list[str]) -> str | None:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--task", nargs="?")
+    task: str | None = parser.parse_known_args(arguments)[0].task
+    return task
 
 
 def _run(

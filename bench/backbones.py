@@ -167,18 +167,22 @@ def run_forward(options: argparse.Namespace, terminal: Terminal) -> list[Forward
 # --------------------------------------------------------------------------------------------------------- training
 
 
-def training_models(name: str) -> dict[str, nn.Module]:
-    """The same backbone with each provider of attention; ours and the eager one have the same weights."""
+def with_attention(build: Callable[..., nn.Module]) -> dict[str, nn.Module]:
+    """What `build` makes with each provider as its ``attention=``; ours and the eager one have the same weights."""
     from timm.models.xcit import XCA
 
     def eager(dim: int, num_heads: int, **_: Any) -> nn.Module:
         return modules.HalfBlock(nn.LayerNorm(dim, eps=1e-6), XCA(dim, num_heads, qkv_bias=False), None)
 
     torch.manual_seed(0)
-    build: Callable[..., nn.Module] = getattr(xformer, name)
-    ours, plain, softmax = (build(attention=attention).train() for attention in ("xfa", eager, "softmax"))
+    ours, plain, softmax = (build(attention=attention) for attention in ("xfa", eager, "softmax"))
     plain.load_state_dict(ours.state_dict())
     return {"xfa": ours, "eager": plain, "softmax": softmax}
+
+
+def training_models(name: str) -> dict[str, nn.Module]:
+    """The same backbone with each provider of attention."""
+    return {provider: model.train() for provider, model in with_attention(getattr(xformer, name)).items()}
 
 
 def step(model: nn.Module, x: Tensor, target: Tensor) -> Callable[[], list[Tensor]]:
