@@ -86,7 +86,8 @@ def interleaved(calls: dict[str, Call], seconds: float, device: str = "cpu") -> 
     share = seconds / len(calls)
     first = {name: time_once(call, 1, device) for name, call in calls.items()}
     repeat = {
-        name: max(1, round(SHORTEST[device] / min(t, time_once(calls[name], 1, device)))) for name, t in first.items()
+        name: 1 if t > 1 else max(1, round(SHORTEST[device] / min(t, time_once(calls[name], 1, device))))
+        for name, t in first.items()
     }
     samples: dict[str, list[float]] = {name: [] for name in calls}
     used = dict.fromkeys(calls, 0.0)

@@ -36,6 +36,7 @@ PROVIDERS = {
     "softmax": f"{backbones.PROVIDERS['softmax']}, in the form that torch chooses",
     "softmax-math": "the same weights and operation in its math form, which holds the maps of all heads",
 }
+XFA = ("xfa", "eager")
 FORMS = {name: backbones.VARIANTS[name] for name in ("unfused", "fused")}
 
 
@@ -80,13 +81,14 @@ def tokens_and_map(variant: str, images: int, height: int, width: int) -> tuple[
 
 
 def models(variant: str) -> dict[tuple[str, str], nn.Module]:
-    """(provider, variant) to a model; of one provider all have the same weights."""
+    """(provider, variant) to a model; of one provider all have the same weights. Those of XFA are also fused."""
     built = backbones.with_attention(partial(Segmenter, variant, CLASSES))
     built["softmax-math"] = built["softmax"]
     result: dict[tuple[str, str], nn.Module] = {}
     for provider, model in built.items():
         result[provider, "unfused"] = model.eval().to(memory_format=torch.channels_last)
-        result[provider, "fused"] = xformer.fuse_for_inference(model)
+        if provider in XFA:
+            result[provider, "fused"] = xformer.fuse_for_inference(model)
     return result
 
 
@@ -102,8 +104,20 @@ def forward(provider: str, model: nn.Module, x: Tensor) -> Callable[[], Tensor]:
     return call
 
 
+def run(call: Callable[[], Tensor]) -> tuple[Tensor, float, float | None]:
+    """The output; the megabytes of tensors that it takes, and those by which the process grows, if the system tells."""
+    kept: list[Tensor] = []
+
+    def once() -> list[Tensor]:
+        kept.append(call())
+        return kept[:]
+
+    live, extra = measure.peak_live_bytes(once, 1, "cpu"), measure.peak_extra_bytes(call, "cpu")
+    return kept[0], live / 1e6, None if extra is None else extra / 1e6
+
+
 def check(outputs: dict[tuple[str, str], Tensor], key: tuple[str, str], oracle: Tensor) -> float | None:
-    """How far an output is from what it must equal.
+    """How far an output is from what it must equal; the oracle is of the first image.
 
     Raises:
         AssertionError: too far.
@@ -111,7 +125,7 @@ def check(outputs: dict[tuple[str, str], Tensor], key: tuple[str, str], oracle: 
     provider, variant = key
     y = outputs[key]
     if key == ("xfa", "unfused"):
-        return modules.check_gradients(["logits"], [y], [outputs["eager", variant]], [oracle]).output
+        return modules.check_gradients(["logits"], [y[:1]], [outputs["eager", variant][:1]], [oracle]).output
     like = (provider, "unfused") if variant == "fused" else ("softmax", variant) if provider == "softmax-math" else key
     if like == key:
         return None
@@ -140,10 +154,7 @@ def rows_of(variant: str, images: int, height: int, width: int, seconds: float) 
                 not_run[key] = f"not tried: one map alone has {map_bytes / 1e6:.0f} MB"
                 continue
             try:
-                outputs[key] = call()[:1].clone()
-                live[key] = measure.peak_live_bytes(lambda call=call: [call()], 1, "cpu") / 1e6  # type: ignore[misc]
-                size = measure.peak_extra_bytes(call, "cpu")
-                extra[key] = None if size is None else size / 1e6
+                outputs[key], live[key], extra[key] = run(call)
                 calls[key] = call
             except RuntimeError as error:  # torch's word for too little memory on the CPU
                 not_run[key] = str(error).splitlines()[0]

@@ -17,6 +17,7 @@ BACKBONES = "<!-- backbones: python -m bench.table {} -->"
 FORWARD = "<!-- backbones, forward: python -m bench.table {} -->"
 LEARNING = "<!-- learning: python -m bench.table {} -->"
 TRAINING = "<!-- backbones, training: python -m bench.table {} -->"
+SEGMENTATION = "<!-- segmentation: python -m bench.table {} -->"
 # what each backbone is measured against, and how many times as fast it should be, for one image and for eight
 GOALS = {
     ("xformer_s", "edgenext_small"): {1: 1.3, 8: 1.5},
@@ -281,9 +282,49 @@ def render_learning(folder: Path) -> str:
     return "\n".join([*lines, END])
 
 
+def render_segmentation(folder: Path) -> str:
+    """For the page of segmentation: images per second and memory with each attention, and how both grow with pixels."""
+    begin = SEGMENTATION.format(folder.relative_to(ROOT))
+    path = folder / "model-segment-cpu-float32.json"
+    if not path.exists():
+        return f"{begin}\nNot measured yet.\n{END}"
+    run = json.loads(path.read_text())
+    rows = {(row["height"] * row["width"], row["provider"], row["variant"]): row for row in run["rows"]}
+    lines = [
+        begin,
+        f"{_machine(run)}; {run['model']}, {run['classes']} classes, {run['rows'][0]['images']} image a call.",
+        "",
+        "| image | tokens at stride 8 | attention | FPS | time, x ours | fused: FPS | time, x ours | memory, MB "
+        "| x ours | process, MB |",
+        "|---|---:|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    notes = []
+    for (pixels, provider, variant), row in rows.items():
+        if variant != "unfused":
+            continue
+        fused = rows.get((pixels, provider, "fused"), {})
+        numbers = [row["fps"], row["over_ours"], fused.get("fps"), fused.get("over_ours")]
+        memory = [f"{row[field]:.0f}" if row[field] else "-" for field in ("live_mb", "extra_mb")]
+        cells = [*map(_cell, numbers), memory[0], _cell(row["live_over_ours"]), memory[1]]
+        size = f"{row['height']} x {row['width']}"
+        lines.append(f"| {size} | {row['tokens']} | {provider} | {' | '.join(cells)} |")
+        if row["not_run"]:
+            notes.append(f"{provider} at {size} was {row['not_run']}, by computation")
+    few, *_, many = sorted({pixels for pixels, *_ in rows})
+    for provider in dict.fromkeys(provider for _, provider, _ in rows):
+        small, large = rows[few, provider, "unfused"], rows[many, provider, "unfused"]
+        if not large["not_run"]:
+            times = [_cell(large[field] / small[field]) for field in ("ms", "live_mb")]
+            notes.append(
+                f"{many / few:.0f} times the pixels take {provider} {times[0]} times the time and {times[1]} "
+                "times the memory"
+            )
+    return "\n".join([*lines, "", f"{'; '.join(notes)}.", END])
+
+
 def replace(readme: str, table: str) -> str:
     """The text with the table where one was that begins alike."""
-    kinds = [begin.split("{}")[0] for begin in (BEGIN, LAYERS, BACKBONES, FORWARD, TRAINING, LEARNING)]
+    kinds = [begin.split("{}")[0] for begin in (BEGIN, LAYERS, BACKBONES, FORWARD, TRAINING, LEARNING, SEGMENTATION)]
     kind = next(kind for kind in kinds if table.startswith(kind))
     before, rest = readme.split(kind, 1)
     return before + table + rest.split(END, 1)[1]
@@ -295,6 +336,7 @@ def main() -> int:
         "README.md": (render, render_layers, render_backbones),
         "docs/backbone.md": (render_forward, render_training),
         "docs/training.md": (render_learning,),
+        "docs/segmentation.md": (render_segmentation,),
     }
     for name, tables in documents.items():
         path = ROOT / name
