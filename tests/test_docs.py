@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 BACKBONE = (ROOT / "docs" / "backbone.md").read_text()
 TRAINING = (ROOT / "docs" / "training.md").read_text()
+SEGMENTATION = (ROOT / "docs" / "segmentation.md").read_text()
 
 
 def test_table_of_results_comes_from_the_result_files(monkeypatch):
@@ -28,6 +29,7 @@ def test_table_of_results_comes_from_the_result_files(monkeypatch):
         (table.FORWARD, table.render_forward, BACKBONE),
         (table.TRAINING, table.render_training, BACKBONE),
         (table.LEARNING, table.render_learning, TRAINING),
+        (table.SEGMENTATION, table.render_segmentation, SEGMENTATION),
     ):
         (folder,) = re.findall(re.escape(begin).replace(r"\{\}", "(.*?)"), text)
         assert render(ROOT / folder) in text

@@ -1,0 +1,128 @@
+"""The benchmark of segmentation: what is compared is equal, what is not run is said, and what is written is whole."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import fields
+
+import pytest
+import torch
+
+pytest.importorskip("timm", reason="the eager attention that is compared with is timm's")
+COMMAND = ["model", "--task", "segment", "--quick", "--seconds", "0.01", "--threads", "1"]
+
+
+@pytest.fixture
+def segment(load, need_backend, monkeypatch):
+    need_backend("cpp")
+    module = load("segment")
+    monkeypatch.setattr(module.backbones, "limit_memory", lambda: None)
+    return module
+
+
+def test_command_writes_files_with_all_columns(segment, load, capsys, tmp_path):
+    assert load("__main__").main([*COMMAND, "--halves", "0", "--out", str(tmp_path)]) == 0
+    assert "written" in capsys.readouterr().out
+    (folder,) = tmp_path.iterdir()
+    stem = folder / "model-segment-cpu-float32-quick"
+    columns = [field.name for field in fields(segment.Segmentation)]
+    result = json.loads(stem.with_suffix(".json").read_text())
+    assert {"date", "versions", "commit", "allocator", "machine"} <= set(result) and result["quick"]
+    assert set(result["providers"]) == {row["provider"] for row in result["rows"]}
+    with stem.with_suffix(".csv").open() as file:
+        reader = csv.DictReader(file)
+        assert reader.fieldnames == columns and len(list(reader)) == len(result["rows"]) == 6
+    for row in result["rows"]:
+        assert list(row) == columns and row["tokens"] == 512 and row["not_run"] is None
+        assert row["ms"] > 0 and row["live_mb"] > 0 and row["fps"] == pytest.approx(1e3 / row["ms"], rel=1e-3)
+        assert row["map_mb"] == pytest.approx(2 * 512**2 * 4 / 1e6, rel=1e-4)  # rounded
+        assert (row["error"] is None) == (row["variant"] == "unfused" and row["provider"] in ("eager", "softmax"))
+        assert row["error"] is None or row["error"] < 1e-5
+
+
+def test_only_the_math_form_holds_maps(segment, monkeypatch):
+    """At 1024 tokens of 2 heads a map is 8.4 MB, and what else the xxs model allocates some 14."""
+    monkeypatch.setattr(segment.measure, "interleaved", lambda calls, _: dict.fromkeys(calls, one_second(segment)))
+    rows = {row.provider: row for row in segment.rows_of("xformer_xxs", 1, 256, 256, 0.0) if row.variant == "unfused"}
+    ours, softmax, math = (rows[name].live_mb for name in ("xfa", "softmax", "softmax-math"))
+    assert math > 1.9 * rows["softmax"].map_mb
+    assert softmax < 1.1 * ours
+
+
+def test_what_would_not_fit_is_not_run(segment, monkeypatch):
+    monkeypatch.setattr(segment, "LARGEST_MAP", 4 * 2 * 32**2 - 1)
+    rows = {(row.provider, row.variant): row for row in segment.rows_of("xformer_xxs", 1, 64, 32, 0.01)}
+    for (provider, _), row in rows.items():
+        assert (row.ms is None) == (row.not_run is not None) == (provider == "softmax-math")
+
+
+def test_unequal_outputs_are_not_timed(segment, monkeypatch):
+    outputs = {("softmax", "unfused"): torch.ones(1, 19, 4, 4)}
+    outputs["softmax-math", "unfused"] = outputs["softmax", "unfused"] + 1e-4
+    with pytest.raises(AssertionError, match=r"softmax-math, unfused: its output is off by 1\.0e-04"):
+        segment.check(outputs, ("softmax-math", "unfused"), torch.ones(1))
+    outputs.update({("xfa", "unfused"): torch.ones(1, 19) + 1e-4, ("eager", "unfused"): torch.ones(1, 19)})
+    with pytest.raises(AssertionError, match=r"relative error 1\.00e-04 of logits"):
+        segment.check(outputs, ("xfa", "unfused"), torch.ones(1, 19).double())
+
+
+def test_tokens_and_map_of_the_paper_size(segment):
+    assert segment.tokens_and_map("xformer_s", 1, 1024, 2048) == (32768, 3 * 32768**2 * 4)
+    assert segment.tokens_and_map("xformer_xxs", 2, 65, 63) == (9 * 8, 2 * 2 * 72**2 * 4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["op", "--task", "segment"], "invalid choice: 'op'"),
+        (["op", "--task", "classify"], "tasks of model alone, not of op"),
+        (["model", "--task", "detect"], "invalid choice: 'detect'"),
+        (["model", "--task", "segment", "--height", "0"], "--height must be 1 or more, got 0"),
+        (["model", "--task", "segment", "--halves", "9"], "--halves must be 0 or more and leave sides"),
+    ],
+)
+def test_options_that_there_are_not(segment, load, arguments, said, capsys):
+    with pytest.raises(SystemExit):
+        load("__main__").main(arguments)
+    assert said in capsys.readouterr().err
+
+
+def test_files_of_other_sizes_have_other_names(segment):
+    def suffix(*more):
+        return segment.parse(["model", "--task", "segment", *more]).suffix
+
+    assert suffix() == ""
+    assert suffix("--height", "512", "--variant", "xformer_xs", "--batch", "2") == "-xformer_xs-512x2048-2-images"
+
+
+def test_table(load, monkeypatch, tmp_path):
+    table = load("table")
+    monkeypatch.setattr(table, "ROOT", tmp_path)
+    assert "Not measured yet." in table.render_segmentation(tmp_path)
+    rows = [
+        dict(
+            provider=provider, variant=variant, images=1, height=side, width=side, tokens=side, ms=side * ms, fps=10.0,
+            over_ours=ms, live_mb=float(side), live_over_ours=1.0, extra_mb=None, not_run=None,
+        )
+        for side in (64, 128)
+        for provider, ms in (("xfa", 1.0), ("softmax", 3.0))
+        for variant in ("unfused", "fused")
+    ]  # fmt: skip
+    for row in rows[-2:]:
+        row.update(ms=None, fps=None, over_ours=None, live_mb=None, live_over_ours=None, not_run="not tried: too much")
+    run = dict(
+        machine="m", threads=2, versions={"torch": "2", "timm": "1"}, date="2026-01-01T", commit="c", rows=rows,
+        allocator="default", model="xformer_s", classes=19,
+    )  # fmt: skip
+    (tmp_path / "model-segment-cpu-float32.json").write_text(json.dumps(run))
+    text = table.render_segmentation(tmp_path)
+    assert "| 64 x 64 | 64 | softmax | 10.0 | 3.0 | 10.0 | 3.0 | 64 | 1.00 | - |" in text
+    assert "| 128 x 128 | 128 | softmax | - | - | - | - | - | - | - |" in text
+    assert "softmax at 128 x 128 was not tried: too much" in text
+    assert "4 times the pixels take xfa 2.0 times the time and 2.0 times the memory" in text
+    assert table.replace(f"a\n{table.SEGMENTATION.format('x')}\n1\n{table.END}\n", text) == f"a\n{text}\n"
+
+
+def one_second(segment):
+    return segment.measure.Timing((1.0, 1.0, 1.0))
