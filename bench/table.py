@@ -309,15 +309,14 @@ def render_segmentation(folder: Path) -> str:
         size = f"{row['height']} x {row['width']}"
         lines.append(f"| {size} | {row['tokens']} | {provider} | {' | '.join(cells)} |")
         if row["not_run"]:
-            notes.append(f"{provider} at {size} was {row['not_run']}, by computation")
-    few, *_, many = sorted({pixels for pixels, *_ in rows})
+            notes.append(f"{provider} at {size}: {row['not_run']}")
+    few, many = (limit(pixels for pixels, *_ in rows) for limit in (min, max))
     for provider in dict.fromkeys(provider for _, provider, _ in rows):
         small, large = rows[few, provider, "unfused"], rows[many, provider, "unfused"]
-        if not large["not_run"]:
-            times = [_cell(large[field] / small[field]) for field in ("ms", "live_mb")]
+        if few < many and not large["not_run"]:
+            times, memory = (_cell(large[field] / small[field]) for field in ("ms", "live_mb"))
             notes.append(
-                f"{many / few:.0f} times the pixels take {provider} {times[0]} times the time and {times[1]} "
-                "times the memory"
+                f"{many / few:.0f} times the pixels take {provider} {times} times the time and {memory} times the memory"
             )
     return "\n".join([*lines, "", f"{'; '.join(notes)}.", END])
 
