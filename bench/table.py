@@ -316,7 +316,7 @@ def render_segmentation(folder: Path) -> str:
         if few < many and not large["not_run"]:
             times, memory = (_cell(large[field] / small[field]) for field in ("ms", "live_mb"))
             notes.append(
-                f"{many / few:.0f} times the pixels take {provider} {times} times the time and {memory} times the memory"
+                f"{many / few:.0f} times the pixels take {provider} {times} times the time, {memory} times the memory"
             )
     return "\n".join([*lines, "", f"{'; '.join(notes)}.", END])
 

@@ -57,6 +57,27 @@ def test_what_would_not_fit_is_not_run(segment, monkeypatch):
         assert (row.ms is None) == (row.not_run is not None) == (provider == "softmax-math")
 
 
+def test_only_too_little_memory_of_softmax_is_told(segment, monkeypatch):
+    def fails(of, message):
+        def run(call):
+            if any(type(part).__name__ == of for part in call.func.__self__.modules()):
+                raise RuntimeError(message)
+            return real(call)
+
+        return run
+
+    real = segment.run
+    monkeypatch.setattr(segment, "LARGEST_MAP", 0)
+    monkeypatch.setattr(segment, "run", fails("SoftmaxHalf", "not enough memory: you tried to allocate 9 bytes.\nmore"))
+    *_, softmax, math = segment.rows_of("xformer_xxs", 1, 64, 32, 0.01)
+    assert (softmax.ms, softmax.not_run) == (None, "not enough memory: you tried to allocate 9 bytes.")
+    assert math.not_run.startswith("not tried")
+    for of, message in (("SoftmaxHalf", "another mistake"), ("XFAHalf", "not enough memory")):
+        monkeypatch.setattr(segment, "run", fails(of, message))
+        with pytest.raises(RuntimeError, match=message):
+            segment.rows_of("xformer_xxs", 1, 64, 32, 0.01)
+
+
 def test_unequal_outputs_are_not_timed(segment, monkeypatch):
     outputs = {("softmax", "unfused"): torch.ones(1, 19, 4, 4)}
     outputs["softmax-math", "unfused"] = outputs["softmax", "unfused"] + 1e-4
@@ -120,7 +141,7 @@ def test_table(load, monkeypatch, tmp_path):
     assert "| 64 x 64 | 64 | softmax | 10.0 | 3.0 | 10.0 | 3.0 | 64 | 1.00 | - |" in text
     assert "| 128 x 128 | 128 | softmax | - | - | - | - | - | - | - |" in text
     assert "softmax at 128 x 128: not tried; 4 times" in text
-    assert "4 times the pixels take xfa 2.0 times the time and 2.0 times the memory" in text
+    assert "4 times the pixels take xfa 2.0 times the time, 2.0 times the memory" in text
     assert table.replace(f"a\n{table.SEGMENTATION.format('x')}\n1\n{table.END}\n", text) == f"a\n{text}\n"
 
 
