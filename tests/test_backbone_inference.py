@@ -134,7 +134,7 @@ def test_layers_by_themselves(change):
 @needs_onednn
 def test_layers_fold_by_themselves():
     """The first stages, whose maps are larger than their weights, have no pass of batch norm."""
-    conv, x = ConvNorm(16, 24).eval(), torch.randn(1, 16, 32, 32)
+    conv, x = ConvNorm(16, 24).eval(), torch.randn(1, 16, 96, 96)
     assert operations(conv, x)[-2:] == ["mkldnn._linear_pointwise", "aten.permute"]
     assert "aten.native_batch_norm" in operations(conv, x[:, :, :3, :5])
     conv = ConvNorm(16, 16, 3, groups=16).eval()
@@ -143,7 +143,7 @@ def test_layers_fold_by_themselves():
 
 @pytest.mark.parametrize("side", [1, 3])
 def test_what_layers_fold_is_never_out_of_date(side):
-    conv, x = ConvNorm(8, 8, side).eval(), torch.randn(1, 8, 20, 20)
+    conv, x = ConvNorm(8, 64, side).eval(), torch.randn(1, 8, 90, 60)
     for change in (conv.conv.weight, conv.bn.weight, conv.bn.bias, conv.bn.running_mean, conv.bn.running_var):
         with torch.no_grad():
             conv(x)
@@ -159,8 +159,8 @@ def test_what_layers_fold_is_never_out_of_date(side):
 
 @needs_onednn
 def test_private_operations_are_not_seen_where_torch_would_not_know_them():
-    conv, x, t = ConvNorm(8, 8).eval(), torch.randn(2, 8, 20, 20), torch.randn(2, 8, 20, 20)
-    plain = ConvNorm(8, 8).eval()
+    conv, x, t = ConvNorm(8, 64).eval(), torch.randn(2, 8, 60, 60), torch.randn(2, 8, 60, 60)
+    plain = ConvNorm(8, 64).eval()
     plain.load_state_dict(conv.state_dict())
     plain.onednn = plain.conv.onednn = False
     with torch.no_grad():
@@ -218,8 +218,8 @@ def operations(model, x):
 
 
 def test_fewer_operations():
-    model = trained().eval()
-    x = torch.randn(1, 3, 64, 64)
+    model = trained("xformer_s").eval()
+    x = torch.randn(1, 3, 256, 256)
     folded = operations(fuse_for_inference(model, onednn=False), x)
     assert "aten.native_batch_norm" in operations(model, x)
     assert "aten.native_batch_norm" not in folded and "aten.hardswish_" in folded
@@ -227,8 +227,8 @@ def test_fewer_operations():
         fused = operations(fuse_for_inference(model), x)
         assert "mkldnn._linear_pointwise" in fused and "mkldnn._convolution_pointwise" in fused
         assert not [name for name in fused if "hardswish" in name]
-        # few tokens: attention in its direct form projects by oneDNN too
-        assert "aten.mm" in folded and not {"aten.mm", "aten.addmm"} & set(fused)
+        # few tokens: attention in its direct form projects by oneDNN too; torch has the classifier of one image
+        assert "aten.mm" in folded and "aten.mm" not in fused and fused.count("aten.addmm") == 1
 
 
 def test_faster_projections_move_the_choice_of_form():

@@ -18,6 +18,9 @@ from xformer import products
 from xformer_kernels import XFA
 from xformer_kernels.nn import untouched
 
+MANY = 100_000
+"""Outputs of a convolution: a pass of batch norm over fewer is sooner done than folded."""
+
 
 def to_tokens(x: Tensor) -> Tensor:
     """(B, C, H, W) to (B, H W, C): a view of channels_last memory."""
@@ -56,7 +59,7 @@ class ConvNorm(nn.Module):
     """``act(bn(conv(x)))``: a convolution without bias, batch norm and perhaps hard-swish.
 
     In inference on the CPU (:func:`xformer.products.takes`) batch norm is multiplied into the weights, in every call,
-    where these are fewer numbers than the outputs: one pass over the outputs less, and they cannot be out of date.
+    where outputs are many, and more than weights: one pass over the outputs less, and nothing can be out of date.
 
     Args:
         in_chans, out_chans: channels.
@@ -88,16 +91,16 @@ class ConvNorm(nn.Module):
 
     def _folds(self, x: Tensor) -> bool:
         conv, weight = self.conv, self.conv.weight
-        bn: Any = self.bn
         if not self.onednn or not products.takes(x, weight):
             return False
-        pixels = x.shape[0] * x.shape[2] * x.shape[3]
+        outputs = x.numel() // x.shape[1] * weight.shape[0]
         if isinstance(conv, nn.Conv2d):
-            pixels //= conv.stride[0] * conv.stride[1]
-        fewer: bool = weight.numel() <= pixels * weight.shape[0]
+            outputs //= conv.stride[0] * conv.stride[1]
+        if outputs < max(MANY, weight.numel()):
+            return False
+        bn: Any = self.bn
         return (
-            fewer
-            and untouched(bn, nn.BatchNorm2d)
+            untouched(bn, nn.BatchNorm2d)
             and not bn.training
             and bn.affine
             and bn.running_mean is not None

@@ -30,6 +30,8 @@ def has_onednn() -> bool:
 
 
 HAS_ONEDNN = has_onednn()
+FEWEST = 2_500_000
+"""Multiply-adds of a linear layer that oneDNN is asked for: below it takes longer to be called than it saves."""
 
 
 def serves(x: Tensor, weight: Tensor) -> bool:
@@ -60,7 +62,7 @@ def takes(x: Tensor, weight: Tensor) -> bool:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, act: bool = False) -> Tensor:
     """``act(x weight^T + bias)``, (..., I) to (..., O); `act`: hard-swish."""
-    if takes(x, weight):
+    if takes(x, weight) and x.numel() * weight.shape[0] >= FEWEST:
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, _name(act), [], "")
         return y
     return _plain(F.linear(x, weight, bias), act)
