@@ -155,14 +155,17 @@ def test_modes():
 
 
 def test_what_gradients_change():
-    """Without gradients activations overwrite their inputs; the numbers are the same."""
+    """Without gradients activations overwrite their inputs, and oneDNN multiplies: the same bits, or to rounding."""
     model = small().eval()
     x = images(2, 3, 64, 64)
-    before = x.clone()
+    before, expected = x.clone(), model(x).detach()
     with torch.no_grad():
-        y = model(x)
+        assert (model(x) - expected).abs().max() < 1e-5 * expected.abs().max()
+        with torch.backends.mkldnn.flags(enabled=False):
+            y = model(x)
     assert_bitwise(x, before, "the image")
-    assert_bitwise(y, model(x).detach(), "output")
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert_bitwise(y, model(x).detach(), "output")
 
 
 def test_checkpointing_gives_the_same_gradients():

@@ -9,6 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import xformer
+from xformer import products
 
 pytest.importorskip("fvcore", reason="fvcore counts")
 from xformer.counts import count, main, table
@@ -77,9 +78,12 @@ def test_document_has_what_runs(need_backend):
     need_backend("cpp")
     model = xformer.xformer_s()
     assert count(model, form="auto").macs == count(model).macs
-    direct, runs = (f"{count(model, 512, form).macs / 1e9:.3f}" for form in ("direct", "auto"))
     text = " ".join((Path(__file__).parents[1] / "docs/backbone.md").read_text().split())
-    assert f"for one of 512 x 512 it is {runs} GMACs, where the direct form has {direct}." in text
+    direct, runs = (f"{count(model, 512, form).macs / 1e9:.3f}" for form in ("direct", "auto"))
+    with torch.backends.mkldnn.flags(enabled=False):
+        by_torch = f"{count(model, 512, 'auto').macs / 1e9:.3f}"
+    assert f"{by_torch} where projections are torch's, and {direct} in the direct form." in text
+    assert f"for one of 512 x 512 it is {runs} GMACs," in text or not products.HAS_ONEDNN
 
 
 def test_command(capsys):

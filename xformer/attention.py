@@ -17,7 +17,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xformer.layers import DropPath
+from xformer.layers import DropPath, Linear
+from xformer.products import HAS_ONEDNN, ONEDNN
 from xformer_kernels import XFABlock
 from xformer_kernels.nn import half_block
 
@@ -26,11 +27,14 @@ Factory = Callable[..., nn.Module]
 
 
 class XFAHalf(XFABlock):
-    """:class:`xformer_kernels.XFABlock` with drop path; its arguments, and ``drop_path``."""
+    """:class:`xformer_kernels.XFABlock` with drop path, which projects by :mod:`xformer.products`; its arguments, and
+    ``drop_path``."""
 
     def __init__(self, dim: int, num_heads: int, *, drop_path: float = 0.0, **choices: Any) -> None:
         super().__init__(dim, num_heads, **choices)
         self.drop_path = DropPath(drop_path)
+        if HAS_ONEDNN:
+            self.attn.projections = ONEDNN
 
     def forward(self, x: Tensor, token_mask: Tensor | None = None, group: Any = None) -> Tensor:
         return half_block(x, self.norm, self.attn, self.layer_scale, self.drop_path, token_mask=token_mask, group=group)
@@ -45,8 +49,8 @@ class SoftmaxHalf(nn.Module):
         super().__init__()
         self.num_heads, self.attn_drop = num_heads, attn_drop
         self.norm = nn.LayerNorm(dim, eps=1e-6)
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim, bias=False)
+        self.proj = Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
         self.drop_path = DropPath(drop_path)
 

@@ -92,8 +92,10 @@ def count(model: nn.Module, size: int | tuple[int, int] = SIZE, form: str = "dir
     handlers = {**fvcore_handlers(), "aten::scaled_dot_product_attention": _sdpa}
     analysis = FlopCountAnalysis(model, x).set_op_handle(**handlers)
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
-    by_op = {name: int(macs) for name, macs in analysis.by_operator().items()}
-    return Counts(parameters, sum(by_op.values()), by_op, dict(analysis.unsupported_ops()))
+    with torch.no_grad():  # the form that inference takes
+        by_op = {name: int(macs) for name, macs in analysis.by_operator().items()}
+        unknown = {name.rstrip("_"): number for name, number in analysis.unsupported_ops().items()}  # in place or not
+    return Counts(parameters, sum(by_op.values()), by_op, unknown)
 
 
 def table(names: list[str], size: int = SIZE) -> str:

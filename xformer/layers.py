@@ -7,14 +7,19 @@ convolution is a linear layer over tokens: no library has to find out, and oneDN
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from xformer import products
 from xformer_kernels import XFA
 from xformer_kernels.nn import untouched
+
+MANY = 100_000
+"""Outputs of a convolution: a pass of batch norm over fewer is sooner done than folded."""
 
 
 def to_tokens(x: Tensor) -> Tensor:
@@ -27,7 +32,16 @@ def to_image(tokens: Tensor, height: int, width: int) -> Tensor:
     return tokens.transpose(1, 2).unflatten(2, (height, width))
 
 
-class Pointwise(nn.Linear):
+class Linear(nn.Linear):
+    """torch's, in inference on the CPU by :mod:`xformer.products`."""
+
+    onednn = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        return products.linear(x, self.weight, self.bias) if self.onednn else super().forward(x)
+
+
+class Pointwise(Linear):
     """1x1 convolution: (B, I, H, W) to (B, O, H, W), as one matrix product over all tokens of the batch."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -44,6 +58,9 @@ class HardSwish(nn.Module):
 class ConvNorm(nn.Module):
     """``act(bn(conv(x)))``: a convolution without bias, batch norm and perhaps hard-swish.
 
+    In inference on the CPU (:func:`xformer.products.takes`) batch norm is multiplied into the weights, in every call,
+    where outputs are many, and more than weights: one pass over the outputs less, and nothing can be out of date.
+
     Args:
         in_chans, out_chans: channels.
         kernel: size of the kernel; 1 is :class:`Pointwise`.
@@ -51,6 +68,8 @@ class ConvNorm(nn.Module):
         groups: of the convolution; ``in_chans`` makes it depthwise.
         act: whether hard-swish follows.
     """
+
+    onednn = True
 
     def __init__(
         self, in_chans: int, out_chans: int, kernel: int = 1, stride: int = 1, groups: int = 1, act: bool = True
@@ -65,8 +84,40 @@ class ConvNorm(nn.Module):
         self.act = HardSwish() if act else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
+        if self._folds(x):
+            return self._folded(x)
         y: Tensor = self.act(self.bn(self.conv(x)))
         return y
+
+    def _folds(self, x: Tensor) -> bool:
+        conv, weight = self.conv, self.conv.weight
+        if not self.onednn or not products.takes(x, weight):
+            return False
+        outputs = x.numel() // x.shape[1] * weight.shape[0]
+        if isinstance(conv, nn.Conv2d):
+            outputs //= conv.stride[0] * conv.stride[1]
+        if outputs < max(MANY, weight.numel()):
+            return False
+        bn: Any = self.bn
+        return (
+            untouched(bn, nn.BatchNorm2d)
+            and not bn.training
+            and bn.affine
+            and bn.running_mean is not None
+            and conv.bias is None
+            and (untouched(conv, Pointwise) or (untouched(conv, nn.Conv2d) and conv.padding_mode == "zeros"))
+            and (untouched(self.act, HardSwish) or untouched(self.act, nn.Identity))
+        )
+
+    def _folded(self, x: Tensor) -> Tensor:
+        conv, act = self.conv, isinstance(self.act, HardSwish)
+        bn: Any = self.bn
+        scale = torch.rsqrt(bn.running_var + bn.eps).mul_(bn.weight)
+        shift = torch.addcmul(bn.bias, bn.running_mean, scale, value=-1)
+        weight = conv.weight * scale.view(-1, *(1,) * (conv.weight.dim() - 1))
+        if isinstance(conv, nn.Conv2d):
+            return products.conv2d(x, weight, shift, conv, act)
+        return products.linear(x.permute(0, 2, 3, 1), weight, shift, act).permute(0, 3, 1, 2)
 
     @torch.no_grad()
     def fold(self) -> None:
@@ -92,8 +143,8 @@ class SqueezeExcite(nn.Module):
     def __init__(self, channels: int, ratio: float = 0.25) -> None:
         super().__init__()
         hidden = max(8, int(channels * ratio + 4) // 8 * 8)
-        self.reduce = nn.Linear(channels, hidden)
-        self.expand = nn.Linear(hidden, channels)
+        self.reduce = Linear(channels, hidden)
+        self.expand = Linear(hidden, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         gate = F.hardsigmoid(self.expand(F.relu(self.reduce(x.mean((2, 3))))))
@@ -153,9 +204,9 @@ class Mlp(nn.Module):
         super().__init__()
         hidden = int(dim * ratio)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
-        self.fc1 = nn.Linear(dim, hidden)
+        self.fc1 = Linear(dim, hidden)
         self.act = HardSwish()
-        self.fc2 = nn.Linear(hidden, dim)
+        self.fc2 = Linear(hidden, dim)
         self.drop = nn.Dropout(drop)
         self.drop_path = DropPath(drop_path)
 
@@ -191,7 +242,7 @@ class XFBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.local = ConvNorm(channels, channels, 3, groups=channels, act=False)
-        self.reduce = nn.Linear(channels, dim)
+        self.reduce = Linear(channels, dim)
         self.layers = nn.Sequential(
             *(nn.Sequential(attention(dim, p), Mlp(dim, mlp_ratio, drop, p)) for p in drop_path)
         )
