@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xformer.layers import ConvNorm, HardSwish, Mlp, Pointwise
+from xformer.layers import ConvNorm, Foldable, HardSwish, Mlp, Pointwise
 from xformer_kernels import XFA
 from xformer_kernels.layer.functional import Projections
 from xformer_kernels.nn import untouched
@@ -111,7 +111,7 @@ def _name(act: bool) -> str:
 
 
 def fuse_for_inference(model: Model, onednn: bool | None = None) -> Model:
-    """A copy in eval mode whose batch norms are part of the convolutions before them.
+    """A copy in eval mode whose batch norms are part of the convolutions and linear layers before them.
 
     With `onednn`, linear layers and convolutions take their hard-swish with them, in float32 on the CPU without
     gradients: one oneDNN call instead of a product, its bias and an activation. These calls are the ones that
@@ -133,7 +133,7 @@ def fuse_for_inference(model: Model, onednn: bool | None = None) -> Model:
         raise RuntimeError("onednn=True: this torch was built without oneDNN's fused products; take None or False")
     fused = copy.deepcopy(model).eval()
     for module in fused.modules():
-        if isinstance(module, ConvNorm):
+        if isinstance(module, Foldable):
             module.fold()
     if onednn or (onednn is None and has_onednn()):
         _replace(fused)
@@ -151,6 +151,8 @@ def _replace(module: nn.Module) -> None:
             setattr(module, name, FusedPointwise(conv, act) if isinstance(conv, Pointwise) else FusedConv(conv, act))
         elif _made(child, Mlp, fc1=(nn.Linear,), act=(HardSwish,), fc2=(nn.Linear,), drop=(nn.Dropout,)):
             setattr(module, name, FusedMlp(child))
+        elif _made(child, Pointwise):
+            setattr(module, name, FusedPointwise(child))
         elif _made(child, nn.Linear):
             setattr(module, name, FusedLinear(child))
         else:
