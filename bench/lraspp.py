@@ -38,7 +38,7 @@ class Lraspp(Segment):
     """`segment` with another model, which has no options here."""
 
     name = "lraspp"
-    unused = (*Segment.unused, "model_options", "attention", "drop_path")
+    unused: tuple[str, ...] = (*Segment.unused, "model_options", "attention", "drop_path")
 
     def build(self, **options: Any) -> nn.Module:
         """The model, with fresh weights.

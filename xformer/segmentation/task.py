@@ -51,7 +51,7 @@ def iou(matrix: Tensor) -> Tensor:
 
 class Segment(Task):
     name, metric = "segment", "miou"
-    unused = (
+    unused: tuple[str, ...] = (
         "ratio", "auto_augment", "reprob", "interpolation", "crop_pct", "mixup", "cutmix",
         "train_shards", "eval_shards", "train_samples", "eval_samples", "classes",
     )  # fmt: skip
