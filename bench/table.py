@@ -314,9 +314,9 @@ def render_segmentation(folder: Path) -> str:
     for provider in dict.fromkeys(provider for _, provider, _ in rows):
         small, large = rows[few, provider, "unfused"], rows[many, provider, "unfused"]
         if few < many and not large["not_run"]:
-            times, memory = (_cell(large[field] / small[field]) for field in ("ms", "live_mb"))
+            time, live = (_cell(large[field] / small[field]) for field in ("ms", "live_mb"))
             notes.append(
-                f"{many / few:.0f} times the pixels take {provider} {times} times the time, {memory} times the memory"
+                f"{many / few:.0f} times the pixels take {provider} {time} times the time, {live} times the memory"
             )
     return "\n".join([*lines, "", f"{'; '.join(notes)}.", END])
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from model_cases import as_trained, operations
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import xformer
@@ -19,16 +19,8 @@ needs_onednn = pytest.mark.skipif(not products.HAS_ONEDNN, reason="needs a torch
 
 
 def trained(name="xformer_xxs", **options):
-    """With running statistics, affine numbers and biases that are none of their first values."""
     torch.manual_seed(0)
-    model = getattr(xformer, name)(**options)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter.add_(0.2 * torch.randn_like(parameter))
-        for _ in range(3):
-            model(2 * torch.randn(8, 3, 64, 64) + 1)
-    return model
+    return as_trained(getattr(xformer, name)(**options))
 
 
 @pytest.mark.parametrize("onednn", [False, None])
@@ -199,22 +191,6 @@ def test_twice_is_once():
     fused, x = fuse_for_inference(trained()), torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(fuse_for_inference(fused)(x), fused(x), rtol=0, atol=0)
-
-
-class Operations(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.seen.append(str(function.overloadpacket))
-        return function(*args, **(kwargs or {}))
-
-
-def operations(model, x):
-    with torch.no_grad(), Operations() as operations:
-        model(x)
-    return operations.seen
 
 
 def test_fewer_operations():

@@ -139,7 +139,9 @@ def test_fused_for_inference():
         model.train()(images(4, 3, 64, 64))
         model.eval()
         x = images(1, 3, 64, 64)
-        for got, expected in zip(xformer.fuse_for_inference(model)(x), model(x), strict=True):
+        fused = xformer.fuse_for_inference(model)
+        assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in fused.modules())
+        for got, expected in zip(fused(x), model(x), strict=True):
             torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 

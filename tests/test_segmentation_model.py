@@ -7,6 +7,8 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from model_cases import as_trained, operations
+from torch import nn
 from torch.export import Dim
 
 import xformer
@@ -244,11 +246,48 @@ def test_mistakes(call, message):
         call()
 
 
-def test_batch_norms_fold():
-    model = small().eval()
-    x = images(2, 3, 97, 70)
+def norms(model):
+    return [name for name, module in model.named_modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+
+
+@pytest.mark.parametrize("onednn", [False, None])
+@pytest.mark.parametrize("form", FORMS)
+def test_fused_for_inference(form, onednn):
+    model = as_trained(small(form=form)).eval()
+    fused = fuse_for_inference(model, onednn)
+    assert norms(model) and not norms(fused)
+    again = fuse_for_inference(fused, onednn)
+    for size in ((64, 96), (97, 70)):
+        x = images(2, 3, *size)
+        with torch.no_grad():
+            expected = model(x)
+            assert (fused(x) - expected).abs().max() < 1e-5 * max(1.0, expected.abs().max())
+            assert_bitwise(again(x), fused(x), "twice")
+    assert model.decoder.form == form
+
+
+def test_fused_decoder_has_fewer_products():
+    """One for each scale, and the classifier's: those of weights with weights are done."""
+    decoder = as_trained(small()).decoder
+    features = [images(1, c, s, s) for c, s in ((16, 16), (32, 8), (64, 4), (112, 2))]
+    for onednn in (False, None):
+        fused = fuse_for_inference(decoder, onednn)
+        seen = operations(fused, features)
+        products = ("aten.addmm", "aten.mm", "mkldnn._linear_pointwise")
+        assert sum(name in products for name in seen) == len(features) + 1
+        assert "aten.native_batch_norm" not in seen
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("part", ["project.1", "fuse", "bn", "classifier"])
+def test_fused_with_hooks(part, form):
+    """They are part of the fused model too."""
+    model = as_trained(small(form=form)).eval()
+    model.decoder.get_submodule(part).register_forward_hook(lambda module, args, out: 1.1 * out)
+    x = images(2, 3, 64, 64)
     with torch.no_grad():
-        torch.testing.assert_close(fuse_for_inference(model)(x), model(x), rtol=1e-4, atol=1e-5)
+        expected = model(x)
+        assert (fuse_for_inference(model)(x) - expected).abs().max() < 1e-5 * max(1.0, expected.abs().max())
 
 
 def test_export():

@@ -7,7 +7,7 @@ from typing import TypeGuard, TypeVar
 
 from torch import Tensor, nn
 
-from xformer.layers import ConvNorm, HardSwish, Linear, Mlp, Pointwise
+from xformer.layers import ConvNorm, Foldable, HardSwish, Linear, Mlp, Pointwise
 from xformer.products import ONEDNN, conv2d, has_onednn, linear
 from xformer_kernels import XFA
 from xformer_kernels.nn import untouched
@@ -63,7 +63,7 @@ class FusedConv(nn.Module):
 
 
 def fuse_for_inference(model: Model, onednn: bool | None = None) -> Model:
-    """A copy in eval mode whose batch norms are part of the convolutions before them.
+    """A copy in eval mode whose batch norms are part of the convolutions and linear layers before them.
 
     The layers do much of that by themselves in inference on the CPU, in every call anew (:mod:`xformer.products`); the
     copy has it behind it. With `onednn`, linear layers and convolutions take their hard-swish with them, in float32 on
@@ -85,7 +85,7 @@ def fuse_for_inference(model: Model, onednn: bool | None = None) -> Model:
         raise RuntimeError("onednn=True: this torch was built without oneDNN's fused products; take None or False")
     fused = copy.deepcopy(model).eval()
     for module in fused.modules():
-        if isinstance(module, ConvNorm):
+        if isinstance(module, Foldable):
             module.fold()
     if onednn or (onednn is None and has_onednn()):
         _replace(fused)

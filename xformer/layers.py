@@ -55,7 +55,37 @@ class HardSwish(nn.Module):
         return F.hardswish(x, inplace=not torch.is_grad_enabled())
 
 
-class ConvNorm(nn.Module):
+class Foldable(nn.Module):
+    """What has a batch norm that can become part of the layers before it."""
+
+    def fold(self) -> None:
+        """In place, with running statistics. Nothing the second time, and where these layers are not as made."""
+        raise NotImplementedError
+
+
+@torch.no_grad()
+def norm_folded(layer: nn.Conv2d | nn.Linear, bn: nn.Module) -> tuple[Tensor, Tensor] | None:
+    """Weight and bias in float64 of the one layer that is ``bn(layer(x))`` with running statistics.
+
+    None where `bn` is no batch norm or knows no statistics, and where one of both has hooks or computes its weight.
+    """
+    if not isinstance(bn, (nn.BatchNorm2d, nn.SyncBatchNorm)) or bn.running_mean is None or bn.running_var is None:
+        return None
+    if not untouched(bn, type(bn)) or not any(untouched(layer, kind) for kind in (nn.Conv2d, Pointwise)):
+        return None
+    mean, var = bn.running_mean.double(), bn.running_var.double()  # the rest follows
+    return fuse_conv_bn_weights(layer.weight.double(), layer.bias, mean, var, bn.eps, bn.weight, bn.bias)
+
+
+@torch.no_grad()
+def set_weights(layer: nn.Conv2d | nn.Linear, weight: Tensor, bias: Tensor | None) -> None:
+    """Into a layer of the same shape, in its dtype; it has a bias from now on if one is given."""
+    layer.weight.copy_(weight)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.to(layer.weight.dtype), requires_grad=layer.weight.requires_grad)
+
+
+class ConvNorm(Foldable):
     """``act(bn(conv(x)))``: a convolution without bias, batch norm and perhaps hard-swish.
 
     In inference on the CPU (:func:`xformer.products.takes`) batch norm is multiplied into the weights, in every call,
@@ -119,22 +149,11 @@ class ConvNorm(nn.Module):
             return products.conv2d(x, weight, shift, conv, act)
         return products.linear(x.permute(0, 2, 3, 1), weight, shift, act).permute(0, 3, 1, 2)
 
-    @torch.no_grad()
     def fold(self) -> None:
-        """Batch norm with its running statistics becomes part of weight and bias.
-
-        Nothing the second time, and where one of both has hooks, computes its weight or knows no statistics.
-        """
-        conv, bn = self.conv, self.bn
-        if not isinstance(bn, (nn.BatchNorm2d, nn.SyncBatchNorm)) or bn.running_mean is None or bn.running_var is None:
-            return
-        if not (untouched(bn, type(bn)) and type(conv) in (nn.Conv2d, Pointwise) and untouched(conv, type(conv))):
-            return
-        mean, var = bn.running_mean.double(), bn.running_var.double()  # the rest follows
-        weight, bias = fuse_conv_bn_weights(conv.weight.double(), conv.bias, mean, var, bn.eps, bn.weight, bn.bias)
-        conv.weight.copy_(weight)
-        conv.bias = nn.Parameter(bias.to(conv.weight.dtype), requires_grad=conv.weight.requires_grad)
-        self.bn = nn.Identity()
+        folded = norm_folded(self.conv, self.bn)
+        if folded is not None:
+            set_weights(self.conv, *folded)
+            self.bn = nn.Identity()
 
 
 class SqueezeExcite(nn.Module):

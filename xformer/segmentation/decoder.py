@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import reduce
+from operator import add
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xformer.layers import HardSwish, Pointwise, init_weights
+from xformer.layers import Foldable, HardSwish, Pointwise, init_weights, norm_folded, set_weights
+from xformer.products import linear
+from xformer_kernels.nn import untouched
 
 FORMS = ("commuted", "concatenated")
 
@@ -34,7 +38,7 @@ def upsample(x: Tensor, factor: int, size: Sequence[int]) -> Tensor:
     return x[:, :, :height, :width]
 
 
-class Decoder(nn.Module):
+class Decoder(Foldable):
     """Features of several scales to logits at the first one's size (SegFormer's all-MLP decoder, arXiv 2105.15203).
 
     With ``P_i`` (width x C_i) the layer of scale i, ``[F_1 .. F_n]`` the columns of the fusing layer, ``U_i`` the
@@ -78,8 +82,8 @@ class Decoder(nn.Module):
         self.form, self.width = form, width
         self.factors = tuple(r // reductions[0] for r in reductions)
         self.project = nn.ModuleList(Pointwise(c, width, bias=False) for c in channels)
-        self.fuse = Pointwise(width * len(channels), width, bias=False)
-        self.bn = nn.BatchNorm2d(width)
+        self.fuse: nn.Module = Pointwise(width * len(channels), width, bias=False)
+        self.bn: nn.Module = nn.BatchNorm2d(width)
         self.act = HardSwish()
         self.drop = nn.Dropout2d(drop_rate)
         self.classifier = Pointwise(width, num_classes)
@@ -92,23 +96,35 @@ class Decoder(nn.Module):
         """(B, C_i, H_i, W_i) of all scales to (B, num_classes, H_1, W_1)."""
         if len(features) != len(self.factors):
             raise ValueError(f"features must be {len(self.factors)} maps, got {len(features)}")
-        y = self._concatenated(features) if self.form == "concatenated" else self._commuted(features)
+        size = features[0].shape[2:]
+        concatenated = self.form == "concatenated"
+        maps = self._projected(features) if concatenated else self._summands(features)
+        scales = (upsample(x, factor, size) for x, factor in zip(maps, self.factors, strict=True))
+        y = self.fuse(torch.cat(list(scales), 1)) if concatenated else reduce(add, scales)
         logits: Tensor = self.classifier(self.drop(self.act(self.bn(y))))
         return logits
 
-    def _concatenated(self, features: Sequence[Tensor]) -> Tensor:
-        size = features[0].shape[2:]
-        scales = zip(features, self.project, self.factors, strict=True)
-        y: Tensor = self.fuse(torch.cat([upsample(project(x), factor, size) for x, project, factor in scales], 1))
-        return y
+    def _projected(self, features: Sequence[Tensor]) -> Iterator[Tensor]:
+        return (project(x) for x, project in zip(features, self.project, strict=True))
 
-    def _commuted(self, features: Sequence[Tensor]) -> Tensor:
-        size = features[0].shape[2:]
-        columns = self.fuse.weight.split(self.width, 1)
-        y: Tensor | None = None
-        for x, fuse, project, factor in zip(features, columns, self.project, self.factors, strict=True):
-            tokens = F.linear(x.permute(0, 2, 3, 1), fuse @ project.weight)
-            scale = upsample(tokens.permute(0, 3, 1, 2), factor, size)
-            y = scale if y is None else y + scale
-        assert y is not None
-        return y
+    def _summands(self, features: Sequence[Tensor]) -> Iterator[Tensor]:
+        """Of y, each at its own scale's resolution."""
+        if isinstance(self.fuse, nn.Identity):  # folded
+            yield from self._projected(features)
+            return
+        columns = self.fuse.get_parameter("weight").split(self.width, 1)
+        for x, fuse, project in zip(features, columns, self.project, strict=True):
+            yield linear(x.permute(0, 2, 3, 1), fuse @ project.get_parameter("weight")).permute(0, 3, 1, 2)
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Batch norm and the fusing layer become part of the scales' layers: ``P_i`` is F_i P_i then, of bn(y)."""
+        layers = [p for p in self.project if isinstance(p, Pointwise) and untouched(p, Pointwise)]
+        fuse = self.fuse
+        folded = norm_folded(fuse, self.bn) if isinstance(fuse, Pointwise) else None
+        if folded is None or len(layers) < len(self.project):
+            return
+        weight, bias = folded
+        for i, (layer, columns) in enumerate(zip(layers, weight.split(self.width, 1), strict=True)):
+            set_weights(layer, columns @ layer.weight.double(), bias if i == 0 else None)
+        self.form, self.fuse, self.bn = "commuted", nn.Identity(), nn.Identity()

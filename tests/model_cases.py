@@ -1,0 +1,37 @@
+"""Models as training leaves them, and which operations a call of one runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+def as_trained(model: nn.Module) -> nn.Module:
+    """With running statistics, affine numbers and biases that are none of their first values."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+        for _ in range(3):
+            model(2 * torch.randn(8, 3, 64, 64) + 1)
+    return model
+
+
+class Operations(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(str(function.overloadpacket))
+        return function(*args, **(kwargs or {}))
+
+
+def operations(model: nn.Module, *inputs: Any) -> list[str]:
+    """Names of all of them, in order, without gradients."""
+    with torch.no_grad(), Operations() as operations:
+        model(*inputs)
+    return operations.seen
