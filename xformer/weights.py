@@ -153,6 +153,42 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], path: str | Path, 
     return said
 
 
+def start_from(model: nn.Module, task: str, path: str | Path, partial: bool = False) -> list[str]:
+    """Put the weights of a file into a model of "classify", "segment" or "detect", to be trained from there.
+
+    A file of the same task loads whole. A classifier's goes into ``model.backbone`` of the other tasks, without its
+    head. Which of the two a file is says its card; without one, its names: a classifier's do not begin with
+    ``backbone.``. With `partial`, what fits is taken of any file.
+
+    Returns what was left out, of the file and of the model, as sentences.
+
+    Raises:
+        UsageError: as :func:`load_weights`; without `partial` weights of another task, one that is no classifier, or
+            names or shapes that differ.
+    """
+    state, card = load_weights(path)
+    of_classifier = card.task == "classify" if card else not any(name.startswith("backbone.") for name in state)
+    if task != "classify" and of_classifier:
+        return _load_backbone(model.get_submodule("backbone"), state, path, partial)
+    if card and card.task != task and not partial:
+        accepted = task if task == "classify" else f"classify or {task}"
+        raise UsageError(
+            f"weights: {path} is of task {card.task}, and must be of {accepted}; --partial takes what fits of it"
+        )
+    return load_state(model, state, path, partial)
+
+
+def _load_backbone(backbone: nn.Module, state: Mapping[str, Tensor], path: str | Path, partial: bool) -> list[str]:
+    own = backbone.state_dict()
+    other = [name for name, value in own.items() if name not in state or state[name].shape != value.shape]
+    if other and not partial:
+        raise UsageError(
+            f"weights: {path} must have the {len(own)} tensors of the backbone, got {len(own) - len(other)} of them, "
+            f"without {other[0]}"
+        )
+    return load_state(backbone, state, path, partial=True)
+
+
 def load_model(path: str | Path, name: str = "", task: str = "", **changes: Any) -> tuple[nn.Module, Card]:
     """The model of a file in eval mode, and its card. `name` and `changes` (of a card) where the file has none.
 
