@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,7 +9,6 @@ from torch.export import Dim
 
 import xformer
 from xformer import fuse_for_inference
-from xformer.errors import UsageError
 from xformer.segmentation import FORMS, Decoder, Segmenter, upsample
 from xformer.segmentation.model import starts
 from xformer.weights import Card, load_state, load_weights, save_weights
@@ -199,28 +196,6 @@ def test_state_dict_round_trip(tmp_path):
     assert load_state(other, state, "w.safetensors") == []
     x = images(1, 3, 65, 64)
     assert_bitwise(other.eval()(x), model.eval()(x), "loaded")
-
-
-def test_weights_of_a_classifier(tmp_path):
-    classifier, model = xformer.xformer_xxs(num_classes=10).eval(), small().eval()
-    path = tmp_path / "w.safetensors"
-    save_weights(path, classifier.state_dict(), Card("xformer_xxs", 10))
-    (left_out,) = model.load_backbone(path)
-    head = len(classifier.state_dict()) - len(model.backbone.state_dict())
-    assert left_out.startswith(f"{head} tensors there are not of the model")
-    x = images(1, 3, 64, 64)
-    with torch.no_grad():
-        for got, expected in zip(
-            model.backbone(x), classifier.forward_intermediates(x, intermediates_only=True), strict=True
-        ):
-            assert_bitwise(got, expected, "stage")
-
-    save_weights(path, xformer.xformer_xs().state_dict(), Card("xformer_xs", 1000))
-    before = copy.deepcopy(model.state_dict())
-    with pytest.raises(UsageError, match=r"must have the \d+ tensors of xformer_xxs, got \d+ of them, without stages"):
-        model.load_backbone(path)
-    for name, value in model.state_dict().items():
-        assert_bitwise(value, before[name], name)
 
 
 @pytest.mark.parametrize(

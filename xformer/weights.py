@@ -189,12 +189,12 @@ def _load_backbone(backbone: nn.Module, state: Mapping[str, Tensor], path: str |
     return load_state(backbone, state, path, partial=True)
 
 
-def load_model(path: str | Path, name: str = "", task: str = "", **changes: Any) -> tuple[nn.Module, Card]:
+def load_model(path: str | Path, name: str = "", **changes: Any) -> tuple[nn.Module, Card]:
     """The model of a file in eval mode, and its card. `name` and `changes` (of a card) where the file has none.
 
     Raises:
         UsageError: as :func:`load_weights`; a file without a card and no `name`; weights of another model, by what the
-            card says or by their shapes; or of another task than `task`, if that is given.
+            card says or by their shapes.
     """
     state, card = load_weights(path)
     bare = card is None
@@ -207,8 +207,6 @@ def load_model(path: str | Path, name: str = "", task: str = "", **changes: Any)
     elif name and name != card.model:
         raise UsageError(f"model: {path} is of {card.model}, got {name}; without --model it is taken as what it says")
     card = replace(card, **changes)
-    if task and card.task != task:
-        raise UsageError(f"weights: {path} is of task {card.task}, and must be of {task}")
     model = build_model(card)
     load_state(model, state, path)
     return model.eval(), replace(card, **{**preparation(model), **changes}) if bare else card
