@@ -27,7 +27,7 @@ def scenes(tmp_path_factory):
 
 def files(recipes, folder):
     folder.mkdir()
-    paths = [folder / f"{number}.yaml" for number in range(len(recipes))]
+    paths = [folder / f"{number}.json" for number in range(len(recipes))]
     for path, of_it in zip(paths, recipes, strict=True):
         path.write_text(json.dumps(of_it.to_dict()))
     return map(str, paths)
