@@ -1,4 +1,4 @@
-"""The detector: budgets, shapes, gradients, export; coding of boxes, detections, anchors."""
+"""The detector: budgets, shapes, gradients; coding of boxes, detections, anchors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from xformer.detection import ANCHORS, DetectionLoss, Detector, detect, kmeans
 from xformer.detection import boxes as coding
 from xformer.detection.anchors import main, mean_iou, shape_iou
 from xformer.errors import UsageError
-from xformer_kernels import XFABlock
 from xformer_kernels.testing import assert_bitwise
 
 
@@ -116,21 +115,6 @@ def test_learns_two_images():
     for found, target in zip(detect(model(x)), targets, strict=True):
         assert found["labels"][0] == target["labels"][0]
         assert box_iou(found["boxes"][:1], target["boxes"]) > 0.5
-
-
-def test_exports():
-    """By torch.export, for any batch and any multiple of 32."""
-    model = small().eval()
-    for module in model.modules():
-        if isinstance(module, XFABlock):
-            module.attn.backend = "reference"
-    height, width = torch.export.Dim("height", min=2, max=16), torch.export.Dim("width", min=2, max=16)
-    shapes = {0: torch.export.Dim("batch", min=2, max=64), 2: 32 * height, 3: 32 * width}
-    program = torch.export.export(model, (images(2, 3, 96, 128),), dynamic_shapes=(shapes,))
-    assert "xformer_kernels" not in str(program.graph)
-    x = images(3, 3, 160, 64, seed=1)
-    for got, expected in zip(program.module()(x), model(x), strict=True):
-        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_fused_for_inference():

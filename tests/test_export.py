@@ -10,14 +10,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 import xformer
 from xformer import __main__ as command
 from xformer import export as exporting
-from xformer.backbone import Stage, Variant
+from xformer.backbone import VARIANTS, Stage, Variant
 from xformer.errors import UsageError
 from xformer.export import Differs, export
-from xformer.weights import Card, save_weights
+from xformer.weights import Card, build_model, save_weights
 
 CARD = Card("xformer_xxs", 5, image_size=32, classes=["ant", "bee", "cat", "døg", 'e"l'], mean=(0.4, 0.5, 0.6))
 TINY = Variant((Stage(8, (2,), 3), Stage(8, (2,), 3, 32, 1, 1)), 16)
@@ -135,6 +136,75 @@ def test_onnx(attention, tmp_path):
         expected = model(images)
     (got,) = session.run(None, {"images": images.numpy()})
     torch.testing.assert_close(torch.from_numpy(got), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture(params=["segment", "detect"])
+def of_task(request, monkeypatch):
+    """A small model of the task with its card: images to maps."""
+    stages = tuple(Stage(8, (2,), 3, *((32, 1, 1) if i == 3 else ())) for i in range(4))
+    monkeypatch.setitem(VARIANTS, "xformer_xxs", Variant(stages, 16))
+    options = {"segment": {"width": 16}, "detect": {"widths": [8, 16, 16]}}[request.param]
+    card = replace(CARD, task=request.param, image_size=64, options=options)
+    torch.manual_seed(0)
+    model = build_model(card)
+    with torch.no_grad():
+        for _ in range(3):
+            model(2 * torch.randn(4, 3, 64, 64) + 1)
+    return model.eval(), card
+
+
+NAMES = {"segment": ["logits"], "detect": ["map_stride_8", "map_stride_16", "map_stride_32"]}
+
+
+def check_maps(got, model, x):
+    with torch.no_grad():
+        expected = tree_leaves(model(x))
+    for y, wanted in zip(got, expected, strict=True):
+        assert y.shape == wanted.shape
+        assert (y - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+
+
+def test_maps_as_pt2(of_task, tmp_path, capsys):
+    """Of any size, odd ones too, by the command, and without this package's ops."""
+    model, card = of_task
+    weights, to = tmp_path / "w.safetensors", tmp_path / "m.pt2"
+    save_weights(weights, model.state_dict(), card)
+    assert command.main(["export", "--weights", str(weights), "--to", str(to), "--size", "dynamic"]) == 0
+    assert "images batch x 3 x height x width" in capsys.readouterr().out
+    assert not [op for op in ops_of(to) if "xformer" in op]
+    extra = {"xformer": ""}
+    run = torch.export.load(to, extra_files=extra).module()
+    said = json.loads(extra["xformer"])
+    assert (said["task"], said["outputs"], said["options"]) == (card.task, NAMES[card.task], card.options)
+    for shape in ((1, 3, 70, 33), (2, 3, 64, 64), (3, 3, 95, 161)):
+        x = torch.randn(shape)
+        check_maps(tree_leaves(run(x)), model, x)
+
+
+def test_maps_as_onnx(of_task, tmp_path):
+    """Of one size, an odd one, and any batch; decoded, they are what the model finds."""
+    pytest.importorskip("onnx")
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    model, card = of_task
+    result = export(model, card, tmp_path / "m.onnx", size=(70, 33))
+    assert result.shape == ("batch", 3, 70, 33)
+    session = runtime.InferenceSession(str(result.path), providers=["CPUExecutionProvider"])
+    assert [output.name for output in session.get_outputs()] == NAMES[card.task]
+    x = torch.randn(3, 3, 70, 33)
+    maps = [torch.from_numpy(y) for y in session.run(None, {"images": x.numpy()})]
+    check_maps(maps, model, x)
+    if card.task == "segment":
+        from xformer.segmentation import upsample
+
+        got, wanted = upsample(maps[0], 4, (70, 33)), model.whole_image(x)
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+    else:
+        from xformer.detection import detect
+
+        found, expected = (detect(y, score=0.0, limit=20) for y in (maps, model(x)))
+        for got, wanted in zip(found, expected, strict=True):
+            torch.testing.assert_close(got["scores"], wanted["scores"], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="AOTInductor needs a C++ compiler")

@@ -145,9 +145,13 @@ def test_mistakes(weights, model, tmp_path, capsys):
     assert "is not a safetensors file" in said(weights=image)
     assert said("--top", "0") == "error: top must be 1 or more, got 0"
     assert "cannot be written" in said("--json", str(tmp_path / "no" / "out.json"))
+    assert said("--json", image) == f"error: json: it would replace {image}: name another file"
+    assert said("--json", str(weights)) == f"error: json: it would replace {weights}: name another file"
+    assert said("--score", "0.5") == "error: score means nothing to task classify, got 0.5"
+    assert said("--out", "x") == "error: out means nothing to task classify, got 'x'"
     other = tmp_path / "other.safetensors"
-    save_weights(other, model.state_dict(), replace(CARD, task="segment"))
-    assert "is of task segment" in said(weights=other)
+    save_weights(other, model.state_dict(), replace(CARD, task="juggle"))
+    assert said(weights=other) == "error: task must be classify, segment or detect, got 'juggle'"
 
 
 def test_command(weights, tmp_path):

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 import torch.nn.functional as F
 from model_cases import as_trained, operations
 from torch import nn
-from torch.export import Dim
 
 import xformer
 from xformer import fuse_for_inference
-from xformer.errors import UsageError
 from xformer.segmentation import FORMS, Decoder, Segmenter, upsample
 from xformer.segmentation.model import starts
 from xformer.weights import Card, load_state, load_weights, save_weights
@@ -203,28 +199,6 @@ def test_state_dict_round_trip(tmp_path):
     assert_bitwise(other.eval()(x), model.eval()(x), "loaded")
 
 
-def test_weights_of_a_classifier(tmp_path):
-    classifier, model = xformer.xformer_xxs(num_classes=10).eval(), small().eval()
-    path = tmp_path / "w.safetensors"
-    save_weights(path, classifier.state_dict(), Card("xformer_xxs", 10))
-    (left_out,) = model.load_backbone(path)
-    head = len(classifier.state_dict()) - len(model.backbone.state_dict())
-    assert left_out.startswith(f"{head} tensors there are not of the model")
-    x = images(1, 3, 64, 64)
-    with torch.no_grad():
-        for got, expected in zip(
-            model.backbone(x), classifier.forward_intermediates(x, intermediates_only=True), strict=True
-        ):
-            assert_bitwise(got, expected, "stage")
-
-    save_weights(path, xformer.xformer_xs().state_dict(), Card("xformer_xs", 1000))
-    before = copy.deepcopy(model.state_dict())
-    with pytest.raises(UsageError, match=r"must have the \d+ tensors of xformer_xxs, got \d+ of them, without stages"):
-        model.load_backbone(path)
-    for name, value in model.state_dict().items():
-        assert_bitwise(value, before[name], name)
-
-
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -288,20 +262,6 @@ def test_fused_with_hooks(part, form):
     with torch.no_grad():
         expected = model(x)
         assert (fuse_for_inference(model)(x) - expected).abs().max() < 1e-5 * max(1.0, expected.abs().max())
-
-
-def test_export():
-    """Sizes are tied by rounding, not by a factor: open ones are open to odd numbers."""
-    model = small().eval()
-    dims = {0: Dim("batch", min=1), 2: Dim("height", min=33), 3: Dim("width", min=33)}
-    graph = torch.export.export(model, (images(2, 3, 64, 96),), dynamic_shapes=(dims,)).module()
-    fixed = torch.export.export(model, (images(1, 3, 65, 97),)).module()
-    with torch.no_grad():
-        for shape in ((1, 3, 65, 97), (3, 3, 97, 70)):
-            x = images(*shape)
-            torch.testing.assert_close(graph(x), model(x), rtol=1e-5, atol=1e-5)
-        x = images(1, 3, 65, 97)
-        torch.testing.assert_close(fixed(x), model(x), rtol=1e-5, atol=1e-5)
 
 
 def test_autocast():

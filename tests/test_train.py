@@ -1,18 +1,16 @@
 """Runs of the engine on a few small images: where they go, where they go on, and what they say."""
 
-import csv
 import json
-import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from train_cases import ROOT, assert_equal_steps, assert_same_run, curves, environment, run, same_tensors
 
 from xformer.engine import train
 from xformer.engine.checkpoint import Checkpoints
@@ -21,7 +19,6 @@ from xformer.errors import UsageError
 from xformer.recipe import load_recipe
 from xformer.weights import load_model, load_weights
 
-ROOT = Path(__file__).parent.parent
 CLASSES = ("dark", "light", "middle")
 
 
@@ -60,34 +57,6 @@ def command(images, out, *more, **changes):
         else:
             options += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     return ["-m", "xformer", "train", "--config", "small", *options, *more]
-
-
-def environment():
-    return {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}", "OMP_NUM_THREADS": "1"}
-
-
-def run(arguments):
-    return subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, timeout=300, cwd=ROOT, env=environment()
-    )
-
-
-def rows(path, *without):
-    with open(path, newline="") as file:
-        return [{k: v for k, v in row.items() if k not in without} for row in csv.DictReader(file)]
-
-
-def curves(out):
-    return rows(out / "train.csv", "images/s"), rows(out / "eval.csv")
-
-
-def same_tensors(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def assert_same_run(a, b):
-    assert curves(a) == curves(b)
-    assert same_tensors(*(load_weights(out / "last.safetensors")[0] for out in (a, b)))
 
 
 HARD = {"ema": 0.9, "drop_path": 0.2, "mixup": 0.2, "reprob": 0.3, "sizes": [32, 48], "checkpoint_every": 4}
@@ -208,14 +177,8 @@ def test_two_processes_equal_one(images, tmp_path):
         ]
     )
     assert done.returncode == 0, done.stderr
-    one, two = (curves(tmp_path / name)[0] for name in ("one", "two"))
-    assert [row["step"] for row in one] == [row["step"] for row in two] and len(one) == 6
-    for a, b in zip(one, two, strict=True):
-        assert float(a["loss"]) == pytest.approx(float(b["loss"]), rel=1e-4)
-    first, second = (load_model(tmp_path / name / "last.safetensors")[0] for name in ("one", "two"))
-    for (name, a), b in zip(first.named_parameters(), second.parameters(), strict=True):
-        scale = a.abs().max().clamp_min(1e-3)
-        assert (a - b).abs().max() <= 1e-3 * scale, name
+    assert len(curves(tmp_path / "one")[0]) == 6
+    assert_equal_steps(tmp_path / "one", tmp_path / "two")
     # every image is evaluated once, by one process or the other
     assert float(curves(tmp_path / "two")[1][-1]["top1"]) % (100 / 12) == pytest.approx(0, abs=1e-3)
 

@@ -100,12 +100,14 @@ def export(
     if size == "dynamic":
         dims |= {2: Dim("height", min=step + 1), 3: Dim("width", min=step + 1)}
     program = _trace(_prepared(model, fuse, ops), shape, dims, card.model)
+    outputs = _names(model, len(program.graph_signature.user_outputs))
 
-    said = json.dumps(asdict(card) | {"input": [dims[i].__name__ if i in dims else n for i, n in enumerate(shape)]})
+    images = tuple(dims[i].__name__ if i in dims else n for i, n in enumerate(shape))
+    said = json.dumps(asdict(card) | {"input": images, "outputs": outputs})
     # under its own name, which goes into archives
     with tempfile.TemporaryDirectory(dir=to.parent, prefix=f".{to.stem}.") as folder:
         part = Path(folder) / to.name
-        WRITERS[format](program, part, said, dims)
+        WRITERS[format](program, part, said, dims, outputs)
         difference, largest = _compare(model, LOADERS[format](part), _others(shape, dims, step))
         if not difference <= TOLERANCE * largest:
             raise Differs(
@@ -113,7 +115,7 @@ def export(
                 f"and the largest of them is {largest:.2g}"
             )
         os.replace(part, to)
-    return Exported(to, format, tuple(json.loads(said)["input"]), difference, largest)
+    return Exported(to, format, images, difference, largest)
 
 
 def _check(to: Path, format: str, size: Any, batch: Any, ops: str) -> None:
@@ -149,6 +151,14 @@ def _reduction(model: nn.Module) -> int:
     """Pixels of an image by those of the last feature map, along a side; 1 if the model does not say."""
     info = getattr(model, "feature_info", None) or [{}]
     return int(info[-1].get("reduction", 1))
+
+
+def _names(model: nn.Module, outputs: int) -> list[str]:
+    """Of outputs: what the model calls them, else logits, or features of several scales."""
+    own = list(getattr(model, "output_names", ()))
+    if len(own) == outputs:
+        return own
+    return ["logits"] if outputs == 1 else [f"features_{i}" for i in range(outputs)]
 
 
 def _prepared(model: nn.Module, fuse: bool, ops: str) -> nn.Module:
@@ -197,7 +207,7 @@ def _compare(model: nn.Module, run: Run, shapes: Sequence[tuple[int, ...]]) -> t
     return difference.item(), largest.item()
 
 
-def _write_pt2(program: ExportedProgram, path: Path, card: str, dims: dict[int, Any]) -> None:
+def _write_pt2(program: ExportedProgram, path: Path, card: str, dims: dict[int, Any], names: list[str]) -> None:
     with warnings.catch_warnings():
         # weights in channels_last memory are whole
         warnings.filterwarnings("ignore", "No complete tensor found")
@@ -209,7 +219,7 @@ def _load_pt2(path: Path) -> Run:
     return lambda images: tree_leaves(module(images))
 
 
-def _write_aoti(program: ExportedProgram, path: Path, card: str, dims: dict[int, Any]) -> None:
+def _write_aoti(program: ExportedProgram, path: Path, card: str, dims: dict[int, Any], names: list[str]) -> None:
     metadata = {"aot_inductor.metadata": {KEY: card}}
     torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=metadata)
 
@@ -219,17 +229,16 @@ def _load_aoti(path: Path) -> Run:
     return lambda images: tree_leaves(loaded(images))
 
 
-def _write_onnx(program: ExportedProgram, path: Path, card: str, dims: dict[int, Any]) -> None:
+def _write_onnx(program: ExportedProgram, path: Path, card: str, dims: dict[int, Any], names: list[str]) -> None:
     import onnx
 
-    outputs = len(program.graph_signature.user_outputs)
     written = torch.onnx.export(
         program,
         dynamo=True,
         opset_version=OPSET,
         dynamic_shapes=(dims,),
         input_names=["images"],
-        output_names=["logits"] if outputs == 1 else [f"features_{i}" for i in range(outputs)],
+        output_names=names,
         verbose=False,
     )
     assert written is not None

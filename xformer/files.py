@@ -22,18 +22,35 @@ def sync_folder(path: Path) -> None:
         os.close(handle)
 
 
-def write_atomically(path: Path, text: str) -> None:
+def make_folder(setting: str, path: str | Path) -> None:
+    """Raises UsageError, by the name of the setting, where there can be no such folder."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{setting}: there can be no folder {path}: {error}") from error
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Text in UTF-8, or bytes."""
     part = path.with_name(f"{PART}{path.name}")
-    with open(part, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    try:
+        with open(part, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_file(setting: str, path: str | Path, content: str | bytes) -> None:
+    """Atomically, in a folder that exists. Raises UsageError, by the name of the setting, where it cannot be."""
+    try:
+        write_atomically(Path(path), content)
+    except OSError as error:
+        raise UsageError(f"{setting}: {path} cannot be written: {error}") from error
 
 
 def write_json(setting: str, path: str | Path, content: Any) -> None:
-    """Raises UsageError, by the name of the setting, where there can be no such file."""
-    try:
-        write_atomically(Path(path), json.dumps(content, indent=1) + "\n")
-    except OSError as error:
-        raise UsageError(f"{setting}: {path} cannot be written: {error}") from error
+    """As :func:`write_file`."""
+    write_file(setting, path, json.dumps(content, indent=1) + "\n")

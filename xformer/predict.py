@@ -1,64 +1,110 @@
-"""What a model says of images: ``python -m xformer predict image.jpg --weights w.safetensors``."""
+"""What a model says of images: ``python -m xformer predict image.jpg --weights w.safetensors``.
+
+The task is that of the weights' card. What the tasks have in common is here: images that are read, and lines, JSON and
+pictures that are written. What a task makes of images is in its folder: ``classification/predict.py`` and so on.
+"""
 
 from __future__ import annotations
 
 import argparse
+import colorsys
+import io
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from xformer.errors import UsageError
-from xformer.files import write_json
+from xformer.files import make_folder, write_file, write_json
 from xformer.fuse import fuse_for_inference
 from xformer.weights import Card, load_model
 
-
-@dataclass
-class Guess:
-    name: str
-    index: int
-    probability: float
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 @dataclass
 class Prediction:
-    """The likeliest classes of an image, best first; or why it could not be read."""
+    """What a task says of an image, as JSON has it, and its picture, if the task draws; or why it was not read."""
 
     image: str
-    top: list[Guess] = field(default_factory=list)
     error: str = ""
+    found: dict[str, Any] = field(default_factory=dict)
+    drawn: Image.Image | None = None
 
 
-def predict(
-    model: nn.Module, card: Card, images: Sequence[str | Path], names: Sequence[str], top: int = 5, batch: int = 32
-) -> Iterator[Prediction]:
-    """One prediction for every image, in their order, prepared as in the evaluation. `names` are of the classes."""
+class Predictor(ABC):
+    """Images to what a task says of them.
+
+    Args:
+        model: of the task, in eval mode.
+        card: the model's.
+        names: of the classes, in the order of their numbers.
+        batch_size: images at a time.
+
+    Raises:
+        UsageError: an option that is out of its range.
+    """
+
+    defaults: ClassVar[dict[str, Any]]
+    """Options of the command that mean something to the task. With ``out``: it draws."""
+    columns: ClassVar[tuple[str, ...]]
+    """Titles of what ``rows`` gives."""
+
+    def __init__(self, model: nn.Module, card: Card, names: Sequence[str], batch_size: int = 1) -> None:
+        if batch_size < 1:
+            raise UsageError(f"batch-size must be 1 or more, got {batch_size}")
+        self.model, self.card, self.names, self.batch_size = model, card, names, batch_size
+
+    @abstractmethod
+    def __call__(self, images: Sequence[Image.Image]) -> list[tuple[dict[str, Any], Image.Image | None]]:
+        """What is found in each of some RGB images, as JSON has it, and a picture of it."""
+
+    @abstractmethod
+    def rows(self, found: dict[str, Any]) -> list[tuple[str, ...]]:
+        """The same as lines of text."""
+
+
+TASKS = {
+    "classify": "xformer.classification.predict:Classes",
+    "segment": "xformer.segmentation.predict:Pixels",
+    "detect": "xformer.detection.predict:Boxes",
+}
+
+
+def predictor_class(task: str) -> type[Predictor]:
+    """Of a task that there is."""
+    module, _, name = TASKS[task].partition(":")
+    found: type[Predictor] = getattr(import_module(module), name)
+    return found
+
+
+def predict(predictor: Predictor, images: Sequence[str | Path]) -> Iterator[Prediction]:
+    """One prediction for every image file, in their order, prepared as in the evaluation."""
     from xformer.data.images import Unreadable, open_image
-    from xformer.data.transforms import eval_transform
 
-    transform = eval_transform(card, card.mean, card.std)
-    for start in range(0, len(images), batch):
-        results = [Prediction(str(path)) for path in images[start : start + batch]]
-        read: list[tuple[Prediction, Tensor]] = []
+    for start in range(0, len(images), predictor.batch_size):
+        results = [Prediction(str(path)) for path in images[start : start + predictor.batch_size]]
+        read: list[tuple[Prediction, Image.Image]] = []
         for result in results:
             if not Path(result.image).is_file():
                 result.error = f"image: there is no file {result.image}"
                 continue
             try:
-                read.append((result, transform(open_image(result.image))))
+                read.append((result, open_image(result.image)))
             except Unreadable as error:
                 result.error = f"image: {result.image} cannot be read: {error}"
         if read:
             with torch.inference_mode():
-                logits = model(torch.stack([image for _, image in read]))
-            best = logits.float().softmax(-1).topk(min(top, card.num_classes))
-            for (result, _), values, indices in zip(read, best.values.tolist(), best.indices.tolist(), strict=True):
-                result.top = [Guess(names[i], i, p) for p, i in zip(values, indices, strict=True)]
+                answers = predictor([image for _, image in read])
+            for (result, _), (found, drawn) in zip(read, answers, strict=True):
+                result.found, result.drawn = found, drawn
         yield from results
 
 
@@ -80,43 +126,103 @@ def class_names(card: Card, labels: str | Path = "") -> list[str]:
     return names
 
 
+def colour(number: int) -> tuple[int, int, int]:
+    """RGB of a class, always the same: hues a golden section apart, so that few classes differ much."""
+    red, green, blue = (round(255 * part) for part in colorsys.hsv_to_rgb(0.6180339887 * number % 1, 0.85, 0.95))
+    return red, green, blue
+
+
 def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
-        "predict", help="classes of images", description="Print the likeliest classes of images."
+        "predict",
+        help="classes, objects or segments of images",
+        description="Print what a model says of images, and draw it. The weights say what the task is: classify, "
+        "detect or segment. Options of one task are refused with another.",
     )
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="files that PIL reads")
     parser.add_argument("--weights", required=True, help="safetensors")
     parser.add_argument("--model", default="", help="what they are of, where the file does not say")
     parser.add_argument("--labels", default="", help="class names, one a line; default: those in the weights file")
-    parser.add_argument("--top", type=int, default=5, help="classes to print (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=32, help="images at a time (default: %(default)s)")
     parser.add_argument("--json", default="", help="also write the results here")
+    parser.add_argument(
+        "--out", metavar="FOLDER", help="detect, segment: of pictures; '' for none (default: predictions)"
+    )
+    parser.add_argument(
+        "--batch-size", type=int, help="classify, detect: images at a time (default: 32 to classify, 8 to detect)"
+    )
+    parser.add_argument("--top", type=int, help="classify: classes to print (default: 5)")
+    parser.add_argument("--score", type=float, help="detect: what is not above it is left out (default: 0.3)")
+    parser.add_argument(
+        "--iou", type=float, help="detect: of two boxes of a class that overlap more the better stays (default: 0.45)"
+    )
+    parser.add_argument(
+        "--window", nargs=2, type=int, metavar=("H", "W"), help="segment: by windows (default: the whole image at once)"
+    )
+    parser.add_argument(
+        "--stride", nargs=2, type=int, metavar=("H", "W"), help="segment: of windows (default: three quarters of them)"
+    )
     parser.set_defaults(run=run)
 
 
+OF_TASKS = ("out", "batch_size", "top", "score", "iou", "window", "stride")
+
+
 def run(options: argparse.Namespace) -> int:
-    """Print predictions; 1 if an image could not be read."""
-    for name in ("top", "batch_size"):
-        if getattr(options, name) < 1:
-            raise UsageError(f"{name.replace('_', '-')} must be 1 or more, got {getattr(options, name)}")
-    model, card = load_model(options.weights, options.model, task="classify")
+    """Print and write predictions; 1 if an image could not be read."""
+    model, card = load_model(options.weights, options.model)
     if card.in_chans != 3:
         raise UsageError(f"weights: {options.weights} must be of RGB images, got one of {card.in_chans} channels")
-    names = class_names(card, options.labels)
+    kind = predictor_class(card.task)
+    given = {name: value for name in OF_TASKS if (value := getattr(options, name)) is not None}
+    for name, value in given.items():
+        if name not in kind.defaults:
+            raise UsageError(f"{name.replace('_', '-')} means nothing to task {card.task}, got {value!r}")
+    settings = kind.defaults | given
+    out = settings.pop("out", "")
+    predictor = kind(fuse_for_inference(model), card, class_names(card, options.labels), **settings)
+    pictures = [Path(out) / f"{Path(image).stem}.png" for image in options.images] if out else []
+    check_files(options.images, pictures, options.json, (options.weights, options.labels))
+    if out:
+        make_folder("out", out)
     results = []
-    for result in predict(fuse_for_inference(model), card, options.images, names, options.top, options.batch_size):
-        results.append(result)
+    for number, result in enumerate(predict(predictor, options.images)):
+        results.append({"image": result.image, "error": result.error, **result.found})
         if result.error:
             print(f"error: {result.error}", file=sys.stderr)
-        else:
-            show(result)
+            continue
+        title = result.image
+        if out and result.drawn is not None:
+            results[-1]["picture"] = str(pictures[number])
+            title = f"{title} -> {pictures[number]}"
+            file = io.BytesIO()
+            result.drawn.save(file, "PNG")
+            write_file("out", pictures[number], file.getvalue())
+        show(title, predictor.columns, predictor.rows(result.found))
     if options.json:
-        write_json("json", options.json, [asdict(result) for result in results])
-    return int(any(result.error for result in results))
+        write_json("json", options.json, results)
+    return int(any(result["error"] for result in results))
 
 
-def show(result: Prediction) -> None:
-    """A table on a terminal where rich is installed, else lines of probability and name."""
+def check_files(images: Sequence[str], pictures: Sequence[Path], json: str, read: Sequence[str]) -> None:
+    """That no file is written over another one of the command.
+
+    Raises:
+        UsageError: two pictures of one name; a picture, or the JSON, that would replace what is read or drawn.
+    """
+    taken = {Path(path).resolve(): path for path in (*images, *filter(None, read))}
+    drawn: dict[Path, str] = {}
+    for image, picture in zip(images, pictures, strict=False):
+        if picture in drawn:
+            raise UsageError(f"out: {drawn[picture]} and {image} would both be drawn as {picture}: predict them apart")
+        if picture.resolve() in taken:
+            raise UsageError(f"out: the picture of {image} would replace {picture}: name another folder")
+        drawn[picture] = image
+    if json and Path(json).resolve() in {*taken, *(picture.resolve() for picture in pictures)}:
+        raise UsageError(f"json: it would replace {json}: name another file")
+
+
+def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table on a terminal where rich is installed, else lines."""
     try:
         if not sys.stdout.isatty():
             raise ImportError
@@ -124,11 +230,11 @@ def show(result: Prediction) -> None:
         from rich.markup import escape
         from rich.table import Table
     except ImportError:
-        print(result.image)
-        for guess in result.top:
-            print(f"  {guess.probability:7.2%}  {guess.name}")
+        print(title)
+        for row in rows:
+            print("  " + "  ".join(row))
         return
-    table = Table("class", "probability", title=escape(result.image), title_justify="left")
-    for guess in result.top:
-        table.add_row(escape(guess.name), f"{guess.probability:.2%}")
+    table = Table(*columns, title=escape(title), title_justify="left")
+    for row in rows:
+        table.add_row(*map(escape, row))
     Console().print(table)

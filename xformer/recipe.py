@@ -57,7 +57,7 @@ class Recipe:
     model_options: dict[str, Any] = setting({}, "more arguments of the model, as key=value")
     attention: str = setting("", "attention of our models, by name: xfa, softmax, ...")
     drop_path: float = setting(0.0, "drop path rate of the last block")
-    weights: str = setting("", "safetensors to start from")
+    weights: str = setting("", "safetensors to start from; those of a classifier are a backbone to other tasks")
     partial: bool = setting(False, "take what fits of these weights, and say what was left out")
 
     image_size: int = setting(256, "pixels")

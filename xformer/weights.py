@@ -153,12 +153,48 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], path: str | Path, 
     return said
 
 
-def load_model(path: str | Path, name: str = "", task: str = "", **changes: Any) -> tuple[nn.Module, Card]:
+def start_from(model: nn.Module, task: str, path: str | Path, partial: bool = False) -> list[str]:
+    """Put the weights of a file into a model of "classify", "segment" or "detect", to be trained from there.
+
+    A file of the same task loads whole. A classifier's goes into ``model.backbone`` of the other tasks, without its
+    head. Which of the two a file is says its card; without one, its names: a classifier's do not begin with
+    ``backbone.``. With `partial`, what fits is taken of any file.
+
+    Returns what was left out, of the file and of the model, as sentences.
+
+    Raises:
+        UsageError: as :func:`load_weights`; without `partial` weights of another task, one that is no classifier, or
+            names or shapes that differ.
+    """
+    state, card = load_weights(path)
+    of_classifier = card.task == "classify" if card else not any(name.startswith("backbone.") for name in state)
+    if task != "classify" and of_classifier:
+        return _load_backbone(model.get_submodule("backbone"), state, path, partial)
+    if card and card.task != task and not partial:
+        accepted = task if task == "classify" else f"classify or {task}"
+        raise UsageError(
+            f"weights: {path} is of task {card.task}, and must be of {accepted}; --partial takes what fits of it"
+        )
+    return load_state(model, state, path, partial)
+
+
+def _load_backbone(backbone: nn.Module, state: Mapping[str, Tensor], path: str | Path, partial: bool) -> list[str]:
+    own = backbone.state_dict()
+    other = [name for name, value in own.items() if name not in state or state[name].shape != value.shape]
+    if other and not partial:
+        raise UsageError(
+            f"weights: {path} must have the {len(own)} tensors of the backbone, got {len(own) - len(other)} of them, "
+            f"without {other[0]}"
+        )
+    return load_state(backbone, state, path, partial=True)
+
+
+def load_model(path: str | Path, name: str = "", **changes: Any) -> tuple[nn.Module, Card]:
     """The model of a file in eval mode, and its card. `name` and `changes` (of a card) where the file has none.
 
     Raises:
         UsageError: as :func:`load_weights`; a file without a card and no `name`; weights of another model, by what the
-            card says or by their shapes; or of another task than `task`, if that is given.
+            card says or by their shapes.
     """
     state, card = load_weights(path)
     bare = card is None
@@ -171,8 +207,6 @@ def load_model(path: str | Path, name: str = "", task: str = "", **changes: Any)
     elif name and name != card.model:
         raise UsageError(f"model: {path} is of {card.model}, got {name}; without --model it is taken as what it says")
     card = replace(card, **changes)
-    if task and card.task != task:
-        raise UsageError(f"weights: {path} is of task {card.task}, and must be of {task}")
     model = build_model(card)
     load_state(model, state, path)
     return model.eval(), replace(card, **{**preparation(model), **changes}) if bare else card

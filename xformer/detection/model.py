@@ -82,6 +82,9 @@ class Detector(nn.Module):
         ValueError: options that the backbone refuses.
     """
 
+    output_names = tuple(f"map_stride_{stride}" for stride in STRIDES)
+    """Of exported files."""
+
     def __init__(
         self,
         backbone_name: str = "xformer_s",
@@ -103,7 +106,7 @@ class Detector(nn.Module):
         self.anchors = check_anchors(anchors)
         self.backbone = build(backbone_name, features_only=True, out_indices=(1, 2, 3), in_chans=in_chans, **options)
         assert isinstance(self.backbone, XFormerFeatures)
-        info = self.backbone.feature_info
+        self.feature_info = info = self.backbone.feature_info
         if info.reduction() != list(STRIDES):
             raise UsageError(f"stem_stride and stage_strides must give the strides {STRIDES}, got {info.reduction()}")
         outputs = PER_SCALE * (5 + num_classes)
@@ -129,9 +132,10 @@ class Detector(nn.Module):
             bias[:, 5:] = -math.log(max(1, self.num_classes - 1))
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        below, right = -x.shape[2] % STRIDES[-1], -x.shape[3] % STRIDES[-1]
-        if below or right:
-            x = F.pad(x, (0, right, 0, below))
+        height, width = ((side + STRIDES[-1] - 1) // STRIDES[-1] * STRIDES[-1] for side in x.shape[2:])
+        # of an open size torch.export cannot know whether there is anything to pad
+        if isinstance(height, torch.SymInt) or isinstance(width, torch.SymInt) or x.shape[2:] != (height, width):
+            x = F.pad(x, (0, width - x.shape[3], 0, height - x.shape[2]))
         features = self.backbone(x)
         y, coarsest = self.scales[-1](features[-1])
         maps = [coarsest]

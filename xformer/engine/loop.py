@@ -29,8 +29,9 @@ from xformer.engine.checkpoint import Checkpoints
 from xformer.engine.log import Log
 from xformer.engine.task import Task, task_class
 from xformer.errors import UsageError
+from xformer.files import make_folder
 from xformer.recipe import Recipe
-from xformer.weights import load_state, load_weights, save_weights
+from xformer.weights import save_weights, start_from
 
 FREE = {
     "out", "data", "train_shards", "eval_shards", "workers", "threads", "compile", "channels_last", "eval_every",
@@ -101,7 +102,7 @@ class Run:
         model = self.task.build()
         self.said: list[str] = []
         if recipe.weights:
-            self.said = load_state(model, load_weights(recipe.weights)[0], recipe.weights, recipe.partial)
+            self.said = start_from(model, self.task.name, recipe.weights, recipe.partial)
         if recipe.grad_checkpointing:
             switch: Any = getattr(model, "set_grad_checkpointing", None)
             if switch is None:
@@ -139,10 +140,7 @@ class Run:
         recipe, out = self.recipe, self.out
         main = self.accelerator.is_main_process
         if main:
-            try:
-                out.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise UsageError(f"out: there can be no folder {out}: {error}") from error
+            make_folder("out", out)
         result: dict[str, float] = {}
         with Log(out, self.step, self.steps, recipe.tensorboard, main) as self.log:
             for said in self.said:

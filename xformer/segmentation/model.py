@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +11,6 @@ from xformer.backbone import XFormerFeatures
 from xformer.errors import UsageError
 from xformer.registry import build, default_cfgs
 from xformer.segmentation.decoder import Decoder, upsample
-from xformer.weights import load_state, load_weights
 
 
 class Segmenter(nn.Module):
@@ -79,8 +77,7 @@ class Segmenter(nn.Module):
         Raises:
             UsageError: window or stride below 1, a stride beyond the window.
         """
-        if not all(1 <= step <= side for side, step in zip(window, stride, strict=True)):
-            raise UsageError(f"stride must be from 1 to the window's side, got stride={stride} for window={window}")
+        check_windows(window, stride)
         height, width = images.shape[2:]
         total: Tensor | None = None
         seen = torch.zeros(height, width, device=images.device)
@@ -95,24 +92,6 @@ class Segmenter(nn.Module):
         assert total is not None
         return total / seen
 
-    def load_backbone(self, path: str | Path) -> list[str]:
-        """Weights of a classifier, such as ``python -m xformer train`` writes, into the backbone.
-
-        Returns what was left out of the file, as sentences: the classifier's head.
-
-        Raises:
-            UsageError: no such file, or one that lacks a tensor of the backbone, or has it in another shape.
-        """
-        state, _ = load_weights(path)
-        own = self.backbone.state_dict()
-        other = [name for name, value in own.items() if name not in state or state[name].shape != value.shape]
-        if other:
-            raise UsageError(
-                f"weights: {path} must have the {len(own)} tensors of {self.backbone_name}, "
-                f"got {len(own) - len(other)} of them, without {other[0]}"
-            )
-        return load_state(self.backbone, state, path, partial=True)
-
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Of the backbone's stages."""
         self.backbone.set_grad_checkpointing(enable)
@@ -120,6 +99,12 @@ class Segmenter(nn.Module):
     def no_weight_decay(self) -> set[str]:
         """Names of the temperatures, which an optimiser should not decay (timm's convention)."""
         return {f"backbone.{name}" for name in self.backbone.no_weight_decay()}
+
+
+def check_windows(window: tuple[int, int], stride: tuple[int, int]) -> None:
+    """Raises UsageError: window or stride below 1, a stride beyond the window."""
+    if not all(1 <= step <= side for side, step in zip(window, stride, strict=True)):
+        raise UsageError(f"stride must be from 1 to the window's side, got stride={stride} for window={window}")
 
 
 def starts(length: int, window: int, stride: int) -> list[int]:

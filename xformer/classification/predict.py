@@ -1,0 +1,41 @@
+"""The likeliest classes of images, best first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import nn
+
+from xformer.data.transforms import eval_transform
+from xformer.errors import UsageError
+from xformer.predict import Predictor
+from xformer.weights import Card
+
+
+class Classes(Predictor):
+    """``top``: a list of the likeliest classes, each with ``name``, ``index`` and ``probability``."""
+
+    defaults = {"top": 5, "batch_size": 32}  # noqa: RUF012 (declared so by the base)
+    columns = ("probability", "class")
+
+    def __init__(self, model: nn.Module, card: Card, names: Sequence[str], top: int = 5, batch_size: int = 32) -> None:
+        super().__init__(model, card, names, batch_size)
+        if top < 1:
+            raise UsageError(f"top must be 1 or more, got {top}")
+        self.top = min(top, card.num_classes)
+        self.transform = eval_transform(card, card.mean, card.std)
+
+    def __call__(self, images: Sequence[Image.Image]) -> list[tuple[dict[str, Any], Image.Image | None]]:
+        logits = self.model(torch.stack([self.transform(image) for image in images]))
+        best = logits.float().softmax(-1).topk(self.top)
+        answers: list[tuple[dict[str, Any], Image.Image | None]] = []
+        for values, indices in zip(best.values.tolist(), best.indices.tolist(), strict=True):
+            guesses = zip(values, indices, strict=True)
+            answers.append(({"top": [{"name": self.names[i], "index": i, "probability": p} for p, i in guesses]}, None))
+        return answers
+
+    def rows(self, found: dict[str, Any]) -> list[tuple[str, ...]]:
+        return [(f"{guess['probability']:7.2%}", guess["name"]) for guess in found["top"]]
