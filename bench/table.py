@@ -7,6 +7,7 @@ import math
 import statistics
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ LAYERS = "<!-- layers: python -m bench.table {} -->"
 BACKBONES = "<!-- backbones: python -m bench.table {} -->"
 FORWARD = "<!-- backbones, forward: python -m bench.table {} -->"
 LEARNING = "<!-- learning: python -m bench.table {} -->"
+SCENES = "<!-- scenes, {}: python -m bench.table {{}} -->"
 TRAINING = "<!-- backbones, training: python -m bench.table {} -->"
 SEGMENTATION = "<!-- segmentation: python -m bench.table {} -->"
 # what each backbone is measured against, and how many times as fast it should be, for one image and for eight
@@ -30,6 +32,8 @@ GOALS = {
 EAGER = ("unfused", "folded", "fused")
 # (dtype, allocator) of the runs; the first one is shown in full
 RUNS = (("float32", "default"), ("float32", "raised"), ("bfloat16", "raised"))
+# of each task of the made scenes: metrics in percent, as rows and readers name them
+METRICS = {"detect": {"map50": "mAP at 0.5", "map": "mAP"}, "segment": {"miou": "mIoU", "accuracy": "pixels"}}
 FIELDS = ("speedup_over_eager", "speedup_over_compile", "fraction_of_limit")
 
 
@@ -262,10 +266,9 @@ def render_learning(folder: Path) -> str:
     run = json.loads(path.read_text())
     sets = {row["data"]: row["epochs"] for row in run["rows"]}
     seeds = sorted({row["seed"] for row in run["rows"]})
-    origin = _machine({**run, "commit": " and ".join(dict.fromkeys(row["commit"] for row in run["rows"]))})
     lines = [
         begin,
-        f"{origin}. Top-1 accuracy in percent after the last epoch, mean (least to most) of seeds "
+        f"{_trained(run)}. Top-1 accuracy in percent after the last epoch, mean (least to most) of seeds "
         f"{', '.join(map(str, seeds))}; minutes of one processor.",
         "",
         f"| model | {' | '.join(f'{data}, {epochs} epochs | minutes' for data, epochs in sets.items())} |",
@@ -275,9 +278,7 @@ def render_learning(folder: Path) -> str:
         cells = []
         for data in sets:
             rows = [row for row in run["rows"] if (row["model"], row["data"]) == (model, data)]
-            top = [row["top1"] for row in rows]
-            cells.append(f"{statistics.mean(top):.2f} ({min(top):.2f} to {max(top):.2f})")
-            cells.append(f"{statistics.mean(row['minutes'] for row in rows):.1f}")
+            cells += [_spread([row["top1"] for row in rows]), _minutes(rows)]
         lines.append(f"| {model} | {' | '.join(cells)} |")
     return "\n".join([*lines, END])
 
@@ -321,9 +322,49 @@ def render_segmentation(folder: Path) -> str:
     return "\n".join([*lines, "", f"{'; '.join(notes)}.", END])
 
 
+def render_scenes(task: str, folder: Path) -> str:
+    """For the page of a task: our model and torchvision's by one recipe on made scenes, over seeds."""
+    begin = SCENES.format(task).format(folder.relative_to(ROOT))
+    path = folder / f"scenes-{task}.json"
+    if not path.exists():
+        return f"{begin}\nNot measured yet.\n{END}"
+    run = json.loads(path.read_text())
+    first, seeds = run["rows"][0], sorted({row["seed"] for row in run["rows"]})
+    lines = [
+        begin,
+        f"{_trained(run)}, torchvision {run['versions']['torchvision']}. {first['epochs']} epochs of "
+        f"{first['images']} scenes; percent after the last epoch, mean "
+        f"(least to most) of seeds {', '.join(map(str, seeds))}; minutes of one processor.",
+        "",
+        f"| model | parameters | {' | '.join(METRICS[task].values())} | minutes |",
+        f"|---|---:|{'---:|' * len(METRICS[task])}---:|",
+    ]
+    for model in dict.fromkeys(row["model"] for row in run["rows"]):
+        rows = [row for row in run["rows"] if row["model"] == model]
+        cells = [_spread([row[metric] for row in rows]) for metric in METRICS[task]]
+        lines.append(f"| {model} | {rows[0]['parameters'] / 1e6:.2f}M | {' | '.join(cells)} | {_minutes(rows)} |")
+    return "\n".join([*lines, END])
+
+
+def _trained(run: dict[str, Any]) -> str:
+    """The machine, with the commits of all rows."""
+    return _machine({**run, "commit": " and ".join(dict.fromkeys(row["commit"] for row in run["rows"]))})
+
+
+def _spread(values: list[float]) -> str:
+    return f"{statistics.mean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+
+
+def _minutes(rows: list[dict[str, Any]]) -> str:
+    """Of the runs that were not stopped on their way."""
+    known = [row["minutes"] for row in rows if row["minutes"] is not None]
+    return f"{statistics.mean(known):.1f}" if known else "-"
+
+
 def replace(readme: str, table: str) -> str:
     """The text with the table where one was that begins alike."""
-    kinds = [begin.split("{}")[0] for begin in (BEGIN, LAYERS, BACKBONES, FORWARD, TRAINING, LEARNING, SEGMENTATION)]
+    begins = (BEGIN, LAYERS, BACKBONES, FORWARD, TRAINING, LEARNING, SEGMENTATION, *map(SCENES.format, METRICS))
+    kinds = [begin.split("{}")[0] for begin in begins]
     kind = next(kind for kind in kinds if table.startswith(kind))
     before, rest = readme.split(kind, 1)
     return before + table + rest.split(END, 1)[1]
@@ -331,11 +372,12 @@ def replace(readme: str, table: str) -> str:
 
 def main() -> int:
     folder = Path(sys.argv[1]).resolve()
-    documents = {
+    documents: dict[str, tuple[Callable[[Path], str], ...]] = {
         "README.md": (render, render_layers, render_backbones),
         "docs/backbone.md": (render_forward, render_training),
         "docs/training.md": (render_learning,),
-        "docs/segmentation.md": (render_segmentation,),
+        "docs/detection.md": (partial(render_scenes, "detect"),),
+        "docs/segmentation.md": (partial(render_scenes, "segment"), render_segmentation),
     }
     for name, tables in documents.items():
         path = ROOT / name

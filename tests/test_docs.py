@@ -15,6 +15,7 @@ README = (ROOT / "README.md").read_text()
 BACKBONE = (ROOT / "docs" / "backbone.md").read_text()
 TRAINING = (ROOT / "docs" / "training.md").read_text()
 SEGMENTATION = (ROOT / "docs" / "segmentation.md").read_text()
+TASKS = {"detect": "detection", "segment": "segmentation"}
 
 
 def test_table_of_results_comes_from_the_result_files(monkeypatch):
@@ -33,6 +34,10 @@ def test_table_of_results_comes_from_the_result_files(monkeypatch):
     ):
         (folder,) = re.findall(re.escape(begin).replace(r"\{\}", "(.*?)"), text)
         assert render(ROOT / folder) in text
+    for task, page in TASKS.items():
+        text = (ROOT / "docs" / f"{page}.md").read_text()
+        (folder,) = re.findall(re.escape(table.SCENES.format(task)).replace(r"\{\}", "(.*?)"), text)
+        assert table.render_scenes(task, ROOT / folder) in text
 
 
 def test_public_names_are_documented():
