@@ -1,8 +1,9 @@
 """Scenes of textured shapes, as COCO and Cityscapes lay their files out: ``python -m xformer make-shapes FOLDER``.
 
-For loaders, training and evaluation that run anywhere: hundreds of small pictures whose labels are exact. The class of
-a shape is its outline alone; texture, colour, size, turn and light say nothing of it. Scenes have a sky, a road,
-buildings, noise and blur. The same seed gives the same files.
+For loaders, training and evaluation that run anywhere: hundreds of small pictures whose labels are exact. Shapes of a
+class have an outline, a pattern and, as things in photographs do, more or less a colour of their own; size, turn, light
+and the pattern's second colour say nothing of the class. Scenes have a sky, a road, buildings, noise and blur. The same
+seed gives the same files.
 
     FOLDER/coco/annotations/instances_{train,val}2017.json   polygons; crowds as run lengths; pictures without objects
     FOLDER/coco/{train,val}2017/000000000001.jpg
@@ -13,6 +14,7 @@ buildings, noise and blur. The same seed gives the same files.
 from __future__ import annotations
 
 import argparse
+import colorsys
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,21 +29,26 @@ SPLITS = ("train", "val")
 
 
 class Kind(NamedTuple):
-    """A class of shapes: its name, its category in COCO's files (numbers with gaps, as there), its Cityscapes label."""
+    """A class of shapes: its name, its category in COCO's files (numbers with gaps, as there), its Cityscapes label, its
+    pattern, and the middle of its hues in degrees."""
 
     name: str
     category: int
     label: int
+    pattern: str
+    hue: int
 
 
 KINDS = (
-    Kind("disc", 1, 26),
-    Kind("square", 3, 27),
-    Kind("triangle", 8, 24),
-    Kind("star", 17, 20),
-    Kind("cross", 44, 19),
-    Kind("arrow", 90, 33),
+    Kind("disc", 1, 26, "dots", 0),
+    Kind("square", 3, 27, "checks", 60),
+    Kind("triangle", 8, 24, "stripes", 120),
+    Kind("star", 17, 20, "grain", 180),
+    Kind("cross", 44, 19, "grid", 240),
+    Kind("arrow", 90, 33, "waves", 300),
 )
+HUES = 20.0
+"""Standard deviation of the hues of a kind, in degrees: those of neighbours overlap."""
 SKY, BUILDING, ROAD, EGO = 23, 11, 7, 1
 """Cityscapes' labels of what is behind the shapes; the last one takes no part in evaluations."""
 
@@ -92,15 +99,24 @@ def noise(rng: np.random.Generator, height: int, width: int, octaves: tuple[int,
     return total / 2
 
 
-def texture(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """One of stripes, checks, dots and grain in two colours: (H, W, 3) from 0 to 255."""
+def texture(rng: np.random.Generator, height: int, width: int, kind: Kind) -> np.ndarray:
+    """A kind's pattern, turned and scaled, of its colour and another one: (H, W, 3) from 0 to 255."""
     y, x = np.mgrid[:height, :width].astype(np.float32)
     angle, period = rng.uniform(0, np.pi), rng.uniform(5, 18)
     u = (x * np.cos(angle) + y * np.sin(angle)) * 2 * np.pi / period
     v = (y * np.cos(angle) - x * np.sin(angle)) * 2 * np.pi / period
-    pattern = [np.sin(u), np.sin(u) * np.sin(v), np.cos(u) + np.cos(v) - 1, noise(rng, height, width, (24, 60))]
-    share = 1 / (1 + np.exp(-4 * pattern[rng.integers(4)]))[..., None]
-    first, second = rng.uniform(20, 235, (2, 3))
+    patterns = {
+        "stripes": np.sin(u),
+        "checks": np.sin(u) * np.sin(v),
+        "dots": np.cos(u) + np.cos(v) - 1,
+        "grid": np.maximum(np.sin(u), np.sin(v)) - 0.5,
+        "waves": np.sin(u + 2 * np.sin(v)),
+        "grain": noise(rng, height, width, (24, 60)),
+    }
+    share = 1 / (1 + np.exp(-4 * patterns[kind.pattern]))[..., None]
+    hue = (kind.hue + rng.normal(0, HUES)) / 360 % 1
+    first = 255 * np.array(colorsys.hsv_to_rgb(hue, rng.uniform(0.5, 0.9), rng.uniform(0.5, 0.95)))
+    second = rng.uniform(20, 235, 3)
     return first * share + (0.6 * second + 0.4 * first) * (1 - share)
 
 
@@ -181,7 +197,7 @@ def draw(rng: np.random.Generator, scene: Scene, mask: np.ndarray, kind: Kind) -
     height, width = mask.shape
     within = np.asarray(Image.fromarray(mask.astype(np.uint8)).filter(ImageFilter.MinFilter(3)))
     shade = np.linspace(1.15, 0.8, height)[:, None, None] * np.where(within, 1.0, 0.6)[..., None]
-    scene.image[mask] = (texture(rng, height, width) * shade)[mask]
+    scene.image[mask] = (texture(rng, height, width, kind) * shade)[mask]
     scene.labels[mask] = kind.label
 
 
