@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from PIL import Image
@@ -18,7 +18,7 @@ from xformer.weights import Card
 class Classes(Predictor):
     """``top``: a list of the likeliest classes, each with ``name``, ``index`` and ``probability``."""
 
-    defaults = {"top": 5, "batch_size": 32}  # noqa: RUF012 (declared so by the base)
+    defaults: ClassVar[dict[str, Any]] = {"top": 5, "batch_size": 32}
     columns = ("probability", "class")
 
     def __init__(self, model: nn.Module, card: Card, names: Sequence[str], top: int = 5, batch_size: int = 32) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -26,7 +26,7 @@ class Boxes(Predictor):
         score, iou: of :func:`xformer.detection.detect`.
     """
 
-    defaults = {"score": 0.3, "iou": 0.45, "batch_size": 8, "out": "predictions"}  # noqa: RUF012
+    defaults: ClassVar[dict[str, Any]] = {"score": 0.3, "iou": 0.45, "batch_size": 8, "out": "predictions"}
     columns = ("score", "class", "box")
     model: Detector
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ class Pixels(Predictor):
             A stride is three quarters of its window, if it is not given.
     """
 
-    defaults = {"window": None, "stride": None, "out": "predictions"}  # noqa: RUF012
+    defaults: ClassVar[dict[str, Any]] = {"window": None, "stride": None, "out": "predictions"}
     columns = ("share", "class")
     model: Segmenter
 
