@@ -29,8 +29,8 @@ SPLITS = ("train", "val")
 
 
 class Kind(NamedTuple):
-    """A class of shapes: its name, its category in COCO's files (numbers with gaps, as there), its Cityscapes label, its
-    pattern, and the middle of its hues in degrees."""
+    """A class of shapes: its name, its category in COCO's files (numbers with gaps, as there), its Cityscapes label,
+    its pattern, and the middle of its hues in degrees."""
 
     name: str
     category: int
