@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
+from typing import Any
 
 from bench import machine, runs
 from xformer.data.shapes import make_shapes
@@ -29,7 +30,7 @@ MODELS = {
 FOLDERS = {"detect": "coco", "segment": "cityscapes"}
 
 
-def recipe_of(of: str, **changes: object) -> Recipe:
+def recipe_of(of: str, **changes: Any) -> Recipe:
     return load_recipe(f"{of}_shapes", {**changes, **runs.ALONE})
 
 
@@ -44,9 +45,11 @@ def make_scenes(work: Path) -> None:
 def learn(folder: Path, task: str, model: str, seed: str, epochs: str) -> runs.Row:
     """One run."""
     data = folder.parent / "shapes" / FOLDERS[task]
+    options: dict[str, Any] = {} if model == OURS else {"model_options": {}}
     recipe = recipe_of(
-        task, task=MODELS[task][model], data=str(data), out=str(folder), seed=int(seed), epochs=int(epochs)
-    )
+        task, task=MODELS[task][model], model=model, data=str(data), out=str(folder), seed=int(seed),
+        epochs=int(epochs), **options,
+    )  # fmt: skip
     result, facts = runs.trained(recipe)
     trained = task_class(recipe.task)(recipe)
     said = {
