@@ -33,7 +33,7 @@ EAGER = ("unfused", "folded", "fused")
 # (dtype, allocator) of the runs; the first one is shown in full
 RUNS = (("float32", "default"), ("float32", "raised"), ("bfloat16", "raised"))
 # of each task of the made scenes: metrics in percent, as rows and readers name them
-METRICS = {"detect": {"map50": "mAP at 0.5", "map": "mAP"}, "segment": {"miou": "mIoU", "accuracy": "pixels"}}
+METRICS = {"detect": {"map50": "mAP at 0.5", "map": "mAP"}, "segment": {"miou": "mIoU", "pixels": "pixel accuracy"}}
 FIELDS = ("speedup_over_eager", "speedup_over_compile", "fraction_of_limit")
 
 
