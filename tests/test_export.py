@@ -182,13 +182,13 @@ def test_maps_as_pt2(of_task, tmp_path, capsys):
 
 
 def test_maps_as_onnx(of_task, tmp_path):
-    """Of one size, an odd one, and any batch; decoded, they are what the model finds."""
+    """Of one batch and size, an odd one; decoded, they are what the model finds."""
     pytest.importorskip("onnx")
     runtime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     model, card = of_task
-    result = export(model, card, tmp_path / "m.onnx", size=(70, 33))
-    assert result.shape == ("batch", 3, 70, 33)
+    result = export(model, card, tmp_path / "m.onnx", size=(70, 33), batch=3)
+    assert result.shape == (3, 3, 70, 33)
     session = runtime.InferenceSession(str(result.path), providers=["CPUExecutionProvider"])
     assert [output.name for output in session.get_outputs()] == NAMES[card.task]
     x = torch.randn(3, 3, 70, 33)
