@@ -289,9 +289,12 @@ def test_recipes_and_changes(tmp_path):
     for name in ("xformer_s", "xformer_xs", "xformer_xxs"):
         loaded = load_recipe(name)
         assert loaded.model == name and loaded.epochs == 300 and loaded.sizes
-    (tmp_path / "r.yaml").write_text("model: xformer_xs\nlr: 1\nsizes: [128, 160]\noptimisation:\n  epochs: 3\n")
+    (tmp_path / "r.yaml").write_text(
+        "model: xformer_xs\nlr: 1\nmin_lr: 2e-3\nsizes: [128, 160]\noptimisation:\n  epochs: 3\n"
+    )
     loaded = load_recipe(tmp_path / "r.yaml", {"seed": 7})
     assert (loaded.model, loaded.lr, loaded.sizes, loaded.epochs, loaded.seed) == ("xformer_xs", 1.0, [128, 160], 3, 7)
+    assert loaded.min_lr == 0.002
     (tmp_path / "r.toml").write_text("lear = 1\n")
     for path, changes, message in (
         (tmp_path / "r.toml", {}, "there is no setting lear"),

@@ -8,6 +8,7 @@ import sys
 import types
 import typing
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,9 @@ _TYPES = typing.get_type_hints(Recipe)
 def _checked(name: str, value: Any) -> Any:
     """`value` as the type of a setting; numbers may be written as integers, lists as tuples."""
     kind = typing.get_origin(_TYPES[name]) or _TYPES[name]
+    if kind is float and isinstance(value, str):  # of YAML, to which 2e-3 is text
+        with suppress(ValueError):
+            value = float(value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if kind is list and isinstance(value, (list, tuple)):
