@@ -2,7 +2,7 @@
 
 For loaders, training and evaluation that run anywhere: hundreds of small pictures whose labels are exact. Shapes of a
 class have an outline, a pattern and, as things in photographs do, more or less a colour of their own; size, turn, light
-and the pattern's second colour say nothing of the class. Scenes have a sky, a road, buildings, noise and blur. The same
+and how bright they are say nothing of the class. Scenes have a sky, a road, buildings, noise and blur. The same
 seed gives the same files.
 
     FOLDER/coco/annotations/instances_{train,val}2017.json   polygons; crowds as run lengths; pictures without objects
@@ -100,7 +100,7 @@ def noise(rng: np.random.Generator, height: int, width: int, octaves: tuple[int,
 
 
 def texture(rng: np.random.Generator, height: int, width: int, kind: Kind) -> np.ndarray:
-    """A kind's pattern, turned and scaled, of its colour and another one: (H, W, 3) from 0 to 255."""
+    """A kind's pattern, turned and scaled, of its colour and a greyer one: (H, W, 3) from 0 to 255."""
     y, x = np.mgrid[:height, :width].astype(np.float32)
     angle, period = rng.uniform(0, np.pi), rng.uniform(5, 18)
     u = (x * np.cos(angle) + y * np.sin(angle)) * 2 * np.pi / period
@@ -116,8 +116,8 @@ def texture(rng: np.random.Generator, height: int, width: int, kind: Kind) -> np
     share = 1 / (1 + np.exp(-4 * patterns[kind.pattern]))[..., None]
     hue = (kind.hue + rng.normal(0, HUES)) / 360 % 1
     first = 255 * np.array(colorsys.hsv_to_rgb(hue, rng.uniform(0.5, 0.9), rng.uniform(0.5, 0.95)))
-    second = rng.uniform(20, 235, 3)
-    return first * share + (0.6 * second + 0.4 * first) * (1 - share)
+    grey = rng.uniform(20, 235)
+    return first * share + (0.6 * grey + 0.4 * first) * (1 - share)
 
 
 def inside(corners: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -128,7 +128,7 @@ def inside(corners: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def make_scene(rng: np.random.Generator, height: int, width: int) -> Scene:
-    """A scene of up to seven shapes, now and then none, now and then a crowd."""
+    """A scene of up to eleven shapes, now and then none, now and then a crowd."""
     horizon = int(height * rng.uniform(0.3, 0.5))
     labels = np.full((height, width), ROAD, np.uint8)
     labels[:horizon] = SKY
@@ -143,7 +143,7 @@ def make_scene(rng: np.random.Generator, height: int, width: int) -> Scene:
         image[where] = (np.array(colour) + rng.normal(0, 14, 3) + grain)[where]
     scene = Scene(image, labels)
     if rng.random() > 0.06:
-        for _ in range(rng.integers(1, 8)):
+        for _ in range(rng.integers(3, 12)):
             place(rng, scene)
         if rng.random() < 0.1:
             place_crowd(rng, scene)
@@ -162,7 +162,7 @@ def place(rng: np.random.Generator, scene: Scene, kind: Kind | None = None) -> b
     taken = np.any([thing.mask for thing in scene.things], axis=0) if scene.things else np.zeros((height, width), bool)
     floor = height - height // 24
     for _ in range(12):
-        radius = min(height, width) * np.exp(rng.uniform(np.log(0.05), np.log(0.2)))
+        radius = min(height, width) * np.exp(rng.uniform(np.log(0.06), np.log(0.2)))
         centre = rng.uniform(radius, [width - radius, floor - radius])
         angle, squeeze = rng.uniform(0, 2 * np.pi), rng.uniform(0.75, 1.0)
         turned = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
