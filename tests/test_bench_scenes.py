@@ -20,7 +20,8 @@ def work(tmp_path_factory):
 
 @pytest.fixture
 def ssdlite(load, work):
-    recipe = load_recipe("detect_shapes", {"data": str(work / "shapes" / "coco"), "image_size": 64, "workers": 0})
+    data = str(work / "shapes" / "coco")
+    recipe = load_recipe("detect_shapes", {"data": data, "image_size": 64, "sizes": [], "batch_size": 8, "workers": 0})
     torch.manual_seed(0)
     task = load("ssdlite").SsdLite(recipe)
     return task, task.build()
