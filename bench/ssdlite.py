@@ -1,7 +1,8 @@
 """torchvision's SSDLite with MobileNetV3 (arXiv 1905.02244) as a task of the engine, to be compared with our detector.
 
 Model, assignment, loss and what is made of outputs are torchvision's; images, targets, training and metrics are ours.
-Images come to the model as to ours, of the recipe's size and not of the 320 pixels of its name.
+Images come to the model as to ours, of the recipe's size and not of the 320 pixels of its name. Its anchors are shares
+of an image; here they have as many pixels in crops of other sizes as in images of the recipe's.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torchvision.models.detection import ssdlite320_mobilenet_v3_large
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import box_iou
 
+from xformer.detection.boxes import to_cxcywh, to_xyxy
 from xformer.detection.data import Target, restore
 from xformer.detection.task import Detect, MeanAP
 
@@ -24,14 +26,17 @@ Outputs = tuple[dict[str, Tensor], list[Tensor]]
 class SsdNet(nn.Module):
     """Images (B, 3, H, W) to the head's outputs and the anchors of each image. Class 0 is background."""
 
-    def __init__(self, num_classes: int) -> None:
+    def __init__(self, num_classes: int, image_size: int) -> None:
         super().__init__()
+        self.image_size = image_size
         self.ssd = ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=1 + num_classes)
 
     def forward(self, x: Tensor) -> Outputs:
         features = list(self.ssd.backbone(x).values())
         sizes = [(x.shape[2], x.shape[3])] * len(x)
-        return self.ssd.head(features), self.ssd.anchor_generator(ImageList(x, sizes), features)
+        anchors = [to_cxcywh(boxes) for boxes in self.ssd.anchor_generator(ImageList(x, sizes), features)]
+        scale = x.new_tensor((1, 1, self.image_size / x.shape[3], self.image_size / x.shape[2]))
+        return self.ssd.head(features), [to_xyxy(boxes * scale) for boxes in anchors]
 
 
 class SsdMeanAP(MeanAP):
@@ -53,7 +58,7 @@ class SsdLite(Detect):
     ssd: Any
 
     def build(self, **options: Any) -> nn.Module:
-        net = SsdNet(len(self.data.classes))
+        net = SsdNet(len(self.data.classes), self.recipe.image_size)
         # for its settings alone: what it does with outputs knows no weights
         self.ssd = net.ssd
         return net

@@ -43,6 +43,15 @@ def test_losses_are_what_torchvision_makes_of_the_same_targets(ssdlite):
     assert all(p.grad is not None for p in net.parameters())
 
 
+def test_anchors_keep_their_pixels(ssdlite):
+    """In crops of other sizes than the recipe's images, whose shares they are otherwise."""
+    _, net = ssdlite
+    with torch.no_grad():
+        whole, crop = (net.eval()(torch.zeros(1, 3, side, side))[1][0] for side in (64, 32))
+    shapes = [{tuple(box) for box in (a[:, 2:] - a[:, :2]).mul(100).round().int().tolist()} for a in (whole, crop)]
+    assert shapes[0] == shapes[1]
+
+
 def test_detections_are_counted_by_our_categories(ssdlite):
     """Outputs that say where the boxes are have the metric's best value; class 0 is background."""
     task, _ = ssdlite
