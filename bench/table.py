@@ -329,20 +329,22 @@ def render_scenes(task: str, folder: Path) -> str:
     if not path.exists():
         return f"{begin}\nNot measured yet.\n{END}"
     run = json.loads(path.read_text())
-    first, seeds = run["rows"][0], sorted({row["seed"] for row in run["rows"]})
+    first = run["rows"][0]
     lines = [
         begin,
         f"{_trained(run)}, torchvision {run['versions']['torchvision']}. {first['epochs']} epochs of "
-        f"{first['images']} scenes; percent after the last epoch, mean "
-        f"(least to most) of seeds {', '.join(map(str, seeds))}; minutes of one processor.",
+        f"{first['images']} scenes; percent after the last epoch, mean (least to most) of seeds; minutes of one "
+        "processor.",
         "",
-        f"| model | parameters | {' | '.join(METRICS[task].values())} | minutes |",
-        f"|---|---:|{'---:|' * len(METRICS[task])}---:|",
+        f"| model | parameters | seeds | {' | '.join(METRICS[task].values())} | minutes |",
+        f"|---|---:|---|{'---:|' * len(METRICS[task])}---:|",
     ]
     for model in dict.fromkeys(row["model"] for row in run["rows"]):
         rows = [row for row in run["rows"] if row["model"] == model]
         cells = [_spread([row[metric] for row in rows]) for metric in METRICS[task]]
-        lines.append(f"| {model} | {rows[0]['parameters'] / 1e6:.2f}M | {' | '.join(cells)} | {_minutes(rows)} |")
+        seeds = ", ".join(str(seed) for seed in sorted(row["seed"] for row in rows))
+        size = f"{rows[0]['parameters'] / 1e6:.2f}M"
+        lines.append(f"| {model} | {size} | {seeds} | {' | '.join(cells)} | {_minutes(rows)} |")
     return "\n".join([*lines, END])
 
 
