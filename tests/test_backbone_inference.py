@@ -193,6 +193,14 @@ def test_twice_is_once():
         torch.testing.assert_close(fuse_for_inference(fused)(x), fused(x), rtol=0, atol=0)
 
 
+@needs_onednn
+def test_a_folded_model_can_be_fused_later():
+    x = torch.randn(1, 3, 256, 256)
+    model = trained("xformer_s")
+    later = fuse_for_inference(fuse_for_inference(model, onednn=False), onednn=True)
+    assert operations(later, x) == operations(fuse_for_inference(model), x)
+
+
 def test_fewer_operations():
     model = trained("xformer_s").eval()
     x = torch.randn(1, 3, 256, 256)

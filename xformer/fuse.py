@@ -87,20 +87,19 @@ def fuse_for_inference(model: Model, onednn: bool | None = None) -> Model:
     for module in fused.modules():
         if isinstance(module, Foldable):
             module.fold()
-    if onednn or (onednn is None and has_onednn()):
+    use = has_onednn() if onednn is None else onednn
+    if use:
         _replace(fused)
-        return fused
     for module in fused.modules():
         if isinstance(module, (ConvNorm, Linear)):
-            module.onednn = False
+            module.onednn = use
         elif isinstance(module, XFA):
-            module.projections = None
+            module.projections = ONEDNN if use else None
     return fused
 
 
 def _replace(module: nn.Module) -> None:
     if isinstance(module, XFA):
-        module.projections = ONEDNN
         return
     for name, child in module.named_children():
         if _made(child, ConvNorm, conv=(nn.Conv2d, Pointwise), bn=(nn.Identity,), act=(HardSwish, nn.Identity)):
