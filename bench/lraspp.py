@@ -1,7 +1,7 @@
 """torchvision's LR-ASPP on MobileNetV3 as a task of the engine, by whose recipes ours is trained too.
 
-Imported, it adds ``lraspp`` to the engine's tasks: data, loss and metrics of ``segment``, and a model that the recipe
-names as torchvision does, ``lraspp_mobilenet_v3_large``, with fresh weights.
+The task ``lraspp``, which :mod:`bench.scenes` adds to the engine's: data, loss and metrics of ``segment``, and a model
+that the recipe names as torchvision does, ``lraspp_mobilenet_v3_large``, with fresh weights.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from xformer.engine.task import TASKS
 from xformer.errors import UsageError
 from xformer.segmentation import upsample
 from xformer.segmentation.task import STRIDE, Segment
@@ -49,6 +48,3 @@ class Lraspp(Segment):
         if self.recipe.model != MODEL or options:
             raise UsageError(f"model must be {MODEL} without options, got {self.recipe.model!r} with {options}")
         return AtStride(len(self.data.classes))
-
-
-TASKS[Lraspp.name] = "bench.lraspp:Lraspp"

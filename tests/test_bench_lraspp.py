@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+import bench.scenes  # noqa: F401 - adds the task
 from bench.lraspp import MODEL, AtStride
 from xformer.data.shapes import make_shapes
 from xformer.engine import train
