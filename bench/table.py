@@ -254,7 +254,7 @@ def _mean(run: dict[str, Any], direction: str, field: str, many: Callable[[str],
 
 
 def _cell(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}" if value < 2 else f"{value:.1f}"
+    return "-" if value is None else f"{value:.2f}" if value < 10 else f"{value:.1f}"
 
 
 def render_learning(folder: Path) -> str:

@@ -260,8 +260,8 @@ def test_table_of_layers(load, monkeypatch, tmp_path):
         path.write_text(json.dumps({**facts, "matmul_gflop_per_s": 99.0, "rows": rows}))
     text = table.render_layers(tmp_path)
     assert "worst regret is 5%, at block (512,512,16,2) forward" in text
-    assert "| (64,64,16,2) | 2.0 | - | 2.0 | - | 0.25 | direct, then gram |" in text
-    assert "| mean of blocks where N >= 8C | 8.0 | 1.50 | 8.0 | 1.50 | 0.25 | |" in text
+    assert "| (64,64,16,2) | 2.00 | - | 2.00 | - | 0.25 | direct, then gram |" in text
+    assert "| mean of blocks where N >= 8C | 8.00 | 1.50 | 8.00 | 1.50 | 0.25 | |" in text
     readme = f"a\n{table.BEGIN}\n1\n{table.END}\nb\n{table.LAYERS}\n2\n{table.END}\nc\n"
     replaced = table.replace(readme, text)
     assert replaced == f"a\n{table.BEGIN}\n1\n{table.END}\nb\n{text}\nc\n"

@@ -123,11 +123,11 @@ def test_tables(load, monkeypatch, tmp_path):
         for variant, ms in (("unfused", 3.0), ("fused", 2.0 if model in ours else 3.0), ("compiled", 1.0))
     ]
     write(tmp_path, "forward", {**facts, "rows": [row for row in rows if row["variant"] != "compiled"]})
-    assert "| xformer_s | 8 | 3.0 | - | 4.5 | 3.0 | - | 4.5 |" in table.render_backbones(tmp_path)
-    assert "| xformer_xs | 1 | mobilevit_xs | 3.0 | - | 4.5 | 4.5 | 2.0 |" in table.render_forward(tmp_path)
+    assert "| xformer_s | 8 | 3.00 | - | 4.50 | 3.00 | - | 4.50 |" in table.render_backbones(tmp_path)
+    assert "| xformer_xs | 1 | mobilevit_xs | 3.00 | - | 4.50 | 4.50 | 2.0 |" in table.render_forward(tmp_path)
     for suffix in ("-raised", "-compile"):
         write(tmp_path, "forward", {**facts, "rows": rows}, suffix)
-    assert "| mobilevit_xs | 3.0 | - | 4.5 | 4.5 | 3.0 | 4.5 | 3.0 | 2.0 |" in table.render_forward(tmp_path)
+    assert "| mobilevit_xs | 3.00 | - | 4.50 | 4.50 | 3.00 | 4.50 | 3.00 | 2.0 |" in table.render_forward(tmp_path)
     fits = dict(failure=None, over_ours=2.0, memory_over_ours=1.25)
     rows = [
         dict(size=size, images=8, provider=name, ms_per_image=float(size), live_mb_per_image=size**2 / 10, **fits)
@@ -137,8 +137,8 @@ def test_tables(load, monkeypatch, tmp_path):
     rows[-1].update(failure="no memory", over_ours=None, memory_over_ours=None)
     write(tmp_path, "training", {**facts, "rows": rows})
     text = table.render_training(tmp_path)
-    assert "| default | 64 | 8 | 2.0 | 1.25 | 2.0 | 1.25 | 1.00 | 1.00 |" in text
-    assert "| default | 128 | 8 | 2.0 | 1.25 | did not fit | did not fit | 0.50 | 1.00 |" in text
+    assert "| default | 64 | 8 | 2.00 | 1.25 | 2.00 | 1.25 | 1.00 | 1.00 |" in text
+    assert "| default | 128 | 8 | 2.00 | 1.25 | did not fit | did not fit | 0.50 | 1.00 |" in text
     both = f"{table.FORWARD.format('x')}\n1\n{table.END}\n{table.TRAINING.format('x')}\n2\n{table.END}\n"
     assert table.replace(both, text) == f"{table.FORWARD.format('x')}\n1\n{table.END}\n{text}\n"
 

@@ -138,10 +138,10 @@ def test_table(load, monkeypatch, tmp_path):
     )  # fmt: skip
     (tmp_path / "model-segment-cpu-float32.json").write_text(json.dumps(run))
     text = table.render_segmentation(tmp_path)
-    assert "| 64 x 64 | 64 | softmax | 10.0 | 3.0 | 10.0 | 3.0 | 64 | 1.00 | - |" in text
+    assert "| 64 x 64 | 64 | softmax | 10.0 | 3.00 | 10.0 | 3.00 | 64 | 1.00 | - |" in text
     assert "| 128 x 128 | 128 | softmax | - | - | - | - | - | - | - |" in text
     assert "softmax at 128 x 128: not tried; 4 times" in text
-    assert "4 times the pixels take xfa 2.0 times the time, 2.0 times the memory" in text
+    assert "4 times the pixels take xfa 2.00 times the time, 2.00 times the memory" in text
     assert table.replace(f"a\n{table.SEGMENTATION.format('x')}\n1\n{table.END}\n", text) == f"a\n{text}\n"
 
 
