@@ -30,10 +30,11 @@ PEERS = {
 }
 VARIANTS = {
     "unfused": "as the library makes the model",
-    "folded": "batch norms folded into convolutions, public operations only: fuse_for_inference(onednn=False), "
+    "folded": "batch norms folded into convolutions, public operations only: fuse_for_inference(kernels=False), "
     "torch.nn.utils.fusion.fuse_conv_bn_eval",
-    "fused": "also convolutions and linear layers with their activation by the oneDNN operations that inductor calls "
-    "(private to torch), 1x1 convolutions as linear layers: fuse_for_inference, bench.baselines.fuse",
+    "fused": "the most that is known for either: fuse_for_inference of ours; of others bench.baselines.fuse, convolutions "
+    "and linear layers with their activation by the oneDNN operations that inductor calls (private to torch), 1x1 "
+    "convolutions as linear layers",
     "compiled": "torch.compile of the unfused model with inductor's freezing (public)",
 }
 SHAPES = ((224, 8), (512, 8), (1024, 2))
@@ -93,7 +94,7 @@ def variants(name: str, compile: bool) -> dict[str, nn.Module]:
     model = timm.create_model(name).eval().to(memory_format=torch.channels_last)
     result: dict[str, Any] = {"unfused": model}
     if name in PEERS:
-        result["folded"] = xformer.fuse_for_inference(model, onednn=False)
+        result["folded"] = xformer.fuse_for_inference(model, kernels=False)
         result["fused"] = xformer.fuse_for_inference(model)
     else:
         result["folded"], result["fused"] = baselines.fold(model), baselines.fuse(model)

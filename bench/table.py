@@ -145,7 +145,7 @@ def render_forward(folder: Path) -> str:
         for images in sorted({images for images, _ in times}):
             ratios = {how: times[images, "unfused"] / ms for (n, how), ms in times.items() if n == images}
             gains.append(f"{ours} {images}: {_cell(ratios.get('fused'))} ({_cell(ratios.get('folded'))})")
-    said = "Times as fast by `fuse_for_inference` (in brackets with `onednn=False`), by model and images at once"
+    said = "Times as fast by `fuse_for_inference` (in brackets with `kernels=False`), by model and images at once"
     lines += ["", f"{said}: {'; '.join(gains)}."]
     return "\n".join([*lines, END])
 

@@ -3,6 +3,7 @@
 
 #include <new>
 #include <stdexcept>
+#include <tuple>
 
 namespace {
 
@@ -53,6 +54,31 @@ auto layer_mix(xk_channel_mix_args (*build)(P...)) {
   };
 }
 
+const float* floats(uintptr_t data) { return reinterpret_cast<const float*>(data); }
+
+// Addresses of batch norm's running mean, running variance, weight and bias, and its eps.
+typedef std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, double> Norm;
+xk_batch_norm batch_norm(const Norm& n) {
+  return {floats(std::get<0>(n)), floats(std::get<1>(n)), floats(std::get<2>(n)), floats(std::get<3>(n)),
+          std::get<4>(n)};
+}
+
+void linear(int64_t tokens, int64_t dim_in, int64_t dim_out, uintptr_t x, int64_t x_stride, uintptr_t layer_norm_weight,
+            uintptr_t layer_norm_bias, double layer_norm_eps, uintptr_t weight, uintptr_t bias, const Norm& norm,
+            bool hard_swish, uintptr_t add, int64_t add_stride, uintptr_t y, int threads) {
+  call(xk_linear,
+       xk_linear_args{tokens, dim_in, dim_out, floats(x), x_stride, floats(layer_norm_weight), floats(layer_norm_bias),
+                      layer_norm_eps, floats(weight), floats(bias), batch_norm(norm), hard_swish, floats(add),
+                      add_stride, reinterpret_cast<float*>(y), threads});
+}
+
+void depthwise(int64_t batch, int64_t height, int64_t width, int64_t channels, int kernel, int stride, uintptr_t x,
+               uintptr_t weight, uintptr_t bias, const Norm& norm, bool hard_swish, uintptr_t y, int threads) {
+  call(xk_depthwise,
+       xk_depthwise_args{batch, height, width, channels, kernel, stride, floats(x), floats(weight), floats(bias),
+                         batch_norm(norm), hard_swish, reinterpret_cast<float*>(y), threads});
+}
+
 void prefer_huge_pages(uintptr_t data, int64_t bytes) { xk_prefer_huge_pages(reinterpret_cast<void*>(data), bytes); }
 
 #ifndef XK_VERSION
@@ -96,6 +122,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("layer_mix", layer_mix(channel_mix_args));
   m.def("xfa_forward", on_cpu(xfa_forward_args, xk_xfa_forward));
   m.def("xfa_backward", on_cpu(xfa_backward_args, xk_xfa_backward));
+  m.def("linear", &linear);
+  m.def("depthwise", &depthwise);
   m.def("prefer_huge_pages", &prefer_huge_pages);
   m.def("cpu_level", &xk_cpu_level);
   m.def("build_info", &build_info);

@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from xformer_kernels import inference
+
 
 def as_trained(model: nn.Module) -> nn.Module:
     """With running statistics, affine numbers and biases that are none of their first values."""
@@ -31,7 +33,32 @@ class Operations(TorchDispatchMode):
 
 
 def operations(model: nn.Module, *inputs: Any) -> list[str]:
-    """Names of all of them, in order, without gradients."""
+    """Names of all of them, in order, without gradients. A mode sees them: kernels that pass it by do not serve."""
     with torch.no_grad(), Operations() as operations:
         model(*inputs)
     return operations.seen
+
+
+class Recorded:
+    """A module of kernels that notes which of them are called."""
+
+    def __init__(self, kernels: Any) -> None:
+        self.kernels, self.called = kernels, []
+
+    def __getattr__(self, name: str) -> Any:
+        kernel = getattr(self.kernels, name)
+
+        def call(*args: Any) -> Any:
+            self.called.append(name)
+            return kernel(*args)
+
+        return call
+
+
+def kernels_called(monkeypatch: Any, function: Any, *inputs: Any) -> list[str]:
+    """Those of :mod:`xformer_kernels.inference` that a call without gradients takes, in order."""
+    with monkeypatch.context() as patch, torch.no_grad():
+        recorded = Recorded(inference.KERNELS)
+        patch.setattr(inference, "KERNELS", inference.KERNELS and recorded)
+        function(*inputs)
+    return recorded.called

@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
-from model_cases import as_trained, operations
+from model_cases import as_trained, kernels_called, operations
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import xformer
-from xformer import fuse, fuse_for_inference, products
+from xformer import fuse_for_inference, products
 from xformer.attention import XFAHalf
-from xformer.layers import ConvNorm, HardSwish, Mlp, Pointwise
-from xformer_kernels import XFA, XFABlock
+from xformer.layers import ConvNorm, HardSwish, MBConv, Mlp, Pointwise, XFBlock
+from xformer_kernels import XFA, XFABlock, inference
 from xformer_kernels.layer import cost
 
 needs_onednn = pytest.mark.skipif(not products.HAS_ONEDNN, reason="needs a torch with oneDNN on x86")
+
+
+@pytest.fixture
+def called(need_backend, monkeypatch):
+    """Which kernels a call takes."""
+    need_backend("cpp")
+    if inference.KERNELS is None:
+        pytest.skip(f"the kernels serve at the instruction levels {inference.LEVELS}")
+    return lambda function, *inputs: kernels_called(monkeypatch, function, *inputs)
+
+
+def images(*size):
+    return torch.randn(size).contiguous(memory_format=torch.channels_last)
 
 
 def trained(name="xformer_xxs", **options):
@@ -23,11 +38,11 @@ def trained(name="xformer_xxs", **options):
     return as_trained(getattr(xformer, name)(**options))
 
 
-@pytest.mark.parametrize("onednn", [False, None])
+@pytest.mark.parametrize("kernels", [False, True])
 @pytest.mark.parametrize("name", xformer.VARIANTS)
-def test_same_outputs(name, onednn):
+def test_same_outputs(name, kernels):
     model = trained(name)
-    fused = fuse_for_inference(model, onednn)
+    fused = fuse_for_inference(model, kernels)
     assert model.training and not fused.training
     assert not any(isinstance(m, nn.BatchNorm2d) for m in fused.modules())
     assert any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
@@ -99,12 +114,12 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("onednn", [False, None])
+@pytest.mark.parametrize("kernels", [False, True])
 @pytest.mark.parametrize("change", CHANGES)
-def test_parts_that_are_not_as_made(change, onednn):
+def test_parts_that_are_not_as_made(change, kernels):
     """They are part of the fused model too."""
     model = CHANGES[change](trained())
-    fused, x = fuse_for_inference(model, onednn), torch.randn(2, 3, 64, 64)
+    fused, x = fuse_for_inference(model, kernels), torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         expected = model.eval()(x)
         assert (fused(x) - expected).abs().max() < 1e-5 * max(1.0, expected.abs().max())
@@ -123,14 +138,38 @@ def test_layers_by_themselves(change):
             assert (model(x) - expected).abs().max() < 1e-5 * max(1.0, expected.abs().max())
 
 
+def test_layers_are_single_passes(called):
+    x = images(1, 16, 24, 32)
+    for layer in (ConvNorm(16, 24), ConvNorm(16, 24, act=False), Pointwise(16, 8)):
+        assert called(layer.eval(), x) == ["linear"]
+    for kernel, stride in ((3, 1), (3, 2), (5, 1), (5, 2)):
+        assert called(ConvNorm(16, 16, kernel, stride, groups=16).eval(), x) == ["depthwise"]
+    # in training mode the product alone: batch norm is torch's
+    assert called(ConvNorm(16, 24), x) == ["linear"] and called(ConvNorm(16, 16, 3, groups=16), x) == []
+    assert called(Mlp(16).eval(), torch.randn(2, 40, 16)) == ["linear", "linear"]
+    assert called(MBConv(16, 16, 3, 5).eval(), x) == ["linear", "depthwise", "linear"]
+
+
+def test_large_maps_are_convolved_by_torch(called):
+    """Depthwise ones: oneDNN is faster there."""
+    layer = ConvNorm(64, 64, 3, groups=64).eval()
+    assert called(layer, images(1, 64, 79, 79)) == ["depthwise"]
+    assert called(layer, images(1, 64, 80, 80)) == []
+
+
 @needs_onednn
-def test_layers_fold_by_themselves():
-    """The first stages, whose maps are larger than their weights, have no pass of batch norm."""
-    conv, x = ConvNorm(16, 24).eval(), torch.randn(1, 16, 96, 96)
-    assert operations(conv, x)[-2:] == ["mkldnn._linear_pointwise", "aten.permute"]
-    assert "aten.native_batch_norm" in operations(conv, x[:, :, :3, :5])
-    conv = ConvNorm(16, 16, 3, groups=16).eval()
-    assert operations(conv, x)[-1] == "mkldnn._convolution_pointwise"
+def test_what_onednn_convolves():
+    conv, x = ConvNorm(3, 16, 3, 2).eval(), torch.randn(1, 3, 64, 64)
+
+    def seen():
+        with torch.no_grad(), torch.autograd.profiler.profile() as profile:
+            y = conv(x)
+        torch.testing.assert_close(y, conv(x).detach(), rtol=1e-5, atol=1e-5)
+        return [event.name for event in profile.function_events]
+
+    assert "mkldnn::_convolution_pointwise" in seen() and "aten::batch_norm" not in seen()
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert "mkldnn::_convolution_pointwise" not in seen()
 
 
 @pytest.mark.parametrize("side", [1, 3])
@@ -149,12 +188,16 @@ def test_what_layers_fold_is_never_out_of_date(side):
         conv.eval()
 
 
-@needs_onednn
-def test_private_operations_are_not_seen_where_torch_would_not_know_them():
-    conv, x, t = ConvNorm(8, 64).eval(), torch.randn(2, 8, 60, 60), torch.randn(2, 8, 60, 60)
-    plain = ConvNorm(8, 64).eval()
-    plain.load_state_dict(conv.state_dict())
-    plain.onednn = plain.conv.onednn = False
+@pytest.mark.parametrize("side", [1, 3])
+def test_kernels_do_not_serve_where_torch_has_to_see_its_operations(side, called):
+    conv, x, t = (
+        ConvNorm(64, 64, side, groups=64 if side > 1 else 1).eval(),
+        images(2, 64, 30, 30),
+        images(2, 64, 30, 30),
+    )
+    plain = copy.deepcopy(conv)
+    plain.kernels = plain.conv.kernels = False
+    assert called(conv, x) and not called(plain, x)
     with torch.no_grad():
         torch.testing.assert_close(torch.func.vmap(conv)(x[:, None]), plain(x)[:, None])
         for got, expected in zip(torch.func.jvp(conv, (x,), (t,)), torch.func.jvp(plain, (x,), (t,)), strict=True):
@@ -162,9 +205,11 @@ def test_private_operations_are_not_seen_where_torch_would_not_know_them():
         with torch.autograd.forward_ad.dual_level():
             y = torch.autograd.forward_ad.unpack_dual(conv(torch.autograd.forward_ad.make_dual(x, t)))
         torch.testing.assert_close(y.tangent, torch.func.jvp(plain, (x,), (t,))[1])
-        assert "mkldnn" not in str(torch.jit.trace(conv, x).inlined_graph)
-        with torch.backends.mkldnn.flags(enabled=False):
-            assert not [op for op in operations(conv, x) if "mkldnn" in op]
+        traced = str(torch.jit.trace(conv, x).inlined_graph)
+    assert "mkldnn" not in traced and "batch_norm" in traced
+    assert not called(lambda: operations(conv, x)) and not called(lambda: torch.func.vmap(conv)(x[:, None]))
+    assert not called(torch.enable_grad()(conv), x)
+    assert not called(conv.double(), x.double())
 
 
 def test_flops_are_those_of_the_layers():
@@ -173,7 +218,7 @@ def test_flops_are_those_of_the_layers():
         if isinstance(module, XFA):
             module.form = "direct"
     flops = []
-    for each in (model, fuse_for_inference(model), fuse_for_inference(model, onednn=False)):
+    for each in (model, fuse_for_inference(model), fuse_for_inference(model, kernels=False)):
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             each(x)
         flops.append(counter.get_total_flops())
@@ -193,62 +238,58 @@ def test_twice_is_once():
         torch.testing.assert_close(fuse_for_inference(fused)(x), fused(x), rtol=0, atol=0)
 
 
-@needs_onednn
-def test_a_folded_model_can_be_fused_later():
-    x = torch.randn(1, 3, 256, 256)
-    model = trained("xformer_s")
-    later = fuse_for_inference(fuse_for_inference(model, onednn=False), onednn=True)
-    assert operations(later, x) == operations(fuse_for_inference(model), x)
+def test_a_folded_model_can_be_fused_later(called):
+    x, model = torch.randn(1, 3, 64, 64), trained("xformer_s")
+    folded = fuse_for_inference(model, kernels=False)
+    assert called(folded, x) == []
+    assert called(fuse_for_inference(folded), x) == called(fuse_for_inference(model), x) != []
 
 
-def test_fewer_operations():
-    model = trained("xformer_s").eval()
-    x = torch.randn(1, 3, 256, 256)
-    folded = operations(fuse_for_inference(model, onednn=False), x)
+def test_fewer_operations(called):
+    model, x = trained("xformer_s").eval(), torch.randn(1, 3, 64, 64)
+    folded = operations(fuse_for_inference(model, kernels=False), x)
     assert "aten.native_batch_norm" in operations(model, x)
     assert "aten.native_batch_norm" not in folded and "aten.hardswish_" in folded
-    if products.HAS_ONEDNN:
-        fused = operations(fuse_for_inference(model), x)
-        assert "mkldnn._linear_pointwise" in fused and "mkldnn._convolution_pointwise" in fused
-        assert not [name for name in fused if "hardswish" in name]
-        # few tokens: attention in its direct form projects by oneDNN too; torch has the classifier of one image
-        assert "aten.mm" in folded and "aten.mm" not in fused and fused.count("aten.addmm") == 1
+    passes = called(model, x)
+    layers = [type(m) for m in model.modules()]
+    # stem and classifier are torch's; layer norms and sums are of the products beside them
+    depthwise = sum(m.groups > 1 for m in model.modules() if isinstance(m, nn.Conv2d))
+    linear = layers.count(Pointwise) + 2 * layers.count(Mlp) + 2 * layers.count(XFAHalf) + layers.count(XFBlock)
+    assert passes.count("depthwise") == depthwise and 0 < passes.count("linear") <= linear
+    assert called(fuse_for_inference(model), x) == passes
 
 
 def test_faster_projections_move_the_choice_of_form():
     shape = cost.Shape(B=1, N=1024, C=192, H=6, inner=192, out=192, itemsize=4, training=False)
-    assert cost.cheaper(shape, "cpu") == "gram" and cost.cheaper(shape, "onednn") == "direct"
-    assert cost.cheaper(shape._replace(N=16384), "onednn") == "gram"
+    assert cost.cheaper(shape, "cpu") == "gram" and cost.cheaper(shape, "kernels") == "direct"
+    assert cost.cheaper(shape._replace(N=16384), "kernels") == "gram"
 
 
-@needs_onednn
 @pytest.mark.parametrize("kind", [XFA, XFABlock, XFAHalf], ids=lambda kind: kind.__name__)
-def test_auto_knows_who_projects(kind, need_backend, monkeypatch):
-    """By oneDNN the direct form is the cheaper one for these tokens, by torch's products it is the other."""
-    need_backend("cpp")
+def test_auto_knows_who_projects(kind, called, monkeypatch):
+    """By the kernels the direct form is the cheaper one for these tokens, by torch's products it is the other."""
     machines, cheaper = [], cost.cheaper
     monkeypatch.setattr(cost, "cached", lambda shape, machine: (machines.append(machine), cheaper(shape, machine))[1])
     torch.manual_seed(0)
-    plain = fuse_for_inference(nn.Sequential(kind(192, 6)), onednn=False)
+    plain = fuse_for_inference(nn.Sequential(kind(192, 6)), kernels=False)
     fused, x = fuse_for_inference(plain), torch.randn(1, 1024, 192)
-    by_onednn, by_torch = operations(fused, x), operations(plain, x)
-    assert by_onednn.count("mkldnn._linear_pointwise") == 2 and "xformer_kernels.xfa_forward" in by_onednn
-    assert "xformer_kernels.layer_forward" in by_torch and "mkldnn._linear_pointwise" not in by_torch
-    assert machines == ["onednn", "cpu"]
+    assert called(fused, x) == ["linear", "linear"] and called(plain, x) == []
+    assert machines == ["kernels", "cpu"]
+    assert "xformer_kernels.xfa_forward" in operations(fused, x)
+    assert "xformer_kernels.layer_forward" in operations(plain, x)
     if kind is XFAHalf:
-        assert operations(nn.Sequential(kind(192, 6)).eval(), x) == by_onednn
-        machines.pop()
+        assert called(nn.Sequential(kind(192, 6)).eval(), x) == ["linear", "linear"]
     with torch.no_grad():
         torch.testing.assert_close(fused(x), plain(x), rtol=1e-5, atol=1e-5)
+        machines.clear()
         with torch.autocast("cpu", torch.bfloat16):
             fused(x)
-        machines.clear()
         fused.double()(x.double())
     fused.float()(x)
-    assert machines == ["cpu", "cpu"]
+    assert machines == ["cpu"] * 3
 
 
-def test_what_onednn_cannot_take_is_computed_plainly():
+def test_what_kernels_cannot_take_is_computed_plainly():
     model = trained()
     fused, plain = fuse_for_inference(model), model.eval()
     x = torch.randn(2, 3, 64, 64)
@@ -262,9 +303,13 @@ def test_what_onednn_cannot_take_is_computed_plainly():
     assert "mkldnn" not in str(program.graph)
 
 
-def test_without_onednn(monkeypatch):
-    monkeypatch.setattr(fuse, "has_onednn", lambda: False)
-    fused = fuse_for_inference(trained())
-    assert not any(isinstance(m, fuse.FusedLinear) for m in fused.modules())
-    with pytest.raises(RuntimeError, match="built without oneDNN"):
-        fuse_for_inference(fused, onednn=True)
+def test_without_kernels(monkeypatch):
+    """As where no extension was built, or another backend was asked for."""
+    model, x = trained().eval(), torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = model(x)
+        with monkeypatch.context() as patch:
+            patch.setattr(inference, "KERNELS", None)
+            torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
+    monkeypatch.setenv("XFORMER_KERNELS_BACKEND", "reference")
+    assert kernels_called(monkeypatch, model, x) == []

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xformer.layers import DropPath, Linear
-from xformer.products import HAS_ONEDNN, ONEDNN
+from xformer.products import KERNELS
 from xformer_kernels import XFABlock
 from xformer_kernels.nn import half_block
 
@@ -33,8 +33,7 @@ class XFAHalf(XFABlock):
     def __init__(self, dim: int, num_heads: int, *, drop_path: float = 0.0, **choices: Any) -> None:
         super().__init__(dim, num_heads, **choices)
         self.drop_path = DropPath(drop_path)
-        if HAS_ONEDNN:
-            self.attn.projections = ONEDNN
+        self.attn.projections = KERNELS
 
     def forward(self, x: Tensor, token_mask: Tensor | None = None, group: Any = None) -> Tensor:
         return half_block(x, self.norm, self.attn, self.layer_scale, self.drop_path, token_mask=token_mask, group=group)

@@ -162,7 +162,7 @@ def _names(model: nn.Module, outputs: int) -> list[str]:
 
 
 def _prepared(model: nn.Module, fuse: bool, ops: str) -> nn.Module:
-    model = fuse_for_inference(model, onednn=False) if fuse else copy.deepcopy(model).eval()
+    model = fuse_for_inference(model, kernels=False) if fuse else copy.deepcopy(model).eval()
     for module in model.modules():
         if isinstance(module, XFA) and ops == "standard":
             module.backend, module.form = "reference", "direct"

@@ -16,10 +16,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from xformer import products
 from xformer_kernels import XFA
+from xformer_kernels.inference import BatchNorm, LayerNorm
 from xformer_kernels.nn import untouched
-
-MANY = 100_000
-"""Outputs of a convolution: a pass of batch norm over fewer is sooner done than folded."""
 
 
 def to_tokens(x: Tensor) -> Tensor:
@@ -35,10 +33,10 @@ def to_image(tokens: Tensor, height: int, width: int) -> Tensor:
 class Linear(nn.Linear):
     """torch's, in inference on the CPU by :mod:`xformer.products`."""
 
-    onednn = True
+    kernels = True
 
     def forward(self, x: Tensor) -> Tensor:
-        return products.linear(x, self.weight, self.bias) if self.onednn else super().forward(x)
+        return products.linear(x, self.weight, self.bias) if self.kernels else super().forward(x)
 
 
 class Pointwise(Linear):
@@ -88,8 +86,8 @@ def set_weights(layer: nn.Conv2d | nn.Linear, weight: Tensor, bias: Tensor | Non
 class ConvNorm(Foldable):
     """``act(bn(conv(x)))``: a convolution without bias, batch norm and perhaps hard-swish.
 
-    In inference on the CPU (:func:`xformer.products.takes`) batch norm is multiplied into the weights, in every call,
-    where outputs are many, and more than weights: one pass over the outputs less, and nothing can be out of date.
+    In inference on the CPU all of it is one pass by :mod:`xformer.products`, where its parts are as made here: nothing
+    that it computes is kept, so that nothing can be out of date.
 
     Args:
         in_chans, out_chans: channels.
@@ -99,7 +97,7 @@ class ConvNorm(Foldable):
         act: whether hard-swish follows.
     """
 
-    onednn = True
+    kernels = True
 
     def __init__(
         self, in_chans: int, out_chans: int, kernel: int = 1, stride: int = 1, groups: int = 1, act: bool = True
@@ -113,47 +111,60 @@ class ConvNorm(Foldable):
         self.bn: nn.Module = nn.BatchNorm2d(out_chans)
         self.act = HardSwish() if act else nn.Identity()
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self._folds(x):
-            return self._folded(x)
+    def forward(self, x: Tensor, before: nn.Module | None = None, add: Tensor | None = None) -> Tensor:
+        """``add + act(bn(conv(before(x))))``, what is given of it; `before`: a layer norm over channels."""
+        if self.kernels and products.in_inference() and self._as_made(before):
+            return self._at_once(x, before, add)
+        if before is not None:
+            x = to_image(before(to_tokens(x)), *x.shape[2:])
         y: Tensor = self.act(self.bn(self.conv(x)))
-        return y
+        return y if add is None else add + y
 
-    def _folds(self, x: Tensor) -> bool:
-        conv, weight = self.conv, self.conv.weight
-        if not self.onednn or not products.takes(x, weight):
-            return False
-        outputs = x.numel() // x.shape[1] * weight.shape[0]
-        if isinstance(conv, nn.Conv2d):
-            outputs //= conv.stride[0] * conv.stride[1]
-        if outputs < max(MANY, weight.numel()):
-            return False
-        bn: Any = self.bn
+    def _as_made(self, before: nn.Module | None) -> bool:
+        conv, bn, act = self.conv, self.bn, self.act
         return (
-            untouched(bn, nn.BatchNorm2d)
-            and not bn.training
-            and bn.affine
-            and bn.running_mean is not None
-            and conv.bias is None
-            and (untouched(conv, Pointwise) or (untouched(conv, nn.Conv2d) and conv.padding_mode == "zeros"))
-            and (untouched(self.act, HardSwish) or untouched(self.act, nn.Identity))
+            (untouched(conv, Pointwise) or pads_with_zeros(conv))
+            and (untouched(act, HardSwish) or untouched(act, nn.Identity))
+            and (is_norm(bn) or untouched(bn, nn.Identity))
+            and (before is None or (untouched(before, nn.LayerNorm) and isinstance(conv, Pointwise)))
         )
 
-    def _folded(self, x: Tensor) -> Tensor:
-        conv, act = self.conv, isinstance(self.act, HardSwish)
-        bn: Any = self.bn
-        scale = torch.rsqrt(bn.running_var + bn.eps).mul_(bn.weight)
-        shift = torch.addcmul(bn.bias, bn.running_mean, scale, value=-1)
-        weight = conv.weight * scale.view(-1, *(1,) * (conv.weight.dim() - 1))
+    def _at_once(self, x: Tensor, before: Any, add: Tensor | None) -> Tensor:
+        conv, bn, act = self.conv, self.bn, type(self.act) is HardSwish
+        norm = running(bn) if isinstance(bn, nn.BatchNorm2d) else None
         if isinstance(conv, nn.Conv2d):
-            return products.conv2d(x, weight, shift, conv, act)
-        return products.linear(x.permute(0, 2, 3, 1), weight, shift, act).permute(0, 3, 1, 2)
+            y = products.conv2d(x, conv, batch_norm=norm, hard_swish=act)
+            return y if add is None else add + y
+        layer_norm = None if before is None else LayerNorm(before.weight, before.bias, before.eps)
+        tokens = products.linear(
+            x.permute(0, 2, 3, 1), conv.weight, conv.bias, batch_norm=norm, layer_norm=layer_norm, hard_swish=act,
+            add=None if add is None else add.permute(0, 2, 3, 1),
+        )  # fmt: skip
+        return tokens.permute(0, 3, 1, 2)
 
     def fold(self) -> None:
         folded = norm_folded(self.conv, self.bn)
         if folded is not None:
             set_weights(self.conv, *folded)
             self.bn = nn.Identity()
+
+
+def pads_with_zeros(conv: nn.Module) -> bool:
+    """Whether it is a convolution as torch makes it, padded with zeros by whole numbers."""
+    if not isinstance(conv, nn.Conv2d) or not untouched(conv, nn.Conv2d):
+        return False
+    return conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
+
+
+def is_norm(bn: nn.Module) -> bool:
+    """Whether it normalises by running statistics and is batch norm as torch makes it."""
+    return untouched(bn, nn.BatchNorm2d) and not bn.training and bn.running_mean is not None
+
+
+def running(bn: nn.BatchNorm2d) -> BatchNorm:
+    """What it normalises by in eval mode."""
+    assert bn.running_mean is not None and bn.running_var is not None
+    return BatchNorm(bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps)
 
 
 class SqueezeExcite(nn.Module):
@@ -189,6 +200,13 @@ class DropPath(nn.Module):
         return f"drop_prob={self.drop_prob:.3g}"
 
 
+def drops_nothing(drop_path: nn.Module) -> bool:
+    """Whether it gives back what it gets."""
+    if not isinstance(drop_path, DropPath) or not untouched(drop_path, DropPath):
+        return False
+    return not drop_path.training or drop_path.drop_prob == 0
+
+
 class MBConv(nn.Module):
     """Inverted residual: 1x1 to ``expand`` times the channels, depthwise, 1x1 back; plus x where the shapes agree."""
 
@@ -212,8 +230,14 @@ class MBConv(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.project(self.se(self.depthwise(self.expand(x))))
-        return x + self.drop_path(y) if self.skip else y
+        y = self.se(self.depthwise(self.expand(x)))
+        if not self.skip:
+            z: Tensor = self.project(y)
+            return z
+        if drops_nothing(self.drop_path) and untouched(self.project, ConvNorm):
+            z = self.project(y, add=x)
+            return z
+        return x + self.drop_path(self.project(y))
 
 
 class Mlp(nn.Module):
@@ -230,7 +254,21 @@ class Mlp(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
+        if products.in_inference() and self._as_made():
+            layer_norm = LayerNorm(self.norm.weight, self.norm.bias, self.norm.eps)
+            y = products.linear(x, self.fc1.weight, self.fc1.bias, layer_norm=layer_norm, hard_swish=True)
+            return products.linear(y, self.fc2.weight, self.fc2.bias, add=x)
         return x + self.drop_path(self.drop(self.fc2(self.act(self.fc1(self.norm(x))))))
+
+    def _as_made(self) -> bool:
+        return (
+            all(untouched(fc, Linear) and fc.kernels for fc in (self.fc1, self.fc2))
+            and untouched(self.norm, nn.LayerNorm)
+            and untouched(self.act, HardSwish)
+            and drops_nothing(self.drop_path)
+            and untouched(self.drop, nn.Dropout)
+            and not (self.drop.training and self.drop.p > 0)
+        )
 
 
 class XFBlock(nn.Module):
@@ -270,8 +308,11 @@ class XFBlock(nn.Module):
         self.drop_path = DropPath(drop_path[-1])
 
     def forward(self, x: Tensor) -> Tensor:
-        t = self.norm(self.layers(self.reduce(to_tokens(self.local(x)))))
-        return x + self.drop_path(self.expand(to_image(t, x.shape[2], x.shape[3])))
+        t = self.layers(self.reduce(to_tokens(self.local(x))))
+        if drops_nothing(self.drop_path) and untouched(self.expand, ConvNorm):
+            y: Tensor = self.expand(to_image(t, x.shape[2], x.shape[3]), before=self.norm, add=x)
+            return y
+        return x + self.drop_path(self.expand(to_image(self.norm(t), x.shape[2], x.shape[3])))
 
 
 @torch.no_grad()

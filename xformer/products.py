@@ -1,106 +1,124 @@
-"""Linear layers and convolutions as inference on the CPU wants them: oneDNN's, with a hard-swish in the same call.
+"""Linear layers and convolutions with what stands around them, as inference on the CPU wants them.
 
-torch's own linear layers are MKL's there, which are slow on AMD processors. oneDNN's are private to torch
-(``torch.ops.mkldnn``); ``torch.compile`` makes the same calls. They serve where :func:`serves` says so, and torch's own
-do everywhere else, with the same results to rounding. ``torch.backends.mkldnn.flags(enabled=False)`` turns them off.
+In float32 without gradients they are single passes of our own (:mod:`xformer_kernels.inference`), or, for large maps
+of convolutions that are no products of pixels, oneDNN's convolution with a hard-swish in the same call, which is
+private to torch (``torch.ops.mkldnn``) and what ``torch.compile`` calls. Everywhere else they are torch's layers, with
+the same results to rounding. ``XFORMER_KERNELS_BACKEND=reference`` turns ours off, and
+``torch.backends.mkldnn.flags(enabled=False)`` oneDNN's.
 """
 
 from __future__ import annotations
 
 import platform
-from math import prod
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import forward_ad
-from torch.utils.flop_counter import conv_flop_count, flop_registry, register_flop_formula
 
+from xformer_kernels import inference, ops
+from xformer_kernels.inference import BatchNorm, LayerNorm
 from xformer_kernels.layer.functional import Projections
 
 
 def has_onednn() -> bool:
-    """Whether this torch has them. They are asked for on x86 alone, where they have been run."""
+    """Whether this torch has the convolution. It is asked for on x86 alone, where it has been run."""
     return (
         torch.backends.mkldnn.is_available()
         and platform.machine().lower() in ("x86_64", "amd64")
-        and all(hasattr(torch.ops.mkldnn, op) for op in ("_linear_pointwise", "_convolution_pointwise"))
+        and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
     )
 
 
 HAS_ONEDNN = has_onednn()
-FEWEST = 2_500_000
-"""Multiply-adds of a linear layer that oneDNN is asked for: below it takes longer to be called than it saves."""
+MOST = 400_000
+"""Outputs of a depthwise convolution up to which our kernel takes less time than oneDNN's."""
 
 
-def serves(x: Tensor, weight: Tensor) -> bool:
-    """Whether oneDNN computes a product in the place of torch: of plain float32 on the CPU, without derivatives.
+def in_inference() -> bool:
+    """Whether layers may be computed at once: no gradients, and nobody writes down what torch does."""
+    return not torch.is_grad_enabled() and not torch.compiler.is_compiling() and torch._C._get_tracing_state() is None
 
-    A compiler fuses on its own, and an exported graph shall be portable.
-    """
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    batch_norm: BatchNorm | None = None,
+    layer_norm: LayerNorm | None = None,
+    hard_swish: bool = False,
+    add: Tensor | None = None,
+) -> Tensor:
+    """``act(batch_norm(layer_norm(x) weight^T + bias)) + add``, (..., I) to (..., O)."""
+    y = inference.linear(x, weight, bias, batch_norm=batch_norm, layer_norm=layer_norm, hard_swish=hard_swish, add=add)
+    if y is None:
+        if layer_norm is not None:
+            x = F.layer_norm(x, x.shape[-1:], *layer_norm)
+        y = _norm_and_act(F.linear(x, weight, bias), -1, batch_norm, hard_swish)
+        y = y if add is None else add + y
+    return y
+
+
+def conv2d(x: Tensor, conv: nn.Conv2d, *, batch_norm: BatchNorm | None = None, hard_swish: bool = False) -> Tensor:
+    """``act(batch_norm(conv(x)))`` of a convolution that is padded with zeros by whole numbers."""
+    weight, bias = conv.weight, conv.bias
+    height, width = (-(-side // stride) for side, stride in zip(x.shape[2:], conv.stride, strict=True))
+    outputs = x.shape[0] * weight.shape[0] * height * width
+    if _is_depthwise(conv) and outputs <= MOST:
+        y = inference.depthwise(x, weight, bias, conv.stride[0], batch_norm=batch_norm, hard_swish=hard_swish)
+        if y is not None:
+            return y
+    shape: Any = (conv.padding, conv.stride, conv.dilation, conv.groups)
+    # batch norm is folded where outputs are more than weights: the fold is a pass over these
+    if asks_onednn(x, weight) and (batch_norm is None or outputs >= weight.numel()):
+        if batch_norm is not None:
+            mean, variance, scale, shift, eps = batch_norm
+            by = torch.rsqrt(variance + eps)
+            by = by if scale is None else by * scale
+            plus = -mean * by if bias is None else (bias - mean) * by
+            bias = plus if shift is None else plus + shift
+            weight = weight * by.view(-1, 1, 1, 1)
+        shape = [list(part) if isinstance(part, tuple) else part for part in shape]
+        act = "hardswish" if hard_swish else "none"
+        folded: Tensor = torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *shape, act, [], "")
+        return folded
+    padding, stride, dilation, groups = shape
+    y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    return _norm_and_act(y, 1, batch_norm, hard_swish)
+
+
+def _norm_and_act(y: Tensor, dim: int, norm: BatchNorm | None, hard_swish: bool) -> Tensor:
+    if norm is not None:
+        y = F.batch_norm(y.movedim(dim, 1), norm.mean, norm.variance, norm.weight, norm.bias, False, 0.0, norm.eps)
+        y = y.movedim(1, dim)
+    return F.hardswish(y, inplace=not torch.is_grad_enabled()) if hard_swish else y
+
+
+def _is_depthwise(conv: nn.Conv2d) -> bool:
+    kernel, stride = conv.kernel_size[0], conv.stride[0]
     return (
-        HAS_ONEDNN
-        and not torch.is_grad_enabled()
-        and x.dtype is weight.dtype is torch.float32
-        and x.is_cpu
-        and type(x) is Tensor
-        and type(weight) in (Tensor, nn.Parameter)
-        and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and forward_ad._current_level < 0
-        and torch._C._get_mkldnn_enabled()
-        and x.numel() > 0
+        conv.groups == conv.in_channels == conv.out_channels
+        and conv.kernel_size == (kernel, kernel)
+        and conv.stride == (stride, stride)
+        and conv.padding == (kernel // 2, kernel // 2)
+        and conv.dilation == (1, 1)
     )
 
 
-def takes(x: Tensor, weight: Tensor) -> bool:
-    """Whether it does so here and now: a traced graph has torch's operations."""
-    return torch._C._get_tracing_state() is None and serves(x, weight)
+def asks_onednn(x: Tensor, weight: Tensor) -> bool:
+    """Whether oneDNN convolves in the place of torch: plain float32 on the CPU, nothing recorded or transformed."""
+    return (
+        HAS_ONEDNN
+        and in_inference()
+        and x.dtype is weight.dtype is torch.float32
+        and x.is_cpu
+        and x.numel() > 0
+        and not torch.is_autocast_enabled("cpu")
+        and torch._C._get_mkldnn_enabled()
+        and ops.plain(x, weight)
+    )
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, act: bool = False) -> Tensor:
-    """``act(x weight^T + bias)``, (..., I) to (..., O); `act`: hard-swish."""
-    if takes(x, weight) and x.numel() * weight.shape[0] >= FEWEST:
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, _name(act), [], "")
-        return y
-    return _plain(F.linear(x, weight, bias), act)
-
-
-def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, conv: nn.Conv2d, act: bool = False) -> Tensor:
-    """``act(conv(x))`` of a weight and a bias in the place of its own, padded with zeros by whole numbers."""
-    if takes(x, weight):
-        shape = (list(conv.padding), list(conv.stride), list(conv.dilation), conv.groups)
-        y: Tensor = torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *shape, _name(act), [], "")
-        return y
-    return _plain(F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups), act)
-
-
-def _plain(y: Tensor, act: bool) -> Tensor:
-    return F.hardswish(y, inplace=not torch.is_grad_enabled()) if act else y
-
-
-def _name(act: bool) -> str:
-    return "hardswish" if act else "none"
-
-
-ONEDNN = Projections(linear, serves, "onednn")
+KERNELS = Projections(linear, inference.asked, "kernels")
 """:func:`linear` for XFA in its direct form."""
-
-
-def _linear_flops(x: Any, weight: Any, *_: Any, **__: Any) -> int:
-    return 2 * prod(x) * int(weight[0])
-
-
-def _conv_flops(x: Any, weight: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
-    return conv_flop_count(x, weight, out_shape)
-
-
-if HAS_ONEDNN:
-    for _op, _formula in (
-        (torch.ops.mkldnn._linear_pointwise, _linear_flops),
-        (torch.ops.mkldnn._convolution_pointwise, _conv_flops),
-    ):
-        if _op not in flop_registry:
-            register_flop_formula(_op)(_formula)

@@ -5,13 +5,14 @@
     xfa_layer, xfa_block             with projections; and with layer norm and residual: two passes over x
     XFA, XFABlock                    the same as modules; XFA has the state dict of timm's XCA
     integrations.replace_attention   the same for whole models
+    inference                        linear layers and depthwise convolutions with what stands around them, on the CPU
     flops                            what the ops count as, for torch's flop counter and for fvcore
     explain, explain_layer           which backend serves a call, in which form, and why others do not
 
 ``python -m xformer_kernels.info`` prints what was built and what runs here.
 """
 
-from xformer_kernels import flops, integrations
+from xformer_kernels import flops, inference, integrations
 from xformer_kernels.functional import channel_mix, explain, gram, xfa
 from xformer_kernels.layer import explain_layer, xfa_block, xfa_layer
 from xformer_kernels.nn import XFA, XFABlock
@@ -25,6 +26,7 @@ __all__ = [
     "explain_layer",
     "flops",
     "gram",
+    "inference",
     "integrations",
     "xfa",
     "xfa_block",

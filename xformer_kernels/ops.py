@@ -54,7 +54,7 @@ _length_of_function_stack = torch._C._len_torch_function_stack
 _functorch = torch._C._functorch.peek_interpreter_stack
 
 
-def _plain(*tensors: Tensor | None) -> bool:
+def plain(*tensors: Tensor | None) -> bool:
     """True if nothing but the kernel has to see this call.
 
     No compiler, tracer, mode or transform, no tensor subclass, no view that negates its memory's numbers.
@@ -86,14 +86,14 @@ def wants_grad(*tensors: Tensor | None) -> bool:
 
 def run(op: str, function: type[torch.autograd.Function], operands: tuple[Tensor | None, ...], *args: Any) -> Any:
     """Calls `op` on `args` (the last one is the backend); `operands` are its differentiable tensors."""
-    if _plain(*operands):
+    if plain(*operands):
         return function.apply(*args) if wants_grad(*operands) else _implementation(op, args)
     return getattr(_ops, op)(*args)
 
 
 def below_autograd(op: str, *args: Any) -> Any:
     """What the autograd.Functions compute: the kernel, or in any other than plain eager mode the op below autograd."""
-    if _plain(*(x for x in args if isinstance(x, Tensor))):
+    if plain(*(x for x in args if isinstance(x, Tensor))):
         return _implementation(op, args)
     with torch._C._AutoDispatchBelowAutograd():
         return getattr(_ops, op)(*args)

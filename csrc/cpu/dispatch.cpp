@@ -13,6 +13,8 @@
   int run_layer_mix(const xk_layer_mix_args*);     \
   int run_xfa_forward(const xk_xfa_args*);         \
   int run_xfa_backward(const xk_xfa_args*);        \
+  int run_linear(const xk_linear_args*);           \
+  int run_depthwise(const xk_depthwise_args*);     \
   }                                                \
   }
 #define XK_ENTRY(level, usable) \
@@ -23,7 +25,9 @@
    xk::level::run_layer_gram,   \
    xk::level::run_layer_mix,    \
    xk::level::run_xfa_forward,  \
-   xk::level::run_xfa_backward}
+   xk::level::run_xfa_backward, \
+   xk::level::run_linear,       \
+   xk::level::run_depthwise}
 
 #ifdef XK_HAVE_x86_64_v4
 XK_DECLARE(x86_64_v4)
@@ -68,6 +72,8 @@ struct Level {
   int (*layer_mix)(const xk_layer_mix_args*);
   int (*xfa_forward)(const xk_xfa_args*);
   int (*xfa_backward)(const xk_xfa_args*);
+  int (*linear)(const xk_linear_args*);
+  int (*depthwise)(const xk_depthwise_args*);
 };
 
 // Best first.
@@ -146,4 +152,6 @@ int xk_layer_mix(const xk_layer_mix_args* p) {
 }
 int xk_xfa_forward(const xk_xfa_args* p) { return call(level_for(p->dim, p->q.dtype, true), &Level::xfa_forward, p); }
 int xk_xfa_backward(const xk_xfa_args* p) { return call(level_for(p->dim, p->q.dtype, true), &Level::xfa_backward, p); }
+int xk_linear(const xk_linear_args* p) { return call(level_for(p->dim_out, XK_F32), &Level::linear, p); }
+int xk_depthwise(const xk_depthwise_args* p) { return call(level_for(p->channels, XK_F32), &Level::depthwise, p); }
 }

@@ -1,6 +1,8 @@
-// The four entry points at one instruction level. This file is compiled once per level (XK_LEVEL names it) and must
+// The entry points at one instruction level. This file is compiled once per level (XK_LEVEL names it) and must
 // not instantiate anything outside its own namespace: a weak symbol built for a newer level would be linked for all.
 #include "../include/xformer_kernels.h"
+#include "depthwise.h"
+#include "linear.h"
 #include "xfa.h"
 
 namespace xk {
@@ -169,6 +171,11 @@ int run_xfa_backward(const xk_xfa_args* p) {
   if (p->dim < 1) return XK_BAD_ARGUMENT;
   return p->q.dtype == XK_F64 ? Xfa<double>(*p).backward() : Xfa<float>(*p).backward();
 }
+
+int run_linear(const xk_linear_args* p) {
+  return p->dim_in < 1 || p->dim_out < 1 ? int(XK_BAD_ARGUMENT) : p->tokens ? Linear(*p).run() : int(XK_OK);
+}
+int run_depthwise(const xk_depthwise_args* p) { return p->channels < 1 ? int(XK_BAD_ARGUMENT) : depthwise(*p); }
 
 }  // namespace XK_LEVEL
 }  // namespace xk

@@ -40,6 +40,22 @@ void parallel_for(int64_t units, [[maybe_unused]] int threads, F f) {
   for (int64_t u = 0; u < units; ++u) f(u, 0);
 }
 
+// f(thread, threads, wait) in several threads at once, at most as many as asked for; after wait() every thread sees
+// what all have written before it.
+template <class F>
+void together([[maybe_unused]] int threads, F f) {
+#if defined(_OPENMP)
+  if (threads > 1) {
+#pragma omp parallel num_threads(threads)
+    f(omp_get_thread_num(), omp_get_num_threads(), [] {
+#pragma omp barrier
+    });
+    return;
+  }
+#endif
+  f(0, 1, [] {});
+}
+
 // How a (batch, heads, tokens) problem is cut, from its shape alone. A unit is (batch, group of heads, chunk of
 // tokens): the heads of a token lie side by side in memory, so a unit walks blocks of tokens and, inside, its heads.
 struct Plan {

@@ -181,7 +181,8 @@ void gram_tile(const GramTile<T>& t) {
     }
 }
 
-// y[n, o] = bias[o] + scale[o] * add[n, o] + sum_k x[n, k] w[k, o] (+ the same with x2, w2) for MR tokens.
+// y[n, o] = bias[o] + scale[o] * add[n, o] + sum_k x[n, k] w[k, o] (+ the same with x2, w2) for MR tokens, or its
+// hard-swish.
 // x may have any strides; w, bias and scale are padded to whole vectors; add and y have unit stride along o, and their
 // last vector has `last_lanes` columns.
 template <class T>
@@ -200,6 +201,7 @@ struct MixTile {
   void* y;
   ptrdiff_t ldy;
   int dtype, last_lanes;
+  bool hard_swish;
   Ahead ahead0, ahead1;
 };
 
@@ -242,6 +244,12 @@ void mix_tile(const MixTile<T>& t) {
     });
   accumulate<T, PAIRS, MR, NR, G>(acc, t.x, t.x_row, t.x_k, t.w, t.ldw, t.K, t.ahead0, t.ahead1, MR, 0);
   if (t.x2) accumulate<T, PAIRS, MR, NR, G>(acc, t.x2, t.x2_row, t.x2_k, t.w2, t.ldw, t.K2, Ahead{}, Ahead{}, t.K2, 0);
+  if (t.hard_swish) {
+#pragma GCC unroll 16
+    for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 8
+      for (int c = 0; c < NR; ++c) acc[r][c] = hard_swish<T>(acc[r][c]);
+  }
   with_storage<T>(t.dtype,
                   [&](auto* storage) { store_tile<T, MR, NR>(acc, (decltype(storage))t.y, t.ldy, t.last_lanes); });
 }

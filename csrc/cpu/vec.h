@@ -317,11 +317,23 @@ XK_INLINE V<T> max(V<T> a, V<T> b) {
   return b > a ? b : a;
 }
 
+// x min(max(x + 3, 0), 6) / 6
 template <class T>
+XK_INLINE V<T> hard_swish(V<T> x) {
+  V<T> gate = max<T>(x + T(3), V<T>{});
+  return x * (gate > T(6) ? broadcast(T(6)) : gate) * T(1.0 / 6);
+}
+
+template <class T, int D, int... L>
+XK_INLINE V<T> add_rotated(V<T> x, Lanes<L...>) {
+  return x + XK_SHUFFLE(x, x, ((L + D) % VL<T>)...);
+}
+// By halves: a chain of additions would take longer than all else that is done with a short row.
+template <class T, int D = VL<T> / 2>
 XK_INLINE T sum_lanes(V<T> x) {
-  T total = 0;
-  for (int i = 0; i < VL<T>; ++i) total += x[i];
-  return total;
+  x = add_rotated<T, D>(x, typename FirstLanes<VL<T>>::type{});
+  if constexpr (D > 1) return sum_lanes<T, D / 2>(x);
+  return x[0];
 }
 
 // exp(x) for x <= 0 (a softmax after the maximum is taken off): 2^k * p(r), |r| <= ln2 / 2, within 1 ulp. NaN stays

@@ -97,12 +97,52 @@ typedef struct {
   int32_t threads;
 } xk_xfa_args;
 
+// Batch norm of features with running statistics: weight (z - mean) / sqrt(variance + eps) + bias. variance null: none;
+// weight and bias may be null.
+typedef struct {
+  const float *mean, *variance, *weight, *bias;
+  double eps;
+} xk_batch_norm;
+
+// y = act(norm(layer_norm(x) weight^T + bias)) + add, of float32: x (tokens, dim_in), weight (dim_out, dim_in),
+// add and y (tokens, dim_out). Rows of x and of add are x_stride and add_stride apart, the others lie side by side.
+// layer_norm_eps: 0 for none; its weight and bias, bias and add may be null. Only the CPU has it.
+typedef struct {
+  int64_t tokens, dim_in, dim_out;
+  const float* x;
+  int64_t x_stride;
+  const float *layer_norm_weight, *layer_norm_bias;
+  double layer_norm_eps;
+  const float *weight, *bias;
+  xk_batch_norm norm;
+  int32_t hard_swish;
+  const float* add;
+  int64_t add_stride;
+  float* y;
+  int32_t threads;
+} xk_linear_args;
+
+// y = act(norm(convolution of every channel by itself + bias)), of float32: x (batch, height, width, channels) side by
+// side, weight (channels, kernel, kernel), y (batch, ceil(height / stride), ceil(width / stride), channels). kernel is
+// 3 or 5, stride 1 or 2, and kernel / 2 zeros are around the image. Only the CPU has it.
+typedef struct {
+  int64_t batch, height, width, channels;
+  int32_t kernel, stride;
+  const float *x, *weight, *bias;
+  xk_batch_norm norm;
+  int32_t hard_swish;
+  float* y;
+  int32_t threads;
+} xk_depthwise_args;
+
 int xk_gram(const xk_gram_args* args);
 int xk_channel_mix(const xk_channel_mix_args* args);
 int xk_layer_gram(const xk_layer_gram_args* args);
 int xk_layer_mix(const xk_layer_mix_args* args);
 int xk_xfa_forward(const xk_xfa_args* args);
 int xk_xfa_backward(const xk_xfa_args* args);
+int xk_linear(const xk_linear_args* args);
+int xk_depthwise(const xk_depthwise_args* args);
 
 // Asks the system to back fresh memory with huge pages, where it knows how: a large result is otherwise page-faulted
 // 4 KiB at a time, which takes longer than computing it. A wish: it changes no contents and cannot fail.

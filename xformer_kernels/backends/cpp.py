@@ -22,13 +22,13 @@ _CPU = torch.device("cpu")  # said each time: the default device may be another
 _LARGE = 32 << 20
 # The products add their terms one after another: beyond this many, a blocked matrix product is more accurate.
 _WIDEST = 512
-_LEVEL = _C.cpu_level()
+LEVEL = _C.cpu_level()
 
 
 def unsupported(device_type: str, dtypes: Iterable[torch.dtype], head_dims: Iterable[int]) -> list[str]:
     """Every reason why these kernels cannot serve a call; empty when they can."""
     reasons = []
-    if not _LEVEL:
+    if not LEVEL:
         reasons.append(
             "no instruction level is usable here: XFORMER_KERNELS_CPU_LEVEL names none of the built levels "
             f"({_C.build_info()['levels']}) that this processor has"
@@ -94,6 +94,57 @@ def layer_mix(
     addresses, result = arguments.channel_mix(_empty, x, weight, bias, add, None, x2, weight2)
     _C.layer_mix(*addresses, *_prologue(center, layer_norm_eps), differentiate, torch.get_num_threads())
     return result
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    batch_norm: tuple[Any, ...] | None,
+    layer_norm: tuple[Any, ...] | None,
+    hard_swish: bool,
+    add: Tensor | None,
+) -> Tensor:
+    """See :func:`xformer_kernels.inference.linear`, which knows that everything is contiguous and of float32."""
+    O, I = weight.shape  # noqa: E741
+    y = _empty((*x.shape[:-1], O), x.dtype)
+    ln_weight, ln_bias, ln_eps = (None, None, 0.0) if layer_norm is None else layer_norm
+    _C.linear(
+        x.numel() // I, I, O, x.data_ptr(), I, _address(ln_weight), _address(ln_bias), ln_eps, weight.data_ptr(),
+        _address(bias), _batch_norm(batch_norm), hard_swish, _address(add), O, y.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return y
+
+
+def depthwise(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int,
+    batch_norm: tuple[Any, ...] | None,
+    hard_swish: bool,
+) -> Tensor:
+    """See :func:`xformer_kernels.inference.depthwise`."""
+    B, C, H, W = x.shape
+    y = torch.empty(
+        (B, C, -(-H // stride), -(-W // stride)), dtype=x.dtype, device=_CPU, memory_format=torch.channels_last
+    )
+    _C.depthwise(
+        B, H, W, C, weight.shape[-1], stride, x.data_ptr(), weight.data_ptr(), _address(bias), _batch_norm(batch_norm),
+        hard_swish, y.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return y
+
+
+def _address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def _batch_norm(norm: tuple[Any, ...] | None) -> tuple[int, int, int, int, float]:
+    if norm is None:
+        return 0, 0, 0, 0, 0.0
+    mean, variance, weight, bias, eps = norm
+    return mean.data_ptr(), variance.data_ptr(), _address(weight), _address(bias), eps
 
 
 def _prologue(center: Tensor | None, layer_norm_eps: float) -> tuple[int, float]:

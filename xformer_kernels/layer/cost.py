@@ -19,11 +19,11 @@ class Machine(NamedTuple):
 
 
 # cpu: measured on two cores of a Zen 5, torch 2.14, float32; `python -m bench layer` reports the regret of its choices.
-# onednn: the same with projections by oneDNN's products, where torch's own are MKL's.
+# kernels: the same with projections by xformer_kernels.inference, where torch's own are MKL's.
 # cuda: by design, from the data sheet of an H100 in tf32; not measured.
 MACHINES = {
     "cpu": Machine(matmul=2.2e11, kernel=2.8e11, algebra=1.2e11, bandwidth=2.5e10, start=1e-5),
-    "onednn": Machine(matmul=4.4e11, kernel=2.8e11, algebra=1.2e11, bandwidth=2.5e10, start=1e-5),
+    "kernels": Machine(matmul=4.4e11, kernel=2.8e11, algebra=1.2e11, bandwidth=2.5e10, start=1e-5),
     "cuda": Machine(matmul=2e14, kernel=1.5e14, algebra=5e13, bandwidth=2.5e12, start=6e-6),
 }
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from xformer_kernels import dispatch, functional, ops, parallel, reference, validate
+from xformer_kernels.inference import LayerNorm
 from xformer_kernels.layer import cost
 from xformer_kernels.layer.ops import OPERANDS, Operands, layer
 
@@ -18,9 +19,12 @@ FORMS = ("auto", "gram", "direct")
 
 
 class Projections(NamedTuple):
-    """Who projects in the direct form in the place of torch's linear layers, and what that costs."""
+    """Who projects in the direct form in the place of torch's linear layers, and what that costs.
 
-    linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    ``linear(x, weight, bias, layer_norm=, add=)`` also does the layer norm before it and the sum behind it.
+    """
+
+    linear: Callable[..., Tensor]
     takes: Callable[[Tensor, Tensor], bool]  # whether it makes a product of x and a weight other than torch
     machine: str  # of cost.MACHINES, where it does
 
@@ -308,13 +312,13 @@ def run(call: Call, o: Operands, ln_eps: float, residual: bool) -> Tensor:
 
 def _direct(call: Call, o: Operands, ln_eps: float, residual: bool) -> Tensor:
     x, u = o.x, o.x
-    linear = F.linear if call.projections is None else call.projections.linear
+    linear = _linear if call.projections is None else call.projections.linear
     if o.token_mask is not None:  # the gradients of weights would meet what masked tokens hold
         u = torch.where(o.token_mask.unsqueeze(-1), x, 0)
-    if ln_eps:
-        u = F.layer_norm(u, x.shape[-1:], _as(o.ln_weight, x), _as(o.ln_bias, x), ln_eps)
+    norm = LayerNorm(_as(o.ln_weight, x), _as(o.ln_bias, x), ln_eps) if ln_eps else None
     # split along dim 2: autograd then joins dq, dk and dv into the projection's gradient with one copy
-    heads = linear(u, _as(o.qkv_weight, u), _as(o.qkv_bias, u)).unflatten(-1, (3, o.temperature.shape[0], -1))
+    qkv = linear(u, _as(o.qkv_weight, u), _as(o.qkv_bias, u), layer_norm=norm)
+    heads = qkv.unflatten(-1, (3, o.temperature.shape[0], -1))
     q, k, v = (t.transpose(1, 2) for t in heads.unbind(2))
     if call.group is None:
         out = functional.checked_xfa(
@@ -329,10 +333,25 @@ def _direct(call: Call, o: Operands, ln_eps: float, residual: bool) -> Tensor:
             backend, call.group,
         )  # fmt: skip
     out = out.transpose(1, 2).flatten(2)
-    y = linear(out, _as(o.proj_weight, out), _as(o.proj_bias, out))
+    add = x if residual and o.layer_scale is None and out.dtype == x.dtype else None
+    y = linear(out, _as(o.proj_weight, out), _as(o.proj_bias, out), add=add)
     if o.layer_scale is not None:
         y = y * _as(o.layer_scale, y)
-    return _as(x + y, x) if residual else y
+    return y if add is not None or not residual else _as(x + y, x)
+
+
+def _linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    layer_norm: LayerNorm | None = None,
+    add: Tensor | None = None,
+) -> Tensor:
+    if layer_norm is not None:
+        x = F.layer_norm(x, x.shape[-1:], *layer_norm)
+    y = F.linear(x, weight, bias)
+    return y if add is None else add + y
 
 
 def _as(t: Any, x: Tensor) -> Any:

@@ -1,0 +1,119 @@
+// A linear layer over rows of float, with what stands around it in a network, in one pass:
+//
+//     y = act(batch_norm(layer_norm(x) w^T + bias)) + add
+//
+// W, batch norm in it, is packed once a call: input features as rows, output features in whole vectors. A block of
+// tokens is layer-normalised into rows of its own, if it is to be, and mixed by the register tiles of tile.h.
+#pragma once
+
+#include "norm.h"
+
+namespace xk {
+namespace XK_LEVEL {
+namespace {
+
+constexpr int64_t kLinearWork = 600'000;  // multiply-adds that are worth a thread: about 5 us
+constexpr int64_t kLinearBlock = 96;      // tokens at most: a block stays in the second-level cache
+
+class Linear {
+ public:
+  explicit Linear(const xk_linear_args& p)
+      : p(p),
+        in(int(p.dim_in)),
+        out(int(p.dim_out)),
+        ld(padded<float>(out)),
+        ld_in(padded<float>(in)),
+        threads(int(most(least(p.threads, p.tokens * in * out / kLinearWork), 1))),
+        // each thread has as many tokens as the others, and blocks of one size
+        block(divide_up(divide_up(p.tokens, threads), divide_up(divide_up(p.tokens, threads), kLinearBlock))),
+        rows_size(p.layer_norm_eps > 0 ? (block + 1) * ld_in + block : 0),
+        w((size_t)(in + 2) * ld),
+        rows(threads * rows_size),
+        scale(w.data + (size_t)in * ld),
+        shift(scale + ld) {}
+
+  int run() {
+    if (!w.data || !rows.data) return XK_OUT_OF_MEMORY;
+    scale_and_shift(p.norm, p.bias, out, scale, shift);
+    const int vectors = ld / VL<float>;
+    if (threads > 1 && out >= p.tokens && vectors >= threads)
+      by_columns(vectors);
+    else
+      by_tokens();
+    return XK_OK;
+  }
+
+ private:
+  const xk_linear_args& p;
+  const int in, out, ld, ld_in, threads;
+  const int64_t block, rows_size;
+  Buffer<float> w, rows;
+  float *const scale, *const shift;
+
+  // Threads pack rows of W together, wait for each other, and take blocks of tokens.
+  void by_tokens() {
+    const int64_t vectors = ld_in / VL<float>, blocks = divide_up(p.tokens, block);
+    together(threads, [&](int thread, int count, auto wait) {
+      auto share = [&](int64_t total, int which) { return total * which / count; };
+      pack(share(vectors, thread) * VL<float>, least(share(vectors, thread + 1) * VL<float>, in), 0, out, w.data, ld);
+      wait();  // every thread reads all of W
+      for (int64_t b = share(blocks, thread); b < share(blocks, thread + 1); ++b)
+        mix(b * block, 0, out, w.data, ld, rows.data + thread * rows_size);
+    });
+  }
+
+  // Few tokens and a large W: a thread packs columns of it, and alone uses them, for all tokens.
+  void by_columns(int vectors) {
+    parallel_for(threads, threads, [&](int64_t part, int thread) {
+      const int first = int(vectors * part / threads) * VL<float>;
+      const int end = int(least(vectors * (part + 1) / threads * VL<float>, out)), wide = padded<float>(end - first);
+      float* own = w.data + (size_t)first * in;
+      pack(0, in, first, end, own, wide);
+      for (int64_t n = 0; n < p.tokens; n += block) mix(n, first, end, own, wide, rows.data + thread * rows_size);
+    });
+  }
+
+  // to = W[first:end, i0:i1]^T, its columns times scale
+  void pack(int64_t i0, int64_t i1, int first, int end, float* w, int ld) const {
+    if (i0 >= i1) return;
+    float* to = w + i0 * ld;
+    pack_transposed<float>(p.weight + (int64_t)first * in + i0, in, int(i1 - i0), end - first, to, ld);
+    if (!p.norm.variance) return;
+    for (int64_t i = i0; i < i1; ++i, to += ld)
+      for (int c = 0; c < ld; c += VL<float>) store(to + c, load(to + c) * load(scale + first + c));
+  }
+
+  // columns [first, end) of a block of tokens
+  void mix(int64_t n, int first, int end, const float* w, int ld, float* normed) const {
+    const int tokens = int(least(block, p.tokens - n));
+    MixTile<float> t{};
+    t.x = p.x + n * p.x_stride;
+    t.x_row = p.x_stride;
+    if (p.layer_norm_eps > 0) {
+      pack_rows<float, false>(t.x, p.x_stride, tokens, in, normed, ld_in, normed);
+      layer_norm_rows(normed, normed + (block + 1) * ld_in, tokens, in, ld_in, float(p.layer_norm_eps));
+      affine_rows(normed, p.layer_norm_weight, p.layer_norm_bias, tokens, in, ld_in);
+      t.x = normed;
+      t.x_row = ld_in;
+    }
+    t.x_k = 1;
+    t.K = in;
+    t.w = w;
+    t.ldw = ld;
+    t.bias = shift + first;
+    if (p.add) {
+      t.add = p.add + n * p.add_stride + first;
+      t.ld_add = p.add_stride;
+      t.add_dtype = XK_F32;
+    }
+    t.hard_swish = p.hard_swish;
+    t.y = p.y + n * out + first;
+    t.ldy = out;
+    t.dtype = XK_F32;
+    mix_block(t, tokens, end - first, int(sizeof(float)));
+  }
+};
+
+}  // namespace
+}  // namespace XK_LEVEL
+}  // namespace xk

@@ -1,0 +1,148 @@
+"""Linear layers and depthwise convolutions with what stands around them in a network, each in one pass.
+
+For inference in float32 on x86 processors with AVX2 (csrc/cpu/linear.h, csrc/cpu/depthwise.h). Batch norm is
+multiplied into weights while they are packed, in every call: nothing is kept, so nothing can be out of date.
+
+:func:`linear` and :func:`depthwise` return None where these kernels do not serve: where gradients are recorded or a
+mode, transform or compiler has to see torch's own operations, of other dtypes, devices, layouts or shapes that do not
+agree. Whoever calls them computes by torch then, whose errors say what was wrong.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from xformer_kernels import backends, dispatch, ops
+
+LEVELS = ("x86_64_v3", "x86_64_v4")
+"""Instruction levels at which they serve: those with fused multiply-adds."""
+FEWEST_TOKENS = 16
+"""Below, packing the weight takes longer than torch's product."""
+
+
+class BatchNorm(NamedTuple):
+    """Running statistics and affine numbers of features: ``weight (z - mean) / sqrt(variance + eps) + bias``."""
+
+    mean: Tensor
+    variance: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+
+
+class LayerNorm(NamedTuple):
+    """Of each row over its features, as ``torch.nn.functional.layer_norm``."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+
+
+def _kernels() -> Any:
+    module = backends.load("cpp")[0]
+    return module if module is not None and module.LEVEL in LEVELS else None
+
+
+KERNELS: Any = _kernels()
+"""The module of the kernels, or None."""
+
+
+def asked(x: Tensor, weight: Tensor) -> bool:
+    """Whether the kernels are asked for products of x and a weight, if no mode or transform has to see these."""
+    return (
+        KERNELS is not None
+        and not torch.is_grad_enabled()
+        and x.dtype is weight.dtype is torch.float32
+        and x.is_cpu
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled("cpu")
+        and os.environ.get(dispatch.ENVIRONMENT, "auto") in ("", "auto", "cpp")
+    )
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    batch_norm: BatchNorm | None = None,
+    layer_norm: LayerNorm | None = None,
+    hard_swish: bool = False,
+    add: Tensor | None = None,
+) -> Tensor | None:
+    """``act(batch_norm(layer_norm(x) weight^T + bias)) + add``; what is not given is left out.
+
+    Args:
+        x: (..., I), contiguous, of :data:`FEWEST_TOKENS` rows or more.
+        weight: (O, I). bias: (O,) or None.
+        batch_norm: over the O features. layer_norm: of each row of x, with an eps above 0.
+        hard_swish: whether act is ``z relu6(z + 3) / 6``. add: (..., O), contiguous.
+
+    Returns:
+        (..., O), contiguous; None where the kernels do not serve.
+    """
+    if not (asked(x, weight) and ops.plain(x, weight)):
+        return None
+    O, I = weight.shape  # noqa: E741
+    if (
+        x.shape[-1] != I
+        or x.numel() < FEWEST_TOKENS * I
+        or not x.is_contiguous()
+        or not _are(I * O, weight)
+        or not _are(O, bias)
+        or not (batch_norm is None or _are(O, *batch_norm[:4]))
+        or not (layer_norm is None or (_are(I, *layer_norm[:2]) and layer_norm.eps > 0))
+        or not (add is None or (add.shape == (*x.shape[:-1], O) and _are(add.numel(), add)))
+    ):
+        return None
+    result: Tensor = KERNELS.linear(x, weight, bias, batch_norm, layer_norm, hard_swish, add)
+    return result
+
+
+def depthwise(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int = 1,
+    *,
+    batch_norm: BatchNorm | None = None,
+    hard_swish: bool = False,
+) -> Tensor | None:
+    """``act(batch_norm(conv2d(x, weight, bias, stride, padding=K // 2, groups=C)))``.
+
+    Args:
+        x: (B, C, H, W) in channels_last memory. weight: (C, 1, K, K), K 3 or 5. bias: (C,) or None. stride: 1 or 2.
+        batch_norm, hard_swish: as in :func:`linear`.
+
+    Returns:
+        (B, C, ceil(H / stride), ceil(W / stride)) in channels_last memory; None where the kernels do not serve.
+    """
+    if not (asked(x, weight) and ops.plain(x, weight)):
+        return None
+    C = weight.shape[0]
+    if (
+        x.dim() != 4
+        or x.shape[1] != C
+        or x.numel() == 0
+        or weight.shape[1:] not in ((1, 3, 3), (1, 5, 5))
+        or stride not in (1, 2)
+        or not x.is_contiguous(memory_format=torch.channels_last)
+        or not _are(weight.numel(), weight)
+        or not _are(C, bias)
+        or not (batch_norm is None or _are(C, *batch_norm[:4]))
+    ):
+        return None
+    result: Tensor = KERNELS.depthwise(x, weight, bias, stride, batch_norm, hard_swish)
+    return result
+
+
+def _are(count: int, *tensors: Tensor | None) -> bool:
+    """Whether each is None, or so many float32 numbers side by side on the CPU."""
+    return all(
+        t is None or (t.numel() == count and t.dtype is torch.float32 and t.is_cpu and t.is_contiguous())
+        for t in tensors
+    )
