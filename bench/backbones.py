@@ -32,7 +32,7 @@ VARIANTS = {
     "unfused": "as the library makes the model",
     "folded": "batch norms folded into convolutions, public operations only: fuse_for_inference(kernels=False), "
     "torch.nn.utils.fusion.fuse_conv_bn_eval",
-    "fused": "the most that is known for either: fuse_for_inference of ours; of others bench.baselines.fuse, convolutions "
+    "fused": "the most that is known for either: ours by fuse_for_inference, others by bench.baselines.fuse, convolutions "
     "and linear layers with their activation by the oneDNN operations that inductor calls (private to torch), 1x1 "
     "convolutions as linear layers",
     "compiled": "torch.compile of the unfused model with inductor's freezing (public)",
