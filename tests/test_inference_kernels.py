@@ -170,6 +170,9 @@ def refused_linears():
     yield "other layer norm", (x, weight, bias), {"layer_norm": LayerNorm(torch.randn(6), None, 1e-5)}
     yield "no eps", (x, weight, bias), {"layer_norm": LayerNorm(None, None, 0.0)}
     yield "no tokens", (x[:0], weight, bias), {}
+    yield "a sparse weight", (x, weight.to_sparse_csr(), bias), {}
+    yield "too many features", (torch.randn(20, 1025), torch.randn(6, 1025), bias), {}
+    yield "no features", (torch.randn(20, 0), torch.randn(6, 0), bias), {}
     yield "a negated view", (torch.complex(x, x).conj().imag, weight, bias), {}
 
 

@@ -113,6 +113,7 @@ def asks_onednn(x: Tensor, weight: Tensor) -> bool:
         and in_inference()
         and x.dtype is weight.dtype is torch.float32
         and x.is_cpu
+        and x.layout is weight.layout is torch.strided
         and x.numel() > 0
         and not torch.is_autocast_enabled("cpu")
         and torch._C._get_mkldnn_enabled()

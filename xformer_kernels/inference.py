@@ -23,6 +23,9 @@ LEVELS = ("x86_64_v3", "x86_64_v4")
 FEWEST_TOKENS = 16
 """Below, packing the weight takes longer than torch's product."""
 
+WIDEST = 1024
+"""Features of x beyond which a blocked sum, as torch's, is more accurate than one term after another."""
+
 
 class BatchNorm(NamedTuple):
     """Running statistics and affine numbers of features: ``weight (z - mean) / sqrt(variance + eps) + bias``."""
@@ -58,6 +61,7 @@ def asked(x: Tensor, weight: Tensor) -> bool:
         and not torch.is_grad_enabled()
         and x.dtype is weight.dtype is torch.float32
         and x.is_cpu
+        and x.layout is weight.layout is torch.strided
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
         and os.environ.get(dispatch.ENVIRONMENT, "auto") in ("", "auto", "cpp")
@@ -77,7 +81,7 @@ def linear(
     """``act(batch_norm(layer_norm(x) weight^T + bias)) + add``; what is not given is left out.
 
     Args:
-        x: (..., I), contiguous, of :data:`FEWEST_TOKENS` rows or more.
+        x: (..., I), contiguous, of :data:`FEWEST_TOKENS` rows or more; I at most :data:`WIDEST`.
         weight: (O, I). bias: (O,) or None.
         batch_norm: over the O features. layer_norm: of each row of x, with an eps above 0.
         hard_swish: whether act is ``z relu6(z + 3) / 6``. add: (..., O), contiguous.
@@ -90,6 +94,7 @@ def linear(
     O, I = weight.shape  # noqa: E741
     if (
         x.shape[-1] != I
+        or not 0 < I <= WIDEST
         or x.numel() < FEWEST_TOKENS * I
         or not x.is_contiguous()
         or not _are(I * O, weight)
