@@ -32,9 +32,9 @@ VARIANTS = {
     "unfused": "as the library makes the model",
     "folded": "batch norms folded into convolutions, public operations only: fuse_for_inference(kernels=False), "
     "torch.nn.utils.fusion.fuse_conv_bn_eval",
-    "fused": "the most that is known for either: ours by fuse_for_inference, others by bench.baselines.fuse, which takes "
-    "the oneDNN operations that inductor calls (private to torch) for convolutions and linear layers with their "
-    "activation, and linear layers for 1x1 convolutions",
+    "fused": "the most that is known for either: ours by fuse_for_inference; others by bench.baselines.fuse, with the "
+    "oneDNN operations that inductor calls (private to torch) for convolutions and linear layers and the activation "
+    "behind them, 1x1 convolutions as linear layers",
     "compiled": "torch.compile of the unfused model with inductor's freezing (public)",
 }
 SHAPES = ((224, 8), (512, 8), (1024, 2))
