@@ -223,7 +223,7 @@ def annotation(thing: Thing, number: int, image: int) -> dict[str, Any]:
 
 
 def make_shapes(
-    folder: str | Path, images: int = 400, held_out: int = 100, size: tuple[int, int] = (256, 256), seed: int = 0
+    folder: str | Path, images: int = 900, held_out: int = 100, size: tuple[int, int] = (256, 256), seed: int = 0
 ) -> None:
     """Write `images` scenes for training and `held_out` others, of (height, width) `size`, in both layouts.
 
@@ -270,7 +270,7 @@ def add_parser(subparsers: Any) -> None:
         "make-shapes", help="scenes of shapes as COCO and Cityscapes files", description=__doc__.partition("\n\n")[0]
     )
     parser.add_argument("folder", help="where to")
-    parser.add_argument("--images", type=int, default=400, help="of training")
+    parser.add_argument("--images", type=int, default=900, help="of training")
     parser.add_argument("--held-out", type=int, default=100, help="of evaluation")
     parser.add_argument("--size", type=int, nargs=2, default=(256, 256), metavar=("H", "W"))
     parser.add_argument("--seed", type=int, default=0)
