@@ -132,21 +132,6 @@ def test_ignored_by_hand():
     assert losses(maps, [target(MIDDLE)])[1] == pytest.approx(63 * LN2)
 
 
-def test_classes_of_what_overlaps_by_hand():
-    """The third anchor says the same box again: its classes are learned too, and the mean is over both."""
-    maps = zeros()
-    prediction(maps, 0, 2, 2, 1)[2:4] = torch.tensor([math.log(10 / 33), math.log(13 / 23)])
-    for values, loss in (((20.0, -20.0), 0), ((-20.0, 20.0), 40)):
-        prediction(maps, 0, 2, 2, 1)[5:] = torch.tensor(values)
-        expected = losses(maps, [target(MIDDLE)])
-        assert expected[2] == pytest.approx(2 * LN2)
-        found = losses(maps, [target(MIDDLE)], classify=0.5)
-        assert found[:2] == expected[:2] and found[2] == pytest.approx((2 * LN2 + loss) / 2, abs=1e-6)
-    # in a crowd nothing is told
-    crowd = target(MIDDLE, (12.0, 20.0, 60.0, 60.0), labels=[0, 1], crowd=[False, True])
-    assert losses(maps, [crowd], classify=0.5)[2] == pytest.approx(2 * LN2)
-
-
 def test_crowds_by_hand():
     """A crowd of (10, 14) around the first anchor (10, 13) of a cell: it is in it, no other prediction is by half.
 
@@ -301,7 +286,6 @@ def test_bad_arguments():
     for options, message in (
         ({"box": "giou"}, "box must be one of ciou, yolov3, got 'giou'"),
         ({"ignore": 2}, r"ignore must be in \[0, 1\], got 2"),
-        ({"classify": -1}, r"classify must be in \[0, 1\], got -1"),
         ({"weights": (1, 1)}, "weights must be three numbers, 0 or more"),
         ({"anchors": ANCHORS[:3]}, "anchors must be 9 pairs"),
     ):

@@ -65,10 +65,9 @@ class DetectionLoss(nn.Module):
     ::
 
         loss of an image = sum over predictions / max(1, boxes assigned in it);   loss = mean over images
-        (of class: / max(1, predictions that have one))
 
         objectness  BCE, 1 for assigned predictions, 0 for others, nothing for ignored ones
-        class       BCE of every class, of assigned predictions, and of those that overlap a box above `classify`
+        class       BCE of every class, of assigned predictions
         box         of assigned predictions: "ciou" or "yolov3"
 
     An image's loss knows nothing of its batch, so that batches of any size, accumulated or spread over processes with
@@ -76,9 +75,6 @@ class DetectionLoss(nn.Module):
 
     Ignored are predictions, assigned to no box, that have an IoU above `ignore` with any box of the image, or more than
     half of themselves in a crowd. Crowds are nothing else: no prediction answers for one.
-
-    `classify` below 1 is not the original's: its ignored predictions learn nothing, and those of them that are found
-    beside the assigned one are of any class. With it they learn the class of the box that they overlap most.
 
     The box loss is by default CIoU (arXiv 1911.08287): it is made of what detections are judged by, weighs boxes of
     all sizes alike, and needs no balance between centres and sizes. "yolov3" is the original's: of the offsets in the
@@ -90,12 +86,11 @@ class DetectionLoss(nn.Module):
 
     Args:
         anchors: the model's. box: "ciou" or "yolov3". ignore: IoU above which a prediction is no background.
-        classify: IoU above which a prediction has the box's class, 1: assigned ones alone.
         weights: of box, objectness and class. A CIoU loss is about 1 at first, and BCE several; the original has ones.
 
     Raises:
         UsageError: anchors that are not nine positive pairs, a box loss that there is not, negative weights, an
-            `ignore` or `classify` outside [0, 1].
+            `ignore` outside [0, 1].
     """
 
     def __init__(
@@ -103,19 +98,16 @@ class DetectionLoss(nn.Module):
         anchors: Sequence[Sequence[float]] = ANCHORS,
         box: str = "ciou",
         ignore: float = 0.5,
-        classify: float = 1.0,
         weights: tuple[float, float, float] = (5.0, 1.0, 1.0),
     ) -> None:
         super().__init__()
         if box not in BOX:
             raise UsageError(f"box must be one of {', '.join(BOX)}, got {box!r}")
-        for name, value in (("ignore", ignore), ("classify", classify)):
-            if not 0 <= value <= 1:
-                raise UsageError(f"{name} must be in [0, 1], got {value}")
+        if not 0 <= ignore <= 1:
+            raise UsageError(f"ignore must be in [0, 1], got {ignore}")
         if len(weights) != 3 or not all(w >= 0 for w in weights):
             raise UsageError(f"weights must be three numbers, 0 or more, got {weights}")
-        self.anchors, self.box, self.weights = coding.check_anchors(anchors), box, weights
-        self.ignore, self.classify = ignore, classify
+        self.anchors, self.box, self.ignore, self.weights = coding.check_anchors(anchors), box, ignore, weights
 
     def forward(self, maps: Sequence[Tensor], targets: Sequence[Target]) -> dict[str, Tensor]:
         """Losses "box", "objectness" and "class", weighted, each a scalar; zeros for a batch of no images.
@@ -140,36 +132,33 @@ class DetectionLoss(nn.Module):
             crowd = target.get("iscrowd", torch.zeros_like(labels)).to(flat.device).bool()
             boxes, labels, crowds = boxes[~crowd], labels[~crowd], boxes[crowd]
             at, number = assign(sizes, to_cxcywh(boxes), table)
-            near, nearest, crowded = self._overlaps(rows, where, boxes, crowds)
             assigned = torch.zeros_like(rows[:, 4]).index_fill(0, at, 1)
-            counted = ~((near > self.ignore) | crowded) | (assigned > 0)
+            counted = ~self._ignored(rows, where, boxes, crowds) | (assigned > 0)
             objectness = F.binary_cross_entropy_with_logits(rows[:, 4], assigned, reduction="none")
+            found, share = rows[at], 1 / max(1, len(at))
+            one_hot = F.one_hot(labels[number], rows.shape[1] - 5).to(rows)
+            classes = F.binary_cross_entropy_with_logits(found[:, 5:], one_hot, reduction="sum")
+            area = float(STRIDES[0] ** 2 * sizes[0][0] * sizes[0][1])
+            box = self._box(found[:, :4], where.take(at), boxes[number], area)
             # not a product: an ignored prediction may be infinite
             background = torch.where(counted, objectness, 0.0).sum()
-            area = float(STRIDES[0] ** 2 * sizes[0][0] * sizes[0][1])
-            box = self._box(rows[at, :4], where.take(at), boxes[number], area)
-            more = ((near > self.classify) & ~crowded & (assigned == 0)).nonzero()[:, 0]
-            named, names = torch.cat((at, more)), labels[torch.cat((number, nearest[more]))]
-            one_hot = F.one_hot(names, rows.shape[1] - 5).to(rows)
-            classes = F.binary_cross_entropy_with_logits(rows[named, 5:], one_hot, reduction="sum")
-            for part, value, count in zip(parts, (box, background, classes), (at, at, named), strict=True):
-                part.append(value / max(1, len(count)))
+            for part, value in zip(parts, (box, background, classes), strict=True):
+                part.append(value * share)
         return {
             name: weight * torch.stack(part).sum() / max(1, len(flat))
             for name, weight, part in zip(("box", "objectness", "class"), self.weights, parts, strict=True)
         }
 
     @torch.no_grad()
-    def _overlaps(self, rows: Tensor, where: Grid, boxes: Tensor, crowds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of every prediction (P,): its largest IoU with a box, which box that is, and whether it is in a crowd."""
+    def _ignored(self, rows: Tensor, where: Grid, boxes: Tensor, crowds: Tensor) -> Tensor:
+        """(P,): predictions that are near enough to a box, or in a crowd."""
         predicted = to_xyxy(coding.decode(rows[:, :4], where))
-        near, nearest = predicted.new_zeros(len(rows)), torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
+        ignored = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
         if len(boxes):
-            near, nearest = box_iou(predicted, boxes).max(1)
-        crowded = torch.zeros_like(near, dtype=torch.bool)
+            ignored |= box_iou(predicted, boxes).amax(1) > self.ignore
         if len(crowds):
-            crowded = coding.coverage(predicted, crowds).amax(1) > 0.5
-        return near, nearest, crowded
+            ignored |= coding.coverage(predicted, crowds).amax(1) > 0.5
+        return ignored
 
     def _box(self, raw: Tensor, where: Grid, boxes: Tensor, area: float) -> Tensor:
         if self.box == "ciou":

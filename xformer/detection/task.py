@@ -22,8 +22,6 @@ from xformer.recipe import Recipe
 
 SCORE, IOU, LIMIT = 0.001, 0.6, 100
 """Of the detections that are evaluated: COCO's evaluation looks at the best 100 of an image, however low."""
-CLASSIFY = 0.5
-"""Of :class:`DetectionLoss`: as its `ignore`, so that what is no background has a class."""
 
 
 class MeanAP:
@@ -105,7 +103,7 @@ class Detect(Task):
 
     @cached_property
     def criterion(self) -> DetectionLoss:
-        return DetectionLoss(self.anchors, classify=CLASSIFY)
+        return DetectionLoss(self.anchors)
 
     def loss(self, outputs: Sequence[Tensor], targets: Sequence[Target]) -> Tensor:
         box, objectness, classes = self.criterion(outputs, targets).values()
