@@ -176,7 +176,7 @@ def refused_linears():
     yield "a negated view", (torch.complex(x, x).conj().imag, weight, bias), {}
 
 
-@pytest.mark.parametrize("case", refused_linears(), ids=lambda case: case[0])
+@pytest.mark.parametrize("case", list(refused_linears()), ids=lambda case: case[0])
 def test_what_linear_leaves_to_torch(case):
     what, args, parts = case
     assert linear(*args, **parts) is None, what
@@ -195,7 +195,7 @@ def refused_convolutions():
     yield "three dimensions", (x[0], weight), {}
 
 
-@pytest.mark.parametrize("case", refused_convolutions(), ids=lambda case: case[0])
+@pytest.mark.parametrize("case", list(refused_convolutions()), ids=lambda case: case[0])
 def test_what_depthwise_leaves_to_torch(case):
     what, args, parts = case
     assert depthwise(*args, **parts) is None, what
