@@ -63,13 +63,12 @@ xk_batch_norm batch_norm(const Norm& n) {
           std::get<4>(n)};
 }
 
-void linear(int64_t tokens, int64_t dim_in, int64_t dim_out, uintptr_t x, int64_t x_stride, uintptr_t layer_norm_weight,
+void linear(int64_t tokens, int64_t dim_in, int64_t dim_out, uintptr_t x, uintptr_t layer_norm_weight,
             uintptr_t layer_norm_bias, double layer_norm_eps, uintptr_t weight, uintptr_t bias, const Norm& norm,
-            bool hard_swish, uintptr_t add, int64_t add_stride, uintptr_t y, int threads) {
-  call(xk_linear,
-       xk_linear_args{tokens, dim_in, dim_out, floats(x), x_stride, floats(layer_norm_weight), floats(layer_norm_bias),
-                      layer_norm_eps, floats(weight), floats(bias), batch_norm(norm), hard_swish, floats(add),
-                      add_stride, reinterpret_cast<float*>(y), threads});
+            bool hard_swish, uintptr_t add, uintptr_t y, int threads) {
+  call(xk_linear, xk_linear_args{tokens, dim_in, dim_out, floats(x), floats(layer_norm_weight), floats(layer_norm_bias),
+                                 layer_norm_eps, floats(weight), floats(bias), batch_norm(norm), hard_swish,
+                                 floats(add), reinterpret_cast<float*>(y), threads});
 }
 
 void depthwise(int64_t batch, int64_t height, int64_t width, int64_t channels, int kernel, int stride, uintptr_t x,

@@ -1,7 +1,8 @@
 // A depthwise convolution of images in channels_last memory, batch norm and hard-swish with it, in one pass:
 //
-//     y[b,i,j,c] = act(batch_norm(sum_uv w[c,u,v] x[b, s i + u - k/2, s j + v - k/2, c]))        zeros outside the
-//     image
+//     y[b,i,j,c] = act(batch_norm(sum_uv w[c,u,v] x[b, s i + u - k/2, s j + v - k/2, c]))
+//
+// with zeros outside the image.
 //
 // One vector of channels is computed for some rows of one image's output: its k x k weights, batch norm in them, are
 // packed first and stay in the first-level cache. Inside a row, outputs are taken `kTogether` at a time: a pixel of x

@@ -87,10 +87,10 @@ class Linear {
   void mix(int64_t n, int first, int end, const float* w, int ld, float* normed) const {
     const int tokens = int(least(block, p.tokens - n));
     MixTile<float> t{};
-    t.x = p.x + n * p.x_stride;
-    t.x_row = p.x_stride;
+    t.x = p.x + n * in;
+    t.x_row = in;
     if (p.layer_norm_eps > 0) {
-      pack_rows<float, false>(t.x, p.x_stride, tokens, in, normed, ld_in, normed);
+      pack_rows<float, false>(t.x, in, tokens, in, normed, ld_in, normed);
       layer_norm_rows(normed, normed + (block + 1) * ld_in, tokens, in, ld_in, float(p.layer_norm_eps));
       affine_rows(normed, p.layer_norm_weight, p.layer_norm_bias, tokens, in, ld_in);
       t.x = normed;
@@ -102,8 +102,8 @@ class Linear {
     t.ldw = ld;
     t.bias = shift + first;
     if (p.add) {
-      t.add = p.add + n * p.add_stride + first;
-      t.ld_add = p.add_stride;
+      t.add = p.add + n * out + first;
+      t.ld_add = out;
       t.add_dtype = XK_F32;
     }
     t.hard_swish = p.hard_swish;

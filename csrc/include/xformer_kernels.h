@@ -105,19 +105,16 @@ typedef struct {
 } xk_batch_norm;
 
 // y = act(norm(layer_norm(x) weight^T + bias)) + add, of float32: x (tokens, dim_in), weight (dim_out, dim_in),
-// add and y (tokens, dim_out). Rows of x and of add are x_stride and add_stride apart, the others lie side by side.
+// add and y (tokens, dim_out), all side by side.
 // layer_norm_eps: 0 for none; its weight and bias, bias and add may be null. Only the CPU has it.
 typedef struct {
   int64_t tokens, dim_in, dim_out;
-  const float* x;
-  int64_t x_stride;
-  const float *layer_norm_weight, *layer_norm_bias;
+  const float *x, *layer_norm_weight, *layer_norm_bias;
   double layer_norm_eps;
   const float *weight, *bias;
   xk_batch_norm norm;
   int32_t hard_swish;
   const float* add;
-  int64_t add_stride;
   float* y;
   int32_t threads;
 } xk_linear_args;

@@ -110,8 +110,8 @@ def linear(
     y = _empty((*x.shape[:-1], O), x.dtype)
     ln_weight, ln_bias, ln_eps = (None, None, 0.0) if layer_norm is None else layer_norm
     _C.linear(
-        x.numel() // I, I, O, x.data_ptr(), I, _address(ln_weight), _address(ln_bias), ln_eps, weight.data_ptr(),
-        _address(bias), _batch_norm(batch_norm), hard_swish, _address(add), O, y.data_ptr(), torch.get_num_threads(),
+        x.numel() // I, I, O, x.data_ptr(), _address(ln_weight), _address(ln_bias), ln_eps, weight.data_ptr(),
+        _address(bias), _batch_norm(batch_norm), hard_swish, _address(add), y.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return y
 
