@@ -76,6 +76,7 @@ SHAPES = (
     (193, 96, 24),
     (331, 7, 64),
     (1024, 24, 40),
+    (18, 1024, 9),
 )
 
 
@@ -144,6 +145,9 @@ def test_bits_do_not_depend_on_threads():
         for shape in ((64, 160, 320), (2048, 40, 72), (90, 500, 130))
     }
     calls["depthwise"] = (depthwise, image, torch.randn(40, 1, 5, 5))
+    # of a small map threads share out channels
+    small = torch.randn(1, 450, 8, 8).contiguous(memory_format=torch.channels_last)
+    calls["depthwise, small"] = (depthwise, small, torch.randn(450, 1, 5, 5))
     try:
         for what, (function, *args) in calls.items():
             torch.set_num_threads(1)
@@ -163,6 +167,11 @@ def refused_linears():
     yield "other features", (torch.randn(20, 9), weight, bias), {}
     yield "a short bias", (x, weight, bias[:5]), {}
     yield "a strided bias", (x, weight, torch.randn(12)[::2]), {}
+    yield "a bias of two dimensions", (x, weight, bias[:, None]), {}
+    yield "a negated bias", (x, weight, torch._neg_view(bias)), {}
+    yield "a weight of three dimensions", (x, weight[None], bias), {}
+    yield "one number", (x[0, 0], weight, bias), {}
+    yield "no mean", (x, weight, bias), {"batch_norm": batch_norm(6)._replace(mean=None)}
     yield "a bias in float64", (x, weight, bias.double()), {}
     yield "float64", (x.double(), weight.double(), bias.double()), {}
     yield "a sum that would broadcast", (x, weight, bias), {"add": torch.randn(6)}
@@ -190,6 +199,8 @@ def refused_convolutions():
     yield "a kernel that is no square", (x, torch.randn(8, 1, 3, 5)), {}
     yield "other channels", (x, torch.randn(9, 1, 3, 3)), {}
     yield "dense", (x, torch.randn(8, 8, 3, 3)), {}
+    yield "a weight of three dimensions", (x, weight[:, 0]), {}
+    yield "no variance", (x, weight), {"batch_norm": batch_norm(8)._replace(variance=None)}
     yield "a stride of 3", (x, weight, None, 3), {}
     yield "other batch norm", (x, weight), {"batch_norm": batch_norm(9)}
     yield "three dimensions", (x[0], weight), {}

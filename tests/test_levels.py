@@ -35,6 +35,19 @@ for shape in ((2, 17, 10, 2), (1, 131, 48, 4), (1, 40, 130, 1)):
         for block in (False, True):
             layer = make_layer(shape, dtype=dtype, block=block, masked=block)
             layer.check(layer.run(form="gram", backend="cpp"))
+from test_inference_kernels import SHAPES, batch_norm, check, depthwise, depthwise_plainly, linear, linear_plainly
+from xformer_kernels import backends, inference
+from xformer_kernels.inference import LayerNorm
+inference.KERNELS = backends.load("cpp")[0]  # at every level, also those at which they do not serve by themselves
+with torch.no_grad():
+    for N, I, O in SHAPES:
+        parts = {"batch_norm": batch_norm(O), "layer_norm": LayerNorm(torch.randn(I), torch.randn(I), 1e-6)}
+        check(linear, linear_plainly, torch.randn(N, I), torch.randn(O, I), hard_swish=True, **parts)
+        check(linear, linear_plainly, torch.randn(N, I), torch.randn(O, I), torch.randn(O), add=torch.randn(N, O))
+    for channels, side, stride in ((40, 3, 1), (33, 3, 2), (16, 5, 1), (7, 5, 2)):
+        x = torch.randn(2, channels, 13, 21).contiguous(memory_format=torch.channels_last)
+        weight, norm = torch.randn(channels, 1, side, side), batch_norm(channels)
+        check(depthwise, depthwise_plainly, x, weight, None, stride, batch_norm=norm, hard_swish=True)
 print("same")
 """
 

@@ -21,8 +21,7 @@ from xformer_kernels import backends, dispatch, ops
 LEVELS = ("x86_64_v3", "x86_64_v4")
 """Instruction levels at which they serve: those with fused multiply-adds."""
 FEWEST_TOKENS = 16
-"""Below, packing the weight takes longer than torch's product."""
-
+"""Below, packing the weight would be most of the work."""
 WIDEST = 1024
 """Features of x beyond which a blocked sum, as torch's, is more accurate than one term after another."""
 
@@ -54,16 +53,23 @@ KERNELS: Any = _kernels()
 """The module of the kernels, or None."""
 
 
+def eager_float32(x: Tensor, weight: Tensor) -> bool:
+    """Whether both are dense float32 on the CPU, and nothing records, casts or compiles what is done with them."""
+    return (
+        not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and x.dtype is weight.dtype is torch.float32
+        and x.is_cpu
+        and x.layout is weight.layout is torch.strided
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
 def asked(x: Tensor, weight: Tensor) -> bool:
     """Whether the kernels are asked for products of x and a weight, if no mode or transform has to see these."""
     return (
         KERNELS is not None
-        and not torch.is_grad_enabled()
-        and x.dtype is weight.dtype is torch.float32
-        and x.is_cpu
-        and x.layout is weight.layout is torch.strided
-        and not torch.compiler.is_compiling()
-        and not torch.is_autocast_enabled("cpu")
+        and eager_float32(x, weight)
         and os.environ.get(dispatch.ENVIRONMENT, "auto") in ("", "auto", "cpp")
     )
 
@@ -89,7 +95,7 @@ def linear(
     Returns:
         (..., O), contiguous; None where the kernels do not serve.
     """
-    if not (asked(x, weight) and ops.plain(x, weight)):
+    if not _may_serve(x, weight, bias, add, batch_norm, layer_norm) or weight.dim() != 2 or x.dim() == 0:
         return None
     O, I = weight.shape  # noqa: E741
     if (
@@ -97,11 +103,11 @@ def linear(
         or not 0 < I <= WIDEST
         or x.numel() < FEWEST_TOKENS * I
         or not x.is_contiguous()
-        or not _are(I * O, weight)
-        or not _are(O, bias)
-        or not (batch_norm is None or _are(O, *batch_norm[:4]))
-        or not (layer_norm is None or (_are(I, *layer_norm[:2]) and layer_norm.eps > 0))
-        or not (add is None or (add.shape == (*x.shape[:-1], O) and _are(add.numel(), add)))
+        or not _are((O, I), weight)
+        or not _are((O,), bias)
+        or not _normalises(O, batch_norm)
+        or not (layer_norm is None or (_are((I,), *layer_norm[:2]) and layer_norm.eps > 0))
+        or not _are((*x.shape[:-1], O), add)
     ):
         return None
     result: Tensor = KERNELS.linear(x, weight, bias, batch_norm, layer_norm, hard_swish, add)
@@ -126,28 +132,43 @@ def depthwise(
     Returns:
         (B, C, ceil(H / stride), ceil(W / stride)) in channels_last memory; None where the kernels do not serve.
     """
-    if not (asked(x, weight) and ops.plain(x, weight)):
+    if not _may_serve(x, weight, bias, None, batch_norm, None) or weight.dim() != 4 or x.dim() != 4:
         return None
     C = weight.shape[0]
     if (
-        x.dim() != 4
-        or x.shape[1] != C
+        x.shape[1] != C
         or x.numel() == 0
         or weight.shape[1:] not in ((1, 3, 3), (1, 5, 5))
         or stride not in (1, 2)
         or not x.is_contiguous(memory_format=torch.channels_last)
-        or not _are(weight.numel(), weight)
-        or not _are(C, bias)
-        or not (batch_norm is None or _are(C, *batch_norm[:4]))
+        or not _are(weight.shape, weight)
+        or not _are((C,), bias)
+        or not _normalises(C, batch_norm)
     ):
         return None
     result: Tensor = KERNELS.depthwise(x, weight, bias, stride, batch_norm, hard_swish)
     return result
 
 
-def _are(count: int, *tensors: Tensor | None) -> bool:
-    """Whether each is None, or so many float32 numbers side by side on the CPU."""
+def _may_serve(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    add: Tensor | None,
+    batch_norm: BatchNorm | None,
+    layer_norm: LayerNorm | None,
+) -> bool:
+    """Whether the kernels are asked, and may be called with these tensors' memory."""
+    return asked(x, weight) and ops.plain(x, weight, bias, add, *(batch_norm or ())[:4], *(layer_norm or ())[:2])
+
+
+def _are(shape: tuple[int, ...], *tensors: Tensor | None) -> bool:
+    """Whether each is None, or of this shape, contiguous and of float32 on the CPU."""
     return all(
-        t is None or (t.numel() == count and t.dtype is torch.float32 and t.is_cpu and t.is_contiguous())
-        for t in tensors
+        t is None or (t.shape == shape and t.dtype is torch.float32 and t.is_cpu and t.is_contiguous()) for t in tensors
     )
+
+
+def _normalises(features: int, norm: BatchNorm | None) -> bool:
+    """Whether it is None, or of so many features."""
+    return norm is None or (norm.mean is not None and norm.variance is not None and _are((features,), *norm[:4]))
