@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from model_cases import as_trained, operations
+from model_cases import as_trained, kernels_called, operations
 from torch import nn
 
 import xformer
@@ -244,9 +244,18 @@ def test_fused_decoder_has_fewer_products():
     """One for each scale, and the classifier's: those of weights with weights are done."""
     decoder = as_trained(small()).decoder
     features = [images(1, c, s, s) for c, s in ((16, 16), (32, 8), (64, 4), (112, 2))]
-    seen = operations(fuse_for_inference(decoder), features)
-    assert sum(name in ("aten.addmm", "aten.mm") for name in seen) == len(features) + 1
-    assert "aten.native_batch_norm" not in seen
+    for kernels in (False, True):
+        seen = operations(fuse_for_inference(decoder, kernels), features)
+        assert sum(name in ("aten.addmm", "aten.mm") for name in seen) == len(features) + 1
+        assert "aten.native_batch_norm" not in seen
+
+
+def test_decoder_without_kernels_has_none(monkeypatch):
+    """Where it cannot be folded, too."""
+    decoder = as_trained(small()).decoder
+    decoder.fuse.register_forward_hook(lambda module, args, out: None)
+    features = [images(1, c, s, s) for c, s in ((16, 16), (32, 8), (64, 4), (112, 2))]
+    assert kernels_called(monkeypatch, fuse_for_inference(decoder, kernels=False), features) == []
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -115,8 +115,9 @@ class Decoder(Foldable):
             yield from self._projected(features)
             return
         columns = self.fuse.get_parameter("weight").split(self.width, 1)
+        multiply = linear if getattr(self.fuse, "kernels", True) else F.linear
         for x, fuse, project in zip(features, columns, self.project, strict=True):
-            yield linear(x.permute(0, 2, 3, 1), fuse @ project.get_parameter("weight")).permute(0, 3, 1, 2)
+            yield multiply(x.permute(0, 2, 3, 1), fuse @ project.get_parameter("weight")).permute(0, 3, 1, 2)
 
     @torch.no_grad()
     def fold(self) -> None:
