@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from xformer_kernels import inference, ops
 from xformer_kernels.inference import BatchNorm, LayerNorm
@@ -32,7 +33,7 @@ def has_onednn() -> bool:
 
 HAS_ONEDNN = has_onednn()
 MOST = 400_000
-"""Outputs of a depthwise convolution up to which our kernel takes less time than oneDNN's."""
+"""Outputs of a depthwise convolution up to which our kernel is asked: it is for maps that stay in caches."""
 
 
 def in_inference() -> bool:
@@ -74,11 +75,7 @@ def conv2d(x: Tensor, conv: nn.Conv2d, *, batch_norm: BatchNorm | None = None, h
     if asks_onednn(x, weight) and (batch_norm is None or outputs >= weight.numel()):
         if batch_norm is not None:
             mean, variance, scale, shift, eps = batch_norm
-            by = torch.rsqrt(variance + eps)
-            by = by if scale is None else by * scale
-            plus = -mean * by if bias is None else (bias - mean) * by
-            bias = plus if shift is None else plus + shift
-            weight = weight * by.view(-1, 1, 1, 1)
+            weight, bias = fuse_conv_bn_weights(weight, bias, mean, variance, eps, scale, shift)
         shape = [list(part) if isinstance(part, tuple) else part for part in shape]
         act = "hardswish" if hard_swish else "none"
         folded: Tensor = torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *shape, act, [], "")
@@ -110,12 +107,8 @@ def asks_onednn(x: Tensor, weight: Tensor) -> bool:
     """Whether oneDNN convolves in the place of torch: plain float32 on the CPU, nothing recorded or transformed."""
     return (
         HAS_ONEDNN
-        and in_inference()
-        and x.dtype is weight.dtype is torch.float32
-        and x.is_cpu
-        and x.layout is weight.layout is torch.strided
+        and inference.eager_float32(x, weight)
         and x.numel() > 0
-        and not torch.is_autocast_enabled("cpu")
         and torch._C._get_mkldnn_enabled()
         and ops.plain(x, weight)
     )

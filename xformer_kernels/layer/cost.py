@@ -19,7 +19,7 @@ class Machine(NamedTuple):
 
 
 # cpu: measured on two cores of a Zen 5, torch 2.14, float32; `python -m bench layer` reports the regret of its choices.
-# kernels: the same with projections by xformer_kernels.inference, where torch's own are MKL's.
+# kernels: with projections by xformer_kernels.inference; matmul is oneDNN's, which was measured in their place.
 # cuda: by design, from the data sheet of an H100 in tf32; not measured.
 MACHINES = {
     "cpu": Machine(matmul=2.2e11, kernel=2.8e11, algebra=1.2e11, bandwidth=2.5e10, start=1e-5),
