@@ -5,8 +5,8 @@
 # OUTDIR and the same sources does the rest. What is compiled is kept below TMPDIR, for reruns on the same machine.
 # Exit status: 0, 1 if a step failed or was not run, 2 without a GPU.
 #
-# PYTHON: the interpreter that has torch. GPU_CHECK_SCALE: multiplies all limits. XFORMER_KERNELS_COMMIT: what results
-# say where the checkout has no .git.
+# PYTHON: the interpreter that has torch. GPU_CHECK_SCALE: multiplies all limits. GPU_CHECK_QUICK=1: benchmarks are short
+# and without torch.compile, a first look. XFORMER_KERNELS_COMMIT: what results say where the checkout has no .git.
 set -uo pipefail
 
 out=${1:?usage: bash bench/gpu_check.sh OUTDIR}
@@ -24,13 +24,13 @@ fi
 mkdir -p "$out/.stamps"
 out=$(cd "$out" && pwd)
 stamps=$out/.stamps
-sources=(csrc xformer_kernels bench tests pyproject.toml setup.py CMakeLists.txt MANIFEST.in README.md CHANGELOG.md
-    CONTRIBUTING.md LICENSE Makefile)
+sources=(csrc xformer_kernels xformer bench tests pyproject.toml setup.py CMakeLists.txt MANIFEST.in README.md
+    CHANGELOG.md CONTRIBUTING.md LICENSE Makefile)
 digest=$(cd "$root" && find "${sources[@]}" -type f ! -name '*.so' ! -name '*.pyc' ! -path 'bench/results/*' \
     -exec sha256sum {} + | sort -k 2 | sha256sum | cut -c 1-16)
 work=${TMPDIR:-/tmp}/xformer-kernels-gpu-check-$(id -u)
-tree=$work/$digest/tree # a copy of the checkout without the package
-site=$work/$digest/site # where the package is installed
+tree=$work/$digest/tree # a copy of the checkout without the packages
+site=$work/$digest/site # where the packages are installed
 
 if [[ $(cat "$stamps/sources" 2> /dev/null) != "$digest" ]]; then
     rm -f "$stamps"/*
@@ -110,7 +110,7 @@ step facts 15 bash -c facts
 
 # -------------------------------------------------------------------------------------------------------------- build
 # Into a folder, not a virtual environment: one made from within another would not see torch. From a copy, since a build
-# writes beside its sources; without the package in it, so that nothing but what is installed can be imported.
+# writes beside its sources; without the packages in it, so that nothing but what is installed can be imported.
 
 install() { # NAME LIMIT VARIABLE
     if [[ ! -e $stamps/$1 ]]; then
@@ -121,7 +121,7 @@ install() { # NAME LIMIT VARIABLE
     fi
     step "$1" "$2" env "$3=1" "$python" -m pip install --no-build-isolation --no-deps --no-index --target "$site" \
         "$tree" || return 1
-    rm -rf "$tree/xformer_kernels" "$tree/build" "$tree"/*.egg-info
+    rm -rf "$tree/xformer_kernels" "$tree/xformer" "$tree/build" "$tree"/*.egg-info
 }
 
 # The CUDA module for this GPU alone.
@@ -138,23 +138,22 @@ fi
 
 # ---------------------------------------------------------------------------------------- tests, benchmarks, sanitizer
 
+quick=()
+[[ ${GPU_CHECK_QUICK:-0} == 0 ]] || quick=(--quick)
 measure() { # NAME LIMIT ARGUMENTS OF BENCH. The last workload may begin 15 s before the limit: what is there is saved
-    step "$1" "$2" "$python" -m bench "${@:3}" --device cuda --seconds 0.4 --stop-after $((($2 - 15) * scale)) \
-        --out "$out/results"
+    step "$1" "$2" "$python" -m bench "${@:3}" "${quick[@]}" --device cuda --seconds 0.4 \
+        --stop-after $((($2 - 15) * scale)) --out "$out/results"
 }
 
 checks() {
     cd "$tree" || return 1
     export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH} XFORMER_KERNELS_EXPECTED_LOCATION=$site
-    local pytest=("$python" -m pytest -m gpu -v --tb=short -p no:cacheprovider)
     local workers=()
     if "$python" -c 'import xdist' 2> /dev/null; then
-        workers=(-n 4)
+        workers=(-n "$(($(nproc) < 12 ? $(nproc) : 12))" --dist loadgroup)
     fi
     step info 20 "$python" -m xformer_kernels.info
-    # one after another: some measure memory, one takes half of it
-    step tests-gpu 80 "${pytest[@]}" tests/gpu
-    step tests-common 120 "${pytest[@]}" "${workers[@]}" --ignore=tests/gpu tests
+    step tests 270 "$python" -m pytest -m gpu -v --tb=short -p no:cacheprovider "${workers[@]}" tests
 
     measure bench-op-float32 80 op --dtype float32
     measure bench-op-bfloat16 80 op --dtype bfloat16
