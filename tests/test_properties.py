@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 from cases import THOROUGH, Config, Problem, random_mask
 from hypothesis import HealthCheck, given, settings
@@ -14,10 +15,15 @@ from xformer_kernels import reference
 from xformer_kernels.testing import assert_bitwise, assert_close
 
 
-def for_all(strategy, check, slow):
-    """The check for many drawn arguments, for fewer where each takes seconds."""
-    few = 8 if THOROUGH else 4
-    settings(max_examples=few if slow else 100, suppress_health_check=list(HealthCheck))(given(strategy)(check))()
+@pytest.fixture
+def examples(kernel, slow):
+    """How many, of which each takes seconds where kernels are emulated or compiled for its number of features."""
+    return (8 if THOROUGH else 4) if slow or kernel == "triton" else 100
+
+
+def for_all(strategy, check, examples):
+    """The check for so many drawn arguments."""
+    settings(max_examples=examples, suppress_health_check=list(HealthCheck))(given(strategy)(check))()
 
 
 batches = st.sampled_from([0, 1, 1, 2, 3])
@@ -63,7 +69,7 @@ def problems(draw, device):
     return Problem(q, k, v, temperature, dout, draw(configs), mask)
 
 
-def test_xfa(kernel, device, ran, slow):
+def test_xfa(kernel, device, ran, examples):
     def check(p):
         with ran("xfa_forward", "xfa_backward"):
             result = p.run(xk.xfa, backend=kernel)
@@ -72,7 +78,7 @@ def test_xfa(kernel, device, ran, slow):
         for name, x in result.items():
             assert_bitwise(x, again[name], name)
 
-    for_all(problems(device), check, slow)
+    for_all(problems(device), check, examples)
 
 
 @st.composite
@@ -86,7 +92,7 @@ def gram_arguments(draw, device):
     return a, b, {"symmetric": symmetric, "token_mask": mask}
 
 
-def test_gram(kernel, device, ran, slow):
+def test_gram(kernel, device, ran, examples):
     def check(arguments):
         a, b, kwargs = arguments
         with ran("gram"):
@@ -98,7 +104,7 @@ def test_gram(kernel, device, ran, slow):
         ):
             assert_close(got, eager, exact, name)
 
-    for_all(gram_arguments(device), check, slow)
+    for_all(gram_arguments(device), check, examples)
 
 
 @st.composite
@@ -123,11 +129,11 @@ def mix_arguments(draw, device):
     return t
 
 
-def test_channel_mix(kernel, device, ran, slow):
+def test_channel_mix(kernel, device, ran, examples):
     def check(t):
         with ran("channel_mix"):
             y = xk.channel_mix(**t, backend=kernel)
         oracle = reference.channel_mix(**{name: x.double() for name, x in t.items()})
         assert_close(y, reference.channel_mix(**t), oracle, "y")
 
-    for_all(mix_arguments(device), check, slow)
+    for_all(mix_arguments(device), check, examples)
