@@ -33,7 +33,14 @@ from xformer_kernels.backends.triton import configs, launch, ops
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 MAPS = ("query_key-token", "query_key-feature", "key_value-token", "key_value-feature")
 PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "sm_120": 170, "gfx942": 304}
-TYPES = {torch.float32: "*fp32", torch.float64: "*fp64", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+TYPES = {
+    torch.float32: "*fp32",
+    torch.float64: "*fp64",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.bool: "*i1",
+    torch.int64: "*i64",
+}
 TENSOR_CORE = re.compile(r"HMMA|HGMMA|UTC\w*MMA|DMMA|v_mfma")
 INSTRUCTION = re.compile(
     r"\b((?:HMMA|HGMMA|UTC\w*MMA|DMMA|LDGSTS|LDG|STG|LDL|STL)[.\w]*|v_mfma_\w+|(?:global|buffer)_load_\w+)\b"
@@ -118,7 +125,7 @@ def signature(launched: Launch) -> dict[str, str]:
 
     def type_of(argument: Any) -> str:
         if isinstance(argument, torch.Tensor):
-            return "*i1" if argument.dtype == torch.bool else TYPES[argument.dtype]
+            return TYPES[argument.dtype]
         return "i64"
 
     types = {name: type_of(argument) for name, argument in zip(names, launched.args, strict=False)}

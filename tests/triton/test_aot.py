@@ -37,6 +37,7 @@ CASES = {
     "sm_90-tf32": ("sm_90", "float32", (*ONE_ROW, "--tf32")),
     "sm_90-others": ("sm_90", "bfloat16", ("--features", "24,64,256" if THOROUGH else "24", *OTHERS)),
     "sm_90-float64": ("sm_90", "float64", ONE_ROW),
+    "sm_90-float64-masked": ("sm_90", "float64", ("--features", "16", "--maps", "query_key-token", "--masked")),
 }
 # D x D numbers alone, which need no such width
 NO_PRODUCT = ("map_backward",)

@@ -6,18 +6,19 @@ import os
 import subprocess
 import sys
 import textwrap
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from cases import make_problem, packed, randn
+from cases import CONFIGS, make_problem, packed, randn
 
 import xformer_kernels as xk
 from xformer_kernels import dispatch
 
 backend = pytest.importorskip("xformer_kernels.backends.triton", reason="triton is not installed")
 
-from xformer_kernels.backends.triton import configs, launch, plan  # noqa: E402
+from xformer_kernels.backends.triton import configs, launch, ops, plan  # noqa: E402
 from xformer_kernels.reference import accumulate_dtype  # noqa: E402
 
 
@@ -170,11 +171,36 @@ def test_alignment_is_what_all_rows_have():
 def test_split_covers_the_tokens(N, units):
     """In whole chunks, with no empty part, and with partial results that cost less to read than the tokens."""
     record, row = 4 * 32 * 32, 4 * 32
-    parts, chunk = plan.split_tokens(N, units, record, row, 132)
+    parts, chunk, _ = plan.split_tokens(N, units, record, row, 132)
     assert parts >= 1 and parts * chunk >= N and (parts - 1) * chunk < max(N, 1)
     assert chunk % plan.CHUNK == 0
     assert parts == 1 or parts * parts * record <= 2 * N * row
     assert parts == 1 or units < 2 * 132
+
+
+@pytest.mark.parametrize("N", [0, 5000, 16384, 10**6, 2**33])
+@pytest.mark.parametrize("units", [1, 64, 1000])
+def test_no_sum_in_a_tensor_core_is_long(N, units):
+    """And so many parts are not read by every program of the next launch."""
+    record, row = 4 * 32 * 32, 2 * 32
+    parts, chunk, many = plan.split_sums(N, units, record, row, 132)
+    assert chunk <= plan.LONGEST and chunk % plan.CHUNK == 0
+    assert parts * chunk >= N and (parts - 1) * chunk < max(N, 1)
+    assert many == (plan.split_tokens(N, units, record, row, 132).chunk > plan.LONGEST)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_many_parts_are_summed_first(config, monkeypatch, triton_runs, ran_backend):
+    monkeypatch.setattr(plan, "LONGEST", 128)
+    monkeypatch.setattr(plan, "SHORT", plan.CHUNK)
+    p = make_problem((2, 600, 2, 8), config, masked=True)
+    assert ops._split(p.q, 8, configs.Key("gram", p.q.dtype, 8, "gram")) == (3, plan.CHUNK, True)
+    with ran_backend("triton", "xfa_forward", "xfa_backward"):
+        p.check(p.run(partial(xk.xfa, backend="triton")))
+    G, ssq, _ = xk.gram(p.q, p.k, backend="triton")
+    q, k = p.q.double(), p.k.double()
+    torch.testing.assert_close(G.double(), q.mT @ k, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(ssq.double(), q.square().sum(-2), rtol=1e-5, atol=1e-4)
 
 
 def test_tf32_is_the_users_choice():

@@ -67,7 +67,13 @@ def _token_major(B: int, H: int, N: int, D: int, like: Tensor) -> Tensor:
 
 def _mask(token_mask: Tensor | None, other: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     """Pointer and strides; without a mask a pointer that is not read."""
-    return (other, (0, 0)) if token_mask is None else (token_mask, token_mask.stride())
+    if token_mask is None:
+        return other, (0, 0)
+    if other.dtype is torch.float64:
+        # Triton lays operands of products out by the narrowest number that was loaded for them, and has no products of
+        # float64 in the layout of bytes.
+        token_mask = token_mask.long()
+    return token_mask, token_mask.stride()
 
 
 def _run(kernel: Any, grid: int, config: configs.Config, *args: Any, **constants: Any) -> None:
@@ -81,7 +87,7 @@ def _split(x: Tensor, features: int, key: configs.Key) -> plan.Split:
     side = min(configs.get(key, launch.target(x.device).arch).block_o, configs.block(D))
     tiles = plan.cdiv(D, side) * plan.cdiv(features, side)
     record = D * features * accumulate_dtype(x.dtype).itemsize
-    return plan.split_tokens(N, B * H * tiles, record, D * x.element_size(), launch.target(x.device).processors)
+    return plan.split_sums(N, B * H * tiles, record, D * x.element_size(), launch.target(x.device).processors)
 
 
 def _gram(
@@ -117,7 +123,7 @@ def _gram(
         _run(
             gram_kernel, B * H * split.parts * tiles, config,
             a, b, c, mask, *results, *a.stride(), *b.stride(), *c.stride(), *mask_strides, *steps,
-            N, B, H, *split,
+            N, B, H, split.parts, split.chunk,
             ACC=acc, EPS=eps, DA=DA, DB=DB, BLOCK_A=block_a, BLOCK_B=block_b, BLOCK_N=config.block_n,
             SYMMETRIC=symmetric, SQUARES=squares, NORM_A=norm_a, NORM_B=norm_b, HAS_MASK=token_mask is not None,
             PRECISION=precision, **facts,
@@ -277,6 +283,9 @@ def _forward_in_two(
         squares=choices.squares, norm_a=not choices.TOKEN_NORM,
         norm_b=not choices.TOKEN_NORM and not choices.KEY_VALUE,
     )  # fmt: skip
+    parts = split.parts
+    if split.many:
+        parts, partial = 1, torch.sum(partial, 0, out=stats)
     mask, mask_strides = _mask(token_mask, q)
     target = launch.target(q.device)
     constants = {**_of_map(q, choices), **launch.alignment(x)}
@@ -290,7 +299,7 @@ def _forward_in_two(
         _run(
             apply_kernel, B * H * over.parts * tiles, config,
             x, partial, stats, temperature, mask, out, *x.stride(), temperature.stride(0), *mask_strides,
-            N, B, H, split.parts, *over,
+            N, B, H, parts, over.parts, over.chunk,
             BLOCK_O=config.block_o, BLOCK_N=config.block_n, WIDE_MAP=q.dtype is not torch.bfloat16,
             SOFTMAX=choices.SOFTMAX, HAS_MASK=token_mask is not None,
             OUT_ALIGN=launch.out_alignment(D, q.element_size()), PRECISION=launch.map_precision(q.dtype, target.arch),
@@ -323,7 +332,7 @@ def xfa_backward(
     norm_x = choices.KEY_VALUE and not choices.TOKEN_NORM
     key = _gram_key(q.dtype, D, choices, norm_x, "-backward")
     split = _split(q, D, key)
-    partial = _empty((split.parts, B, H, D * D), stats.dtype, q)
+    parts, partial = split.parts, _empty((split.parts, B, H, D * D), stats.dtype, q)
     weights = _empty((B, H, 3, D * D), q.dtype if q.dtype is torch.bfloat16 else stats.dtype, q)
     vectors = _empty((B, H, 2 * D + 1), stats.dtype, q)
     mask, mask_strides = _mask(token_mask, q)
@@ -335,7 +344,7 @@ def xfa_backward(
     def run_map_backward(config: configs.Config) -> None:
         _run(
             map_backward_kernel, B * H, config,
-            partial, stats, temperature, weights, vectors, temperature.stride(0), B, H, split.parts,
+            partial, stats, temperature, weights, vectors, temperature.stride(0), B, H, parts,
             BLOCK_O=config.block_o, SOFTMAX=choices.SOFTMAX, WEIGHT_ALIGN=weight_align, **of_map,
         )  # fmt: skip
 
@@ -356,6 +365,8 @@ def xfa_backward(
             key, split, x, dout, x, token_mask, (partial,) * 3, (D * D,) * 3, choices.EPS, squares="",
             norm_a=norm_x,
         )  # fmt: skip
+        if split.many:
+            parts, partial = 1, partial.sum(0)
         configs.launch(configs.Key("map_backward", q.dtype, D, choices.name), target.arch, run_map_backward)
         configs.launch(configs.Key("gradients", q.dtype, D, choices.name), target.arch, run_gradients)
     return dqkv, dtemperature

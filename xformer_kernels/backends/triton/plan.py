@@ -11,13 +11,19 @@ ONE_LAUNCH = 128 * 4
 """Bytes of a row of the map up to which one program holds a whole map."""
 CHUNK = 256
 """Tokens that are worth a program of their own; chunks are multiples of it, and so of every block of tokens."""
+LONGEST = 16384
+"""Tokens whose products are one sum in a tensor core, which cuts off where it should round: of 130,000 tokens an H200's
+Gram matrices were off by 4e-4, and that grows with their number."""
+SHORT = 4096
+"""Tokens of a chunk where the usual ones would be longer than that."""
 
 
 class Split(NamedTuple):
-    """`parts` programs of `chunk` tokens each."""
+    """`parts` programs of `chunk` tokens each. `many`: a sum of them comes before the launch that reads them."""
 
     parts: int
     chunk: int
+    many: bool = False
 
 
 def cdiv(a: int, b: int) -> int:
@@ -34,6 +40,12 @@ def split_tokens(N: int, units: int, record: int, row: int, processors: int) -> 
     parts = max(1, min(wanted, cdiv(N, CHUNK), isqrt(2 * N * row // record)))
     chunk = cdiv(cdiv(N, parts), CHUNK) * CHUNK
     return Split(max(1, cdiv(N, chunk)) if chunk else 1, chunk)
+
+
+def split_sums(N: int, units: int, record: int, row: int, processors: int) -> Split:
+    """:func:`split_tokens` for sums of products over the tokens."""
+    split = split_tokens(N, units, record, row, processors)
+    return split if split.chunk <= LONGEST else Split(cdiv(N, SHORT), SHORT, many=True)
 
 
 def fits_one_launch(D: int, itemsize: int) -> bool:
