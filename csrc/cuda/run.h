@@ -177,7 +177,8 @@ struct Call {
       return false;
     } else {
       if (!token_norm || a.tokens == 0 || a.dim > kWidest || l.path == XK_TWO_PASSES) return false;
-      if (a.tokens > INT32_MAX / 2) return false;
+      // a number each would not fit; layouts count the numbers of the others in 32 bits
+      if (a.tokens > (int64_t)kMostBlocks * device.shared_bytes) return false;
       p.mask = mask_of(a.mask);
       p.options = options;
       p.temperature = temperature();

@@ -8,7 +8,7 @@ import emulated
 import guarded
 import pytest
 import torch
-from cases import CONFIGS, RESULTS, Config, make_problem, randn, random_mask
+from cases import CONFIGS, RESULTS, Config, Problem, make_problem, randn, random_mask
 
 import xformer_kernels as xk
 from xformer_kernels import backends, preference, reference
@@ -177,6 +177,11 @@ def test_paths(cuda, monkeypatch):
     for shape, config in (((1, 21, 1, 130), Config()), ((1, 21, 1, 24), Config(norm="feature"))):
         with pytest.raises(RuntimeError, match=f"one launch cannot hold 21 tokens of {shape[3]} features"):
             forward(cuda, make_problem(shape, config))
+    # numbers of tiles that 32 bits do not count
+    one = make_problem((1, 1, 1, 1), dtype=torch.bfloat16)
+    q, k, v, dout = (x.expand(1, 1, 2**25, 1) for x in (one.q, one.k, one.v, one.dout))
+    with pytest.raises(RuntimeError, match="one launch cannot hold 33554432 tokens of 1 features"):
+        forward(cuda, Problem(q, k, v, one.temperature, dout))
 
 
 # -------------------------------------------------------------------------------------------------------- other devices
