@@ -8,6 +8,7 @@ from cases import CONFIGS, DTYPES, Config, randn
 from layer_cases import LAYER_SHAPES, NAMES, make_layer
 from torch.autograd import gradcheck, gradgradcheck
 
+from xformer_kernels.layer import passes
 from xformer_kernels.testing import assert_bitwise, assert_close
 
 GRAM_CONFIGS = tuple(config for config in CONFIGS if config.norm == "token")
@@ -85,10 +86,10 @@ def test_channel_means_far_above_their_spread(mean, block, kernel, device, ran):
 
 
 def test_tokens_whose_few_samples_mislead(kernel, device, ran):
-    """What is taken off the tokens comes from a few of them: any other vector must do as well."""
+    """What is taken off the tokens comes from a few of them, whose mean is a spread off here: eight times chance."""
     layer = make_layer((1, 700, 24, 3), device=device)
     x = layer.tensors[0].clone()
-    x[:, ::10] += 20
+    x[:, passes.sampled(700, x.device)] += x.std(1)
     layer.tensors = (x, *layer.tensors[1:])
     check(layer, kernel, ran)
 
@@ -222,8 +223,8 @@ def test_dropout_drops_the_same_entries_in_both_forms(config, kernel, device):
     assert not torch.allclose(results[0]["y"], without["y"])
 
 
-def test_same_bits_whatever_the_threads_and_again(device):
-    layer = make_layer((2, 2000, 48, 4), block=True, device=device)
+def test_same_bits_whatever_the_threads_and_again():
+    layer = make_layer((2, 2000, 48, 4), block=True)
     results = []
     for threads in (1, 2, 2):
         torch.set_num_threads(threads)

@@ -28,15 +28,20 @@ def tokens(x: Tensor, center: Tensor | None, layer_norm_eps: float) -> Tensor:
     return wide.to(x.dtype)
 
 
-def sample(x: Tensor, token_mask: Tensor | None, layer_norm_eps: float, most: int = 64) -> tuple[Tensor, Tensor]:
-    """Sums over a few tokens, (B, C), and how many, (B, 1): they tell about where the mean is.
+FEW = 64
+"""Tokens that tell about where the mean is: theirs is an eighth of the spread from it, unless they keep step with x."""
 
-    They are spread over all tokens at uneven distances, so as not to keep step with rows of an image.
-    """
-    N = x.shape[1]
-    if most < N:
-        i = torch.arange(most, device=x.device)
-        at = i * N // most + i * 39 % most * (N // most) // most
+
+def sampled(tokens: int, device: torch.device | None = None) -> Tensor:
+    """Which FEW, spread over all at uneven distances, so as not to keep step with rows of an image."""
+    i = torch.arange(FEW, device=device)
+    return i * tokens // FEW + i * 39 % FEW * (tokens // FEW) // FEW
+
+
+def sample(x: Tensor, token_mask: Tensor | None, layer_norm_eps: float) -> tuple[Tensor, Tensor]:
+    """Sums over a few tokens, (B, C), and how many, (B, 1)."""
+    if x.shape[1] > FEW:
+        at = sampled(x.shape[1], x.device)
         x, token_mask = x[:, at], None if token_mask is None else token_mask[:, at]
     few = tokens(x.to(accumulate_dtype(x.dtype)), None, layer_norm_eps)
     if token_mask is None:
