@@ -14,6 +14,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- results: python -m bench.table {} -->", "<!-- end of results -->"
 LAYERS = "<!-- layers: python -m bench.table {} -->"
+GPU = "<!-- gpu: python -m bench.table {} -->"
 BACKBONES = "<!-- backbones: python -m bench.table {} -->"
 FORWARD = "<!-- backbones, forward: python -m bench.table {} -->"
 LEARNING = "<!-- learning: python -m bench.table {} -->"
@@ -91,6 +92,28 @@ def render_layers(folder: Path) -> str:
         means = [_cell(_mean(run, direction, field, _many)) for direction in directions for field in FIELDS[:2]]
         memory = _cell(_mean(run, directions[-1], "memory_of_eager", _many))
         lines.append(f"| mean of {kind} where N >= 8C | {' | '.join(means)} | {memory} | |")
+    return "\n".join([*lines, END])
+
+
+def render_gpu(folder: Path) -> str:
+    """Both backends of every run of the operator on this GPU."""
+    lines = [GPU.format(folder.relative_to(ROOT))]
+    runs = [json.loads(path.read_text()) for path in sorted(folder.glob("op-cuda-*.json"))]
+    fields = {"x eager": FIELDS[0], "x compiled": FIELDS[1], "of limit": FIELDS[2]}
+    for run in runs:
+        fields = {name: field for name, field in fields.items() if any(row.get(field) for row in run["rows"])}
+        columns = [(backend, name) for backend in ("triton", "cuda") for name in fields]
+        lines += [
+            f"{_origin(run)}; {run['dtype']}:",
+            "",
+            f"| (B,N,H,D) | | {' | '.join(': '.join(column) for column in columns)} |",
+            f"|---|---|{'---:|' * len(columns)}",
+        ]
+        rows = {(row["workload"], row["direction"], row["provider"]): row for row in run["rows"]}
+        for workload, direction in dict.fromkeys(key[:2] for key in rows):
+            found = {backend: rows.get((workload, direction, backend), {}) for backend, _ in columns}
+            cells = [_cell(found[backend].get(fields[name])) for backend, name in columns]
+            lines.append(f"| {workload} | {direction} | {' | '.join(cells)} |")
     return "\n".join([*lines, END])
 
 
@@ -365,22 +388,26 @@ def _minutes(rows: list[dict[str, Any]]) -> str:
 
 def replace(readme: str, table: str) -> str:
     """The text with the table where one was that begins alike."""
-    begins = (BEGIN, LAYERS, BACKBONES, FORWARD, TRAINING, LEARNING, SEGMENTATION, *map(SCENES.format, METRICS))
+    begins = (BEGIN, LAYERS, GPU, BACKBONES, FORWARD, TRAINING, LEARNING, SEGMENTATION, *map(SCENES.format, METRICS))
     kinds = [begin.split("{}")[0] for begin in begins]
     kind = next(kind for kind in kinds if table.startswith(kind))
     before, rest = readme.split(kind, 1)
     return before + table + rest.split(END, 1)[1]
 
 
+ON_GPU: dict[str, tuple[Callable[[Path], str], ...]] = {"README.md": (render_gpu,)}
+ON_CPU: dict[str, tuple[Callable[[Path], str], ...]] = {
+    "README.md": (render, render_layers, render_backbones),
+    "docs/backbone.md": (render_forward, render_training),
+    "docs/training.md": (render_learning,),
+    "docs/detection.md": (partial(render_scenes, "detect"),),
+    "docs/segmentation.md": (partial(render_scenes, "segment"), render_segmentation),
+}
+
+
 def main() -> int:
     folder = Path(sys.argv[1]).resolve()
-    documents: dict[str, tuple[Callable[[Path], str], ...]] = {
-        "README.md": (render, render_layers, render_backbones),
-        "docs/backbone.md": (render_forward, render_training),
-        "docs/training.md": (render_learning,),
-        "docs/detection.md": (partial(render_scenes, "detect"),),
-        "docs/segmentation.md": (partial(render_scenes, "segment"), render_segmentation),
-    }
+    documents = ON_GPU if any(folder.glob("op-cuda-*.json")) else ON_CPU
     for name, tables in documents.items():
         path = ROOT / name
         text = path.read_text()

@@ -27,6 +27,7 @@ def test_table_of_results_comes_from_the_result_files(monkeypatch):
     assert table.render(ROOT / folder) in README
     for begin, render, text in (
         (table.BACKBONES, table.render_backbones, README),
+        (table.GPU, table.render_gpu, README),
         (table.FORWARD, table.render_forward, BACKBONE),
         (table.TRAINING, table.render_training, BACKBONE),
         (table.LEARNING, table.render_learning, TRAINING),
