@@ -117,11 +117,21 @@ struct FusedLayout {
       y.multiply(x_ + first * ld, ld, map, ld, kColumns, r.rows);
       y.store(sums, ld_sums);
       __syncthreads();  // the products of all threads are there
-      store_rows<T, kColumns, kThreads>(to, r, [&](int row, int c) {
-        S value = sums[row * ld_sums + c];
-        if constexpr (kScaled<E>) value *= down[c];
-        if (has_add) value += scale[c] * (S)widen(add[(first + row) * ld + c]);
-        return r.kept(mask, row) ? value : S(0);  // a map may hold NaN
+      store_rows<T, kThreads>(to, r, mask, [&](auto count, int row, int c, S* value) {
+        constexpr int kCount = decltype(count)::value;
+        load_numbers<kCount>(value, &sums[row * ld_sums + c]);
+        if constexpr (kScaled<E>) {
+          alignas(16) S by[kCount];
+          load_numbers<kCount>(by, &down[c]);
+          for (int i = 0; i < kCount; ++i) value[i] *= by[i];
+        }
+        if (has_add) {
+          alignas(16) S by[kCount];
+          alignas(16) E also[kCount];
+          load_numbers<kCount>(by, &scale[c]);
+          load_numbers<kCount>(also, &add[(first + row) * ld + c]);
+          for (int i = 0; i < kCount; ++i) value[i] += by[i] * (S)widen(also[i]);
+        }
       });
       __syncthreads();  // nobody reads these products any more
     }

@@ -43,10 +43,11 @@ struct MixLayout {
   static constexpr int kMost = (sizeof(E) == 8 ? 2048 : sizeof(E) == 4 ? 4096 : 8192) / kColumns;
   static constexpr int kDepth = kColumns < kMost ? kColumns : kMost;  // of a slice of a map
   static constexpr int kTileSize = kRows * padded<E>(kColumns), kMapSize = kDepth * padded<E>(kColumns);
-  Shared<E> x;      // (stages, operands, kRows, kColumns)
-  Shared<E> maps;   // (slices, kDepth, kColumns)
-  Shared<S> y;      // (kRows, kColumns)
-  Shared<S> scale;  // (outputs, kColumns), and so are the following
+  static constexpr int ld_y = kColumns + 8;  // the 8 rows that a warp stores sums of at once lie in other banks
+  Shared<E> x;                               // (stages, operands, kRows, kColumns)
+  Shared<E> maps;                            // (slices, kDepth, kColumns)
+  Shared<S> y;                               // (kRows, kColumns)
+  Shared<S> scale;                           // (outputs, kColumns), and so are the following
   Shared<S> bias, up, down;
   Shared<S> norms;  // (operands, kRows)
   Shared<S> along;  // (kRows)
@@ -54,7 +55,7 @@ struct MixLayout {
   __host__ __device__ MixLayout(Arena& arena, int operands, int outputs, int slices, int stages) {
     x = arena.take<E>(stages * operands * kTileSize);
     maps = arena.take<E>(slices * kMapSize);
-    y = arena.take<S>(kRows * padded<S>(kColumns));
+    y = arena.take<S>(kRows * ld_y);
     scale = arena.take<S>(outputs * kColumns);
     bias = arena.take<S>(outputs * kColumns);
     up = arena.take<S>(kScaled<E> ? outputs * kColumns : 0);
@@ -81,7 +82,7 @@ __global__ void __launch_bounds__(kMixThreads, 3) mix_kernel(const __grid_consta
   using S = Sum<T>;
   using Layout = MixLayout<Math, kColumns>;
   constexpr int kThreads = kMixThreads, kRows = Layout::kRows, kDepth = Layout::kDepth;
-  constexpr int ld = padded<E>(kColumns), ld_y = padded<S>(kColumns);
+  constexpr int ld = padded<E>(kColumns), ld_y = Layout::ld_y;
   int64_t block = blockIdx.x;
   int64_t h = block % p.heads;
   block /= p.heads;
@@ -165,38 +166,67 @@ __global__ void __launch_bounds__(kMixThreads, 3) mix_kernel(const __grid_consta
             load_slice(o, t, first, map);
           }
           XK_STEP(barrier, __syncthreads());  // tokens and maps of all threads are there; nobody reads y any more
-          y.multiply(tile(stage, out.operand[t]) + first, ld, map, ld, kDepth);
+          int left = (out.weight[t].features - first + 15) / 16 * 16;  // zeros follow
+          y.multiply(tile(stage, out.operand[t]) + first, ld, map, ld, left < kDepth ? left : kDepth);
         }
       y.store(s.y, ld_y);
       __syncthreads();  // the products of all threads are there
 
-      auto product = [&](int row, int c) {
-        S value = s.y[row * ld_y + c];
-        if constexpr (kScaled<E>) value *= s.down[o * kColumns + c];
-        if (out.row_norm != kNone) value /= clamp_norm(s.norms[out.row_norm * kRows + row], (S)p.eps);
-        return value;
+      auto products = [&](auto count, int row, int c, S* value) {
+        constexpr int kCount = decltype(count)::value;
+        load_numbers<kCount>(value, &s.y[row * ld_y + c]);
+        if constexpr (kScaled<E>) {
+          alignas(16) S down[kCount];
+          load_numbers<kCount>(down, &s.down[o * kColumns + c]);
+          for (int i = 0; i < kCount; ++i) value[i] *= down[i];
+        }
+        if (out.row_norm != kNone) {
+          S norm = clamp_norm(s.norms[out.row_norm * kRows + row], (S)p.eps);
+          for (int i = 0; i < kCount; ++i) value[i] /= norm;
+        }
       };
       // x^ (x^ . y) is what y loses to the derivative of x / |x|
-      auto unit = [&](int row, int c) {
-        return (S)widen(tile(stage, out.project)[row * ld + c]) /
-               clamp_norm(s.norms[out.project * kRows + row], (S)p.eps);
+      auto units = [&](auto count, int row, int c, S* value) {
+        constexpr int kCount = decltype(count)::value;
+        alignas(16) E x[kCount];
+        load_numbers<kCount>(x, &tile(stage, out.project)[row * ld + c]);
+        S norm = clamp_norm(s.norms[out.project * kRows + row], (S)p.eps);
+        for (int i = 0; i < kCount; ++i) value[i] = (S)widen(x[i]) / norm;
       };
       if (out.project != kNone) {
         for (int row = (int)threadIdx.x / 32; row < kRows; row += kThreads / 32) {
           S sum = 0;
-          for (int c = (int)threadIdx.x % 32; c < out.to.features; c += 32) sum += unit(row, c) * product(row, c);
+          for (int c = (int)threadIdx.x % 32; c < out.to.features; c += 32) {
+            S unit[1], value[1];
+            units(Count<1>{}, row, c, unit);
+            products(Count<1>{}, row, c, value);
+            sum += unit[0] * value[0];
+          }
           sum = warp_sum(sum);
           if (threadIdx.x % 32 == 0) s.along[row] = s.norms[out.project * kRows + row] < (S)p.eps ? S(0) : sum;
         }
         __syncthreads();  // the sums of all rows are there
       }
-      store_rows<T, kColumns, kThreads>(out.to, r, [&](int row, int c) {
-        S value = product(row, c);
-        if (out.project != kNone)
-          value = (value - unit(row, c) * s.along[row]) / clamp_norm(s.norms[out.project * kRows + row], (S)p.eps);
-        value += s.bias[o * kColumns + c];
-        if (out.add != kNone) value += s.scale[o * kColumns + c] * (S)widen(tile(stage, out.add)[row * ld + c]);
-        return r.kept(p.mask, row) ? value : S(0);  // a map may hold NaN
+      store_rows<T, kThreads>(out.to, r, p.mask, [&](auto count, int row, int c, S* value) {
+        constexpr int kCount = decltype(count)::value;
+        products(count, row, c, value);
+        if (out.project != kNone) {
+          S unit[kCount], along = s.along[row], norm = clamp_norm(s.norms[out.project * kRows + row], (S)p.eps);
+          units(count, row, c, unit);
+          for (int i = 0; i < kCount; ++i) value[i] = (value[i] - unit[i] * along) / norm;
+        }
+        if (out.bias.data) {
+          alignas(16) S bias[kCount];
+          load_numbers<kCount>(bias, &s.bias[o * kColumns + c]);
+          for (int i = 0; i < kCount; ++i) value[i] += bias[i];
+        }
+        if (out.add != kNone) {
+          alignas(16) S scale[kCount];
+          alignas(16) E x[kCount];
+          load_numbers<kCount>(scale, &s.scale[o * kColumns + c]);
+          load_numbers<kCount>(x, &tile(stage, out.add)[row * ld + c]);
+          for (int i = 0; i < kCount; ++i) value[i] += scale[i] * (S)widen(x[i]);
+        }
       });
     }
     __syncthreads();  // nobody reads these tokens any more

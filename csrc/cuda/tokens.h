@@ -3,6 +3,8 @@
 
 #include <cuda_pipeline.h>
 
+#include <type_traits>
+
 #include "numbers.h"
 
 namespace xk::cuda {
@@ -40,10 +42,41 @@ struct Rows {
   }
 };
 
-__host__ __device__ constexpr int power_of_two_from(int least) {
-  int x = 1;
-  while (x < least) x *= 2;
-  return x;
+// How threads share rows of `features` numbers, `numbers` of which are one access: the least power of two of them that
+// holds a row, at most a warp, is side by side in it.
+template <int kThreads>
+struct Lanes {
+  int row, rows, lane, count;  // this thread's first row, how far it is to its next; its place in a row of so many
+
+  __device__ Lanes(int features, int numbers) {
+    int shift = 0;
+    while (shift < 5 && numbers << shift < features) ++shift;
+    count = 1 << shift;
+    lane = (int)threadIdx.x & (count - 1);
+    row = (int)threadIdx.x >> shift;
+    rows = kThreads >> shift;
+  }
+};
+
+template <class Word, int kCount, class N>
+__device__ void copy_words(N* to, const N* from) {
+#pragma unroll
+  for (int i = 0; i < kCount * (int)sizeof(N) / (int)sizeof(Word); ++i)
+    reinterpret_cast<Word*>(to)[i] = reinterpret_cast<const Word*>(from)[i];
+}
+
+// kCount numbers that lie together, from a multiple of their bytes or of 16 on. `to` is aligned alike.
+template <int kCount, class N>
+__device__ void load_numbers(N* to, const N* from) {
+  constexpr int kBytes = kCount * (int)sizeof(N);
+  if constexpr (kBytes % 16 == 0)
+    copy_words<uint4, kCount>(to, from);
+  else if constexpr (kBytes % 8 == 0)
+    copy_words<uint2, kCount>(to, from);
+  else if constexpr (kBytes % 4 == 0)
+    copy_words<uint32_t, kCount>(to, from);
+  else
+    copy_words<N, kCount>(to, from);
 }
 
 // Features [first, first + kColumns) of tokens into rows of padded<E>(kColumns) numbers: 0 for tokens that take no
@@ -55,19 +88,21 @@ __device__ void load_tile(Shared<E> tile, const Operand& x, int first, const Row
   int count = x.features - first < kColumns ? x.features - first : kColumns;
   if constexpr (sizeof(T) == sizeof(E)) {
     if (x.vector) {
-      constexpr int kWanted = power_of_two_from(kColumns / kVector<T>), kLanes = kWanted < 32 ? kWanted : 32;
       int numbers = x.vector / (int)sizeof(T);
-      for (int row = (int)threadIdx.x / kLanes; row < r.rows; row += kThreads / kLanes) {
+      Lanes<kThreads> lanes(count, numbers);
+      const T* from = base + (r.begin + lanes.row) * x.stride_n + first;
+      int64_t step = lanes.rows * x.stride_n;
+      for (int row = lanes.row; row < r.rows; row += lanes.rows, from += step) {
         bool keep = r.kept(mask, row);
-        const T* from = base + (keep ? (r.begin + row) * x.stride_n : 0) + first;
-        for (int c = (int)threadIdx.x % kLanes * numbers; c < count; c += kLanes * numbers) {
+        const T* token = keep ? from : base;
+        for (int c = lanes.lane * numbers; c < count; c += lanes.count * numbers) {
           T* to = &tile[row * padded<E>(kColumns) + c];
           if (x.vector == 16)
-            __pipeline_memcpy_async(to, from + c, 16, keep ? 0 : 16);
+            __pipeline_memcpy_async(to, token + c, 16, keep ? 0 : 16);
           else if (x.vector == 8)
-            __pipeline_memcpy_async(to, from + c, 8, keep ? 0 : 8);
+            __pipeline_memcpy_async(to, token + c, 8, keep ? 0 : 8);
           else
-            __pipeline_memcpy_async(to, from + c, 4, keep ? 0 : 4);
+            __pipeline_memcpy_async(to, token + c, 4, keep ? 0 : 4);
         }
       }
       return;
@@ -125,11 +160,14 @@ class Squares {
   __device__ void add(Shared<E> tile, int rows) {
     if (group() >= kGroups) return;
     Sum<E> now[kTogether] = {};
-    for (int row = group(); row < rows; row += kGroups)
+    for (int row = group(); row < rows; row += kGroups) {
+      alignas(4) E numbers[kTogether];
+      load_numbers<kTogether>(numbers, &tile[row * padded<E>(kColumns) + column()]);
       for (int i = 0; i < kTogether; ++i) {
-        Sum<E> x = widen(tile[row * padded<E>(kColumns) + column() + i]);
+        Sum<E> x = widen(numbers[i]);
         now[i] += x * x;
       }
+    }
     for (int i = 0; i < kTogether; ++i) sum_[i] += now[i];
   }
 
@@ -167,23 +205,34 @@ struct Result {
   }
 };
 
-// Writes value(row, column) for the tokens that are there, 16 bytes at a time where tokens start at multiples of them.
-template <class T, int kColumns, int kThreads, class Value>
-__device__ void store_rows(const Result<T>& to, const Rows& r, Value value) {
+template <int kCount>
+using Count = std::integral_constant<int, kCount>;
+
+// Writes the tokens that are there, zeros for those that take no part: values(Count<N>, row, column, to) gives N
+// numbers of a row, from a multiple of N on. N is what 16 bytes hold where tokens start at multiples of them, else 1.
+template <class T, int kThreads, class Values>
+__device__ void store_rows(const Result<T>& to, const Rows& r, const Mask& mask, Values values) {
   constexpr int kNumbers = kVector<T>;
-  constexpr int kLanes = power_of_two_from(kColumns / kNumbers) < 32 ? power_of_two_from(kColumns / kNumbers) : 32;
-  for (int row = (int)threadIdx.x / kLanes; row < r.rows; row += kThreads / kLanes) {
-    if (r.begin + row >= r.end) break;
-    T* token = to.token(r.b, r.h, r.begin + row);
+  Lanes<kThreads> lanes(to.features, to.wide ? kNumbers : 1);
+  T* token = to.token(r.b, r.h, r.begin + lanes.row);
+  int64_t step = lanes.rows * to.stride_n;
+  for (int row = lanes.row; row < r.rows && r.begin + row < r.end; row += lanes.rows, token += step) {
+    bool keep = mask.keeps(r.b, r.begin + row);  // a map may hold NaN
     if (to.wide) {
-      for (int c = (int)threadIdx.x % kLanes * kNumbers; c < to.features; c += kLanes * kNumbers) {
+      for (int c = lanes.lane * kNumbers; c < to.features; c += lanes.count * kNumbers) {
+        alignas(16) Sum<T> y[kNumbers];
         alignas(16) T numbers[kNumbers];
+        values(Count<kNumbers>{}, row, c, y);
 #pragma unroll
-        for (int i = 0; i < kNumbers; ++i) numbers[i] = narrow<T>(value(row, c + i));
+        for (int i = 0; i < kNumbers; ++i) numbers[i] = narrow<T>(keep ? y[i] : Sum<T>(0));
         *reinterpret_cast<uint4*>(token + c) = *reinterpret_cast<const uint4*>(numbers);
       }
     } else {
-      for (int c = (int)threadIdx.x % kLanes; c < to.features; c += kLanes) token[c] = narrow<T>(value(row, c));
+      for (int c = lanes.lane; c < to.features; c += lanes.count) {
+        Sum<T> y[1];
+        values(Count<1>{}, row, c, y);
+        token[c] = narrow<T>(keep ? y[0] : Sum<T>(0));
+      }
     }
   }
 }
