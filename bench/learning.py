@@ -22,7 +22,7 @@ from torch import nn
 from bench import machine, runs
 from xformer.recipe import load_recipe
 
-EPOCHS = {"digits": 30, "mnist5k": 20}
+EPOCHS = {"digits": 30, "mnist5k": 40}
 MODELS = ("xformer_xxs", "mobilevit_xxs", "edgenext_xx_small")
 
 
