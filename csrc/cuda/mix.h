@@ -43,11 +43,12 @@ struct MixLayout {
   static constexpr int kMost = (sizeof(E) == 8 ? 2048 : sizeof(E) == 4 ? 4096 : 8192) / kColumns;
   static constexpr int kDepth = kColumns < kMost ? kColumns : kMost;  // of a slice of a map
   static constexpr int kTileSize = kRows * padded<E>(kColumns), kMapSize = kDepth * padded<E>(kColumns);
-  static constexpr int ld_y = kColumns + 8;  // the 8 rows that a warp stores sums of at once lie in other banks
-  Shared<E> x;                               // (stages, operands, kRows, kColumns)
-  Shared<E> maps;                            // (slices, kDepth, kColumns)
-  Shared<S> y;                               // (kRows, kColumns)
-  Shared<S> scale;                           // (outputs, kColumns), and so are the following
+  // The 8 rows that a warp stores sums of at once lie in other banks.
+  static constexpr int ld_y = kColumns + 8;
+  Shared<E> x;      // (stages, operands, kRows, kColumns)
+  Shared<E> maps;   // (slices, kDepth, kColumns)
+  Shared<S> y;      // (kRows, kColumns)
+  Shared<S> scale;  // (outputs, kColumns), and so are the following
   Shared<S> bias, up, down;
   Shared<S> norms;  // (operands, kRows)
   Shared<S> along;  // (kRows)
