@@ -75,7 +75,8 @@ def test_priors():
         maps = model(images(1, 3, 128, 128))
     rows = coding.flatten(maps)
     assert rows.shape == (1, 3 * (256 + 64 + 16), 10)
-    assert (rows[..., :4].abs() < 1).all()
+    # of random weights, which versions of torch draw differently; single numbers may be larger
+    assert rows[..., :4].square().mean().sqrt() < 0.5
     assert rows[..., 4].sigmoid().mean() == pytest.approx(0.01, rel=0.2)
     assert rows[..., 5:].sigmoid().mean() == pytest.approx(0.2, rel=0.2)
     assert small(num_classes=1).scales[0].predict.bias.view(3, 6)[:, 5].tolist() == [0, 0, 0]
