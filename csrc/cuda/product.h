@@ -17,15 +17,6 @@ namespace xk::cuda {
 template <class Math, int M, int N, int kThreads, bool kTransposed>
 class Product;
 
-__device__ inline void load4(float* to, const float* from) {
-  float4 x = *reinterpret_cast<const float4*>(from);
-  to[0] = x.x, to[1] = x.y, to[2] = x.z, to[3] = x.w;
-}
-__device__ inline void load4(double* to, const double* from) {
-  double2 x = *reinterpret_cast<const double2*>(from), y = *reinterpret_cast<const double2*>(from + 2);
-  to[0] = x.x, to[1] = x.y, to[2] = y.x, to[3] = y.y;
-}
-
 // A thread owns 8 rows and 4 or 8 columns.
 template <class T, int M, int N, int kThreads, bool kTransposed>
 class Product<Fma<T>, M, N, kThreads, kTransposed> {
@@ -47,11 +38,11 @@ class Product<Fma<T>, M, N, kThreads, kTransposed> {
       for (int begin = group(); begin < depth; begin += kTerms * kGroups) {
         T now[kRows][kColumns] = {};
         for (int term = 0, k = begin; term < kTerms && k < depth; ++term, k += kGroups) {
-          T x[kRows], y[kColumns];
+          alignas(16) T x[kRows], y[kColumns];
 #pragma unroll
-          for (int i = 0; i < kRows; i += 4) load4(x + i, &a[k * lda + row(i)]);
+          for (int i = 0; i < kRows; i += 4) load_numbers<4>(x + i, &a[k * lda + row(i)]);
 #pragma unroll
-          for (int j = 0; j < kColumns; j += 4) load4(y + j, &b[k * ldb + column(j)]);
+          for (int j = 0; j < kColumns; j += 4) load_numbers<4>(y + j, &b[k * ldb + column(j)]);
           add(now, x, y);
         }
 #pragma unroll
@@ -61,17 +52,18 @@ class Product<Fma<T>, M, N, kThreads, kTransposed> {
       }
     } else {
       for (int k = 4 * group(); k < depth; k += 4 * kGroups) {
-        T x[kRows][4];
+        alignas(16) T x[kRows][4];
 #pragma unroll
         for (int i = 0; i < kRows; ++i) {
           x[i][0] = x[i][1] = x[i][2] = x[i][3] = 0;
-          if (row(i) < rows) load4(x[i], &a[row(i) * lda + k]);
+          if (row(i) < rows) load_numbers<4>(x[i], &a[row(i) * lda + k]);
         }
 #pragma unroll
         for (int kk = 0; kk < 4; ++kk) {
-          T y[kColumns], column_of_x[kRows];
+          alignas(16) T y[kColumns];
+          T column_of_x[kRows];
 #pragma unroll
-          for (int j = 0; j < kColumns; j += 4) load4(y + j, &b[(k + kk) * ldb + column(j)]);
+          for (int j = 0; j < kColumns; j += 4) load_numbers<4>(y + j, &b[(k + kk) * ldb + column(j)]);
 #pragma unroll
           for (int i = 0; i < kRows; ++i) column_of_x[i] = x[i][kk];
           add(sum_, column_of_x, y);

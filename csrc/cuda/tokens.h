@@ -58,27 +58,6 @@ struct Lanes {
   }
 };
 
-template <class Word, int kCount, class N>
-__device__ void copy_words(N* to, const N* from) {
-#pragma unroll
-  for (int i = 0; i < kCount * (int)sizeof(N) / (int)sizeof(Word); ++i)
-    reinterpret_cast<Word*>(to)[i] = reinterpret_cast<const Word*>(from)[i];
-}
-
-// kCount numbers that lie together, from a multiple of their bytes or of 16 on. `to` is aligned alike.
-template <int kCount, class N>
-__device__ void load_numbers(N* to, const N* from) {
-  constexpr int kBytes = kCount * (int)sizeof(N);
-  if constexpr (kBytes % 16 == 0)
-    copy_words<uint4, kCount>(to, from);
-  else if constexpr (kBytes % 8 == 0)
-    copy_words<uint2, kCount>(to, from);
-  else if constexpr (kBytes % 4 == 0)
-    copy_words<uint32_t, kCount>(to, from);
-  else
-    copy_words<N, kCount>(to, from);
-}
-
 // Features [first, first + kColumns) of tokens into rows of padded<E>(kColumns) numbers: 0 for tokens that take no
 // part. Columns beyond the features are not written: see clear_columns. Asynchronous where E is T and the memory allows
 // it; the caller commits and waits.
