@@ -282,13 +282,11 @@ def _fake_channel_mix(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
     return _token_major(x, weight.shape[-2])
 
 
-# Asked once: is_autocast_enabled refuses devices that have no autocast, and torch.compile of torch 2.11 cannot trace
-# the question.
-_AUTOCAST = frozenset(filter(torch.amp.is_autocast_available, ("cpu", "cuda", "xpu", "mps", "hpu", "mtia")))
-
-
 def _autocast_on(x: Tensor) -> bool:
-    return x.device.type in _AUTOCAST and torch.is_autocast_enabled(x.device.type)
+    device_type = x.device.type
+    # is_autocast_enabled refuses devices that have no autocast; torch.compile of torch 2.11 cannot trace the question
+    has_autocast = device_type in ("cpu", "cuda") or torch.amp.is_autocast_available(device_type)
+    return has_autocast and torch.is_autocast_enabled(device_type)
 
 
 def autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:

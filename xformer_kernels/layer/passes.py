@@ -32,10 +32,10 @@ FEW = 64
 """Tokens that tell about where the mean is: theirs is an eighth of the spread from it, unless they keep step with x."""
 
 
-def sampled(tokens: int, device: torch.device | None = None) -> Tensor:
-    """Which FEW, spread over all at uneven distances, so as not to keep step with rows of an image."""
+def sampled(N: int, device: torch.device | None = None) -> Tensor:
+    """Which FEW of N, spread over all at uneven distances, so as not to keep step with rows of an image."""
     i = torch.arange(FEW, device=device)
-    return i * tokens // FEW + i * 39 % FEW * (tokens // FEW) // FEW
+    return i * N // FEW + i * 39 % FEW * (N // FEW) // FEW
 
 
 def sample(x: Tensor, token_mask: Tensor | None, layer_norm_eps: float) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""The ops: workspaces, splits and launches, at most two of them forward and three backward."""
+"""The ops: workspaces, splits and launches, at most two of them forward and three backward, and sums of many parts."""
 
 from __future__ import annotations
 

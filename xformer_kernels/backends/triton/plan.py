@@ -12,8 +12,8 @@ ONE_LAUNCH = 128 * 4
 CHUNK = 256
 """Tokens that are worth a program of their own; chunks are multiples of it, and so of every block of tokens."""
 LONGEST = 16384
-"""Tokens whose products are one sum in a tensor core, which cuts off where it should round: of 130,000 tokens an H200's
-Gram matrices were off by 4e-4, and that grows with their number."""
+"""Tokens whose products are one sum in a tensor core, which cuts off where it should round: the error grows with their
+number (tests/gpu, beyond 31 bits)."""
 SHORT = 4096
 """Tokens of a chunk where the usual ones would be longer than that."""
 
