@@ -35,10 +35,11 @@ def test_auto_takes_the_kernels_and_says_so(p, need_backend, no_override, ran_ba
 
 
 def test_auto_falls_back_to_the_reference_with_the_reason(p, no_override, ran_backend):
-    """No kernel serves complex or 8-bit floats; the reference may or may not, but the reasons are printed."""
-    tensors = [x.to(torch.float8_e4m3fn) for x in args(p)[:3]]
-    text = str(xk.explain(*tensors, p.temperature))
-    assert "float8_e4m3fn" in text and "cpp" in text
+    """Heads of more features than the kernels take are for the reference, and the reasons are printed."""
+    wide = torch.ones(1, 1, 3, 600)
+    explanation = xk.explain(wide, wide, wide, torch.ones(1))
+    assert explanation.backend == "reference"
+    assert "cpp: no\n    - 600 features per head, the kernels take 1 to 512" in str(explanation)
 
 
 def test_meta_tensors_take_the_reference(p, no_override):
@@ -67,10 +68,10 @@ def test_bad_environment(p, monkeypatch):
 
 
 def test_named_backend_that_cannot_serve_gives_every_reason(p):
-    tensors = [x.to("meta", torch.float8_e4m3fn) for x in args(p)[:3]]
+    wide = torch.ones(1, 1, 3, 600, device="meta")
     with pytest.raises(RuntimeError) as error:
-        xk.xfa(*tensors, p.temperature.to("meta"), backend="cpp")
-    for word in ("cpp", "meta", "float8_e4m3fn"):
+        xk.xfa(wide, wide, wide, torch.ones(1, device="meta"), backend="cpp")
+    for word in ("cpp", "meta", "600 features per head"):
         assert word in str(error.value)
 
 

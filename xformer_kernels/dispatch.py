@@ -116,6 +116,12 @@ def explain(
     return Explanation(wanted, reasons, how)
 
 
+def explain_reference(backend: str, reason: str) -> Explanation:
+    """The reference serves, for one reason that every kernel has against the call."""
+    check_name(backend)
+    return Explanation("reference", {name: [reason] * (name != "reference") for name in BACKENDS}, _asked(backend)[1])
+
+
 @torch.compiler.assume_constant_result
 def may_serve(backend: str, device_type: str, dtypes: tuple[torch.dtype, ...], head_dims: tuple[int, ...]) -> bool:
     """Whether a backend asked for by name, or by the environment, can serve a call; always for auto."""
@@ -139,10 +145,11 @@ def choose(
     Raises ValueError for an unknown name and RuntimeError, with every reason, when the backend asked for by name (or by
     the environment) cannot serve it.
     """
-    key = (os.environ.get(ENVIRONMENT) if backend == "auto" else backend, device_type, dtypes, head_dims, first)
+    check_name(backend)
+    asked_by_environment = os.environ.get(ENVIRONMENT) if backend == "auto" else None
+    key = (backend, asked_by_environment, device_type, dtypes, head_dims, first)
     name = _chosen.get(key)
     if name is None:
-        check_name(backend)
         if _asked(backend)[0] == "auto":
             # the first that can: later backends are not even imported
             name = next(x for x in _walk(first) if not _against_auto(x, device_type, dtypes, head_dims))

@@ -61,9 +61,11 @@ def xfa(
         bfloat16 by bfloat16, the map is rounded to it for that. With autocast on, q, k and v are cast as they are for
         ``scaled_dot_product_attention``.
 
-    Derivatives are of any order: the first by the kernels, higher ones through the reference. With ``map_fn`` or
-    ``dropout_p`` the call is composed of :func:`gram`, the map and :func:`channel_mix`; norms that no Gram matrix gives
-    are then taken in eager PyTorch.
+    Derivatives are of any order: the first by the kernels, higher ones through the reference. The reference also
+    computes what only PyTorch's own operators have rules for, whichever backend is asked for: the transforms of
+    ``torch.func``, forward-mode AD, and tensor subclasses with a ``__torch_dispatch__`` of their own. With ``map_fn``
+    or ``dropout_p`` the call is composed of :func:`gram`, the map and :func:`channel_mix`; norms that no Gram matrix
+    gives are then taken in eager PyTorch.
 
     Raises:
         TypeError: an argument of another type or dtype.
@@ -91,7 +93,7 @@ def checked_xfa(
     """:func:`xfa` of arguments that are known to be right, with the temperature as (H,)."""
     fused = map_fn is None and dropout_p == 0
     first = preference.first_asked(q, norm) if fused else None
-    name = dispatch.choose(backend, q.device.type, (q.dtype, temperature.dtype), head_dims(q), first)
+    name = _backend(backend, (q, k, v, temperature), (q.dtype, temperature.dtype), head_dims(q), first)
     eps = max(float(eps), torch.finfo(reference.accumulate_dtype(q.dtype)).tiny)
     if name != "reference":
         if fused:
@@ -136,7 +138,7 @@ def gram(
     if isinstance(a, Tensor):
         a, b = ops.autocast(a) * 2 if a is b else ops.autocast(a, b)  # type: ignore[assignment]
     validate.gram(a, b, symmetric, token_mask)
-    name = dispatch.choose(backend, a.device.type, (a.dtype,), head_dims(a, b))
+    name = _backend(backend, (a, b), (a.dtype,), head_dims(a, b))
     single = a.dim() == 3
     if single:
         same = a is b
@@ -189,6 +191,7 @@ def channel_mix(
     """
     if isinstance(x, Tensor):
         x, add, x2 = ops.autocast(x, add, x2)  # type: ignore[assignment]
+        weight, bias, add_scale, weight2 = ops.autocast_weights(x, weight, bias, add_scale, weight2)
     validate.channel_mix(x, weight, bias, add, add_scale, x2, weight2)
     heads = x.shape[1] if x.dim() == 4 else 1
     O = weight.shape[-2]  # noqa: E741
@@ -196,9 +199,9 @@ def channel_mix(
     weight2 = None if x2 is None or weight2 is None else _broadcast("weight2", weight2, x, heads, (O, x2.shape[-1]))
     bias = None if bias is None else _broadcast("bias", bias, x, heads, (O,))
     add_scale = None if add_scale is None else _broadcast("add_scale", add_scale, x, heads, (O,))
-    name = dispatch.choose(
-        backend, x.device.type, (x.dtype,), head_dims(x, weight, weight.transpose(-2, -1), x if x2 is None else x2)
-    )
+    operands = (x, weight, bias, add, add_scale, x2, weight2)
+    dims = head_dims(x, weight, weight.transpose(-2, -1), x if x2 is None else x2)
+    name = _backend(backend, operands, (x.dtype,), dims)
     single = x.dim() == 3
     if single:
         x, add, x2 = (None if t is None else t.unsqueeze(1) for t in (x, add, x2))  # type: ignore[assignment]
@@ -230,9 +233,32 @@ def explain(
 
     Computes nothing. Raises what :func:`xfa` would raise for the same arguments.
     """
-    q, _, _, temperature = _prepare(q, k, v, temperature, map, norm, activation, eps, token_mask, dropout_p, map_fn)
+    q, k, v, temperature = _prepare(q, k, v, temperature, map, norm, activation, eps, token_mask, dropout_p, map_fn)
+    if ops.torch_only(q, k, v, temperature):
+        return dispatch.explain_reference(backend, TORCH_ONLY)
     first = preference.first_asked(q, norm) if map_fn is None and dropout_p == 0 else None
     return dispatch.explain(backend, q.device.type, (q.dtype, temperature.dtype), head_dims(q), first)
+
+
+TORCH_ONLY = (
+    "a transform of torch.func, forward-mode AD or a tensor subclass with a __torch_dispatch__ of its own, for which "
+    "PyTorch's operators alone have rules"
+)
+
+
+def _backend(
+    asked: str,
+    tensors: tuple[Tensor | None, ...],
+    dtypes: tuple[torch.dtype, ...],
+    dims: tuple[int, ...],
+    first: str | None = None,
+) -> str:
+    """The backend that serves a call; the reference where torch's own operations must."""
+    if ops.torch_only(*tensors):
+        dispatch.check_name(asked)
+        return "reference"
+    device_type: str = tensors[0].device.type  # type: ignore[union-attr]
+    return dispatch.choose(asked, device_type, dtypes, dims, first)
 
 
 def _prepare(q: Any, k: Any, v: Any, temperature: Any, *choices: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:

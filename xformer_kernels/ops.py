@@ -4,7 +4,8 @@
     gram         -> (G, ssq_a, ssq_b)        channel_mix  -> y
 
 Tokens are (B, H, N, D) of any strides, temperature is (H,), token_mask (B, N) bool, weights (B, H, O, I), bias and
-add_scale (B, H, O). Results of size N are ``.transpose(1, 2)`` views of fresh (B, N, H, D) buffers. ``stats`` is one
+add_scale (B, H, O). ``out`` and ``y`` are contiguous (B, N, H, D): the functions below transpose them outside of the
+autograd.Function, whose results may be modified in place only if they are no views. ``stats`` is one
 (B, H, D * D + 2 * D) tensor in the accumulate dtype, meant for the same backend's backward: nothing of size N is saved.
 ``dqkv`` is one (3, B, N, H, D) tensor: allocators reuse one large buffer where they give three back to the system.
 ``backend`` names a kernel backend; the reference is not behind an op.
@@ -54,6 +55,10 @@ _length_of_function_stack = torch._C._len_torch_function_stack
 _functorch = torch._C._functorch.peek_interpreter_stack
 
 
+_is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
+_profiler = torch.autograd.profiler
+
+
 def plain(*tensors: Tensor | None) -> bool:
     """True if nothing but the kernel has to see this call.
 
@@ -66,7 +71,29 @@ def plain(*tensors: Tensor | None) -> bool:
         and _functorch() is None
         and torch._C._get_tracing_state() is None
         and torch.autograd.forward_ad._current_level < 0
-        and all(t is None or (type(t) in _PLAIN and not t.is_neg()) for t in tensors)
+        # gradients that torch.autograd.grad batches (is_grads_batched) have the type Tensor too
+        and all(t is None or (type(t) in _PLAIN and not t.is_neg() and not _is_legacy_batched(t)) for t in tensors)
+    )
+
+
+def torch_only(*tensors: Tensor | None) -> bool:
+    """Whether torch's own operations must compute this call, because they alone have rules for it.
+
+    Under the transforms of torch.func (vmap, grad, jvp) and forward-mode AD, and for tensor subclasses with a
+    ``__torch_dispatch__`` of their own: quantized weights, DTensor.
+    """
+    if not torch.compiler.is_compiling() and (
+        _functorch() is not None or torch.autograd.forward_ad._current_level >= 0
+    ):
+        return True
+    return any(t is not None and type(t) not in _PLAIN and _dispatches(type(t)) for t in tensors)
+
+
+def _dispatches(kind: type[Tensor]) -> bool:
+    """Whether a tensor subclass decides what operators do; torch's own FakeTensor and FunctionalTensor know ours."""
+    return (
+        kind.__torch_dispatch__ is not Tensor.__torch_dispatch__  # type: ignore[comparison-overlap]
+        and kind.__module__.partition(".")[2].partition(".")[0] != "_subclasses"
     )
 
 
@@ -86,7 +113,7 @@ def wants_grad(*tensors: Tensor | None) -> bool:
 
 def run(op: str, function: type[torch.autograd.Function], operands: tuple[Tensor | None, ...], *args: Any) -> Any:
     """Calls `op` on `args` (the last one is the backend); `operands` are its differentiable tensors."""
-    if plain(*operands):
+    if plain(*operands) and not _profiler._is_profiler_enabled:  # a profiler sees what the dispatcher calls
         return function.apply(*args) if wants_grad(*operands) else _implementation(op, args)
     return getattr(_ops, op)(*args)
 
@@ -100,9 +127,9 @@ def below_autograd(op: str, *args: Any) -> Any:
 
 
 def xfa(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor, *choices: Any) -> Tensor:
-    """out; `choices` are token_mask, map, norm, activation, eps, backend."""
+    """(B, H, N, D); `choices` are token_mask, map, norm, activation, eps, backend."""
     out: Tensor = run("xfa_forward", _Xfa, (q, k, v, temperature), q, k, v, temperature, *choices)[0]
-    return out
+    return out.transpose(1, 2)
 
 
 def gram(
@@ -123,9 +150,10 @@ def channel_mix(
     *,
     backend: str,
 ) -> Tensor:
+    """(B, H, N, O)."""
     operands = (x, weight, bias, add, add_scale, x2, weight2)
     y: Tensor = run("channel_mix", _ChannelMix, operands, *operands, backend)
-    return y
+    return y.transpose(1, 2)
 
 
 # ------------------------------------------------------------------------------------------------------------- autograd
@@ -145,9 +173,11 @@ class _Xfa(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         if dout is None:
             return (None,) * 10
-        args = (dout, *ctx.saved_tensors)
+        args = (dout.transpose(1, 2), *ctx.saved_tensors)
         dqkv, dtemperature = run("xfa_backward", _XfaBackward, args[:5], *args, *ctx.choices)
-        return (*dqkv.transpose(2, 3).unbind(0), dtemperature, *(None,) * 6)
+        # views that may be modified in place, which those of unbind may not
+        dq, dk, dv = (dqkv[i].transpose(1, 2) for i in range(3))
+        return (dq, dk, dv, dtemperature, *(None,) * 6)
 
 
 class _XfaBackward(torch.autograd.Function):
@@ -227,7 +257,7 @@ class _ChannelMix(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, add, add_scale, x2, weight2 = ctx.saved_tensors
-        needed = ctx.needs_input_grad
+        needed, dy = ctx.needs_input_grad, dy.transpose(1, 2)
 
         def of_tokens(weight: Tensor) -> Tensor:
             return channel_mix(dy, weight.transpose(-2, -1), backend=ctx.backend)
@@ -258,7 +288,7 @@ class _ChannelMix(torch.autograd.Function):
 
 def _token_major(x: Tensor, features: Any) -> Tensor:
     B, H, N, _ = x.shape
-    return x.new_empty((B, N, H, features)).transpose(1, 2)
+    return x.new_empty((B, N, H, features))
 
 
 def _fake_xfa_forward(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -295,6 +325,16 @@ def autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
         return x, *others
     dtype = torch.get_autocast_dtype(x.device.type)
     return tuple(t.to(dtype) if isinstance(t, Tensor) and _castable(t) else t for t in (x, *others))
+
+
+def autocast_weights(x: Tensor, *weights: Any) -> tuple[Any, ...]:
+    """With autocast on, weights of neither the dtype of x nor its accumulate dtype in that of x, as F.linear does."""
+    if not _autocast_on(x):
+        return weights
+    accepted = (x.dtype, reference.accumulate_dtype(x.dtype))
+    return tuple(
+        w.to(x.dtype) if isinstance(w, Tensor) and w.dtype not in accepted and _castable(w) else w for w in weights
+    )
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[Any]:

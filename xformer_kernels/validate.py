@@ -8,19 +8,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 MAPS = ("query_key", "key_value")
 NORMS = ("token", "feature")
 ACTIVATIONS = ("softmax", "identity")
 
 
 def tensor(name: str, x: Any) -> None:
-    """A dense floating point tensor."""
+    """A dense tensor of one of the dtypes that are accepted."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}: {_short(x)}")
-    if not x.is_floating_point():
-        raise TypeError(f"{name} must have a floating point dtype, got {x.dtype}")
+    if x.dtype not in DTYPES:
+        accepted = ", ".join(str(dtype) for dtype in DTYPES)
+        raise TypeError(f"{name} must have a floating point dtype, one of {accepted}, got {x.dtype}")
     if x.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor (layout torch.strided), got layout {x.layout}")
+    if x.is_nested:
+        raise TypeError(f"{name} must be a dense tensor, got a nested tensor; pad it and give a token_mask")
 
 
 def like(name: str, x: Any, other_name: str, other: Tensor) -> None:
@@ -44,6 +48,14 @@ def shape(name: str, x: Tensor, expected: Sequence[Any], meaning: str) -> None:
 def choice(name: str, value: Any, accepted: Sequence[str]) -> None:
     if value not in accepted:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, accepted))}, got {value!r}")
+
+
+def integer(name: str, value: Any) -> None:
+    """An integer above 0."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be an integer above 0, got {type(value).__name__}: {_short(value)}")
+    if value <= 0:
+        raise ValueError(f"{name} must be an integer above 0, got {value}")
 
 
 def positive(name: str, value: Any) -> None:

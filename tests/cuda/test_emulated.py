@@ -31,7 +31,8 @@ def cuda(need_backend, monkeypatch):
 
 def forward(cuda, problem):
     options = (problem.token_mask, *problem.config.kwargs().values())
-    return cuda.xfa_forward(problem.q, problem.k, problem.v, problem.temperature, *options)
+    out, stats = cuda.xfa_forward(problem.q, problem.k, problem.v, problem.temperature, *options)
+    return out.transpose(1, 2), stats
 
 
 def kernels(cuda, problem):
@@ -42,7 +43,7 @@ def kernels(cuda, problem):
     first = cuda._cuda.launched()
     dqkv, dtemperature = cuda.xfa_backward(problem.dout, *inputs, stats, *options)
     second = cuda._cuda.launched()
-    results = (out, *dqkv.transpose(2, 3).unbind(0), dtemperature)
+    results = (out.transpose(1, 2), *dqkv.transpose(2, 3).unbind(0), dtemperature)
     problem.check(dict(zip(RESULTS, results, strict=True)))
     return first, second
 

@@ -15,6 +15,8 @@ from types import ModuleType
 
 import torch
 
+from xformer_kernels.validate import DTYPES
+
 ORDER = ("cpp", "triton", "cuda")
 """The order in which ``backend="auto"`` asks. The reference comes after all of them and is not a backend module."""
 
@@ -26,9 +28,6 @@ def load(name: str) -> tuple[ModuleType | None, str]:
         return importlib.import_module(f"{__name__}.{name}"), ""
     except ImportError as error:
         return None, f"{type(error).__name__}: {error}"
-
-
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def unsupported_numbers(dtypes: Iterable[torch.dtype], head_dims: Iterable[int], widest: int) -> list[str]:

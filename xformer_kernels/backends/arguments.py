@@ -23,10 +23,6 @@ _ACTIVATIONS = {"softmax": 0, "identity": 1}
 _NO_STRIDES = (0, 0, 0, 0)
 
 
-def _token_major(B: int, H: int, N: int, D: int, dtype: torch.dtype, empty: Empty) -> Tensor:
-    return empty((B, N, H, D), dtype).transpose(1, 2)
-
-
 def _mask(token_mask: Tensor | None) -> tuple[int, int, int]:
     return (0, 0, 0) if token_mask is None else (token_mask.data_ptr(), token_mask.stride(0), token_mask.stride(1))
 
@@ -64,7 +60,7 @@ def channel_mix(
 ) -> tuple[tuple[Any, ...], Tensor]:
     B, H, N, I = x.shape  # noqa: E741
     O = weight.shape[-2]  # noqa: E741
-    y = _token_major(B, H, N, O, x.dtype, empty)
+    y = empty((B, N, H, O), x.dtype)
 
     def per_feature(t: Tensor | None) -> tuple[int, tuple[int, ...], int]:
         return _optional(t, None if t is None else (t.stride(0), t.stride(1), 0, t.stride(2)))
@@ -72,7 +68,7 @@ def channel_mix(
     arguments = (
         (B, H, N, I), 0 if x2 is None else x2.shape[-1], O, _DTYPES[x.dtype], x.data_ptr(), x.stride(),
         *_optional(weight), *per_feature(bias), *_optional(add)[:2], *per_feature(add_scale),
-        *_optional(x2)[:2], *_optional(weight2), y.data_ptr(), y.stride(),
+        *_optional(x2)[:2], *_optional(weight2), y.data_ptr(), y.transpose(1, 2).stride(),
     )  # fmt: skip
     return arguments, y
 
@@ -103,9 +99,9 @@ def xfa_forward(
 ) -> tuple[tuple[Any, ...], tuple[Tensor, Tensor]]:
     """`choices` are token_mask, map, norm, activation, eps."""
     B, H, N, D = q.shape
-    out = _token_major(B, H, N, D, q.dtype, empty)
+    out = empty((B, N, H, D), q.dtype)
     stats = empty((B, H, D * D + 2 * D), accumulate_dtype(q.dtype))
-    return (*_xfa(q, k, v, temperature, stats, *choices), out.data_ptr(), out.stride()), (out, stats)
+    return (*_xfa(q, k, v, temperature, stats, *choices), out.data_ptr(), out.transpose(1, 2).stride()), (out, stats)
 
 
 def xfa_backward(

@@ -76,8 +76,11 @@ def xfa_layer(
             need be: see :mod:`xformer_kernels.parallel`. ``torch.compile`` leaves such a call out of its graphs.
         backend: as in :func:`xformer_kernels.xfa`.
 
-    Weights are in the dtype of x or in its accumulate dtype (float32; float64 for float64). With autocast on, x is cast
-    as it is for ``torch.nn.functional.linear``.
+    Weights are in the dtype of x or in its accumulate dtype (float32; float64 for float64). With autocast on, x, and
+    weights of other dtypes, are cast as they are for ``torch.nn.functional.linear``.
+
+    Under the transforms of ``torch.func``, forward-mode AD and for tensor subclasses with a ``__torch_dispatch__`` of
+    their own (quantized weights), whose rules PyTorch's operators alone know, these compute the direct form.
 
     Returns:
         (B, N, O) in the dtype of x. Derivatives are of any order, the second ones through the reference (with ``group``
@@ -91,7 +94,7 @@ def xfa_layer(
     if isinstance(x, Tensor):
         (x,) = ops.autocast(x)  # type: ignore[assignment]
     call = Call(map, norm, activation, eps, token_mask, dropout_p, form, group, backend)
-    o = Operands(x, qkv_weight, qkv_bias, temperature, proj_weight, proj_bias)
+    o = _as_autocast(Operands(x, qkv_weight, qkv_bias, temperature, proj_weight, proj_bias))
     with parallel.together(group, x) as ranks:
         call.check(o)
         call.tell(ranks, o)
@@ -142,6 +145,7 @@ def xfa_block(
     """
     call = Call(map, norm, activation, eps, token_mask, dropout_p, form, group, backend)
     o = Operands(x, qkv_weight, qkv_bias, temperature, proj_weight, proj_bias, ln_weight, ln_bias, layer_scale)
+    o = _as_autocast(o)
     with parallel.together(group, x) as ranks:
         call.check(o)
         validate.positive("ln_eps", ln_eps)
@@ -202,7 +206,7 @@ def explain_layer(
     if isinstance(x, Tensor):
         (x,) = ops.autocast(x)  # type: ignore[assignment]
     call = Call(map, norm, activation, eps, token_mask, dropout_p, form, group, backend)
-    o = Operands(x, qkv_weight, qkv_bias, temperature, proj_weight, proj_bias)
+    o = _as_autocast(Operands(x, qkv_weight, qkv_bias, temperature, proj_weight, proj_bias))
     call.check(o)
     chosen = call.choose(o)
     H, I = temperature.numel(), proj_weight.shape[1]  # noqa: E741
@@ -280,6 +284,8 @@ class Call(NamedTuple):
 
     def choose(self, o: Operands, tokens: int | None = None) -> str:
         """The form; `tokens`: as if x had so many."""
+        if ops.torch_only(*o[:OPERANDS]):
+            return "direct"
         if self.form != "auto":
             return self.form
         if self.no_gram_form() or torch.compiler.is_exporting():
@@ -352,6 +358,15 @@ def _linear(
         x = F.layer_norm(x, x.shape[-1:], *layer_norm)
     y = F.linear(x, weight, bias)
     return y if add is None else add + y
+
+
+def _as_autocast(o: Operands) -> Operands:
+    """With autocast on, weights as torch's layers cast them; the temperature may have any dtype."""
+    if not isinstance(o.x, Tensor):
+        return o
+    weights = dict(o._asdict(), x=None, temperature=None)
+    cast = dict(zip(weights, ops.autocast_weights(o.x, *weights.values()), strict=True))
+    return Operands(**dict(cast, x=o.x, temperature=o.temperature))
 
 
 def _as(t: Any, x: Tensor) -> Any:

@@ -196,7 +196,8 @@ class _LayerBackward(torch.autograd.Function):
         ctx.save_for_backward(*args[:12])
         ctx.choices = args[16:]
         ctx.set_materialize_grads(False)
-        return ops.below_autograd("layer_backward", *args)
+        # results that are no views may be modified in place
+        return tuple(g.clone() if g._is_view() else g for g in ops.below_autograd("layer_backward", *args))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:

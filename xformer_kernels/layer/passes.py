@@ -90,18 +90,23 @@ def mix(
     fused = _function(backend, "layer_mix")
     inputs = [None if t is None else t.unsqueeze(1) for t in (x, weight, bias, add, x2, weight2)]
     if fused is not None:
-        y: Tensor = fused(*inputs, center, layer_norm_eps, differentiate)
-        return y.squeeze(1)
+        return _tokens_of(fused(*inputs, center, layer_norm_eps, differentiate))
     if center is not None or layer_norm_eps:
         last = 0 if x2 is None else 4
         inputs[last] = tokens(x if x2 is None else x2, center, layer_norm_eps).unsqueeze(1)
     X, W, b, added, X2, W2 = inputs
     through = differentiate and layer_norm_eps > 0
-    y = _kernel(backend, "channel_mix")(X, W, b, None if through else added, None, X2, W2).squeeze(1)
+    y = _tokens_of(_kernel(backend, "channel_mix")(X, W, b, None if through else added, None, X2, W2))
     if not through:
         return y
     y = _layer_norm_backward(y, x if x2 is None else x2, layer_norm_eps)
     return y if add is None else y + add
+
+
+def _tokens_of(y: Tensor) -> Tensor:
+    """(B, N, 1, O) as (B, N, O), and no view to autograd, for the op's result to be modifiable in place."""
+    result: Tensor = torch.ops.aten._unsafe_view(y, (*y.shape[:2], y.shape[3]))
+    return result
 
 
 def _layer_norm_backward(grad: Tensor, x: Tensor, eps: float) -> Tensor:
@@ -131,4 +136,4 @@ def _kernel(backend: str, op: str) -> Any:
         return lambda a, b, symmetric, mask: reference.gram(a, b, symmetric=symmetric, token_mask=mask)
     return lambda x, weight, bias, add, add_scale, x2, weight2: reference.channel_mix(
         x, weight, bias=bias, add=add, add_scale=add_scale, x2=x2, weight2=weight2
-    )
+    ).transpose(1, 2)

@@ -61,10 +61,6 @@ def _empty(size: tuple[int, ...], dtype: torch.dtype, like: Tensor) -> Tensor:
     return torch.empty(size, dtype=dtype, device=like.device)
 
 
-def _token_major(B: int, H: int, N: int, D: int, like: Tensor) -> Tensor:
-    return _empty((B, N, H, D), like.dtype, like).transpose(1, 2)
-
-
 def _mask(token_mask: Tensor | None, other: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     """Pointer and strides; without a mask a pointer that is not read."""
     if token_mask is None:
@@ -139,12 +135,13 @@ def gram(a: Tensor, b: Tensor, symmetric: bool, token_mask: Tensor | None) -> tu
     key = configs.Key("gram", a.dtype, max(DA, DB), "symmetric" if symmetric else "gram")
     split = _split(a, DB, key)
     sizes = ((DA, DB), (DA,), (DB,))
-    parts_G, parts_a, parts_b = (_empty((split.parts, B, H, *size), dtype, a) for size in sizes)
+    parts = () if split.parts == 1 else (split.parts,)
+    parts_G, parts_a, parts_b = (_empty((*parts, B, H, *size), dtype, a) for size in sizes)
     results = (parts_G, parts_a, parts_b)
     if B * H:
         with launch.on_device(a.device):
             _gram(key, split, a, b, a, token_mask, results, (DA * DB, DA, DB), symmetric=symmetric)
-    G, ssq_a, ssq_b = (x[0] if split.parts == 1 else x.sum(0) for x in results)
+    G, ssq_a, ssq_b = (x.sum(0) if parts else x for x in results)
     return G, ssq_a, ssq_b
 
 
@@ -160,7 +157,7 @@ def channel_mix(
     B, H, N, I = x.shape  # noqa: E741
     O = weight.shape[-2]  # noqa: E741
     I2 = 0 if x2 is None else x2.shape[-1]
-    y = _token_major(B, H, N, O, x)
+    y = _empty((B, N, H, O), x.dtype, x)
     if y.numel() == 0:
         return y
     key = configs.Key("channel_mix", x.dtype, max(I, I2, O), "channel_mix")
@@ -205,7 +202,7 @@ def xfa_forward(
 ) -> tuple[Tensor, Tensor]:
     """out, and stats: per (b, h) the sums k^T q (for key_value k^T v), |k|^2 and |q|^2 over the tokens."""
     B, H, N, D = q.shape
-    out = _token_major(B, H, N, D, q)
+    out = _empty((B, N, H, D), q.dtype, q)
     stats = _empty((B, H, D * D + 2 * D), accumulate_dtype(q.dtype), q)
     if B * H == 0:
         return out, stats
