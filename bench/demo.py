@@ -13,6 +13,7 @@ import copy
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 import xformer_kernels as xk
 from bench import machine, measure, modules
 from xformer_kernels import dispatch
-from xformer_kernels.integrations import replace_attention
+from xformer_kernels.integrations import is_replaced, replace_attention
 
 MODELS = ("xcit_nano_12_p8_384", "edgenext_small")
 
@@ -45,14 +46,14 @@ def prepare(model: nn.Module, image: Image.Image) -> Tensor:
     return x.unsqueeze(0)
 
 
-def attention_inputs(model: nn.Module, x: Tensor) -> list[tuple[str, xk.XFA, Tensor]]:
+def attention_inputs(model: nn.Module, x: Tensor) -> list[tuple[str, Any, Tensor]]:
     """A replaced layer of each size, with its name, and what goes into it when the model sees x."""
-    seen: dict[torch.Size, tuple[str, xk.XFA, Tensor]] = {}
+    seen: dict[torch.Size, tuple[str, Any, Tensor]] = {}
 
-    def look(name: str, module: xk.XFA, tokens: Tensor) -> None:
+    def look(name: str, module: nn.Module, tokens: Tensor) -> None:
         seen.setdefault(tokens.shape, (name, module, tokens.detach()))
 
-    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, xk.XFA)]
+    layers = [(name, m) for name, m in model.named_modules() if is_replaced(m) and hasattr(m, "temperature")]
     hooks = [
         module.register_forward_pre_hook(lambda module, inputs, name=name: look(name, module, inputs[0]))
         for name, module in layers

@@ -18,7 +18,7 @@ from bench import mdta
 from bench.providers import Case, Errors, Function, compiled
 from bench.workloads import BlockShape, LayerShape, ModelShape
 from xformer_kernels import dispatch
-from xformer_kernels.integrations import replace_attention
+from xformer_kernels.integrations import is_replaced, replace_attention
 
 KERNELS = tuple(name for name in dispatch.BACKENDS if name != "reference")
 FORMS = ("gram", "direct")
@@ -136,7 +136,7 @@ def create_model(name: str, pretrained: bool = False) -> nn.Module:
 
 def replaced_parts(model: nn.Module, replaced: nn.Module) -> list[nn.Module]:
     """What replace_attention has replaced: the attention layers, or half blocks around them where these are too."""
-    changed = {path for path, module in replaced.named_modules() if type(module) is not type(model.get_submodule(path))}
+    changed = {path for path, module in replaced.named_modules() if is_replaced(module)}
     parts: list[nn.Module] = []
     for path, parent in model.named_modules():
         for name, attention in parent.named_children():

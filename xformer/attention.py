@@ -17,7 +17,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xformer.layers import DropPath, Linear
+from xformer.layers import DropPath, Linear, drops_nothing
 from xformer.products import KERNELS
 from xformer_kernels import XFABlock
 from xformer_kernels.nn import half_block
@@ -36,7 +36,8 @@ class XFAHalf(XFABlock):
         self.attn.projections = KERNELS
 
     def forward(self, x: Tensor, token_mask: Tensor | None = None, group: Any = None) -> Tensor:
-        return half_block(x, self.norm, self.attn, self.layer_scale, self.drop_path, token_mask=token_mask, group=group)
+        drop_path = None if drops_nothing(self.drop_path) else self.drop_path
+        return half_block(x, self.norm, self.attn, self.layer_scale, drop_path, token_mask, group)
 
 
 class SoftmaxHalf(nn.Module):

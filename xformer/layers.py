@@ -17,7 +17,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from xformer import products
 from xformer_kernels import XFA
 from xformer_kernels.inference import BatchNorm, LayerNorm
-from xformer_kernels.nn import untouched
+from xformer_kernels.modules import runs_forward_of
 
 
 def to_tokens(x: Tensor) -> Tensor:
@@ -69,7 +69,7 @@ def norm_folded(layer: nn.Conv2d | nn.Linear, bn: nn.Module) -> tuple[Tensor, Te
     """
     if not isinstance(bn, (nn.BatchNorm2d, nn.SyncBatchNorm)) or bn.running_mean is None or bn.running_var is None:
         return None
-    if not untouched(bn, type(bn)) or not any(untouched(layer, kind) for kind in (nn.Conv2d, Pointwise)):
+    if not runs_forward_of(bn, type(bn)) or not any(runs_forward_of(layer, kind) for kind in (nn.Conv2d, Pointwise)):
         return None
     mean, var = bn.running_mean.double(), bn.running_var.double()  # the rest follows
     return fuse_conv_bn_weights(layer.weight.double(), layer.bias, mean, var, bn.eps, bn.weight, bn.bias)
@@ -123,10 +123,10 @@ class ConvNorm(Foldable):
     def _as_made(self, before: nn.Module | None) -> bool:
         conv, bn, act = self.conv, self.bn, self.act
         return (
-            (untouched(conv, Pointwise) or pads_with_zeros(conv))
-            and (untouched(act, HardSwish) or untouched(act, nn.Identity))
-            and (is_norm(bn) or untouched(bn, nn.Identity))
-            and (before is None or (untouched(before, nn.LayerNorm) and isinstance(conv, Pointwise)))
+            (runs_forward_of(conv, Pointwise) or pads_with_zeros(conv))
+            and (runs_forward_of(act, HardSwish) or runs_forward_of(act, nn.Identity))
+            and (is_norm(bn) or runs_forward_of(bn, nn.Identity))
+            and (before is None or (runs_forward_of(before, nn.LayerNorm) and isinstance(conv, Pointwise)))
         )
 
     def _at_once(self, x: Tensor, before: Any, add: Tensor | None) -> Tensor:
@@ -151,14 +151,14 @@ class ConvNorm(Foldable):
 
 def pads_with_zeros(conv: nn.Module) -> bool:
     """Whether it is a convolution as torch makes it, padded with zeros by whole numbers."""
-    if not isinstance(conv, nn.Conv2d) or not untouched(conv, nn.Conv2d):
+    if not isinstance(conv, nn.Conv2d) or not runs_forward_of(conv, nn.Conv2d):
         return False
     return conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
 
 
 def is_norm(bn: nn.Module) -> bool:
     """Whether it normalises by running statistics and is batch norm as torch makes it."""
-    return untouched(bn, nn.BatchNorm2d) and not bn.training and bn.running_mean is not None
+    return runs_forward_of(bn, nn.BatchNorm2d) and not bn.training and bn.running_mean is not None
 
 
 def running(bn: nn.BatchNorm2d) -> BatchNorm:
@@ -200,11 +200,9 @@ class DropPath(nn.Module):
         return f"drop_prob={self.drop_prob:.3g}"
 
 
-def drops_nothing(drop_path: nn.Module) -> bool:
+def drops_nothing(drop_path: Any) -> bool:
     """Whether it gives back what it gets."""
-    if not isinstance(drop_path, DropPath) or not untouched(drop_path, DropPath):
-        return False
-    return not drop_path.training or drop_path.drop_prob == 0
+    return runs_forward_of(drop_path, DropPath) and not (drop_path.training and drop_path.drop_prob > 0)
 
 
 class MBConv(nn.Module):
@@ -234,7 +232,7 @@ class MBConv(nn.Module):
         if not self.skip:
             z: Tensor = self.project(y)
             return z
-        if drops_nothing(self.drop_path) and untouched(self.project, ConvNorm):
+        if drops_nothing(self.drop_path) and runs_forward_of(self.project, ConvNorm):
             z = self.project(y, add=x)
             return z
         return x + self.drop_path(self.project(y))
@@ -262,11 +260,11 @@ class Mlp(nn.Module):
 
     def _as_made(self) -> bool:
         return (
-            all(untouched(fc, Linear) and fc.kernels for fc in (self.fc1, self.fc2))
-            and untouched(self.norm, nn.LayerNorm)
-            and untouched(self.act, HardSwish)
+            all(runs_forward_of(fc, Linear) and fc.kernels for fc in (self.fc1, self.fc2))
+            and runs_forward_of(self.norm, nn.LayerNorm)
+            and runs_forward_of(self.act, HardSwish)
             and drops_nothing(self.drop_path)
-            and untouched(self.drop, nn.Dropout)
+            and runs_forward_of(self.drop, nn.Dropout)
             and not (self.drop.training and self.drop.p > 0)
         )
 
@@ -309,7 +307,7 @@ class XFBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         t = self.layers(self.reduce(to_tokens(self.local(x))))
-        if drops_nothing(self.drop_path) and untouched(self.expand, ConvNorm):
+        if drops_nothing(self.drop_path) and runs_forward_of(self.expand, ConvNorm):
             y: Tensor = self.expand(to_image(t, x.shape[2], x.shape[3]), before=self.norm, add=x)
             return y
         return x + self.drop_path(self.expand(to_image(self.norm(t), x.shape[2], x.shape[3])))

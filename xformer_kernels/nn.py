@@ -5,13 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 
-from xformer_kernels import dispatch, ops, parallel, validate
+from xformer_kernels import dispatch, ops, parallel, reference, validate
 from xformer_kernels.functional import xfa
 from xformer_kernels.layer import xfa_block, xfa_layer
 from xformer_kernels.layer.functional import FORMS, Call, Projections, run
 from xformer_kernels.layer.ops import Operands
+from xformer_kernels.modules import dropout_p, is_vector, runs_forward_of
+
+torch.fx.wrap("xfa_layer")  # a node of its own in the graphs of torch.fx.symbolic_trace
 
 
 class XFA(nn.Module):
@@ -33,19 +37,16 @@ class XFA(nn.Module):
         attn_drop: dropout on the map, in training.
         proj_drop: dropout on the result, in training.
         map, norm, activation, backend: as in :func:`xformer_kernels.xfa`.
-        form: "auto", "gram" or "direct", as in :func:`xformer_kernels.xfa_layer`. Where ``qkv`` or ``proj`` has been
-            replaced by another module or has hooks, these are called, and the form is "direct".
+        form: "auto", "gram" or "direct", as in :func:`xformer_kernels.xfa_layer`.
+        device, dtype: of the parameters, as in :class:`torch.nn.Linear`.
+
+    Submodules that were replaced or have hooks are called: ``qkv`` and ``proj`` (the form is "direct" then) and
+    ``attn_drop``, which is given the map (B, H, D, D) in the dtype of q. So are all under global module hooks.
 
     Raises:
         TypeError, ValueError: at construction for a bad argument; in ``forward`` for an x that is not (B, N, C).
     """
 
-    # As class attributes too: integrations turn modules with XCA's parameters into this class.
-    map: str = "query_key"
-    norm: str = "token"
-    activation: str = "softmax"
-    form: str = "auto"
-    backend: str = "auto"
     projections: Projections | None = None
 
     def __init__(
@@ -61,12 +62,14 @@ class XFA(nn.Module):
         activation: str = "softmax",
         form: str = "auto",
         backend: str = "auto",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if dim <= 0 or num_heads <= 0 or dim % num_heads:
-            raise ValueError(
-                f"dim must be a positive multiple of num_heads (positive too), got dim={dim}, num_heads={num_heads}"
-            )
+        validate.integer("dim", dim)
+        validate.integer("num_heads", num_heads)
+        if dim % num_heads:
+            raise ValueError(f"dim must be a multiple of num_heads, got dim={dim}, num_heads={num_heads}")
         validate.choice("map", map, validate.MAPS)
         validate.choice("norm", norm, validate.NORMS)
         validate.choice("activation", activation, validate.ACTIVATIONS)
@@ -76,10 +79,11 @@ class XFA(nn.Module):
         dispatch.check_name(backend)
         self.num_heads = num_heads
         self.map, self.norm, self.activation, self.form, self.backend = map, norm, activation, form, backend
-        self.temperature = nn.Parameter(torch.ones(num_heads, 1, 1))
-        self.qkv = nn.Linear(dim, dim * 3, bias=qkv_bias)
+        where: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.temperature = nn.Parameter(torch.ones(num_heads, 1, 1, **where))
+        self.qkv = nn.Linear(dim, dim * 3, bias=qkv_bias, **where)
         self.attn_drop = nn.Dropout(attn_drop)
-        self.proj = nn.Linear(dim, dim)
+        self.proj = nn.Linear(dim, dim, **where)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor, token_mask: Tensor | None = None, group: Any = None) -> Tensor:
@@ -87,70 +91,33 @@ class XFA(nn.Module):
 
         token_mask (B, N) bool: False tokens take no part in the attention. group: tokens are split over its ranks.
         """
-        # with a group xfa_layer checks, for an error on one rank to be one on all
-        if group is None:
-            validate.tensor("x", x)
-        if group is None and (x.dim() != 3 or x.shape[-1] != self.qkv.in_features):
-            raise ValueError(f"x must have shape (B, N, C) with C = {self.qkv.in_features}, got {tuple(x.shape)}")
-        if not self.knows_its_weights():
-            y = self._through_modules(x, token_mask, group)
-        elif self.may_skip_checks(x, token_mask, group):
-            (x,) = ops.autocast(x)  # type: ignore[assignment]
-            y = run(self.call(), Operands(x, *self.weights()), 0.0, False)
+        if isinstance(x, torch.fx.Proxy):
+            y = xfa_layer(x, *self.weights(), **self._traced_choices(), token_mask=token_mask, group=group)
         else:
-            y = xfa_layer(x, *self.weights(), **self.choices(), token_mask=token_mask, group=group)
+            y = attend(self, x, self.call(token_mask, group))
         result: Tensor = self.proj_drop(y)
         return result
 
-    def knows_its_weights(self) -> bool:
-        """Whether the projections are what their weights say: no other modules, no hooks."""
-        return untouched(self.qkv, nn.Linear) and untouched(self.proj, nn.Linear)
-
-    def may_skip_checks(self, x: Any, token_mask: Tensor | None, group: Any) -> bool:
-        """Whether all is as the constructor made it: then x is all that needs to be looked at, and it is right."""
-        weight = self.qkv.weight
-        return (
-            group is None
-            and token_mask is None
-            and type(x) is Tensor
-            and x.dim() == 3
-            and (x.shape[-1], x.dtype, x.device) == (weight.shape[1], weight.dtype, weight.device)
-            and (self.form, self.norm) != ("gram", "feature")
-        )
-
     def weights(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None]:
         """In the order of :func:`xformer_kernels.xfa_layer`."""
-        return self.qkv.weight, self.qkv.bias, self.temperature, self.proj.weight, self.proj.bias
+        return weights(self)
 
-    def choices(self) -> dict[str, Any]:
-        return {
-            "map": self.map,
-            "norm": self.norm,
-            "activation": self.activation,
-            "dropout_p": self.attn_drop.p if self.training else 0.0,
-            "form": self.form,
-            "backend": self.backend,
-        }
+    def call(self, token_mask: Tensor | None = None, group: Any = None) -> Call:
+        """The choices of the constructor as :func:`attend` takes them."""
+        return Call(
+            self.map, self.norm, self.activation, 1e-12, token_mask, 0.0, self.form, group, self.backend,
+            self.projections,
+        )  # fmt: skip
 
-    def call(self) -> Call:
-        """The choices as :func:`xformer_kernels.layer.functional.run` takes them."""
-        return Call(**self.choices(), eps=1e-12, token_mask=None, group=None, projections=self.projections)
-
-    def _through_modules(self, x: Tensor, token_mask: Tensor | None, group: Any) -> Tensor:
-        """The direct form, by calling qkv and proj."""
-        if self.form == "gram" or group is not None:
-            with parallel.together(group, x):
-                raise ValueError(
-                    "form='gram' and group need the weights of qkv and proj, and these are no plain torch.nn.Linear"
-                )
-        choices = self.choices()
-        del choices["form"]
-        if token_mask is not None:
-            x = torch.where(token_mask.unsqueeze(-1), x, 0)
-        q, k, v = (t.transpose(1, 2) for t in self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2))
-        out = xfa(q, k, v, self.temperature, token_mask=token_mask, **choices)
-        y: Tensor = self.proj(out.transpose(1, 2).flatten(2))
-        return y
+    def _traced_choices(self) -> dict[str, Any]:
+        """For torch.fx, whose graph calls xfa_layer; what it must not leave out cannot be traced."""
+        p = dropout_p(self.attn_drop)
+        if p is None or not (runs_forward_of(self.qkv, nn.Linear) and runs_forward_of(self.proj, nn.Linear)):
+            raise NotImplementedError(
+                "torch.fx cannot trace XFA where qkv, proj or attn_drop were replaced or have hooks"
+            )
+        choices = ("map", "norm", "activation", "form", "backend")
+        return {"dropout_p": p, **{name: getattr(self, name) for name in choices}}
 
     def no_weight_decay(self) -> set[str]:
         """Parameters that an optimiser should not decay (timm's convention)."""
@@ -170,7 +137,8 @@ class XFABlock(nn.Module):
     None.
 
     Args:
-        dim, num_heads, qkv_bias, attn_drop, proj_drop, map, norm, activation, form, backend: as in :class:`XFA`.
+        dim, num_heads, qkv_bias, attn_drop, proj_drop, map, norm, activation, form, backend, device,
+            dtype: as in :class:`XFA`.
         ln_eps: of the layer norm.
         layer_scale: initial value of the layer scale; None: without it.
 
@@ -193,60 +161,154 @@ class XFABlock(nn.Module):
         activation: str = "softmax",
         form: str = "auto",
         backend: str = "auto",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         validate.positive("ln_eps", ln_eps)
         self.attn = XFA(
             dim, num_heads, qkv_bias, attn_drop, proj_drop,
-            map=map, norm=norm, activation=activation, form=form, backend=backend,
+            map=map, norm=norm, activation=activation, form=form, backend=backend, device=device, dtype=dtype,
         )  # fmt: skip
-        self.norm = nn.LayerNorm(dim, eps=ln_eps)
-        self.layer_scale = None if layer_scale is None else nn.Parameter(torch.full((dim,), float(layer_scale)))
+        self.norm = nn.LayerNorm(dim, eps=ln_eps, device=device, dtype=dtype)
+        self.layer_scale = None
+        if layer_scale is not None:
+            self.layer_scale = nn.Parameter(torch.full((dim,), float(layer_scale), device=device, dtype=dtype))
 
     def forward(self, x: Tensor, token_mask: Tensor | None = None, group: Any = None) -> Tensor:
         """x (B, N, C) to (B, N, C); token_mask and group as in :class:`XFA`."""
-        return half_block(x, self.norm, self.attn, self.layer_scale, token_mask=token_mask, group=group)
+        return half_block(x, self.norm, self.attn, self.layer_scale, None, token_mask, group)
+
+
+def weights(layer: Any) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None]:
+    """Of a module with the parameters of timm's ``XCA``, in the order of :func:`xformer_kernels.xfa_layer`.
+
+    A temperature of one element is that of all heads.
+    """
+    temperature = layer.temperature
+    if temperature.numel() == 1 and layer.num_heads > 1:
+        temperature = temperature.reshape(1).expand(layer.num_heads)
+    return layer.qkv.weight, layer.qkv.bias, temperature, layer.proj.weight, layer.proj.bias
+
+
+def attend(layer: Any, x: Tensor, call: Call) -> Tensor:
+    """``proj(xfa(split(qkv(x)), temperature))`` of a module with the parameters and submodules of timm's ``XCA``.
+
+    From the weights alone where calling qkv, attn_drop and proj runs nothing but torch's own forward; else the direct
+    form, which calls them.
+    """
+    _check_tokens(x, layer, call)
+    p = dropout_p(layer.attn_drop)
+    if p is None or not (runs_forward_of(layer.qkv, nn.Linear) and runs_forward_of(layer.proj, nn.Linear)):
+        return _through_modules(layer, x, call, p)
+    call = call._replace(dropout_p=p)
+    if _may_skip_checks(layer, x, call):
+        (x,) = ops.autocast(x)  # type: ignore[assignment]
+        return run(call, Operands(x, *weights(layer)), 0.0, False)
+    return xfa_layer(
+        x, *weights(layer), map=call.map, norm=call.norm, activation=call.activation, token_mask=call.token_mask,
+        dropout_p=p, form=call.form, group=call.group, backend=call.backend,
+    )  # fmt: skip
+
+
+def _check_tokens(x: Any, layer: Any, call: Call) -> None:
+    if call.group is not None:  # the op checks, so that an error on one rank is raised on all
+        return
+    validate.tensor("x", x)
+    C = getattr(layer.qkv, "in_features", x.shape[-1])  # other modules than nn.Linear have none
+    if x.dim() != 3 or x.shape[-1] != C:
+        raise ValueError(f"x must have shape (B, N, C) with C = {C}, got {tuple(x.shape)}")
+
+
+def _may_skip_checks(layer: Any, x: Any, call: Call) -> bool:
+    """Whether all is as the constructor made it: then x is all that needs to be looked at, and it is right."""
+    weight = layer.qkv.weight
+    return (
+        call.group is None
+        and call.token_mask is None
+        and type(x) is Tensor
+        and x.dim() == 3
+        and (x.shape[-1], x.dtype, x.device) == (weight.shape[1], weight.dtype, weight.device)
+        and layer.temperature.shape == (layer.num_heads, 1, 1)
+        and (call.form, call.norm) != ("gram", "feature")
+    )
+
+
+def _through_modules(layer: Any, x: Tensor, call: Call, p: float | None) -> Tensor:
+    """The direct form, by calling qkv and proj, and attn_drop if `p` is None."""
+    if call.form == "gram" or call.group is not None:
+        with parallel.together(call.group, x):
+            raise ValueError(
+                "form='gram' and group need the weights of qkv and proj and the rate of attn_drop, and these are no "
+                "plain torch.nn.Linear and torch.nn.Dropout, or have hooks"
+            )
+    if call.token_mask is not None:
+        x = torch.where(call.token_mask.unsqueeze(-1), x, 0)
+    q, k, v = (t.transpose(1, 2) for t in layer.qkv(x).unflatten(-1, (3, layer.num_heads, -1)).unbind(2))
+
+    def dropped_map(S: Tensor) -> Tensor:
+        A: Tensor = layer.attn_drop(reference.activate(S, call.map, call.activation).to(q.dtype))
+        return A
+
+    out = xfa(
+        q, k, v, layer.temperature, map=call.map, norm=call.norm, activation=call.activation,
+        token_mask=call.token_mask, dropout_p=p or 0.0, map_fn=dropped_map if p is None else None, backend=call.backend,
+    )  # fmt: skip
+    y: Tensor = layer.proj(out.transpose(1, 2).flatten(2))
+    return y
 
 
 def half_block(
     x: Tensor,
     norm: nn.Module,
     attn: nn.Module,
-    layer_scale: Tensor | None,
-    drop_path: nn.Module | None = None,
-    *,
+    layer_scale: Any,
+    drop_path: nn.Module | None,
     token_mask: Tensor | None = None,
     group: Any = None,
 ) -> Tensor:
-    """``x + drop_path(layer_scale * attn(norm(x)))``: as one where the parts are what their parameters say."""
-    drops = drop_path is not None and drop_path.training and getattr(drop_path, "drop_prob", 0.0) > 0
-    if not (
-        isinstance(norm, nn.LayerNorm)
-        and untouched(norm, nn.LayerNorm)
-        and isinstance(attn, XFA)
-        and untouched(attn, XFA)
-        and attn.knows_its_weights()
-        # with a group xfa_block checks x, for an error on one rank to be one on all
-        and norm.normalized_shape == (x.shape[-1] if group is None else attn.qkv.in_features,)
-        and not (attn.proj_drop.training and attn.proj_drop.p > 0)
-    ):
-        more = {"token_mask": token_mask, "group": group} if isinstance(attn, XFA) else {}
-        y = attn(norm(x), **more)
-        y = y if layer_scale is None else layer_scale * y
-        return x + (y if drop_path is None else drop_path(y))
-    if attn.may_skip_checks(x, token_mask, group):
-        o = Operands(x, *attn.weights(), norm.weight, norm.bias, layer_scale)
-        y = run(attn.call(), o, norm.eps, not drops)
-        return x + drop_path(y) if drops and drop_path is not None else y
-    y = xfa_block(
-        x, norm.weight, norm.bias, norm.eps, *attn.weights(), layer_scale=layer_scale, residual=not drops,
-        token_mask=token_mask, group=group, **attn.choices(),
-    )  # fmt: skip
-    return x + drop_path(y) if drops and drop_path is not None else y
+    """``x + drop_path(layer_scale * attn(norm(x)))`` of an :class:`XFA`: fused where its parts allow it."""
+    if isinstance(attn, XFA) and runs_forward_of(attn, XFA) and not isinstance(x, torch.fx.Proxy):
+        call = attn.call(token_mask, group)
+        _check_tokens(x, attn, call)
+        if may_fuse(norm, attn, layer_scale):
+            return fused_half_block(x, norm, attn, layer_scale, drop_path, call)
+    more = {"token_mask": token_mask, "group": group} if isinstance(attn, XFA) else {}
+    y = attn(norm(x), **more)
+    y = y if layer_scale is None else layer_scale * y
+    return x + (y if drop_path is None else drop_path(y))
 
 
-def untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a module is of that very class and has no hooks: calling it is its formula and nothing else."""
-    return type(module) is kind and not (
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+def may_fuse(norm: Any, attn: Any, layer_scale: Any) -> bool:
+    """Whether ``layer_scale * attn(norm(x))`` runs nothing but the forwards that :func:`fused_half_block` reproduces.
+
+    `attn` is known to compute :func:`attend`.
+    """
+    return (
+        runs_forward_of(norm, nn.LayerNorm)
+        and runs_forward_of(attn.qkv, nn.Linear)
+        and runs_forward_of(attn.proj, nn.Linear)
+        and dropout_p(attn.attn_drop) is not None
+        and dropout_p(attn.proj_drop) == 0
+        and norm.normalized_shape == (attn.qkv.in_features,)
+        and norm.eps > 0
+        and (layer_scale is None or is_vector(layer_scale, attn.proj.out_features))
     )
+
+
+def fused_half_block(
+    x: Tensor, norm: Any, attn: Any, layer_scale: Tensor | None, drop_path: nn.Module | None, call: Call
+) -> Tensor:
+    """``x + drop_path(layer_scale * attn(norm(x)))`` by :func:`xformer_kernels.xfa_block`, where :func:`may_fuse`."""
+    p, residual = dropout_p(attn.attn_drop) or 0.0, drop_path is None
+    call = call._replace(dropout_p=p)
+    if _may_skip_checks(attn, x, call):
+        o = Operands(x, *weights(attn), norm.weight, norm.bias, layer_scale)
+        y = run(call, o, norm.eps, residual)
+    else:
+        y = xfa_block(
+            x, norm.weight, norm.bias, norm.eps, *weights(attn), layer_scale=layer_scale, residual=residual,
+            map=call.map, norm=call.norm, activation=call.activation, token_mask=call.token_mask, dropout_p=p,
+            form=call.form, group=call.group, backend=call.backend,
+        )  # fmt: skip
+    return y if drop_path is None else x + drop_path(y)

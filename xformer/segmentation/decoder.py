@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from xformer.layers import Foldable, HardSwish, Pointwise, init_weights, norm_folded, set_weights
 from xformer.products import linear
-from xformer_kernels.nn import untouched
+from xformer_kernels.modules import runs_forward_of
 
 FORMS = ("commuted", "concatenated")
 
@@ -122,7 +122,7 @@ class Decoder(Foldable):
     @torch.no_grad()
     def fold(self) -> None:
         """Batch norm and the fusing layer become part of the scales' layers: ``P_i`` is F_i P_i then, of bn(y)."""
-        layers = [p for p in self.project if isinstance(p, Pointwise) and untouched(p, Pointwise)]
+        layers = [p for p in self.project if isinstance(p, Pointwise) and runs_forward_of(p, Pointwise)]
         fuse = self.fuse
         folded = norm_folded(fuse, self.bn) if isinstance(fuse, Pointwise) else None
         if folded is None or len(layers) < len(self.project):

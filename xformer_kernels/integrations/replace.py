@@ -2,35 +2,33 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 from torch import nn
 
 from xformer_kernels import dispatch, validate
-from xformer_kernels.integrations.blocks import block_class
-from xformer_kernels.integrations.mdta import MDTA, agrees, is_mdta_shaped
+from xformer_kernels.integrations.bound import Replaced, bind, how_replaced, release
+from xformer_kernels.integrations.families import FAMILIES, family_of, forward
 from xformer_kernels.layer.functional import FORMS
-from xformer_kernels.nn import XFA
-
-_XCA = (("timm.models.xcit", "XCA"), ("timm.models.edgenext", "CrossCovarianceAttn"))
-_ORIGINAL = "_xformer_kernels_original_class"
 
 
 def replace_attention(model: nn.Module, *, form: str = "auto", backend: str = "auto") -> int:
     """Makes the cross feature attention layers of a model compute with our kernels; returns how many there were.
 
     Served are timm's XCiT (``XCA``), timm's EdgeNeXt (``CrossCovarianceAttn``), and every module of the shape of
-    Restormer's MDTA whose forward is that formula (it is tried on a small random image). The model itself may be such a
-    layer. Classes derived from these with a forward of their own are left alone.
+    Restormer's MDTA whose forward is that formula (it is tried with random weights). The model itself may be such a
+    layer. Classes derived from these with a forward of their own are left alone, and so are modules whose instance has
+    a ``forward`` of its own (accelerate's offload: call this function first).
 
     Blocks of timm's XCiT and EdgeNeXt around such a layer compute layer norm, attention, layer scale and residual as
-    one, see :func:`xformer_kernels.xfa_block`, as long as these parts are the usual ones and have no hooks.
+    one, see :func:`xformer_kernels.xfa_block`.
 
-    Each layer or block stays the same module object, with its parameters, buffers, hooks, dtype, device and training
-    mode: only its class changes, to :class:`xformer_kernels.XFA`, to :class:`xformer_kernels.integrations.mdta.MDTA`
-    or to one of :mod:`xformer_kernels.integrations.blocks`.
-    State dicts are those of the original. Undo with :func:`restore_attention`.
+    Each layer or block stays the same object of the same class, with its parameters, buffers, hooks, parametrizations
+    and mode; ``module.forward`` is set to one that uses the kernels. State dicts, FSDP, deepcopy and pickle are not
+    concerned. That forward computes what the module's class computes: wherever torch would run anything else inside
+    (hooks, other submodules, parameters of other shapes, global module hooks), these parts, or the whole forward of the
+    class, are called. ``torch.jit.script`` cannot compile it: call :func:`restore_attention` first. Undo with
+    :func:`restore_attention`; :func:`is_replaced` tells.
 
     Args:
         model: any module.
@@ -44,20 +42,13 @@ def replace_attention(model: nn.Module, *, form: str = "auto", backend: str = "a
     _check(model)
     validate.choice("form", form, FORMS)
     dispatch.check_name(backend)
-    count = 0
+    layers = 0
     for module in model.modules():
-        replacement = _replacement(module)
-        if replacement is not None:
-            module.__dict__[_ORIGINAL] = type(module)
-            module.__class__ = replacement
-            module.__dict__.update(form=form, backend=backend)
-            count += 1
-    for module in model.modules():
-        around = block_class(module)
-        if around is not None:
-            module.__dict__[_ORIGINAL] = type(module)
-            module.__class__ = around
-    return count
+        family = None if is_replaced(module) else family_of(module)
+        if family is not None:
+            bind(module, forward, Replaced(family, form, backend))
+            layers += not FAMILIES[family].whole_block
+    return layers
 
 
 def restore_attention(model: nn.Module) -> int:
@@ -66,27 +57,19 @@ def restore_attention(model: nn.Module) -> int:
     Raises TypeError if model is not a torch.nn.Module.
     """
     _check(model)
-    count = 0
-    for module in model.modules():
-        if _ORIGINAL in module.__dict__:
-            module.__class__ = module.__dict__.pop(_ORIGINAL)
-            module.__dict__.pop("form", None)
-            # blocks around the layers have none
-            count += module.__dict__.pop("backend", None) is not None
-    return count
+    released = [release(module) for module in model.modules()]
+    return sum(replaced is not None and not FAMILIES[replaced.family].whole_block for replaced in released)
+
+
+def is_replaced(module: nn.Module) -> bool:
+    """Whether a layer or block computes with our kernels by :func:`replace_attention`.
+
+    Raises TypeError if module is not a torch.nn.Module.
+    """
+    _check(module)
+    return how_replaced(module) is not None
 
 
 def _check(model: Any) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-
-
-def _replacement(module: nn.Module) -> type[nn.Module] | None:
-    if isinstance(module, (XFA, MDTA)):
-        return None
-    for path, name in _XCA:
-        # only a model that comes from timm can hold timm's classes, and then its module is loaded
-        original = getattr(sys.modules.get(path), name, None)
-        if original is not None and isinstance(module, original) and type(module).forward is original.forward:
-            return XFA
-    return MDTA if is_mdta_shaped(module) and agrees(module) else None

@@ -1,0 +1,62 @@
+"""A forward bound to one module: what is replaced stays the same object of the same class.
+
+State dicts, hooks, parametrizations, FSDP, deepcopy and pickle do not depend on ``module.forward``, and the class's own
+forward is still there for what the bound one does not reproduce.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+from torch import nn
+
+_REPLACED = "_xformer_kernels_replaced"
+
+
+class Replaced(NamedTuple):
+    """How a module was replaced: its family (see :mod:`.families`), and the choices of the caller."""
+
+    family: str
+    form: str
+    backend: str
+
+
+def how_replaced(module: nn.Module) -> Replaced | None:
+    """None for modules that are not replaced (any more)."""
+    replaced: Replaced | None = module.__dict__.get(_REPLACED)
+    return replaced
+
+
+def bind(module: nn.Module, forward: Any, replaced: Replaced) -> None:
+    """Makes ``module(...)`` call ``forward(module, ...)``."""
+    module.__dict__[_REPLACED] = replaced
+    module.__dict__["forward"] = partial(forward, module)
+    # nn.DataParallel copies the module's attributes, and with them a forward that is bound to the original
+    module.__dict__["_replicate_for_data_parallel"] = partial(_replicate, module)
+
+
+def bound_forward(module: nn.Module) -> Any:
+    """The forward that :func:`bind` set; None if there is none, or another was set since."""
+    forward = module.__dict__.get("forward")
+    ours = how_replaced(module) is not None and isinstance(forward, partial) and forward.args == (module,)
+    return forward if ours else None
+
+
+def release(module: nn.Module) -> Replaced | None:
+    """Undoes :func:`bind`; a forward that was set since, around ours, then calls that of the class."""
+    forward = bound_forward(module)
+    replaced: Replaced | None = module.__dict__.pop(_REPLACED, None)
+    if forward is not None:
+        del module.__dict__["forward"]
+    if replaced is not None:
+        module.__dict__.pop("_replicate_for_data_parallel", None)
+    return replaced
+
+
+def _replicate(module: nn.Module) -> nn.Module:
+    replica = type(module)._replicate_for_data_parallel(module)  # type: ignore[no-untyped-call]
+    forward, replaced = bound_forward(module), how_replaced(module)
+    if forward is not None and replaced is not None:
+        bind(replica, forward.func, replaced)
+    return replica  # type: ignore[no-any-return]

@@ -1,0 +1,76 @@
+"""What calling a module runs, and so whether a fused computation may take its place.
+
+A module is fused only if everything that torch would run inside it is exactly the class and state that the fusion
+reproduces; otherwise it is called.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules import module as _torch
+from torch.utils.module_tracker import ModuleTracker
+
+_GLOBAL_HOOKS: tuple[dict[int, Any], ...] = (
+    _torch._global_forward_hooks,
+    _torch._global_forward_pre_hooks,
+    _torch._global_backward_hooks,
+    _torch._global_backward_pre_hooks,
+)
+
+
+def has_global_hooks() -> bool:
+    """Whether torch calls a hook for every module.
+
+    Those of :class:`torch.utils.module_tracker.ModuleTracker` do not count: they only note names, so that
+    ``FlopCounterMode`` counts what runs without it.
+    """
+    return any(
+        not isinstance(getattr(hook, "__self__", None), ModuleTracker)
+        for hooks in _GLOBAL_HOOKS
+        if hooks
+        for hook in hooks.values()
+    )
+
+
+def runs_forward_of(module: Any, *kinds: type[nn.Module], forward: Any = None) -> bool:
+    """Whether calling `module` runs the forward of one of `kinds` on its attributes, and nothing else.
+
+    False for derived classes (parametrized modules, FSDP), hooks, ``module.compile()`` and a ``forward`` set on the
+    instance (accelerate's offload), unless that is `forward`.
+    """
+    return (
+        type(module) in kinds
+        and module.__dict__.get("forward") is forward
+        and not (
+            module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        )
+        and module._compiled_call_impl is None
+        and not has_global_hooks()
+    )
+
+
+def dropout_p(module: Any) -> float | None:
+    """The probability with which a module drops elements, as in ``F.dropout``; None: it must be called."""
+    if runs_forward_of(module, nn.Identity):
+        return 0.0
+    if not runs_forward_of(module, nn.Dropout):
+        return None
+    p: float = module.p if module.training else 0.0
+    return p if p < 1 else None
+
+
+def drops_no_path(module: Any) -> bool:
+    """Whether calling a drop path module returns its input and does nothing else; True for None."""
+    if module is None or runs_forward_of(module, nn.Identity):
+        return True
+    # a module of timm's can only be here if timm is loaded
+    timms = getattr(sys.modules.get("timm.layers.drop"), "DropPath", None)
+    return timms is not None and runs_forward_of(module, timms) and not (module.training and module.drop_prob > 0)
+
+
+def is_vector(t: Any, length: int) -> bool:
+    """Whether `t` is a tensor of shape (length,)."""
+    return isinstance(t, Tensor) and t.shape == (length,)
