@@ -112,7 +112,7 @@ class XFA(nn.Module):
     def _traced_choices(self) -> dict[str, Any]:
         """For torch.fx, whose graph calls xfa_layer; what it must not leave out cannot be traced."""
         p = dropout_p(self.attn_drop)
-        if p is None or not (runs_forward_of(self.qkv, nn.Linear) and runs_forward_of(self.proj, nn.Linear)):
+        if p is None or not has_plain_projections(self):
             raise NotImplementedError(
                 "torch.fx cannot trace XFA where qkv, proj or attn_drop were replaced or have hooks"
             )
@@ -186,9 +186,14 @@ def weights(layer: Any) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor |
     A temperature of one element is that of all heads.
     """
     temperature = layer.temperature
-    if temperature.numel() == 1 and layer.num_heads > 1:
+    if isinstance(temperature, Tensor) and temperature.numel() == 1 and layer.num_heads > 1:
         temperature = temperature.reshape(1).expand(layer.num_heads)
     return layer.qkv.weight, layer.qkv.bias, temperature, layer.proj.weight, layer.proj.bias
+
+
+def has_plain_projections(layer: Any) -> bool:
+    """Whether calling qkv and proj runs nothing but torch's linear layer."""
+    return runs_forward_of(layer.qkv, nn.Linear) and runs_forward_of(layer.proj, nn.Linear)
 
 
 def attend(layer: Any, x: Tensor, call: Call) -> Tensor:
@@ -199,7 +204,7 @@ def attend(layer: Any, x: Tensor, call: Call) -> Tensor:
     """
     _check_tokens(x, layer, call)
     p = dropout_p(layer.attn_drop)
-    if p is None or not (runs_forward_of(layer.qkv, nn.Linear) and runs_forward_of(layer.proj, nn.Linear)):
+    if p is None or not has_plain_projections(layer):
         return _through_modules(layer, x, call, p)
     call = call._replace(dropout_p=p)
     if _may_skip_checks(layer, x, call):
@@ -273,8 +278,8 @@ def half_block(
         _check_tokens(x, attn, call)
         if may_fuse(norm, attn, layer_scale):
             return fused_half_block(x, norm, attn, layer_scale, drop_path, call)
-    more = {"token_mask": token_mask, "group": group} if isinstance(attn, XFA) else {}
-    y = attn(norm(x), **more)
+    more = {"token_mask": token_mask, "group": group}
+    y = attn(norm(x), **{name: value for name, value in more.items() if value is not None})
     y = y if layer_scale is None else layer_scale * y
     return x + (y if drop_path is None else drop_path(y))
 
@@ -286,8 +291,7 @@ def may_fuse(norm: Any, attn: Any, layer_scale: Any) -> bool:
     """
     return (
         runs_forward_of(norm, nn.LayerNorm)
-        and runs_forward_of(attn.qkv, nn.Linear)
-        and runs_forward_of(attn.proj, nn.Linear)
+        and has_plain_projections(attn)
         and dropout_p(attn.attn_drop) is not None
         and dropout_p(attn.proj_drop) == 0
         and norm.normalized_shape == (attn.qkv.in_features,)

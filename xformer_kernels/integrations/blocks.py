@@ -13,11 +13,13 @@ from torch import Tensor
 
 from xformer_kernels.layer.functional import Call
 from xformer_kernels.modules import drops_no_path
-from xformer_kernels.nn import attend, fused_half_block
+from xformer_kernels.nn import attend, fused_half_block, has_plain_projections
 
 
 def xca(module: Any, call: Call, x: Tensor) -> Tensor:
     """timm's ``XCA`` and ``CrossCovarianceAttn``, (B, N, C) to (B, N, C)."""
+    if call.form == "gram" and not has_plain_projections(module):  # which has to call them
+        call = call._replace(form="direct")
     y: Tensor = module.proj_drop(attend(module, x, call))
     return y
 

@@ -7,7 +7,6 @@ module is the class and state that it reproduces; otherwise the forward of the m
 
 from __future__ import annotations
 
-import copy
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -185,15 +184,13 @@ def _try(make: Callable[[], nn.Module], name: str, inputs: tuple[Any, ...] | Non
 
 def _for_trial(module: nn.Module, numbers: torch.Generator) -> nn.Module:
     """A copy on the CPU with random weights in float64 that shares none with `module`, and calls no hooks."""
-    module = copy.copy(module)
-    cls = type(module)
-
     def drawn(p: Tensor) -> nn.Parameter:
         return nn.Parameter(torch.randn(p.shape, generator=numbers, dtype=torch.float64) / 2)
 
     parameters = {key: None if p is None else drawn(p) for key, p in module._parameters.items()}
     buffers = {key: None if b is None else b.double() for key, b in module._buffers.items()}
     children = {key: None if m is None else _for_trial(m, numbers) for key, m in module._modules.items()}
-    module.__dict__.update(_parameters=parameters, _buffers=buffers, _modules=children)
-    module.__class__ = type(cls.__name__, (cls,), {"__call__": cls.forward})
-    return module
+    cls = type(module)
+    copied: nn.Module = object.__new__(type(cls.__name__, (cls,), {"__call__": cls.forward}))
+    copied.__dict__.update(module.__dict__, _parameters=parameters, _buffers=buffers, _modules=children)
+    return copied

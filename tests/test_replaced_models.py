@@ -1,0 +1,157 @@
+"""What is done to models that exist, before and after their attention is replaced: numbers and calls stay torch's.
+
+The table SITUATIONS holds everything; each row is tried for every family, in both orders.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import xformer_kernels as xk
+from xformer_kernels import dispatch
+from xformer_kernels.integrations import is_replaced, replace_attention, restore_attention
+
+pytest.importorskip("timm", reason="timm, whose models are converted, is not installed")
+from replaced_cases import CALLS, HEADS, KINDS, SITUATIONS, TOKENS, C, Kind, Wrapped, note, results, wrap
+from timm.models.xcit import XCA
+
+
+def rows() -> list[Any]:
+    for_blocks = ("norm", "drop_path", "layer scale", "layer norm")
+    for_timm = ("attn_drop", "proj_drop", "temperature of", "temperature without", "temperature per", "weight is")
+    return [
+        pytest.param(KINDS[kind], change, id=f"{kind}-{name}")
+        for kind in KINDS
+        for name, change in SITUATIONS.items()
+        if (kind.endswith("Block") or not any(word in name for word in for_blocks))
+        and (kind != "MDTA" or not any(word in name for word in for_timm))
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ["gram", "direct"])
+@pytest.mark.parametrize(("kind", "change"), rows())
+def test_numbers_and_calls_are_those_of_the_original(kind, change, form):
+    theirs = kind.model()
+    change(kind, theirs)
+    CALLS.clear()
+    expected, calls = results(kind, theirs), list(CALLS)
+    for first, second in (("replace", "change"), ("change", "replace")):
+        ours = kind.model()
+        for step in (first, second):
+            change(kind, ours) if step == "change" else replace_attention(ours, form=form)
+        for state in ("replaced", "restored"):
+            CALLS.clear()
+            got = results(kind, ours)
+            assert calls == CALLS, f"{first} first, {state}"
+            assert got.keys() == expected.keys()
+            for name, value in expected.items():
+                torch.testing.assert_close(
+                    got[name], value, rtol=1e-8, atol=1e-8,
+                    msg=lambda m, at=f"{first} first, {state}, {name}": f"{at}: {m}",
+                )  # fmt: skip
+            assert ours.state_dict().keys() == theirs.state_dict().keys()
+            restore_attention(ours)
+        assert not any(is_replaced(m) for m in ours.modules())
+
+
+class EagerBlock(nn.Module):
+    """What XFABlock computes, by parts of the same names."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.norm, self.attn = nn.LayerNorm(dim, eps=1e-6), XCA(dim, num_heads)
+        self.layer_scale = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layer_scale * self.attn(self.norm(x))
+
+
+OURS = {
+    "XFA": (Kind(XCA, (TOKENS,)), xk.XFA),
+    "XFABlock": (
+        Kind(EagerBlock, (TOKENS,), "attn", norm="norm", layer_scale="layer_scale"),
+        functools.partial(xk.XFABlock, layer_scale=1.0),
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        pytest.param(name, change, id=f"{name}-{situation}")
+        for name in OURS
+        for situation, change in SITUATIONS.items()
+        if "drop_path" not in situation
+        and "temperature per" not in situation
+        and "eps 0" not in situation
+        and (name == "XFABlock" or not any(word in situation for word in ("norm", "layer scale")))
+    ],
+)
+def test_our_modules_call_their_parts_too(name, change):
+    """XFA and XFABlock are timm's layer and the half block around it, whatever is done to their parts."""
+    kind, make = OURS[name]
+    theirs = kind.model()
+    ours = make(C, num_heads=HEADS).double().eval()
+    ours.load_state_dict(theirs.state_dict())
+    found = []
+    for model in (theirs, ours):
+        change(kind, model)
+        CALLS.clear()
+        found.append((results(kind, model), [{"XFA": "XCA", "XFABlock": "EagerBlock"}.get(x, x) for x in CALLS]))
+    assert found[0][1] == found[1][1]
+    for key, value in found[0][0].items():
+        torch.testing.assert_close(found[1][0][key], value, rtol=1e-8, atol=1e-8, msg=lambda m, k=key: f"{k}: {m}")
+
+
+def test_attn_drop_with_weights_sees_the_map_in_the_dtype_of_q():
+    layer = xk.XFA(C, HEADS).bfloat16()
+    layer.attn_drop = nn.LayerNorm(C // HEADS).bfloat16()
+    assert layer(kind_x := KINDS["XCA"].x().bfloat16()).dtype == kind_x.dtype
+
+
+@pytest.mark.parametrize("make", [xk.XFA, functools.partial(xk.XFABlock, layer_scale=0.5)], ids=["XFA", "XFABlock"])
+def test_our_modules_are_traced_by_fx(make):
+    """Into a graph that calls the layer, kernels included."""
+    model = make(C, num_heads=HEADS).double().eval()
+    x = KINDS["XCA"].x()
+    traced = torch.fx.symbolic_trace(model)
+    assert any(getattr(node.target, "__name__", "") == "xfa_layer" for node in traced.graph.nodes)
+    for version in (traced, pickle.loads(pickle.dumps(traced)), copy.deepcopy(traced)):
+        torch.testing.assert_close(version(x), model(x), rtol=1e-8, atol=1e-8)
+    getattr(model, "attn", model).qkv.register_forward_hook(note)
+    with pytest.raises(NotImplementedError, match=r"torch\.fx cannot trace XFA"):
+        torch.fx.symbolic_trace(model)
+
+
+FUSED = ("nothing", "training", "partly frozen", "attn_drop in training", "hook of whole", "temperature of one element")
+
+
+@pytest.mark.parametrize("situation", FUSED)
+@pytest.mark.parametrize("kind", ["XCABlock", "SplitTransposeBlock"])
+def test_what_changes_no_formula_is_still_fused(kind, situation):
+    """The comparisons above would also hold if nothing was fused any more."""
+    model = KINDS[kind].model()
+    replace_attention(model, form="gram")
+    SITUATIONS[situation](KINDS[kind], model)
+    with dispatch.record() as ran:
+        results(KINDS[kind], model)
+    assert ("cpp", "layer_forward") in ran or dispatch.choose("auto", "cpu", (torch.float64,), ()) == "reference"
+
+
+@pytest.mark.parametrize("kind", ["XCA", "XCABlock", "SplitTransposeBlock"])
+@pytest.mark.parametrize("part", ["qkv", "proj"])
+def test_kernels_serve_between_projections_that_are_called(kind, part):
+    """As with LoRA: q, k and v come from the wrapped module, and go into the kernel."""
+    model = KINDS[kind].model()
+    replace_attention(model)
+    wrap(part, Wrapped)(KINDS[kind], model)
+    with dispatch.record() as ran:
+        results(KINDS[kind], model)
+    assert any(op == "xfa_forward" for _, op in ran)
