@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from cases import make_problem, randn
@@ -124,7 +126,12 @@ def test_explain_takes_what_xfa_takes(p):
 
 # ---------------------------------------------------------------------------------------------------------- bad input
 
+
 # (what is changed in a good call, the exception, what its message must contain)
+def nested():
+    return torch.nested.nested_tensor([torch.ones(5, 8), torch.ones(7, 8)])
+
+
 BAD_XFA = {
     "q of 3 dimensions": (lambda p: {"q": p.q[0]}, ValueError, [r"\bq\b", "4", r"3, 9, 4"]),
     "k of 5 dimensions": (lambda p: {"k": p.k[None]}, ValueError, [r"\bk\b", "4"]),
@@ -185,6 +192,15 @@ BAD_XFA = {
         ["map_fn", r"2, 3, 4", r"2, 3, 4, 4"],
     ),
     "map_fn giving no tensor": (lambda p: {"map_fn": lambda S: None}, TypeError, ["map_fn", "None"]),
+    "nested": (lambda p: {"q": nested()}, TypeError, [r"\bq\b", "nested", "token_mask"]),
+    "float8": (lambda p: {"v": p.v.to(torch.float8_e4m3fn)}, TypeError, [r"\bv\b", "float8_e4m3fn", "bfloat16"]),
+    "float8 temperature": (
+        lambda p: {"temperature": p.temperature.to(torch.float8_e5m2)},
+        TypeError,
+        ["temperature", "float8_e5m2"],
+    ),
+    "backend None": (lambda p: {"backend": None}, ValueError, ["backend", "None", "'cpp'"]),
+    "backend a list": (lambda p: {"backend": ["cpp"]}, ValueError, ["backend", r"\['cpp'\]"]),
 }
 
 
@@ -286,6 +302,42 @@ def test_bad_channel_mix_tensors(name, change):
 def test_bad_layer(kwargs, words):
     """At construction, not at the first batch."""
     assert_refused(lambda: xk.XFA(**kwargs), ValueError, words)
+    assert_refused(lambda: xk.XFABlock(**kwargs), ValueError, words)
+
+
+@pytest.mark.parametrize("name", ["dim", "num_heads"])
+@pytest.mark.parametrize("value", [8.0, "8", True, None], ids=str)
+def test_sizes_of_a_layer_are_integers(name, value):
+    for kind in (xk.XFA, xk.XFABlock):
+        assert_refused(lambda kind=kind: kind(**{"dim": 8, "num_heads": 2, name: value}), TypeError, [name, "integer"])
+
+
+def test_constructors_take_a_device_and_a_dtype():
+    """As torch's layers do, and with them torch.nn.utils.skip_init."""
+    for kind in (xk.XFA, partial(xk.XFABlock, layer_scale=1e-6)):
+        meta = kind(8, 2, True, device="meta", dtype=torch.float64)
+        assert all(p.is_meta and p.dtype == torch.float64 for p in meta.parameters())
+        assert meta.state_dict().keys() == kind(8, 2, True).state_dict().keys()
+    assert torch.nn.utils.skip_init(xk.XFA, 8, 2)(torch.zeros(1, 3, 8)).shape == (1, 3, 8)
+
+
+@pytest.mark.parametrize(
+    ("x", "exception", "words"),
+    [
+        (None, TypeError, ["NoneType"]),
+        ([1.0], TypeError, ["list"]),
+        (torch.ones(1, 5, 8).to_sparse(), TypeError, ["sparse"]),
+        (torch.ones(1, 5, 7), ValueError, ["C = 8", r"\(1, 5, 7\)"]),
+        (torch.ones(5, 8), ValueError, [r"\(5, 8\)"]),
+        (torch.ones(1, 5, 8).int(), TypeError, ["int32"]),
+        (torch.ones(1, 5, 8).to(torch.float8_e4m3fn), TypeError, ["float8"]),
+    ],
+    ids=["None", "list", "sparse", "features", "dimensions", "int", "float8"],
+)
+def test_bad_tokens_of_modules(x, exception, words):
+    for module in (xk.XFA(8, 2), xk.XFABlock(8, 2)):
+        assert_refused(lambda module=module: module(x), exception, [r"\bx\b", *words])
+        assert_refused(lambda module=module: module(nested()), TypeError, [r"\bx\b", "nested"])
 
 
 @pytest.mark.parametrize("shape", [(2, 9, 11), (9, 12), (2, 3, 4, 12)], ids=str)

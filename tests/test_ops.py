@@ -192,73 +192,25 @@ def test_autocast_of_primitives(backend, device):
     torch.testing.assert_close(y.float(), a @ weight.T + b, rtol=0.03, atol=0.1)
 
 
-# ---------------------------------------------------------------------------------------------------------- functorch
+@pytest.mark.parametrize("form", ["gram", "direct"])
+def test_autocast_casts_weights_as_linear_layers_do(form, backend, device):
+    """Weights of a dtype that is neither autocast's nor float32, as of a model that was trained in the other."""
+    x, t = randn(2, 30, 24, seed=1, device=device), torch.ones(3, device=device, dtype=torch.float16)
+    W, P, b = (randn(*s, seed=i, device=device) / 5 for i, s in enumerate(((72, 24), (24, 24), (24,))))
+    halves = [w.half() for w in (W, P, b)]
 
+    def run(W, P, b):
+        yield xk.xfa_layer(x, W, None, t, P, b, form=form, backend=backend)
+        yield xk.xfa_block(x, b, None, 1e-5, W, None, t, P, b, layer_scale=b, form=form, backend=backend)
+        yield xk.channel_mix(x, P, bias=b, add=x, add_scale=b, x2=x, weight2=P, backend=backend)
 
-def right_or_refused(compute, expected, *words):
-    """Either the right numbers, or an error that says what is not supported. Never silently wrong."""
-    try:
-        result = compute()
-    except (RuntimeError, NotImplementedError) as error:
-        assert any(word in str(error) for word in words), f"not in words: {error}"
-    else:
-        torch.testing.assert_close(result, expected, rtol=1e-9, atol=1e-9)
-
-
-@pytest.fixture
-def small(device):
-    return make_problem((3, 10, 2, 4), dtype=torch.float64, device=device)
-
-
-def test_vmap(kernel, small):
-    p = small
-    expected = xk.xfa(p.q, p.k, p.v, p.temperature, backend="reference")
-
-    def each(q, k, v):
-        return xk.xfa(q[None], k[None], v[None], p.temperature, backend=kernel)[0]
-
-    right_or_refused(lambda: torch.vmap(each)(p.q, p.k, p.v), expected, "vmap", "batching")
-    G = xk.gram(p.q, p.k, backend="reference")[0]
-    right_or_refused(
-        lambda: torch.vmap(lambda q, k: xk.gram(q[None], k[None], backend=kernel)[0][0])(p.q, p.k),
-        G,
-        "vmap",
-        "batching",
-    )
-
-
-def test_functional_grad(kernel, small):
-    p = small
-    expected = p.run(xk.xfa, backend="reference")
-
-    def loss(q):
-        return (xk.xfa(q, p.k, p.v, p.temperature, backend=kernel) * p.dout).sum()
-
-    right_or_refused(
-        lambda: torch.func.grad(loss)(p.q), expected["dq"], "setup_context", "functorch", "torch.func", "vmap"
-    )
-
-
-def test_forward_mode(kernel, small):
-    p = small
-    tangent = randn(*p.q.shape, seed=9, dtype=torch.float64, device=p.q.device)
-
-    def function(backend):
-        return lambda q: xk.xfa(q, p.k, p.v, p.temperature, backend=backend)
-
-    expected = torch.autograd.functional.jvp(function("reference"), p.q, tangent)[1]
-
-    def dual():
-        with torch.autograd.forward_ad.dual_level():
-            q = torch.autograd.forward_ad.make_dual(p.q, tangent)
-            out = torch.autograd.forward_ad.unpack_dual(function(kernel)(q)).tangent
-            assert out is not None, "the tangent was dropped"
-            return out
-
-    right_or_refused(dual, expected, "forward", "jvp")
-    right_or_refused(
-        lambda: torch.func.jvp(function(kernel), (p.q,), (tangent,))[1], expected, "jvp", "setup_context", "forward"
-    )
+    with torch.autocast(x.device.type, torch.bfloat16):
+        expected, got = list(run(W, P, b)), list(run(*halves))
+    for a, b in zip(got, expected, strict=True):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b, rtol=0.03, atol=0.05)
+    with pytest.raises(TypeError, match="qkv_weight must have dtype"):
+        xk.xfa_layer(x, halves[0], None, t, P, b, backend=backend)
 
 
 # -------------------------------------------------------------------------------------------------- the rest of PyTorch
@@ -278,6 +230,14 @@ def test_torch_function_and_dispatch_modes_see_the_ops(kernel, device):
     with Names():
         p.run(xk.xfa, backend=kernel)
     assert "xformer_kernels::xfa_forward" in seen and "xformer_kernels::xfa_backward" in seen
+
+
+def test_a_profiler_shows_the_ops(kernel, device):
+    p = make_problem((1, 10, 2, 4), device=device)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        p.run(xk.xfa, backend=kernel)
+    seen = {event.name for event in profile.events()}
+    assert {"xformer_kernels::xfa_forward", "xformer_kernels::xfa_backward"} <= seen
 
 
 def test_tensor_subclasses_are_not_taken_for_plain_tensors(kernel, device):
