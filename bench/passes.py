@@ -22,7 +22,7 @@ def calls(shape: LayerShape) -> dict[str, dict[str, measure.Call]]:
     x, dy = (torch.randn(shape.B, shape.N, shape.C, generator=numbers) for _ in range(2))
     M, R = (torch.randn(shape.B, shape.C, shape.C, generator=numbers) for _ in range(2))
     m = torch.randn(shape.B, shape.C, generator=numbers)
-    common = (None, None, 0.0)
+    common = (None, None, None)
     return {
         "x^T x": {
             "torch": lambda: x.mT @ x,
@@ -34,11 +34,11 @@ def calls(shape: LayerShape) -> dict[str, dict[str, measure.Call]]:
         },
         "M x + m": {
             "torch": lambda: torch.baddbmm(m.unsqueeze(1), x, M.mT),
-            "cpp": lambda: passes.mix(x, M, m, None, None, None, None, 0.0, False, "cpp"),
+            "cpp": lambda: passes.mix(x, M, m, None, None, None, None, None, False, "cpp"),
         },
         "M^T dy + R x + m": {
             "torch": lambda: torch.baddbmm(m.unsqueeze(1), dy, M).baddbmm_(x, R),
-            "cpp": lambda: passes.mix(dy, M.mT, m, None, x, R.mT, None, 0.0, True, "cpp"),
+            "cpp": lambda: passes.mix(dy, M.mT, m, None, x, R.mT, None, None, True, "cpp"),
         },
     }
 

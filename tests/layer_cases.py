@@ -6,12 +6,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from cases import Config, randn, random_mask
 from torch import Tensor
 
 import xformer_kernels as xk
 from xformer_kernels import reference
-from xformer_kernels.testing import assert_close
+from xformer_kernels.testing import assert_close, gradient_terms
 
 NAMES = (
     "x", "qkv_weight", "qkv_bias", "temperature", "proj_weight", "proj_bias", "ln_weight", "ln_bias", "layer_scale",
@@ -37,7 +38,7 @@ class Layer:
     dy: Tensor
     config: Config = field(default_factory=Config)
     token_mask: Tensor | None = None
-    ln_eps: float = 0.0
+    ln_eps: float | None = None
 
     @property
     def names(self) -> list[str]:
@@ -54,13 +55,17 @@ class Layer:
         x, qkv_weight, qkv_bias, temperature, proj_weight, proj_bias, ln_weight, ln_bias, layer_scale = leaves
         weights = (qkv_weight, qkv_bias, temperature, proj_weight, proj_bias)
         choices = {**self.config.kwargs(), "token_mask": self.token_mask, **choices}
-        if not self.ln_eps:
+        if self.ln_eps is None:
             return xk.xfa_layer(x, *weights, **choices)
         return xk.xfa_block(x, ln_weight, ln_bias, self.ln_eps, *weights, layer_scale=layer_scale, **choices)
 
     def by_reference(self, leaves: list[Any]) -> Tensor:
         return reference.xfa_block(
-            *leaves, ln_eps=self.ln_eps, residual=self.ln_eps > 0, token_mask=self.token_mask, **self.config.kwargs()
+            *leaves,
+            ln_eps=self.ln_eps,
+            residual=self.ln_eps is not None,
+            token_mask=self.token_mask,
+            **self.config.kwargs(),
         )
 
     def _gradients(self, function: Any) -> dict[str, Tensor]:
@@ -79,12 +84,33 @@ class Layer:
     def oracle(self) -> dict[str, Tensor]:
         return self.to(torch.float64)._gradients(self.by_reference)
 
+    def terms(self) -> dict[str, Tensor]:
+        """What the subtractions in the gradients of the projections and the temperature start from, as for xfa's."""
+        exact = self.to(torch.float64)
+        x, weight, bias, temperature, proj, _, ln_weight, ln_bias, scale = exact.tensors
+        u = x if self.ln_eps is None else F.layer_norm(x, x.shape[-1:], ln_weight, ln_bias, self.ln_eps)
+        dout = (exact.dy if scale is None else exact.dy * scale) @ proj
+        heads = temperature.numel()
+        q, k, v, dout = (
+            t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (*F.linear(u, weight, bias).chunk(3, -1), dout)
+        )
+        of_tokens = gradient_terms(q, k, v, temperature, dout, token_mask=self.token_mask, **self.config.kwargs())
+        if self.token_mask is not None:
+            u = torch.where(self.token_mask[..., None], u, 0)
+        dq, dk = (of_tokens[name].transpose(1, 2).flatten(2) for name in ("dq", "dk"))
+        dqk = torch.cat((dq, dk), 2).flatten(0, 1)
+        return {
+            "dqkv_weight": dqk.T @ u.flatten(0, 1),
+            "dqkv_bias": dqk.sum(0),
+            "dtemperature": of_tokens["dtemperature"],
+        }
+
     def check(self, result: dict[str, Tensor], names: tuple[str, ...] = ()) -> None:
         """The rule, for the output and every gradient."""
-        eager, oracle = self.eager(), self.oracle()
+        eager, oracle, terms = self.eager(), self.oracle(), self.terms()
         for name in names or oracle:
             assert result[name].dtype == eager[name].dtype, f"{name} is {result[name].dtype}"
-            assert_close(result[name], eager[name], oracle[name], name)
+            assert_close(result[name], eager[name], oracle[name], name, terms.get(name))
 
 
 def make_layer(
@@ -123,4 +149,4 @@ def make_layer(
     norm = (1 + random(6, C) / 4, random(7, C) / 2, random(8, O)) if block else (None, None, None)
     mask = random_mask(B, N, seed, device) if masked else None
     dy = random(9, B, N, O, to=dtype)
-    return Layer((x, *weights, *norm), dy, config or Config(), mask, 1e-5 if block else 0.0)
+    return Layer((x, *weights, *norm), dy, config or Config(), mask, 1e-5 if block else None)

@@ -55,7 +55,7 @@ def test_layer_counts_what_its_passes_and_its_algebra_multiply(map):
     x, dy = randn(B, N, C, seed=1), randn(B, N, C, seed=2)
     args = layer_ops.Operands(x, *module.weights())
     args = args._replace(temperature=args.temperature.reshape(-1))
-    choices = (map, "softmax", 1e-12, 0.0, False, "", "reference")
+    choices = (map, "softmax", 1e-12, None, False, "", "reference")
 
     def total(function):
         """Products with vectors, of means and biases, are linear in C and not part of the formulas."""

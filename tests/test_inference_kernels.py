@@ -91,18 +91,31 @@ def test_linear(shape, norms):
         parts["layer_norm"] = LayerNorm(torch.randn(I), torch.randn(I), 1e-6)
     if norms[1]:
         parts["batch_norm"] = batch_norm(O)
-    for bias in (None, torch.randn(O)):
-        check(linear, linear_plainly, x, weight, bias, **parts)
-        check(linear, linear_plainly, x, weight, bias, hard_swish=True, **parts)
-        check(linear, linear_plainly, x, weight, bias, add=torch.randn(1, N, O), **parts)
+    for bias, add in itertools.product((None, torch.randn(O)), (None, torch.randn(1, N, O))):
+        for hard_swish in (False, True):
+            check(linear, linear_plainly, x, weight, bias, add=add, hard_swish=hard_swish, **parts)
+
+
+@pytest.mark.parametrize("features", [512, 513, 1000, 1024])
+def test_many_features_are_as_accurate_as_few(features):
+    for seed in range(8):
+        numbers = torch.Generator().manual_seed(seed)
+        x, weight, add = (torch.randn(*size, generator=numbers) for size in ((99, features), (17, features), (99, 17)))
+        parts = {
+            "layer_norm": LayerNorm(None, None, 1e-6),
+            "hard_swish": seed % 2 == 1,
+            "add": add if seed % 4 else None,
+        }
+        check(linear, linear_plainly, x, weight / features**0.5, **parts)
 
 
 def test_norms_without_affine_numbers():
     x, weight = torch.randn(2, 3, 11, 20), torch.randn(18, 20)
     parts = {"batch_norm": batch_norm(18, affine=False), "layer_norm": LayerNorm(None, None, 1e-5)}
     check(linear, linear_plainly, x, weight, **parts)
-    parts["layer_norm"] = LayerNorm(torch.randn(20), None, 1e-5)
-    check(linear, linear_plainly, x, weight, **parts)
+    for eps in (1e-5, 0.0):
+        parts["layer_norm"] = LayerNorm(torch.randn(20), None, eps)
+        check(linear, linear_plainly, x, weight, **parts)
 
 
 IMAGES = ((1, 1, 1, 1), (1, 16, 8, 8), (2, 33, 7, 9), (1, 48, 31, 64), (3, 72, 2, 40), (1, 100, 40, 3), (2, 16, 1, 19))
@@ -177,7 +190,7 @@ def refused_linears():
     yield "a sum that would broadcast", (x, weight, bias), {"add": torch.randn(6)}
     yield "other batch norm", (x, weight, bias), {"batch_norm": batch_norm(7)}
     yield "other layer norm", (x, weight, bias), {"layer_norm": LayerNorm(torch.randn(6), None, 1e-5)}
-    yield "no eps", (x, weight, bias), {"layer_norm": LayerNorm(None, None, 0.0)}
+    yield "negative eps", (x, weight, bias), {"layer_norm": LayerNorm(None, None, -1.0)}
     yield "no tokens", (x[:0], weight, bias), {}
     yield "a sparse weight", (x, weight.to_sparse_csr(), bias), {}
     yield "too many features", (torch.randn(20, 1025), torch.randn(6, 1025), bias), {}

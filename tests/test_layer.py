@@ -103,6 +103,38 @@ def test_tokens_whose_few_samples_mislead(kernel, device, ran):
     check(layer, kernel, ran)
 
 
+def test_layer_norm_with_eps_0(kernel, device, ran):
+    """It is a layer norm: 0 does not stand for its absence."""
+    for form in FORMS:
+        layer = make_layer((2, 50, 24, 3), block=True, device=device)
+        layer.ln_eps = 0.0
+        check(layer, kernel, ran, form)
+
+
+@pytest.mark.parametrize("size", [(0, 30), (2, 0)], ids=["no image", "no token"])
+@pytest.mark.parametrize("out", [24, 7])
+@pytest.mark.parametrize("form", FORMS)
+def test_nothing_to_attend_to(form, out, size, kernel, device, ran):
+    """Forward and backward, also where an output has other features than the input. Gradients of weights are 0."""
+    for masked in (False, True):
+        layer = make_layer((*size, 24, 3), out=out, masked=masked, device=device)
+        result = layer.run(form=form, backend=kernel)
+        assert result["y"].shape == (*size, out)
+        for name in layer.names[1:]:
+            assert not result[f"d{name}"].any()
+
+
+@pytest.mark.parametrize("features", ["equal", "equal, another number for each token"])
+def test_tokens_whose_features_are_equal(features, kernel, device, ran):
+    """Layer norm makes zeros of them, and not of their rounding errors numbers of the size of others."""
+    layer = make_layer((1, 900, 48, 4), block=True, device=device)
+    x, *rest = layer.tensors
+    value = torch.full_like(x[..., :1], 0.1) if features == "equal" else x[..., :1]
+    layer.tensors = (value.expand_as(x).contiguous(), *rest)
+    for form in FORMS:
+        check(layer, kernel, ran, form)
+
+
 @pytest.mark.parametrize("layout", ["token_contiguous", "batch_contiguous", "padded", "expanded"])
 @pytest.mark.parametrize("block", [False, True], ids=["layer", "block"])
 def test_layouts(block, layout, kernel, device, ran):

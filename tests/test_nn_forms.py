@@ -111,7 +111,7 @@ def test_bad_arguments():
     with pytest.raises(ValueError, match="form must be one of"):
         xk.integrations.replace_attention(nn.Identity(), form="both")
     with pytest.raises(ValueError, match="ln_eps"):
-        xk.XFABlock(8, 2, ln_eps=0.0)
+        xk.XFABlock(8, 2, ln_eps=-1e-5)
     with pytest.raises(ValueError, match="form='gram' is not possible: norm='feature'"):
         xk.XFA(8, 2, norm="feature", form="gram")(torch.randn(1, 5, 8))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from cases import (
     CONFIGS,
     DOUTS,
@@ -155,6 +156,45 @@ def test_temperature_shapes_and_dtypes(view, dtype, backend, device, ran):
         (grad,) = torch.autograd.grad(out, t, p.dout)
     assert grad.shape == view and grad.dtype == dtype
     p.check({**result, "out": out.detach(), "dtemperature": grad.view(3)})
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_float64_temperature(dtype, config, backend, device, ran):
+    """It promotes, as in PyTorch: the map is not computed in float32."""
+    problem = make_problem(
+        (2, 41, 3, 6), config, dtype=dtype, temperature_dtype=torch.float64, masked=True, device=device
+    )
+    check(problem, backend, ran)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("map", ["query_key", "key_value"])
+def test_a_shared_temperature_is_summed_in_the_accumulate_dtype(map, dtype, backend, device):
+    """Its gradient is a sum over heads that may cancel: their parts need not fit into 16 bits."""
+    q = torch.ones(1, 2, 4, 1, device=device)
+    v = torch.tensor([1000.0, -999.0], device=device).view(1, 2, 1, 1).expand(1, 2, 4, 1)
+    t = torch.ones(1, dtype=dtype, device=device, requires_grad=True)
+    xk.xfa(q, q, v, t, map=map, activation="identity", backend=backend).backward(torch.full_like(q, 100.0))
+    expected = {"query_key": 400.0, "key_value": 400.0}[map]
+    torch.testing.assert_close(t.grad, torch.full_like(t, expected), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("map", ["query_key", "key_value"])
+@pytest.mark.parametrize("norm", ["token", "feature"])
+def test_a_norm_that_is_eps(norm, map, backend, device, ran):
+    """The gradient of F.normalize in this torch, on either side and at the tie itself."""
+    for factor in (0.5, 2.0, 1.0):
+        q, k = (torch.full((1, 1, 1, 1), 0.5 * factor, device=device, requires_grad=True) for _ in range(2))
+        v, t = torch.full((1, 1, 1, 1), 3.0, device=device), torch.ones(1, device=device)
+        with ran("xfa_forward", "xfa_backward"):
+            out = xk.xfa(q, k, v, t, map=map, norm=norm, activation="identity", eps=0.5, backend=backend)
+            got = torch.autograd.grad(out.sum(), (q, k))
+        normed = [F.normalize(x, dim=-2, eps=0.5) for x in (q, k)]
+        expected = torch.autograd.grad((normed[0] * normed[1] * v).sum(), (q, k))
+        if factor == 1.0 and expected[0].item() == 0:
+            pytest.skip("before torch 2.14 the derivative at the tie was the one from above")
+        torch.testing.assert_close(got, expected)
 
 
 def test_scalar_temperature(backend, device, ran):

@@ -47,10 +47,10 @@ class Pointwise(Linear):
 
 
 class HardSwish(nn.Module):
-    """``x relu6(x + 3) / 6``. Without gradients it overwrites x, which the backbone uses nowhere else."""
+    """``x relu6(x + 3) / 6``. It does not overwrite x, which a hook of the layer before may have kept."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.hardswish(x, inplace=not torch.is_grad_enabled())
+        return F.hardswish(x)
 
 
 class Foldable(nn.Module):

@@ -61,6 +61,9 @@ def xfa(
         bfloat16 by bfloat16, the map is rounded to it for that. With autocast on, q, k and v are cast as they are for
         ``scaled_dot_product_attention``.
 
+    A float64 temperature beside tokens of another dtype promotes, as in PyTorch: all is computed in float64, of copies
+    of the tokens, and the output is rounded to their dtype.
+
     Derivatives are of any order: the first by the kernels, higher ones through the reference. The reference also
     computes what only PyTorch's own operators have rules for, whichever backend is asked for: the transforms of
     ``torch.func``, forward-mode AD, and tensor subclasses with a ``__torch_dispatch__`` of their own. With ``map_fn``
@@ -91,6 +94,11 @@ def checked_xfa(
     backend: str,
 ) -> Tensor:
     """:func:`xfa` of arguments that are known to be right, with the temperature as (H,)."""
+    if _promotes(q, temperature):
+        wide = (x.double() for x in (q, k, v))
+        return checked_xfa(
+            *wide, temperature, map, norm, activation, eps, token_mask, dropout_p, map_fn, backend
+        ).to(q.dtype)  # fmt: skip
     fused = map_fn is None and dropout_p == 0
     first = preference.first_asked(q, norm) if fused else None
     name = _backend(backend, (q, k, v, temperature), (q.dtype, temperature.dtype), head_dims(q), first)
@@ -236,14 +244,20 @@ def explain(
     q, k, v, temperature = _prepare(q, k, v, temperature, map, norm, activation, eps, token_mask, dropout_p, map_fn)
     if ops.torch_only(q, k, v, temperature):
         return dispatch.explain_reference(backend, TORCH_ONLY)
-    first = preference.first_asked(q, norm) if map_fn is None and dropout_p == 0 else None
-    return dispatch.explain(backend, q.device.type, (q.dtype, temperature.dtype), head_dims(q), first)
+    promotes = _promotes(q, temperature)
+    first = preference.first_asked(q, norm) if map_fn is None and dropout_p == 0 and not promotes else None
+    dtypes = (torch.float64 if promotes else q.dtype, temperature.dtype)
+    return dispatch.explain(backend, q.device.type, dtypes, head_dims(q), first)
 
 
 TORCH_ONLY = (
     "a transform of torch.func, forward-mode AD or a tensor subclass with a __torch_dispatch__ of its own, for which "
     "PyTorch's operators alone have rules"
 )
+
+
+def _promotes(q: Tensor, temperature: Tensor) -> bool:
+    return temperature.dtype is torch.float64 and q.dtype is not torch.float64
 
 
 def _backend(
@@ -269,8 +283,15 @@ def _prepare(q: Any, k: Any, v: Any, temperature: Any, *choices: Any) -> tuple[T
     if temperature.dim() != 1:
         temperature = temperature.reshape(-1)
     if temperature.shape[0] != q.shape[1]:
-        temperature = temperature.expand(q.shape[1])
+        temperature = shared(temperature, (q.shape[1],))
     return q, k, v, temperature
+
+
+def shared(t: Tensor, shape: tuple[Any, ...]) -> Tensor:
+    """`t` expanded to `shape`; its gradient is summed in the accumulate dtype, and rounded once."""
+    if t.requires_grad:
+        t = t.to(reference.accumulate_dtype(t.dtype))
+    return t.expand(shape)
 
 
 def head_dims(*tensors: Tensor) -> tuple[int, ...]:
@@ -289,7 +310,7 @@ def _broadcast(name: str, t: Tensor, x: Tensor, heads: Any, last: tuple[Any, ...
     if x.dim() == 3 and t.dim() == len(last) + 1:
         t = t.unsqueeze(1)
     try:
-        return t if t.shape == full else t.expand(full)
+        return t if t.shape == full else shared(t, full)
     except RuntimeError:
         meaning = "(..., O, I)" if len(last) == 2 else "(..., O)"
         raise ValueError(

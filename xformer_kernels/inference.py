@@ -89,7 +89,7 @@ def linear(
     Args:
         x: (..., I), contiguous, of :data:`FEWEST_TOKENS` rows or more; I at most :data:`WIDEST`.
         weight: (O, I). bias: (O,) or None.
-        batch_norm: over the O features. layer_norm: of each row of x, with an eps above 0.
+        batch_norm: over the O features. layer_norm: of each row of x.
         hard_swish: whether act is ``z relu6(z + 3) / 6``. add: (..., O), contiguous.
 
     Returns:
@@ -106,7 +106,7 @@ def linear(
         or not _are((O, I), weight)
         or not _are((O,), bias)
         or not _normalises(O, batch_norm)
-        or not (layer_norm is None or (_are((I,), *layer_norm[:2]) and layer_norm.eps > 0))
+        or not (layer_norm is None or (_are((I,), *layer_norm[:2]) and layer_norm.eps >= 0))
         or not _are((*x.shape[:-1], O), add)
     ):
         return None

@@ -13,12 +13,8 @@ from torch import Tensor, nn
 from torch.nn.modules import module as _torch
 from torch.utils.module_tracker import ModuleTracker
 
-_GLOBAL_HOOKS: tuple[dict[int, Any], ...] = (
-    _torch._global_forward_hooks,
-    _torch._global_forward_pre_hooks,
-    _torch._global_backward_hooks,
-    _torch._global_backward_pre_hooks,
-)
+_forward, _forward_pre = _torch._global_forward_hooks, _torch._global_forward_pre_hooks
+_backward, _backward_pre = _torch._global_backward_hooks, _torch._global_backward_pre_hooks
 
 
 def has_global_hooks() -> bool:
@@ -27,10 +23,11 @@ def has_global_hooks() -> bool:
     Those of :class:`torch.utils.module_tracker.ModuleTracker` do not count: they only note names, so that
     ``FlopCounterMode`` counts what runs without it.
     """
+    if not (_forward or _forward_pre or _backward or _backward_pre):
+        return False
     return any(
         not isinstance(getattr(hook, "__self__", None), ModuleTracker)
-        for hooks in _GLOBAL_HOOKS
-        if hooks
+        for hooks in (_forward, _forward_pre, _backward, _backward_pre)
         for hook in hooks.values()
     )
 

@@ -9,7 +9,7 @@ import torch.fx
 from torch import Tensor, nn
 
 from xformer_kernels import dispatch, ops, parallel, reference, validate
-from xformer_kernels.functional import xfa
+from xformer_kernels.functional import shared, xfa
 from xformer_kernels.layer import xfa_block, xfa_layer
 from xformer_kernels.layer.functional import FORMS, Call, Projections, run
 from xformer_kernels.layer.ops import Operands
@@ -165,7 +165,7 @@ class XFABlock(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        validate.positive("ln_eps", ln_eps)
+        validate.not_negative("ln_eps", ln_eps)
         self.attn = XFA(
             dim, num_heads, qkv_bias, attn_drop, proj_drop,
             map=map, norm=norm, activation=activation, form=form, backend=backend, device=device, dtype=dtype,
@@ -187,7 +187,7 @@ def weights(layer: Any) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor |
     """
     temperature = layer.temperature
     if isinstance(temperature, Tensor) and temperature.numel() == 1 and layer.num_heads > 1:
-        temperature = temperature.reshape(1).expand(layer.num_heads)
+        temperature = shared(temperature.reshape(1), (layer.num_heads,))
     return layer.qkv.weight, layer.qkv.bias, temperature, layer.proj.weight, layer.proj.bias
 
 
@@ -209,7 +209,7 @@ def attend(layer: Any, x: Tensor, call: Call) -> Tensor:
     call = call._replace(dropout_p=p)
     if _may_skip_checks(layer, x, call):
         (x,) = ops.autocast(x)  # type: ignore[assignment]
-        return run(call, Operands(x, *weights(layer)), 0.0, False)
+        return run(call, Operands(x, *weights(layer)), None, False)
     return xfa_layer(
         x, *weights(layer), map=call.map, norm=call.norm, activation=call.activation, token_mask=call.token_mask,
         dropout_p=p, form=call.form, group=call.group, backend=call.backend,
@@ -295,7 +295,6 @@ def may_fuse(norm: Any, attn: Any, layer_scale: Any) -> bool:
         and dropout_p(attn.attn_drop) is not None
         and dropout_p(attn.proj_drop) == 0
         and norm.normalized_shape == (attn.qkv.in_features,)
-        and norm.eps > 0
         and (layer_scale is None or is_vector(layer_scale, attn.proj.out_features))
     )
 

@@ -82,11 +82,12 @@ def torch_only(*tensors: Tensor | None) -> bool:
     Under the transforms of torch.func (vmap, grad, jvp) and forward-mode AD, and for tensor subclasses with a
     ``__torch_dispatch__`` of their own: quantized weights, DTensor.
     """
-    if not torch.compiler.is_compiling() and (
+    for t in tensors:
+        if t is not None and type(t) not in _PLAIN and _dispatches(type(t)):
+            return True
+    return not torch.compiler.is_compiling() and (
         _functorch() is not None or torch.autograd.forward_ad._current_level >= 0
-    ):
-        return True
-    return any(t is not None and type(t) not in _PLAIN and _dispatches(type(t)) for t in tensors)
+    )
 
 
 def _dispatches(kind: type[Tensor]) -> bool:
@@ -176,8 +177,8 @@ class _Xfa(torch.autograd.Function):
         args = (dout.transpose(1, 2), *ctx.saved_tensors)
         dqkv, dtemperature = run("xfa_backward", _XfaBackward, args[:5], *args, *ctx.choices)
         # views that may be modified in place, which those of unbind may not
-        dq, dk, dv = (dqkv[i].transpose(1, 2) for i in range(3))
-        return (dq, dk, dv, dtemperature, *(None,) * 6)
+        dqkv = dqkv.transpose(2, 3)
+        return (dqkv.select(0, 0), dqkv.select(0, 1), dqkv.select(0, 2), dtemperature, *(None,) * 6)
 
 
 class _XfaBackward(torch.autograd.Function):

@@ -79,13 +79,13 @@ def xfa_block(
     ln_bias: Tensor | None = None,
     layer_scale: Tensor | None = None,
     *,
-    ln_eps: float = 1e-6,
+    ln_eps: float | None = 1e-6,
     residual: bool = True,
     **choices: Any,
 ) -> Tensor:
-    """See :func:`xformer_kernels.xfa_block`; without layer norm if ``ln_eps`` is 0, and the layer alone if not
+    """See :func:`xformer_kernels.xfa_block`; without layer norm if ``ln_eps`` is None, and the layer alone if not
     ``residual``."""
-    normalised = F.layer_norm(x, x.shape[-1:], ln_weight, ln_bias, ln_eps) if ln_eps else x
+    normalised = F.layer_norm(x, x.shape[-1:], ln_weight, ln_bias, ln_eps) if ln_eps is not None else x
     y = xfa_layer(normalised, qkv_weight, qkv_bias, temperature, proj_weight, proj_bias, **choices)
     y = y if layer_scale is None else y * layer_scale
     return x + y if residual else y

@@ -65,6 +65,13 @@ def positive(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be a finite number above 0, got {value}")
 
 
+def not_negative(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number of 0 or above, got {type(value).__name__}: {_short(value)}")
+    if not 0 <= value < float("inf"):
+        raise ValueError(f"{name} must be a finite number of 0 or above, got {value}")
+
+
 def probability(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number in [0, 1), got {type(value).__name__}: {_short(value)}")

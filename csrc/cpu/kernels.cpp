@@ -80,8 +80,8 @@ int gram(const xk_gram_args& p, const xk_layer_gram_args* layer = nullptr) {
 
 template <class T>
 int channel_mix(const xk_channel_mix_args& p, const xk_layer_mix_args* layer = nullptr) {
-  int in = int(p.dim_in), in2 = p.x2.data ? int(p.dim_in2) : 0, out = int(p.dim_out), ld = padded<T>(out);
-  if (!p.batch || !p.heads) return XK_OK;
+  int in = int(p.dim_in), in2 = int(p.dim_in2), out = int(p.dim_out), ld = padded<T>(out);
+  if (!p.batch || !p.heads || !p.tokens) return XK_OK;
   int widest = in > out ? in : out;
   if (in2 > widest) widest = in2;
   size_t size = (size_t)(in + in2 + 2) * ld, scratch = pass_scratch<T>(widest);
@@ -149,7 +149,7 @@ int run_gram(const xk_gram_args* p) {
   return p->a.dtype == XK_F64 ? gram<double>(*p) : gram<float>(*p);
 }
 int run_channel_mix(const xk_channel_mix_args* p) {
-  if (p->dim_in < 1 || p->dim_out < 1 || (p->x2.data && p->dim_in2 < 1)) return XK_BAD_ARGUMENT;
+  if (p->dim_in < 1 || p->dim_out < 1 || p->dim_in2 < 0) return XK_BAD_ARGUMENT;
   return p->x.dtype == XK_F64 ? channel_mix<double>(*p) : channel_mix<float>(*p);
 }
 int run_layer_gram(const xk_layer_gram_args* p) {
@@ -159,8 +159,8 @@ int run_layer_gram(const xk_layer_gram_args* p) {
 }
 int run_layer_mix(const xk_layer_mix_args* p) {
   const xk_channel_mix_args& m = p->mix;
-  if (m.dim_in < 1 || m.dim_out < 1 || (m.x2.data && m.dim_in2 < 1)) return XK_BAD_ARGUMENT;
-  if (p->differentiate && m.dim_out != (m.x2.data ? m.dim_in2 : m.dim_in)) return XK_BAD_ARGUMENT;
+  if (m.dim_in < 1 || m.dim_out < 1 || m.dim_in2 < 0) return XK_BAD_ARGUMENT;
+  if (p->differentiate && m.dim_out != (m.dim_in2 ? m.dim_in2 : m.dim_in)) return XK_BAD_ARGUMENT;
   return m.x.dtype == XK_F64 ? channel_mix<double>(m, p) : channel_mix<float>(m, p);
 }
 int run_xfa_forward(const xk_xfa_args* p) {

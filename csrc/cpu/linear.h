@@ -13,6 +13,7 @@ namespace XK_LEVEL {
 namespace {
 
 constexpr int64_t kLinearWork = 600'000;  // multiply-adds that are worth a thread: about 5 us
+constexpr int kChain = 512;              // products that are added one after another: more would lose digits to torch's
 constexpr int64_t kLinearBlock = 96;      // tokens at most: a block stays in the second-level cache
 
 class Linear {
@@ -26,7 +27,7 @@ class Linear {
         threads(int(most(least(p.threads, p.tokens * in * out / kLinearWork), 1))),
         // each thread has as many tokens as the others, and blocks of one size
         block(divide_up(divide_up(p.tokens, threads), divide_up(divide_up(p.tokens, threads), kLinearBlock))),
-        rows_size(p.layer_norm_eps > 0 ? (block + 1) * ld_in + block : 0),
+        rows_size(p.layer_norm ? (block + 1) * ld_in + block : 0),
         w((size_t)(in + 2) * ld),
         rows(threads * rows_size),
         scale(w.data + (size_t)in * ld),
@@ -89,7 +90,7 @@ class Linear {
     MixTile<float> t{};
     t.x = p.x + n * in;
     t.x_row = in;
-    if (p.layer_norm_eps > 0) {
+    if (p.layer_norm) {
       pack_rows<float, false>(t.x, in, tokens, in, normed, ld_in, normed);
       layer_norm_rows(normed, normed + (block + 1) * ld_in, tokens, in, ld_in, float(p.layer_norm_eps));
       affine_rows(normed, p.layer_norm_weight, p.layer_norm_bias, tokens, in, ld_in);
@@ -97,20 +98,26 @@ class Linear {
       t.x_row = ld_in;
     }
     t.x_k = 1;
-    t.K = in;
-    t.w = w;
     t.ldw = ld;
     t.bias = shift + first;
-    if (p.add) {
-      t.add = p.add + n * out + first;
-      t.ld_add = out;
-      t.add_dtype = XK_F32;
-    }
-    t.hard_swish = p.hard_swish;
     t.y = p.y + n * out + first;
     t.ldy = out;
     t.dtype = XK_F32;
-    mix_block(t, tokens, end - first, int(sizeof(float)));
+    for (int k = 0; k < in; k += kChain) {
+      t.K = int(least(kChain, in - k));
+      t.w = w + (ptrdiff_t)k * ld;
+      if (k + kChain >= in) {
+        t.hard_swish = p.hard_swish;
+        if (p.add) t.after = p.add + n * out + first;
+        t.ld_after = out;
+      }
+      mix_block(t, tokens, end - first, int(sizeof(float)));
+      t.x += kChain;
+      t.bias = nullptr;  // the next chain starts from what this one has stored
+      t.add = t.y;
+      t.ld_add = out;
+      t.add_dtype = XK_F32;
+    }
   }
 };
 

@@ -110,24 +110,33 @@ void saved_map(const Head<T>& head, T* w, T* inverse_q) {
 }
 
 // What the second pass of the backward adds to dq and dk along q and k: the derivative through 1 / |q_i| is
-// -along / |q_i|^2 where the norm is not clamped.
+// -along / |q_i|^2 where the norm is above eps (at eps too, F.normalize takes it for clamped).
 template <class T>
 T norm_term(const Head<T>& head, T along, T norm) {
-  return head.token_norm && !(norm < head.eps) ? -along / (norm * norm) : T(0);
+  return !head.token_norm || norm <= head.eps ? T(0) : -along / (norm * norm);
+}
+
+// The sum of the products of lanes, in double: products of either sign may cancel in the gradient of the temperature.
+template <class T>
+XK_INLINE double sum_products(V<T> a, V<T> b) {
+  double total = 0;
+#pragma GCC unroll 16
+  for (int i = 0; i < VL<T>; ++i) total += double(a[i]) * double(b[i]);
+  return total;
 }
 
 // query_key. d: dA^T in, dG^T out; a: A^T in, dG out. scale_q, scale_k: the norm terms, ld each (the padding is
 // zeroed).
 template <class T>
-T backward_query_key(const Head<T>& head, T* d, T* a, T* scale_q, T* scale_k) {
+double backward_query_key(const Head<T>& head, T* d, T* a, T* scale_q, T* scale_k) {
   int dim = head.dim, ld = head.ld;
-  T dt = 0;
+  double dt = 0;
   V<T> t = broadcast(head.temperature);
   alignas(kVectorBytes) T inverse[VL<T>];
   for (int j = 0; j < ld; ++j) scale_k[j] = 0;
   for (int c = 0; c < ld; c += VL<T>) {
     int lanes = head.lanes(c);
-    V<T> mean = {}, along_q = {}, dt_lanes = {};
+    V<T> mean = {}, along_q = {};
     if (head.softmax)
       for (int j = 0; j < dim; ++j) mean += load(a + (ptrdiff_t)j * ld + c) * load(d + (ptrdiff_t)j * ld + c);
     for (int i = 0; i < VL<T>; ++i)
@@ -141,7 +150,7 @@ T backward_query_key(const Head<T>& head, T* d, T* a, T* scale_q, T* scale_k) {
         store(inverse, ds);
         ds = load(inverse, lanes);
       }
-      dt_lanes += ds * x;
+      dt += sum_products<T>(ds, x);
       V<T> dx = t * ds, along = dx * x;
       along_q += along;
       scale_k[j] += sum_lanes<T>(along);
@@ -149,7 +158,6 @@ T backward_query_key(const Head<T>& head, T* d, T* a, T* scale_q, T* scale_k) {
       if (head.token_norm) dg *= 1 / head.clamped(head.norm_k()[j]);
       store(p, dg);
     }
-    dt += sum_lanes<T>(dt_lanes);
     store(scale_q + c, along_q);
   }
   for (int i = 0; i < dim; ++i) {
@@ -162,27 +170,27 @@ T backward_query_key(const Head<T>& head, T* d, T* a, T* scale_q, T* scale_k) {
 
 // key_value. d: dW in, dG out; w: W in, dG^T out; w_t: W^T out.
 template <class T>
-T backward_key_value(const Head<T>& head, T* d, T* w, T* w_t, T* scale_q, T* scale_k) {
+double backward_key_value(const Head<T>& head, T* d, T* w, T* w_t, T* scale_q, T* scale_k) {
   int dim = head.dim, ld = head.ld;
   transpose(w, w_t, dim, ld);
-  T dt = 0;
+  double dt = 0;
   for (int i = 0; i < ld; ++i) scale_q[i] = scale_k[i] = 0;
   for (int i = 0; i < dim; ++i) {
     T inverse_q = head.token_norm ? 1 / head.clamped(head.norm_q()[i]) : T(1);
     T inverse_k = head.token_norm ? 1 / head.clamped(head.norm_k()[i]) : T(1);
-    V<T> along_q = {}, along_k = {};
+    V<T> along_q = {};
+    double dt_row = 0;
     for (int c = 0; c < ld; c += VL<T>) {
       T* p = d + (ptrdiff_t)i * ld + c;
       V<T> dw = load(p), x = load(head.stats + (ptrdiff_t)i * dim + c, head.lanes(c));
       along_q += dw * load(w + (ptrdiff_t)i * ld + c);
       V<T> dm = dw * inverse_q;
-      along_k += dm * x;
+      dt_row += sum_products<T>(dm, x);
       store(p, dm * (head.temperature * inverse_k));
     }
-    T dt_row = sum_lanes<T>(along_k);
     dt += dt_row;
     scale_q[i] = norm_term(head, sum_lanes<T>(along_q), head.norm_q()[i]);
-    scale_k[i] = norm_term(head, head.temperature * dt_row, head.norm_k()[i]);
+    scale_k[i] = norm_term(head, T(head.temperature * dt_row), head.norm_k()[i]);
   }
   transpose(d, w, dim, ld);
   return dt;

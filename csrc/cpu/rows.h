@@ -105,11 +105,17 @@ inline void pair_rows(float* w, int dim, int ld) {
 }
 
 // (x - mean) / sqrt(mean of squares of that + eps) for each row of `dim` columns; one over the root is left in norms.
+// Means are of x less its first feature: rows of equal features become 0 exactly, and not rounding errors over eps.
 template <class T>
 void layer_norm_rows(T* rows, T* norms, int tokens, int dim, int ld, T eps) {
   for (int n = 0; n < tokens; ++n, rows += ld) {
-    V<T> sum = {}, squares = {};
-    for (int c = 0; c < ld; c += VL<T>) sum += load(rows + c);
+    V<T> sum = {}, squares = {}, first = broadcast(rows[0]);
+    for (int c = dim; c < ld; ++c) rows[c] = rows[0];
+    for (int c = 0; c < ld; c += VL<T>) {
+      V<T> x = load(rows + c) - first;
+      store(rows + c, x);
+      sum += x;
+    }
     V<T> mean = broadcast(sum_lanes<T>(sum) / T(dim));
     for (int c = 0; c < ld; c += VL<T>) store(rows + c, load(rows + c) - mean);
     for (int c = dim; c < ld; ++c) rows[c] = 0;
@@ -146,7 +152,7 @@ void unit_rows_backward(T* rows, const T* unit, const T* norms, int tokens, int 
   for (int n = 0; n < tokens; ++n, rows += ld, unit += ld) {
     V<T> dot = {};
     for (int c = 0; c < ld; c += VL<T>) dot += load(rows + c) * load(unit + c);
-    V<T> along = broadcast(norms[n] < eps ? T(0) : sum_lanes<T>(dot));
+    V<T> along = broadcast(norms[n] <= eps ? T(0) : sum_lanes<T>(dot));
     V<T> inverse = broadcast(1 / (norms[n] < eps ? eps : norms[n]));
     for (int c = 0; c < ld; c += VL<T>) store(rows + c, (load(rows + c) - along * load(unit + c)) * inverse);
   }

@@ -202,6 +202,8 @@ struct MixTile {
   ptrdiff_t ldy;
   int dtype, last_lanes;
   bool hard_swish;
+  const T* after;  // added to what is activated, if given
+  ptrdiff_t ld_after;
   Ahead ahead0, ahead1;
 };
 
@@ -249,6 +251,15 @@ void mix_tile(const MixTile<T>& t) {
     for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 8
       for (int c = 0; c < NR; ++c) acc[r][c] = hard_swish<T>(acc[r][c]);
+  }
+  if (t.after) {
+#pragma GCC unroll 8
+    for (int c = 0; c < NR; ++c) {
+      const T* after = t.after + c * VL<T>;
+      const bool whole = c < NR - 1 || t.last_lanes == VL<T>;
+#pragma GCC unroll 16
+      for (int r = 0; r < MR; ++r, after += t.ld_after) acc[r][c] += whole ? load(after) : load(after, t.last_lanes);
+    }
   }
   with_storage<T>(t.dtype,
                   [&](auto* storage) { store_tile<T, MR, NR>(acc, (decltype(storage))t.y, t.ldy, t.last_lanes); });
@@ -345,6 +356,7 @@ void mix_block(const MixTile<T>& whole, int tokens, int cols, int y_itemsize) {
       t.x = whole.x + row * t.x_row;
       if (t.x2) t.x2 = whole.x2 + row * t.x2_row;
       if (t.add) t.add = (const char*)whole.add + (row * t.ld_add + first_col) * itemsize(t.add_dtype);
+      if (t.after) t.after = whole.after + row * t.ld_after + first_col;
       t.y = (char*)whole.y + (row * t.ldy + first_col) * y_itemsize;
       t.ahead0.base = whole.ahead0.base + row * t.ahead0.row;
       t.ahead1.base = whole.ahead1.base + row * t.ahead1.row;

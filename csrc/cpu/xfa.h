@@ -183,7 +183,8 @@ struct Xfa {
     size_t operands_size = 2 * matrix + 2 * ld;
     size_t slots = alone ? p.threads * plan.group : p.batch * p.heads;
     Buffer<T> sums((alone ? slots : slots * plan.chunks) * matrix), operands(slots * operands_size);
-    Buffer<T> own(p.threads * (scratch + ld)), dt(p.batch * p.heads);
+    Buffer<T> own(p.threads * (scratch + ld));
+    Buffer<double> dt(p.batch * p.heads);
     if (!sums.data || !operands.data || !own.data || !dt.data) return XK_OUT_OF_MEMORY;
     auto slot = [&](int64_t b, int64_t h, int64_t h0, int thread) {
       return alone ? thread * plan.group + h - h0 : b * p.heads + h;
@@ -244,7 +245,7 @@ struct Xfa {
     }
     for (int64_t h = 0; h < p.heads; ++h) {
       double total = 0;
-      for (int64_t b = 0; b < p.batch; ++b) total += double(dt.data[b * p.heads + h]);
+      for (int64_t b = 0; b < p.batch; ++b) total += dt.data[b * p.heads + h];
       store_scalar(p.dtemperature.data, h * p.dtemperature.stride, p.dtemperature.dtype, total);
     }
     return XK_OK;

@@ -36,7 +36,7 @@ struct Stats {
 // What a norm adds to a gradient: -total / |x|^2, and nothing where eps holds the norm up.
 template <class S>
 __device__ S norm_term(const MapOptions& o, S total, S norm) {
-  return !o.token_norm || norm < (S)o.eps || norm == 0 ? S(0) : -total / norm / norm;
+  return !o.token_norm || norm <= (S)o.eps ? S(0) : -total / norm / norm;
 }
 
 // Clamped norms of the features of k and q; 1 where nothing divides.

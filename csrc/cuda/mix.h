@@ -204,7 +204,7 @@ __global__ void __launch_bounds__(kMixThreads, 3) mix_kernel(const __grid_consta
             sum += unit[0] * value[0];
           }
           sum = warp_sum(sum);
-          if (threadIdx.x % 32 == 0) s.along[row] = s.norms[out.project * kRows + row] < (S)p.eps ? S(0) : sum;
+          if (threadIdx.x % 32 == 0) s.along[row] = s.norms[out.project * kRows + row] <= (S)p.eps ? S(0) : sum;
         }
         __syncthreads();  // the sums of all rows are there
       }

@@ -60,7 +60,7 @@ void Backend<T>::channel_mix(const xk_channel_mix_args& a, const xk_cuda_launch&
     out.weight[out.terms++] = {w.data, w.stride_b, w.stride_h, w.stride_d, w.stride_n, wide(w), (int32_t)features};
   };
   add_term(a.x, a.weight, a.dim_in);
-  if (a.x2.data) add_term(a.x2, a.weight2, a.dim_in2);
+  if (a.dim_in2) add_term(a.x2, a.weight2, a.dim_in2);
   if (a.add.data) {
     p.x[p.operands] = operand(a.add, n, a.dim_out, sizeof(T));
     out.add = p.operands++;
@@ -69,7 +69,7 @@ void Backend<T>::channel_mix(const xk_channel_mix_args& a, const xk_cuda_launch&
   out.scale = vector(a.scale);
   out.bias = vector(a.bias);
   // weights of 32 bits are not cut to 16
-  bool exact = kShort<T> && (wide(a.weight) || (a.x2.data && wide(a.weight2)));
+  bool exact = kShort<T> && (wide(a.weight) || (a.dim_in2 && wide(a.weight2)));
   launch_mix(p, exact, l.tf32, device, l.stream);
 }
 

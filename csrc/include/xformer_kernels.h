@@ -51,7 +51,8 @@ typedef struct {
 
 // y[n,o] = sum_i w[o,i] x[n,i] + sum_i w2[o,i] x2[n,i] + bias[o] + scale[o] * add[n,o], for each (b, h).
 // Tensors other than x, x2, add and y use stride_n for the row o and stride_d for the column i.
-// bias and scale: stride_d runs over o. An absent scale with a present add means 1.
+// bias and scale: stride_d runs over o. An absent scale with a present add means 1. dim_in2 is 0 where there is no x2;
+// other tensors are absent where their data is null, which empty ones may have too.
 typedef struct {
   int64_t batch, heads, tokens, dim_in, dim_in2, dim_out;
   xk_tensor x, weight, bias, add, scale, x2, weight2, y;
@@ -106,10 +107,11 @@ typedef struct {
 
 // y = act(norm(layer_norm(x) weight^T + bias)) + add, of float32: x (tokens, dim_in), weight (dim_out, dim_in),
 // add and y (tokens, dim_out), all side by side.
-// layer_norm_eps: 0 for none; its weight and bias, bias and add may be null. Only the CPU has it.
+// layer_norm: whether there is one; its weight and bias, bias and add may be null. Only the CPU has it.
 typedef struct {
   int64_t tokens, dim_in, dim_out;
   const float *x, *layer_norm_weight, *layer_norm_bias;
+  int32_t layer_norm;
   double layer_norm_eps;
   const float *weight, *bias;
   xk_batch_norm norm;

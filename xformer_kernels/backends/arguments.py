@@ -23,6 +23,12 @@ _ACTIVATIONS = {"softmax": 0, "identity": 1}
 _NO_STRIDES = (0, 0, 0, 0)
 
 
+def _heads_first(t: Tensor) -> tuple[int, int, int, int]:
+    """Strides of a (B, N, H, D) tensor as one of (B, H, N, D)."""
+    B, N, H, D = t.stride()
+    return B, H, N, D
+
+
 def _mask(token_mask: Tensor | None) -> tuple[int, int, int]:
     return (0, 0, 0) if token_mask is None else (token_mask.data_ptr(), token_mask.stride(0), token_mask.stride(1))
 
@@ -68,7 +74,7 @@ def channel_mix(
     arguments = (
         (B, H, N, I), 0 if x2 is None else x2.shape[-1], O, _DTYPES[x.dtype], x.data_ptr(), x.stride(),
         *_optional(weight), *per_feature(bias), *_optional(add)[:2], *per_feature(add_scale),
-        *_optional(x2)[:2], *_optional(weight2), y.data_ptr(), y.transpose(1, 2).stride(),
+        *_optional(x2)[:2], *_optional(weight2), y.data_ptr(), _heads_first(y),
     )  # fmt: skip
     return arguments, y
 
@@ -101,7 +107,7 @@ def xfa_forward(
     B, H, N, D = q.shape
     out = empty((B, N, H, D), q.dtype)
     stats = empty((B, H, D * D + 2 * D), accumulate_dtype(q.dtype))
-    return (*_xfa(q, k, v, temperature, stats, *choices), out.data_ptr(), out.transpose(1, 2).stride()), (out, stats)
+    return (*_xfa(q, k, v, temperature, stats, *choices), out.data_ptr(), _heads_first(out)), (out, stats)
 
 
 def xfa_backward(

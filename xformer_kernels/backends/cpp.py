@@ -70,7 +70,12 @@ def xfa_backward(*args: Any) -> tuple[Tensor, Tensor]:
 
 
 def layer_gram(
-    a: Tensor, b: Tensor, symmetric: bool, token_mask: Tensor | None, center: Tensor | None, layer_norm_eps: float
+    a: Tensor,
+    b: Tensor,
+    symmetric: bool,
+    token_mask: Tensor | None,
+    center: Tensor | None,
+    layer_norm_eps: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """gram of a and of b layer-normalised and centred on the way; sums take the place of the sums of squares."""
     addresses, result = arguments.gram(_empty, a, b, symmetric, token_mask)
@@ -87,7 +92,7 @@ def layer_mix(
     x2: Tensor | None,
     weight2: Tensor | None,
     center: Tensor | None,
-    layer_norm_eps: float,
+    layer_norm_eps: float | None,
     differentiate: bool,
 ) -> Tensor:
     """channel_mix with x2, or else x, layer-normalised and centred on the way, or that differentiated."""
@@ -108,7 +113,7 @@ def linear(
     """See :func:`xformer_kernels.inference.linear`, which knows that everything is contiguous and of float32."""
     O, I = weight.shape  # noqa: E741
     y = _empty((*x.shape[:-1], O), x.dtype)
-    ln_weight, ln_bias, ln_eps = (None, None, 0.0) if layer_norm is None else layer_norm
+    ln_weight, ln_bias, ln_eps = (None, None, None) if layer_norm is None else layer_norm
     _C.linear(
         x.numel() // I, I, O, x.data_ptr(), _address(ln_weight), _address(ln_bias), ln_eps, weight.data_ptr(),
         _address(bias), _batch_norm(batch_norm), hard_swish, _address(add), y.data_ptr(), torch.get_num_threads(),
@@ -147,5 +152,5 @@ def _batch_norm(norm: tuple[Any, ...] | None) -> tuple[int, int, int, int, float
     return mean.data_ptr(), variance.data_ptr(), _address(weight), _address(bias), eps
 
 
-def _prologue(center: Tensor | None, layer_norm_eps: float) -> tuple[int, float]:
+def _prologue(center: Tensor | None, layer_norm_eps: float | None) -> tuple[int, float | None]:
     return (0 if center is None else center.data_ptr()), layer_norm_eps

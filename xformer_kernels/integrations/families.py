@@ -184,6 +184,7 @@ def _try(make: Callable[[], nn.Module], name: str, inputs: tuple[Any, ...] | Non
 
 def _for_trial(module: nn.Module, numbers: torch.Generator) -> nn.Module:
     """A copy on the CPU with random weights in float64 that shares none with `module`, and calls no hooks."""
+
     def drawn(p: Tensor) -> nn.Parameter:
         return nn.Parameter(torch.randn(p.shape, generator=numbers, dtype=torch.float64) / 2)
 

@@ -9,6 +9,9 @@ wants to know of q and k follows from ``S = sum_n u u^T``, ``s = sum_n u`` and t
 
 where E is A and z is v for ``map="query_key"``, and E is A^T with q's norms and z is q for ``"key_value"``. With c far
 from 0 and the spread of the tokens small, S alone would lose its digits: that is why c is taken off.
+
+Products of C x C matrices are in the accumulate dtype. What is D x D is in float64: Gram matrices and norms are
+differences of larger numbers where the projections cancel what x has most of, and so are the gradients of the maps.
 """
 
 from __future__ import annotations
@@ -65,8 +68,8 @@ class Statistics(NamedTuple):
     """What backward wants to know again."""
 
     M: Tensor  # (B, O, C)
-    cos: Tensor  # (B, H, D, D)
-    norms: Tensor  # (B, 2, H, D) of q and k
+    cos: Tensor  # (B, H, D, D), float64
+    norms: Tensor  # (B, 2, H, D) of q and k, float64
 
 
 class Gradients(NamedTuple):
@@ -110,17 +113,19 @@ def forward(sums: Sums, w: Weights, keep: Tensor | None, rule: Rule) -> tuple[Te
     c = _shifted(w, sums.c)
     s = _apply(rows, sums.s)
     P = (rows.flatten(0, 2) @ sums.S).unflatten(1, rows.shape[:3])  # (B, r, H, D, C)
-    n = sums.n.view(-1, 1, 1)
-    G = rows[left] @ P[:, right].transpose(-2, -1)
-    G = G + s[:, left].unsqueeze(-1) * c[:, right].unsqueeze(-2)
-    G = G + c[:, left].unsqueeze(-1) * (s[:, right] + n * c[:, right]).unsqueeze(-2)
-    squares = (rows[:VALUE] * P[:, :VALUE]).sum(-1) + c[:, :VALUE] * (2 * s[:, :VALUE] + n.unsqueeze(-1) * c[:, :VALUE])
+    c64, s64, n64 = c.double(), s.double(), sums.n.double().view(-1, 1, 1)
+    rows64, P64 = rows.double(), P.double()
+    G = rows64[left] @ P64[:, right].transpose(-2, -1)
+    G = G + s64[:, left].unsqueeze(-1) * c64[:, right].unsqueeze(-2)
+    G = G + c64[:, left].unsqueeze(-1) * (s64[:, right] + n64 * c64[:, right]).unsqueeze(-2)
+    squares = (rows64[:VALUE] * P64[:, :VALUE]).sum(-1)
+    squares = squares + c64[:, :VALUE] * (2 * s64[:, :VALUE] + n64.unsqueeze(-1) * c64[:, :VALUE])
     norms = squares.clamp_min(0).sqrt()
     inverse = _inverse(norms, rule.eps)
     cos = G * inverse[:, left].unsqueeze(-1)
     if right == KEY:
         cos = cos * inverse[:, KEY].unsqueeze(-2)
-    E = _mixing(_map(cos, w, keep, rule)[1], inverse, rule)
+    E = _mixing(_map(cos, w, keep, rule)[1], inverse, rule).to(c.dtype)
     M = w.proj @ (E @ w.qkv[rule.mixed]).flatten(1, 2)
     m = (E @ c[:, rule.mixed].unsqueeze(-1)).flatten(1) @ w.proj.T + w.proj_bias
     return m, Statistics(M, cos, norms)
@@ -137,13 +142,13 @@ def backward(
     _, cos, norms = statistics
     c, inverse = _shifted(w, sums.c), _inverse(norms, rule.eps)
     A, kept = _map(cos, w, keep, rule)
-    E, z = _mixing(kept, inverse, rule), w.qkv[mixed]
+    E, z = _mixing(kept, inverse, rule).to(c.dtype), w.qkv[mixed]
     heads = z.shape[:2]
 
     T, e = (E @ z).flatten(1, 2), (E @ c[:, mixed].unsqueeze(-1)).flatten(1)
     dproj = (dM @ T.transpose(-2, -1)).sum(0) + dm.T @ e
     dT, de = (w.proj.T @ dM).unflatten(1, heads), (dm @ w.proj).unflatten(1, heads)
-    dE = dT @ z.transpose(-2, -1) + de.unsqueeze(-1) * c[:, mixed].unsqueeze(-2)
+    dE = dT.double() @ z.double().transpose(-2, -1) + de.double().unsqueeze(-1) * c[:, mixed].double().unsqueeze(-2)
     dz = (E.transpose(-2, -1) @ dT).sum(0)
     dshifted = torch.zeros_like(c)
     dshifted[:, mixed] = (E.transpose(-2, -1) @ de.unsqueeze(-1)).squeeze(-1)
@@ -168,7 +173,7 @@ def backward(
     if right == KEY:
         dsquares[KEY] = dsquares[KEY] - dnorms.sum(-2) * inverse[:, KEY].square() / 2
         dG = dG * inverse[:, KEY].unsqueeze(-2)
-    clamped = norms <= rule.eps
+    clamped, dG = norms <= rule.eps, dG.to(c.dtype)
 
     # Of G = [W_q c_q] [S s; s^T n] [W_k c_k]^T and of the norms: X, x are the gradients' products with the right side
     rows = w.qkv[: rule.rows]
@@ -176,7 +181,7 @@ def backward(
     for i in range(rule.rows):
         terms, shifts = [], []
         if i < VALUE:
-            scale = 2 * torch.where(clamped[:, i], 0, dsquares[i])
+            scale = 2 * torch.where(clamped[:, i], 0, dsquares[i]).to(c.dtype)
             terms.append(scale.unsqueeze(-1) * rows[i])
             shifts.append(scale * c[:, i])
         for one, other, d in ((left, right, dG), (right, left, dG.transpose(-2, -1))):

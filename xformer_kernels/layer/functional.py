@@ -98,7 +98,7 @@ def xfa_layer(
     with parallel.together(group, x) as ranks:
         call.check(o)
         call.tell(ranks, o)
-    return run(call.agreed(ranks, o), o, 0.0, False)
+    return run(call.agreed(ranks, o), o, None, False)
 
 
 @parallel.outside_graphs
@@ -132,7 +132,7 @@ def xfa_block(
 
     Args:
         ln_weight, ln_bias: (C,) or None, of the layer norm over the features of a token.
-        ln_eps: added to their variance, above 0.
+        ln_eps: added to their variance, 0 or above.
         layer_scale: (O,) or None.
         residual: whether x is added; then O is C.
         The others: as in :func:`xfa_layer`. With autocast on, x stays in its dtype.
@@ -148,7 +148,7 @@ def xfa_block(
     o = _as_autocast(o)
     with parallel.together(group, x) as ranks:
         call.check(o)
-        validate.positive("ln_eps", ln_eps)
+        validate.not_negative("ln_eps", ln_eps)
         if residual and proj_weight.shape[0] != x.shape[-1]:
             raise ValueError(
                 f"proj_weight must have shape (C, I) with C = {x.shape[-1]} where x is added, "
@@ -298,8 +298,8 @@ class Call(NamedTuple):
         return cost.cheaper(shape, device) if torch.compiler.is_compiling() else cost.cached(shape, device)
 
 
-def run(call: Call, o: Operands, ln_eps: float, residual: bool) -> Tensor:
-    """:func:`xfa_layer`, or with an ``ln_eps`` above 0 :func:`xfa_block`, of arguments that are known to be right."""
+def run(call: Call, o: Operands, ln_eps: float | None, residual: bool) -> Tensor:
+    """:func:`xfa_layer`, or with an ``ln_eps`` :func:`xfa_block`, of arguments that are known to be right."""
     o = o._replace(temperature=o.temperature.reshape(-1), token_mask=call.token_mask)
     if call.choose(o) == "direct":
         return _direct(call, o, ln_eps, residual)
@@ -316,12 +316,12 @@ def run(call: Call, o: Operands, ln_eps: float, residual: bool) -> Tensor:
     return layer(*o, call.map, call.activation, eps, ln_eps, residual, parallel.name(call.group), backend)
 
 
-def _direct(call: Call, o: Operands, ln_eps: float, residual: bool) -> Tensor:
+def _direct(call: Call, o: Operands, ln_eps: float | None, residual: bool) -> Tensor:
     x, u = o.x, o.x
     linear = _linear if call.projections is None else call.projections.linear
     if o.token_mask is not None:  # the gradients of weights would meet what masked tokens hold
         u = torch.where(o.token_mask.unsqueeze(-1), x, 0)
-    norm = LayerNorm(_as(o.ln_weight, x), _as(o.ln_bias, x), ln_eps) if ln_eps else None
+    norm = LayerNorm(_as(o.ln_weight, x), _as(o.ln_bias, x), ln_eps) if ln_eps is not None else None
     # split along dim 2: autograd then joins dq, dk and dv into the projection's gradient with one copy
     qkv = linear(u, _as(o.qkv_weight, u), _as(o.qkv_bias, u), layer_norm=norm)
     heads = qkv.unflatten(-1, (3, o.temperature.shape[0], -1))

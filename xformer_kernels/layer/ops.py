@@ -20,7 +20,7 @@ _TENSORS = (
     "Tensor x, Tensor qkv_weight, Tensor? qkv_bias, Tensor temperature, Tensor proj_weight, Tensor? proj_bias,"
     " Tensor? ln_weight, Tensor? ln_bias, Tensor? layer_scale, Tensor? keep, Tensor? token_mask"
 )
-_CHOICES = "str map, str activation, float eps, float ln_eps, bool residual, str group, str backend"
+_CHOICES = "str map, str activation, float eps, float? ln_eps, bool residual, str group, str backend"
 ops.library.define(
     f"layer_forward({_TENSORS}, {_CHOICES}) -> (Tensor y, Tensor S, Tensor M, Tensor cos, Tensor vectors)"
 )
@@ -48,12 +48,12 @@ class Operands(NamedTuple):
 
 
 class Choices(NamedTuple):
-    """``ln_eps`` 0: without layer norm; ``residual``: x is added; ``group``: name of a process group, or nothing."""
+    """``ln_eps`` None: without layer norm; ``residual``: x is added; ``group``: name of a process group, or nothing."""
 
     map: str
     activation: str
     eps: float
-    ln_eps: float
+    ln_eps: float | None
     residual: bool
     group: str
     backend: str
@@ -136,8 +136,8 @@ def _forward(*args: Any) -> tuple[Tensor, ...]:
         if mask is not None:
             masked = w.proj_bias.to(x.dtype) + x if choices.residual else w.proj_bias.to(x.dtype)
             y = torch.where(mask.unsqueeze(-1), y, masked)
-        vectors = torch.cat((s, n, c, statistics.norms.flatten(1)), 1)
-    return y, S, statistics.M, statistics.cos, vectors
+        vectors = torch.cat((s, n, c, statistics.norms.to(s.dtype).flatten(1)), 1)
+    return y, S, statistics.M, statistics.cos.to(s.dtype), vectors
 
 
 def _backward(*args: Any) -> tuple[Tensor, ...]:
@@ -149,7 +149,10 @@ def _backward(*args: Any) -> tuple[Tensor, ...]:
         C, heads = x.shape[-1], w.qkv.shape[1:3]
         s, n, c, norms = vectors.split((C, 1, C, 2 * heads[0] * heads[1]), 1)
         c = c.contiguous()
-        sums, statistics = algebra.Sums(S, s, n, c), algebra.Statistics(M, cos, norms.unflatten(1, (2, *heads)))
+        sums, statistics = (
+            algebra.Sums(S, s, n, c),
+            algebra.Statistics(M, cos.double(), norms.unflatten(1, (2, *heads)).double()),
+        )
         dM, dm, _ = passes.gram(dy, x, mask, c, choices.ln_eps, backend)
         dM, dm = parallel.total(choices.group, dM, dm)
         R, r, g = algebra.backward(dM, dm, sums, w, o.keep, choices.rule, statistics)

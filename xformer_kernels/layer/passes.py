@@ -2,7 +2,7 @@
 
     gram  G = sum_n a u^T, sum_n a, sum_n u          mix  y = weight x + weight2 u + bias + add
 
-u is made of its tokens while they are read: layer-normalised if ``layer_norm_eps`` is above 0, less ``center`` (B, C)
+u is made of its tokens while they are read: layer-normalised unless ``layer_norm_eps`` is None, less ``center`` (B, C)
 if there is one (contiguous). A backend has them as ``layer_gram`` and ``layer_mix``, with tokens of (B, 1, N, C).
 """
 
@@ -18,10 +18,10 @@ from xformer_kernels import backends, dispatch, reference
 from xformer_kernels.reference import accumulate_dtype
 
 
-def tokens(x: Tensor, center: Tensor | None, layer_norm_eps: float) -> Tensor:
+def tokens(x: Tensor, center: Tensor | None, layer_norm_eps: float | None) -> Tensor:
     """u, in the dtype of x."""
     wide = x.to(accumulate_dtype(x.dtype))
-    if layer_norm_eps:
+    if layer_norm_eps is not None:
         wide = F.layer_norm(wide, x.shape[-1:], eps=layer_norm_eps)
     if center is not None:
         wide = wide - center.unsqueeze(1)
@@ -38,7 +38,7 @@ def sampled(N: int, device: torch.device | None = None) -> Tensor:
     return i * N // FEW + i * 39 % FEW * (N // FEW) // FEW
 
 
-def sample(x: Tensor, token_mask: Tensor | None, layer_norm_eps: float) -> tuple[Tensor, Tensor]:
+def sample(x: Tensor, token_mask: Tensor | None, layer_norm_eps: float | None) -> tuple[Tensor, Tensor]:
     """Sums over a few tokens, (B, C), and how many, (B, 1)."""
     if x.shape[1] > FEW:
         at = sampled(x.shape[1], x.device)
@@ -54,7 +54,7 @@ def gram(
     x: Tensor,
     token_mask: Tensor | None,
     center: Tensor | None,
-    layer_norm_eps: float,
+    layer_norm_eps: float | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """G (B, Ca, C), sum_a (B, Ca), sum_u (B, C) in the accumulate dtype; without `a`, u takes its place."""
@@ -64,7 +64,7 @@ def gram(
         a4 = x4 if a is None else a.unsqueeze(1)
         result = fused(a4, x4, a is None, token_mask, center, layer_norm_eps)
     else:
-        u = x if center is None and not layer_norm_eps else tokens(x, center, layer_norm_eps)
+        u = x if center is None and layer_norm_eps is None else tokens(x, center, layer_norm_eps)
         left = u if a is None else a
         G = _kernel(backend, "gram")(left.unsqueeze(1), u.unsqueeze(1), a is None, token_mask)[0]
         result = G, *(_sum(t, token_mask).unsqueeze(1) for t in (left, u))
@@ -79,7 +79,7 @@ def mix(
     x2: Tensor | None,
     weight2: Tensor | None,
     center: Tensor | None,
-    layer_norm_eps: float,
+    layer_norm_eps: float | None,
     differentiate: bool,
     backend: str,
 ) -> Tensor:
@@ -91,15 +91,15 @@ def mix(
     inputs = [None if t is None else t.unsqueeze(1) for t in (x, weight, bias, add, x2, weight2)]
     if fused is not None:
         return _tokens_of(fused(*inputs, center, layer_norm_eps, differentiate))
-    if center is not None or layer_norm_eps:
+    if center is not None or layer_norm_eps is not None:
         last = 0 if x2 is None else 4
         inputs[last] = tokens(x if x2 is None else x2, center, layer_norm_eps).unsqueeze(1)
     X, W, b, added, X2, W2 = inputs
-    through = differentiate and layer_norm_eps > 0
-    y = _tokens_of(_kernel(backend, "channel_mix")(X, W, b, None if through else added, None, X2, W2))
-    if not through:
+    through = layer_norm_eps if differentiate else None
+    y = _tokens_of(_kernel(backend, "channel_mix")(X, W, b, added if through is None else None, None, X2, W2))
+    if through is None:
         return y
-    y = _layer_norm_backward(y, x if x2 is None else x2, layer_norm_eps)
+    y = _layer_norm_backward(y, x if x2 is None else x2, through)
     return y if add is None else y + add
 
 

@@ -24,7 +24,7 @@ from xformer_kernels.backends.triton.kernels.tiles import (
 def along(total, ssq, EPS: tl.constexpr):
     """What token norms add to a gradient: -total / |x|^2 for each feature, and nothing where eps holds the norm up."""
     norm = clamped(ssq, EPS)
-    return tl.where((tl.sqrt(ssq) < tl.full([], EPS, ssq.dtype)) | (ssq == 0), 0.0, -total / norm / norm)
+    return tl.where(tl.sqrt(ssq) <= tl.full([], EPS, ssq.dtype), 0.0, -total / norm / norm)
 
 
 @kernel
@@ -204,7 +204,7 @@ def store_gradient(
             else:
                 part = own
             total += tl.sum(y * part.to(ACC), axis=1)
-        held_up = (own_norm < tl.full([], EPS, ACC)) | (own_norm == 0)
+        held_up = own_norm <= tl.full([], EPS, ACC)
         total = tl.where(held_up, 0.0, total * own_scale * own_scale)
     for first in range(0, D, BLOCK_O):
         y = mix(
