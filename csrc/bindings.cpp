@@ -35,10 +35,12 @@ xk_prologue prologue(uintptr_t center, std::optional<double> layer_norm_eps) {
   return {layer_norm_eps.has_value(), layer_norm_eps.value_or(0), reinterpret_cast<void*>(center)};
 }
 
-// A function of what `gram_args` takes and of the prologue: center's address, layer norm's eps (None: no layer norm), sums.
+// A function of what `gram_args` takes and of the prologue: center's address, layer norm's eps (None: no layer norm),
+// sums.
 template <class... P>
 auto layer_gram(xk_gram_args (*build)(P...)) {
-  return [=](P... p, uintptr_t center, std::optional<double> layer_norm_eps, uintptr_t sum_a, uintptr_t sum_b, int threads) {
+  return [=](P... p, uintptr_t center, std::optional<double> layer_norm_eps, uintptr_t sum_a, uintptr_t sum_b,
+             int threads) {
     xk_layer_gram_args args = {build(p...), prologue(center, layer_norm_eps), reinterpret_cast<void*>(sum_a),
                                reinterpret_cast<void*>(sum_b)};
     args.gram.threads = threads;
@@ -65,11 +67,11 @@ xk_batch_norm batch_norm(const Norm& n) {
 }
 
 void linear(int64_t tokens, int64_t dim_in, int64_t dim_out, uintptr_t x, uintptr_t layer_norm_weight,
-            uintptr_t layer_norm_bias, std::optional<double> layer_norm_eps, uintptr_t weight, uintptr_t bias, const Norm& norm,
-            bool hard_swish, uintptr_t add, uintptr_t y, int threads) {
+            uintptr_t layer_norm_bias, std::optional<double> layer_norm_eps, uintptr_t weight, uintptr_t bias,
+            const Norm& norm, bool hard_swish, uintptr_t add, uintptr_t y, int threads) {
   call(xk_linear, xk_linear_args{tokens, dim_in, dim_out, floats(x), floats(layer_norm_weight), floats(layer_norm_bias),
-                                 layer_norm_eps.has_value(), layer_norm_eps.value_or(0), floats(weight), floats(bias), batch_norm(norm), hard_swish,
-                                 floats(add), reinterpret_cast<float*>(y), threads});
+                                 layer_norm_eps.has_value(), layer_norm_eps.value_or(0), floats(weight), floats(bias),
+                                 batch_norm(norm), hard_swish, floats(add), reinterpret_cast<float*>(y), threads});
 }
 
 void depthwise(int64_t batch, int64_t height, int64_t width, int64_t channels, int kernel, int stride, uintptr_t x,

@@ -95,10 +95,11 @@ def checked_xfa(
 ) -> Tensor:
     """:func:`xfa` of arguments that are known to be right, with the temperature as (H,)."""
     if _promotes(q, temperature):
-        wide = (x.double() for x in (q, k, v))
-        return checked_xfa(
-            *wide, temperature, map, norm, activation, eps, token_mask, dropout_p, map_fn, backend
-        ).to(q.dtype)  # fmt: skip
+        wide = checked_xfa(
+            q.double(), k.double(), v.double(), temperature, map, norm, activation, eps, token_mask, dropout_p, map_fn,
+            backend,
+        )  # fmt: skip
+        return wide.to(q.dtype)
     fused = map_fn is None and dropout_p == 0
     first = preference.first_asked(q, norm) if fused else None
     name = _backend(backend, (q, k, v, temperature), (q.dtype, temperature.dtype), head_dims(q), first)

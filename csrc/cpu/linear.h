@@ -13,8 +13,8 @@ namespace XK_LEVEL {
 namespace {
 
 constexpr int64_t kLinearWork = 600'000;  // multiply-adds that are worth a thread: about 5 us
-constexpr int kChain = 512;              // products that are added one after another: more would lose digits to torch's
-constexpr int64_t kLinearBlock = 96;      // tokens at most: a block stays in the second-level cache
+constexpr int kChain = 512;           // products that are added one after another: more would lose digits to torch's
+constexpr int64_t kLinearBlock = 96;  // tokens at most: a block stays in the second-level cache
 
 class Linear {
  public:
