@@ -1,5 +1,5 @@
 # make demo   set up everything and run the main job      make test   set up and test
-# make lint | bench | sanitize | sanitize-emulated | gpu-sanitize | clean
+# make lint | bench | fuzz | sanitize | sanitize-emulated | gpu-sanitize | clean
 # The active virtual or conda environment is used if there is one, else .venv is made here.
 PYTHON ?= python3
 ENV := $(or $(VIRTUAL_ENV),$(CONDA_PREFIX),$(CURDIR)/.venv)
@@ -13,7 +13,7 @@ JOBS ?= 2
 GPU := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2> /dev/null | head -n 1 | tr -d .)
 export XFORMER_KERNELS_CUDA_ARCHS ?= $(or $(GPU),90)
 
-.PHONY: demo test lint bench sanitize sanitize-emulated gpu-sanitize setup clean
+.PHONY: demo test lint bench fuzz sanitize sanitize-emulated gpu-sanitize setup clean
 
 demo: setup
 	$(BIN)/python -m bench.demo
@@ -34,6 +34,12 @@ bench: setup
 	$(BIN)/python -m bench.backbones forward --out bench/results --allocator raised
 	$(BIN)/python -m bench.backbones forward --out bench/results --models xformer_s --compile
 	$(BIN)/python -m bench.backbones training --out bench/results
+
+# Random calls of every public function, judged by the rule of the tests; each failure prints its seed.
+CALLS ?= 10000
+SEED ?= 0
+fuzz: setup
+	$(BIN)/python tests/fuzz --calls $(CALLS) --seed $(SEED)
 
 lint: setup
 	$(BIN)/ruff check .

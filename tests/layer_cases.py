@@ -99,7 +99,12 @@ class Layer:
             u = torch.where(self.token_mask[..., None], u, 0)
         dq, dk = (of_tokens[name].transpose(1, 2).flatten(2) for name in ("dq", "dk"))
         dqk = torch.cat((dq, dk), 2).flatten(0, 1)
+        dx = (dqk @ weight[: dqk.shape[1]]).view_as(x)
+        if self.ln_eps is not None:
+            spread = (x - x.mean(-1, keepdim=True)).square().mean(-1, keepdim=True)
+            dx = (dx if ln_weight is None else dx * ln_weight) / (spread + self.ln_eps).sqrt()
         return {
+            "dx": dx,
             "dqkv_weight": dqk.T @ u.flatten(0, 1),
             "dqkv_bias": dqk.sum(0),
             "dtemperature": of_tokens["dtemperature"],

@@ -313,3 +313,19 @@ def test_without_kernels(monkeypatch):
             torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
     monkeypatch.setenv("XFORMER_KERNELS_BACKEND", "reference")
     assert kernels_called(monkeypatch, model, x) == []
+
+
+def test_what_hooks_keep_is_not_overwritten():
+    """Without gradients too: an activation in place would change the output that a hook of the layer before it has kept."""
+    model = xformer.xformer_xxs(num_classes=10).eval()
+    x, kept = torch.randn(1, 3, 64, 64), {}
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.BatchNorm2d, nn.Conv2d, nn.Linear)):
+            module.register_forward_hook(lambda _, args, y, name=name: kept.__setitem__(name, y))
+    with torch.enable_grad():
+        model(x)
+    right = {name: y.detach().clone() for name, y in kept.items()}
+    with torch.no_grad():
+        model(x)
+    for name, y in kept.items():
+        torch.testing.assert_close(y, right[name], rtol=1e-3, atol=1e-3, msg=name)

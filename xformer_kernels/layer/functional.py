@@ -79,7 +79,8 @@ def xfa_layer(
     Weights are in the dtype of x or in its accumulate dtype (float32; float64 for float64). With autocast on, x, and
     weights of other dtypes, are cast as they are for ``torch.nn.functional.linear``.
 
-    Under the transforms of ``torch.func``, forward-mode AD and for tensor subclasses with a ``__torch_dispatch__`` of
+    A float64 temperature beside tokens of another dtype, whose map is computed in float64, takes the direct form. Under
+    the transforms of ``torch.func``, forward-mode AD and for tensor subclasses with a ``__torch_dispatch__`` of
     their own (quantized weights), whose rules PyTorch's operators alone know, these compute the direct form.
 
     Returns:
@@ -286,6 +287,8 @@ class Call(NamedTuple):
         """The form; `tokens`: as if x had so many."""
         if ops.torch_only(*o[:OPERANDS]):
             return "direct"
+        if o.temperature.dtype is torch.float64 and o.x.dtype is not torch.float64:
+            return "direct"  # whose xfa promotes
         if self.form != "auto":
             return self.form
         if self.no_gram_form() or torch.compiler.is_exporting():

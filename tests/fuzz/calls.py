@@ -1,0 +1,454 @@
+"""What is called, and how it is judged: by the rule of :mod:`xformer_kernels.testing`, output and gradients alike.
+
+The rule compares two errors that both depend on chance. A call that misses it is repeated with other numbers of the
+same sizes and strides, and has failed if it misses it again more often than not.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from cases import LOW_PRECISION, Problem
+from layer_cases import NAMES, Layer
+from torch import Tensor, nn
+
+import xformer_kernels as xk
+from fuzz.draws import Draw
+from xformer_kernels import inference, reference
+from xformer_kernels.integrations import replace_attention
+from xformer_kernels.testing import assert_close
+
+Tensors = dict[str, Any]
+
+
+def gradients(
+    function: Callable[[Tensors], Tensor | tuple[Tensor, ...]], tensors: Tensors, wanted: list[str], dy: Any
+) -> Tensors:
+    """Outputs and wanted gradients, by name."""
+    leaves = {
+        name: None if t is None else t.detach().requires_grad_(name in wanted) for name, t in tensors.items()
+    }  # fmt: skip
+    outputs = function(leaves)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    pairs = [(y, g.to(y.dtype)) for y, g in zip(outputs, dy, strict=True) if y.requires_grad]
+    grads = torch.autograd.grad(
+        [y for y, _ in pairs], [leaves[name] for name in wanted], [g for _, g in pairs], allow_unused=True
+    )
+    named = {f"d{name}": g for name, g in zip(wanted, grads, strict=True) if g is not None}
+    return {**{f"y{i}": y.detach() for i, y in enumerate(outputs)}, **named}
+
+
+def widened(tensors: Tensors) -> Tensors:
+    return {
+        name: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for name, t in tensors.items()
+    }  # fmt: skip
+
+
+def judge(
+    d: Draw,
+    ours: Any,
+    eager: Any,
+    tensors: Tensors,
+    outputs: list[tuple[tuple[int, ...], torch.dtype]],
+    terms: Callable[[list[Tensor]], Tensors],
+    unjudged: tuple[str, ...] = (),
+) -> None:
+    """`outputs`: shapes and dtypes of the results of `ours`, `eager` being the same in PyTorch."""
+    short = any(dtype in LOW_PRECISION for _, dtype in outputs)
+    wanted = d.wanted(tensors)
+    dy = [d.gradient(shape, dtype) for shape, dtype in outputs]
+    got = gradients(ours, tensors, wanted, dy)
+    theirs = gradients(eager, tensors, wanted, dy)
+    oracle = gradients(eager, widened(tensors), wanted, [g.double() for g in dy])
+    assert got.keys() == oracle.keys(), f"{sorted(got)} instead of {sorted(oracle)}"
+    larger = terms(dy)
+    for name, exact in oracle.items():
+        if name in unjudged:
+            continue
+        if short and not theirs[name].isfinite().all():  # 16 bits overflow in PyTorch too
+            continue
+        assert got[name].dtype == theirs[name].dtype, f"{name} is {got[name].dtype}, eager's {theirs[name].dtype}"
+        assert_close(got[name], theirs[name], exact, name, larger.get(name))
+
+
+# ------------------------------------------------------------------------------------------------------------ operators
+
+
+def xfa(d: Draw) -> None:
+    B, N, H, D = d.batch(), d.tokens(), d.pick("H", 1, 2, 3, 8), d.size("D", (8, 24, 32, 33, 48, 64), 130)
+    dtype, config = d.dtype(), d.config()
+    tensors = {name: d.tensor(name, (B, H, N, D), dtype) for name in "qkv"}
+    tensors["temperature"] = d.temperature(H, dtype, [(H,), (H, 1, 1), (1,), (1, 1, 1), ()])
+    mask = d.mask(B, N)
+
+    def call(function: Any) -> Any:
+        return lambda t: function(*t.values(), token_mask=mask, **config.kwargs())
+
+    def terms(dy: list[Tensor]) -> Tensors:
+        temperature = tensors["temperature"].reshape(-1).expand(H)
+        larger = Problem(*(tensors[name] for name in "qkv"), temperature, dy[0], config, mask).terms()
+        whole = larger["dtemperature"] if tensors["temperature"].numel() == H else larger["dtemperature"].norm()
+        return {**larger, "dtemperature": whole}
+
+    judge(d, call(xk.xfa), call(reference.xfa), tensors, [((B, H, N, D), dtype)], terms)
+
+
+def gram(d: Draw) -> None:
+    B, N, dtype = d.batch(), d.tokens(), d.dtype()
+    lead = (B,) if d.pick("single", True, False) else (B, d.pick("H", 1, 2, 3))
+    a = d.tensor("a", (*lead, N, d.size("Da", (24, 32, 33, 64), 130)), dtype)
+    symmetric = d.pick("symmetric", True, False)
+    b = None if symmetric else d.tensor("b", (*lead, N, d.size("Db", (24, 32, 33, 64), 130)), dtype)
+    mask = d.mask(B, N)
+    sums = reference.accumulate_dtype(dtype)
+
+    def ours(t: Tensors) -> Any:
+        return xk.gram(t["a"], t["a"] if symmetric else t["b"], symmetric=symmetric, token_mask=mask)
+
+    def eager(t: Tensors) -> Any:
+        a4, b4 = (x if x.dim() == 4 else x.unsqueeze(1) for x in (t["a"], t["a"] if symmetric else t["b"]))
+        result = reference.gram(a4, b4, symmetric=symmetric, token_mask=mask)
+        return result if len(lead) == 2 else tuple(x.squeeze(1) for x in result)
+
+    def terms(_: list[Tensor]) -> Tensors:
+        """A sum of products is as accurate as the sum of their sizes lets it be, in whatever order it is made."""
+        sizes = [x.double().abs() for x in (a, a if b is None else b)]
+        return {"y0": sizes[0].mT @ sizes[1]}
+
+    Da, Db = a.shape[-1], a.shape[-1] if b is None else b.shape[-1]
+    outputs = [((*lead, Da, Db), sums), ((*lead, Da), sums), ((*lead, Db), sums)]
+    judge(d, ours, eager, {"a": a, "b": b}, outputs, terms)
+
+
+def channel_mix(d: Draw) -> None:
+    B, N, dtype = d.batch(), d.tokens(), d.dtype()
+    lead = (B,) if d.pick("single", True, False) else (B, d.pick("H", 1, 2, 3))
+    I, I2, O = (d.size(name, (24, 32, 33, 64), 130) for name in ("I", "I2", "O"))  # noqa: E741
+    small = d.pick("weight dtype", dtype, reference.accumulate_dtype(dtype))
+
+    def weight(name: str, *shape: int) -> Tensor:
+        return d.tensor(name, (*d.pick(f"{name} lead", (), (), lead), *shape), small)
+
+    t: Tensors = {"x": d.tensor("x", (*lead, N, I), dtype), "weight": weight("weight", O, I)}
+    t["bias"] = weight("bias", O) if d.maybe() else None
+    t["add"] = d.tensor("add", (*lead, N, O), dtype) if d.maybe() else None
+    t["add_scale"] = weight("add_scale", O) if t["add"] is not None and d.maybe() else None
+    both = d.maybe()
+    t["x2"], t["weight2"] = (d.tensor("x2", (*lead, N, I2), dtype), weight("weight2", O, I2)) if both else (None, None)
+
+    def eager(t: Tensors) -> Tensor:
+        wide = (*lead, 1) if len(lead) == 1 else lead
+
+        def tokens(x: Any) -> Any:
+            return None if x is None else x if x.dim() == 4 else x.unsqueeze(1)
+
+        def small(x: Any, dims: int) -> Any:
+            if x is None:
+                return None
+            x = x.unsqueeze(1) if len(lead) == 1 and x.dim() == dims + 1 else x
+            return x.to(reference.accumulate_dtype(x.dtype)).expand(*wide, *x.shape[x.dim() - dims :])
+
+        y = reference.channel_mix(
+            tokens(t["x"]), small(t["weight"], 2), bias=small(t["bias"], 1), add=tokens(t["add"]),
+            add_scale=small(t["add_scale"], 1), x2=tokens(t["x2"]), weight2=small(t["weight2"], 2),
+        )  # fmt: skip
+        return y if len(lead) == 2 else y.squeeze(1)
+
+    def terms(_: list[Tensor]) -> Tensors:
+        sizes = {name: None if x is None else x.double().abs() for name, x in t.items()}
+        return {"y0": eager(sizes)}
+
+    judge(d, lambda t: xk.channel_mix(**t), eager, t, [((*lead, N, O), dtype)], terms)
+
+
+# --------------------------------------------------------------------------------------------------------------- layers
+
+
+def layer(d: Draw) -> None:
+    """xfa_layer and xfa_block in both forms, with other numbers of outputs and inner features than of x."""
+    B, N, H = d.batch(), d.tokens(), d.pick("H", 1, 2, 3, 4)
+    D, dtype, config, block = d.size("D", (8, 24, 32), 40), d.dtype(), d.config(), d.pick("block", True, False)
+    # layer norm makes rounding errors, or zeros, of 1 to 3 features and of equal ones: tests/test_layer.py has those
+    C = max(d.size("C", (24, 48, 64), 130), 8 if block else 1)
+    O = C if block else d.pick("O", C, C, 7, 33)  # noqa: E741
+    form = d.pick("form", "gram", "direct", "auto")
+    if form == "gram" and config.norm == "feature":
+        form = "direct"
+    small = d.pick("weight dtype", dtype, dtype, reference.accumulate_dtype(dtype))
+    gain = 1 / C**0.5
+
+    def weight(name: str, *shape: int, by: float = 1.0) -> Tensor:
+        return d.tensor(name, shape, small, by * torch.randn(shape, generator=d.numbers, dtype=torch.float64))
+
+    x = d.tensor("x", (B, N, C), dtype)
+    if x.stride(-1) == 0:  # equal features: see above, and the limits of the Gram form in xfa_layer's docstring
+        x = d.values("x", (B, N, C)).to(dtype)
+    tensors = {
+        "x": x,
+        "qkv_weight": weight("qkv_weight", 3 * H * D, C, by=gain),
+        "qkv_bias": weight("qkv_bias", 3 * H * D) if d.maybe() else None,
+        "temperature": d.temperature(H, small, [(H,), (H, 1, 1)]),
+        "proj_weight": weight("proj_weight", O, H * D, by=(H * D) ** -0.5),
+        "proj_bias": weight("proj_bias", O) if d.maybe() else None,
+        "ln_weight": weight("ln_weight", C) if block and d.maybe(0.7) else None,
+        "ln_bias": weight("ln_bias", C) if block and d.maybe(0.7) else None,
+        "layer_scale": weight("layer_scale", C) if block and d.maybe(0.7) else None,
+    }
+    ln_eps = d.pick("ln_eps", 1e-6, 1e-5, 1e-2) if block else None
+    mask = d.mask(B, N)
+
+    def of(t: Tensors) -> Layer:
+        return Layer(tuple(t[name] for name in NAMES), torch.empty(0), config, mask, ln_eps)
+
+    def ours(t: Tensors) -> Tensor:
+        return of(t).call([t[name] for name in NAMES], form=form)
+
+    def eager(t: Tensors) -> Tensor:
+        # weights of another dtype as torch's layers would need them
+        cast = {name: x if x is None or name == "temperature" else x.to(t["x"].dtype) for name, x in t.items()}
+        return of(cast).by_reference([cast[name] for name in NAMES])
+
+    def terms(dy: list[Tensor]) -> Tensors:
+        case = of(tensors)
+        case.dy = dy[0]
+        return case.terms()
+
+    # Of 1 to 3 tokens, and of equal ones, whose normalised features do not depend on them, gradients of the
+    # temperature and of what q and k are made of are what roundings leave of larger numbers. Those of eager, which may
+    # be none at all, are no measure of them.
+    few = N <= 3 or d.notes["x numbers"] == "equal tokens" or d.notes["x layout"] == "expanded"
+    judge(
+        d,
+        ours,
+        eager,
+        tensors,
+        [((B, N, O), dtype)],
+        terms,
+        ("dtemperature", "dx", "dln_weight", "dln_bias") if few else (),
+    )
+
+
+# -------------------------------------------------------------------------------------------------------------- modules
+
+
+class EagerMDTA(nn.Module):
+    """Restormer's attention, section 3.1 of arXiv 2111.09881."""
+
+    def __init__(self, dim: int, num_heads: int, bias: bool) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.temperature = nn.Parameter(torch.ones(num_heads, 1, 1))
+        self.qkv = nn.Conv2d(dim, dim * 3, 1, bias=bias)
+        self.qkv_dwconv = nn.Conv2d(dim * 3, dim * 3, 3, padding=1, groups=dim * 3, bias=bias)
+        self.project_out = nn.Conv2d(dim, dim, 1, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, c, h, w = x.shape
+        q, k, v = self.qkv_dwconv(self.qkv(x)).reshape(b, 3, self.num_heads, c // self.num_heads, h * w).unbind(1)
+        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+        A = (q @ k.transpose(-2, -1) * self.temperature).softmax(-1)
+        return self.project_out((A @ v).reshape(b, c, h, w))
+
+
+def model(d: Draw) -> None:
+    """Families that replace_attention serves, and XFA in the place of XCA, each part in a mode of its own.
+
+    Judged as a whole: the worst error of any tensor may be twice the worst of the original.
+    """
+    from timm.models.edgenext import CrossCovarianceAttn, SplitTransposeBlock
+    from timm.models.xcit import XCA, XCABlock
+
+    heads = d.pick("heads", 1, 2, 4)
+    C, bias = heads * d.pick("D", 2, 3, 8, 12), d.pick("bias", True, False)
+    # few tokens are for `layer`, where the rule knows what the subtractions in the gradients start from
+    B, h, w = d.pick("B", 1, 2), d.pick("h", 5, 9, 16), d.pick("w", 7, 13, 20)
+    made: dict[str, Callable[[], nn.Module]] = {
+        "XCA": lambda: XCA(C, heads, bias),
+        "CrossCovarianceAttn": lambda: CrossCovarianceAttn(C, heads, bias),
+        "XCABlock": lambda: XCABlock(C, heads, qkv_bias=bias, eta=0.7, drop_path=0.2),
+        "SplitTransposeBlock": lambda: SplitTransposeBlock(
+            C, 2, heads, qkv_bias=bias, ls_init_value=0.7, drop_path=0.2
+        ),
+        "MDTA": lambda: EagerMDTA(C, heads, bias),
+        "XFA": lambda: XCA(C, heads, bias),
+    }
+    kind = d.pick("kind", *made)
+    torch.manual_seed(d.seed)
+    theirs = made[kind]()
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p.copy_(torch.randn(p.shape, generator=d.numbers, dtype=torch.float64) / max(p[0].numel(), 4) ** 0.5)
+        for name, p in theirs.named_parameters():
+            if name.endswith("temperature"):
+                p.abs_().add_(0.5)
+    theirs.train(d.pick("training", True, False))
+    for module in theirs.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+        elif d.maybe(0.2):
+            module.training = not module.training
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0 if module.training else 0.5
+        if hasattr(module, "drop_prob") and module.training:
+            module.drop_prob = 0.0
+        if d.maybe(0.1):
+            module.requires_grad_(False)
+    form = d.pick("form", "auto", "gram", "direct")
+    if kind == "XFA":
+        ours: nn.Module = xk.XFA(C, heads, bias, form=form)
+        ours.load_state_dict(theirs.state_dict())
+        for (_, a), (_, b) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
+            a.requires_grad_(b.requires_grad)
+    else:
+        ours = copy.deepcopy(theirs)
+        assert replace_attention(ours, form=form) == 1
+    tokens = kind in ("XCA", "CrossCovarianceAttn", "XCABlock", "XFA")
+    shape = (B, h * w, C) if tokens else (B, C, h, w)
+    x = d.tensor("x", shape, torch.float32)
+    if 0 in x.stride() or d.notes["x numbers"] == "equal tokens":  # as in `layer`
+        x = torch.randn(shape, generator=d.numbers)
+    more = (h, w) if kind == "XCABlock" else ()
+    dy = d.gradient(tuple(x.shape), torch.float32)
+
+    def results(module: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
+        leaf = x.detach().requires_grad_()
+        named = {"x": leaf, **{name: p for name, p in module.named_parameters() if p.requires_grad}}
+        y = module(leaf, *more)
+        grads = torch.autograd.grad(y, list(named.values()), dy, allow_unused=True)
+        return {"y": y.detach(), **{f"d{n}": g for n, g in zip(named, grads, strict=True) if g is not None}}
+
+    oracle = results(copy.deepcopy(theirs).double(), x.double(), dy.double())
+    got, eager = results(ours, x, dy), results(theirs, x, dy)
+    assert got.keys() == oracle.keys()
+    largest = max(t.abs().max().item() for t in oracle.values())
+
+    def worst(found: dict[str, Tensor]) -> float:
+        # in units of the largest gradient: the smaller ones are what its terms leave when they cancel
+        return max((found[name].double() - t).abs().max().item() for name, t in oracle.items()) / largest
+
+    error, allowed = worst(got), 2 * worst(eager) + 8 * torch.finfo(torch.float32).eps
+    assert error <= allowed, f"error {error:.3e} of the largest gradient > {allowed:.3e} allowed"
+    for name, t in oracle.items():  # and no tensor is another one
+        size = max(t.abs().max().item(), 1e-3 * largest)
+        assert (got[name].double() - t).abs().max() <= 1e-2 * size, name
+
+
+# ------------------------------------------------------------------------------------------------------------ inference
+
+
+def _batch_norm(d: Draw, features: int) -> inference.BatchNorm | None:
+    if not d.maybe():
+        return None
+    mean, weight, bias = (torch.randn(features, generator=d.numbers) for _ in range(3))
+    affine = d.maybe(0.8)
+    variance = torch.rand(features, generator=d.numbers) + 0.05
+    return inference.BatchNorm(mean, variance, weight if affine else None, bias if affine else None, 1e-5)
+
+
+def _plainly(y: Tensor, norm: Any, hard_swish: bool) -> Tensor:
+    if norm is not None:
+        y = F.batch_norm(y, norm.mean, norm.variance, norm.weight, norm.bias, eps=norm.eps)
+    return F.hardswish(y) if hard_swish else y
+
+
+def _judge_inference(ours: Any, eager: Callable[..., Tensor], terms: Tensor | None = None) -> None:
+    with torch.no_grad():
+        result = ours()
+        if result is None:
+            assert inference.KERNELS is None, "the kernels did not serve"
+            return
+        assert_close(result, eager(lambda t: t), eager(lambda t: t.double()), "y", terms)
+
+
+def linear(d: Draw) -> None:
+    N, I, O = d.size("N", (16, 97), 300) + 16, d.size("I", (24, 96, 512, 1024), 1024), d.size("O", (24, 64), 200)  # noqa: E741
+    x = torch.randn(N, I, generator=d.numbers) + d.pick("mean", 0.0, 1.0)
+    weight = torch.randn(O, I, generator=d.numbers) / I**0.5
+    bias = torch.randn(O, generator=d.numbers) if d.maybe() else None
+    add = torch.randn(N, O, generator=d.numbers) if d.maybe() else None
+    norm, hard_swish = _batch_norm(d, O), d.pick("hard_swish", True, False)
+    ln_weight, ln_bias = (torch.randn(I, generator=d.numbers) if d.maybe() else None for _ in range(2))
+    before = inference.LayerNorm(ln_weight, ln_bias, 1e-6) if d.pick("layer norm", True, False) else None
+
+    def eager(to: Any) -> Tensor:
+        def part(t: Any) -> Any:
+            return to(t) if isinstance(t, Tensor) else t
+
+        u = to(x) if before is None else F.layer_norm(to(x), (I,), *map(part, before))
+        bn = None if norm is None else inference.BatchNorm(*map(part, norm))
+        y = _plainly(F.linear(u, to(weight), part(bias)), bn, hard_swish)
+        return y if add is None else y + to(add)
+
+    def ours() -> Any:
+        return inference.linear(x, weight, bias, batch_norm=norm, layer_norm=before, hard_swish=hard_swish, add=add)
+
+    # a sum of products is as accurate as the sum of their sizes lets it be, in whatever order it is made
+    u = (
+        x.double()
+        if before is None
+        else F.layer_norm(x.double(), (I,), *(t.double() if isinstance(t, Tensor) else t for t in before))
+    )
+    terms = u.abs() @ weight.double().abs().T
+    if norm is not None:
+        scale = 1.0 if norm.weight is None else norm.weight.double()
+        terms = terms * (scale / (norm.variance.double() + norm.eps).sqrt()).abs()
+    _judge_inference(ours, eager, terms)
+
+
+def depthwise(d: Draw) -> None:
+    B, C, h, w = d.pick("B", 1, 2), d.size("C", (16, 33, 96), 130), d.size("h", (7, 16), 40), d.size("w", (7, 16), 40)
+    side, stride = d.pick("side", 3, 5), d.pick("stride", 1, 2)
+    x = torch.randn(B, C, h, w, generator=d.numbers).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(C, 1, side, side, generator=d.numbers)
+    bias = torch.randn(C, generator=d.numbers) if d.maybe() else None
+    norm, hard_swish = _batch_norm(d, C), d.pick("hard_swish", True, False)
+
+    def eager(to: Any) -> Tensor:
+        def part(t: Any) -> Any:
+            return to(t) if isinstance(t, Tensor) else t
+
+        bn = None if norm is None else inference.BatchNorm(*map(part, norm))
+        return _plainly(F.conv2d(to(x), to(weight), part(bias), stride, side // 2, groups=C), bn, hard_swish)
+
+    def ours() -> Any:
+        return inference.depthwise(x, weight, bias, stride, batch_norm=norm, hard_swish=hard_swish)
+
+    _judge_inference(ours, eager)
+
+
+CALLS: dict[str, Callable[[Draw], None]] = {
+    "xfa": xfa,
+    "gram": gram,
+    "channel_mix": channel_mix,
+    "layer": layer,
+    "model": model,
+    "linear": linear,
+    "depthwise": depthwise,
+}
+"""By name, which stands for the public functions of that kind."""
+
+
+def attempt(name: str, seed: int) -> tuple[str, bool]:
+    """What is wrong with one call, or nothing; and whether it missed the rule at all."""
+    draw = Draw(seed)
+    try:
+        CALLS[name](draw)
+        return "", False
+    except AssertionError as miss:
+        first = miss
+    except Exception as error:
+        return f"{type(error).__name__}: {error}\n    {draw}", True
+    others = [_misses(name, seed, numbers) for numbers in range(1, 5)]
+    return (f"{first}, and with other numbers {sum(others)} of 4\n    {draw}" if sum(others) >= 2 else ""), True
+
+
+def _misses(name: str, seed: int, numbers: int) -> bool:
+    try:
+        CALLS[name](Draw(seed, numbers))
+    except AssertionError:
+        return True
+    return False
