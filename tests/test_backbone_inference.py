@@ -316,7 +316,7 @@ def test_without_kernels(monkeypatch):
 
 
 def test_what_hooks_keep_is_not_overwritten():
-    """Without gradients too: an activation in place would change the output that a hook of the layer before it has kept."""
+    """Without gradients too, where an activation in place would change what the layer before it gave the hook."""
     model = xformer.xformer_xxs(num_classes=10).eval()
     x, kept = torch.randn(1, 3, 64, 64), {}
     for name, module in model.named_modules():

@@ -234,3 +234,14 @@ def test_nothing_with_gradients_or_autocast():
         assert linear(x, weight) is None
     with torch.inference_mode():
         assert linear(x, weight) is not None
+
+
+def test_norms_are_said_by_name():
+    x, weight, image = torch.ones(16, 8), torch.ones(8, 8), torch.ones(1, 8, 3, 3)
+    norm = (torch.ones(8), torch.ones(8), None, None, 1e-5)
+    with pytest.raises(TypeError, match=r"batch_norm must be an inference\.BatchNorm or None, got tuple"):
+        linear(x, weight, batch_norm=norm)
+    with pytest.raises(TypeError, match=r"layer_norm must be an inference\.LayerNorm or None, got tuple"):
+        linear(x, weight, layer_norm=(None, None, 1e-5))
+    with pytest.raises(TypeError, match=r"batch_norm must be an inference\.BatchNorm or None, got tuple"):
+        depthwise(image, torch.ones(8, 1, 3, 3), batch_norm=norm)

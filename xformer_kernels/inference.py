@@ -159,6 +159,9 @@ def _may_serve(
     layer_norm: LayerNorm | None,
 ) -> bool:
     """Whether the kernels are asked, and may be called with these tensors' memory."""
+    for name, value, kind in (("batch_norm", batch_norm, BatchNorm), ("layer_norm", layer_norm, LayerNorm)):
+        if value is not None and not isinstance(value, kind):
+            raise TypeError(f"{name} must be an inference.{kind.__name__} or None, got {type(value).__name__}")
     return asked(x, weight) and ops.plain(x, weight, bias, add, *(batch_norm or ())[:4], *(layer_norm or ())[:2])
 
 
