@@ -39,8 +39,9 @@ def xfa(
     ``act`` is the softmax over the key features j, or the identity; it applies to ``map="query_key"`` only. The default
     is XCiT's XCA (arXiv 2106.09681), EdgeNeXt's cross-covariance attention (arXiv 2206.10589) and Restormer's MDTA
     (arXiv 2111.09881). ``key_value`` is our reading of the abstract of XFormer (arXiv 2207.07268), whose formula is not
-    public. The rule for eps is that of :func:`torch.nn.functional.normalize`, gradient included; an eps below the
-    smallest normal number of the accumulate dtype (1.2e-38 for float32) is taken as that.
+    public. The rule for eps is that of :func:`torch.nn.functional.normalize`, gradient included (a norm equal to eps
+    counts as clamped, as it does since torch 2.14); an eps below the smallest normal number of the accumulate dtype
+    (1.2e-38 for float32) is taken as that.
 
     Args:
         q, k, v: (B, H, N, D), one dtype of float32, float64, bfloat16, float16 and one device, of any strides (views
