@@ -236,6 +236,17 @@ def test_nothing_with_gradients_or_autocast():
         assert linear(x, weight) is not None
 
 
+@pytest.mark.parametrize("features", [64, 512, 1024])
+def test_a_shift_that_is_larger_than_the_products(features):
+    """It is added last: before, every partial sum would be rounded at its size."""
+    for seed in range(4):
+        numbers = torch.Generator().manual_seed(seed)
+        x, weight = torch.randn(64, features, generator=numbers) / 10, torch.randn(17, features, generator=numbers)
+        norm = BatchNorm(torch.full((17,), 10.0), torch.ones(17), None, None, 0.0)
+        check(linear, linear_plainly, x, weight / features**0.5, batch_norm=norm)
+        check(linear, linear_plainly, x, weight / features**0.5, torch.full((17,), 100.0))
+
+
 def test_norms_are_said_by_name():
     x, weight, image = torch.ones(16, 8), torch.ones(8, 8), torch.ones(1, 8, 3, 3)
     norm = (torch.ones(8), torch.ones(8), None, None, 1e-5)

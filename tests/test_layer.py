@@ -106,9 +106,10 @@ def test_tokens_whose_few_samples_mislead(kernel, device, ran):
 def test_layer_norm_with_eps_0(kernel, device, ran):
     """It is a layer norm: 0 does not stand for its absence."""
     for form in FORMS:
-        layer = make_layer((2, 50, 24, 3), block=True, device=device)
-        layer.ln_eps = 0.0
-        check(layer, kernel, ran, form)
+        for masked in (False, True):
+            layer = make_layer((2, 50, 24, 3), block=True, masked=masked, device=device)
+            layer.ln_eps = 0.0
+            check(layer, kernel, ran, form)
 
 
 @pytest.mark.parametrize("size", [(0, 30), (2, 0)], ids=["no image", "no token"])

@@ -20,6 +20,7 @@ from xformer_kernels.integrations import is_replaced, replace_attention, restore
 
 pytest.importorskip("timm", reason="timm, whose models are converted, is not installed")
 from replaced_cases import CALLS, HEADS, KINDS, SITUATIONS, TOKENS, C, Kind, Wrapped, note, results, wrap
+from test_nn import randomize
 from timm.models.xcit import XCA
 
 
@@ -155,3 +156,13 @@ def test_kernels_serve_between_projections_that_are_called(kind, part):
     with dispatch.record() as ran:
         results(KINDS[kind], model)
     assert any(op == "xfa_forward" for _, op in ran)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1, 1)], ids=str)
+def test_one_head_with_a_temperature_of_any_dimensions(shape):
+    theirs = randomize(XCA(C, num_heads=1)).double()
+    theirs.temperature = nn.Parameter(torch.rand(shape, dtype=torch.float64) + 0.5)
+    ours = copy.deepcopy(theirs)
+    assert replace_attention(ours) == 1
+    x = KINDS["XCA"].x()
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-8, atol=1e-8)

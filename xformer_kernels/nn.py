@@ -186,7 +186,7 @@ def weights(layer: Any) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor |
     A temperature of one element is that of all heads.
     """
     temperature = layer.temperature
-    if isinstance(temperature, Tensor) and temperature.numel() == 1 and layer.num_heads > 1:
+    if isinstance(temperature, Tensor) and temperature.numel() == 1 and temperature.shape != (layer.num_heads, 1, 1):
         temperature = shared(temperature.reshape(1), (layer.num_heads,))
     return layer.qkv.weight, layer.qkv.bias, temperature, layer.proj.weight, layer.proj.bias
 

@@ -99,7 +99,6 @@ class Linear {
     }
     t.x_k = 1;
     t.ldw = ld;
-    t.bias = shift + first;
     t.y = p.y + n * out + first;
     t.ldy = out;
     t.dtype = XK_F32;
@@ -107,14 +106,14 @@ class Linear {
       t.K = int(least(kChain, in - k));
       t.w = w + (ptrdiff_t)k * ld;
       if (k + kChain >= in) {
+        t.bias = shift + first;
         t.hard_swish = p.hard_swish;
         if (p.add) t.after = p.add + n * out + first;
         t.ld_after = out;
       }
       mix_block(t, tokens, end - first, int(sizeof(float)));
       t.x += kChain;
-      t.bias = nullptr;  // the next chain starts from what this one has stored
-      t.add = t.y;
+      t.add = t.y;  // the next chain starts from what this one has stored
       t.ld_add = out;
       t.add_dtype = XK_F32;
     }

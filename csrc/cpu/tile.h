@@ -223,12 +223,10 @@ XK_INLINE void store_tile(V<T> (&acc)[MR][NR], S* y, ptrdiff_t ldy, int last_lan
 template <class T, bool PAIRS, int MR, int NR, int G>
 void mix_tile(const MixTile<T>& t) {
   V<T> acc[MR][NR];
-#pragma GCC unroll 8
-  for (int c = 0; c < NR; ++c) {
-    V<T> start = t.bias ? load(t.bias + c * VL<T>) : V<T>{};
 #pragma GCC unroll 16
-    for (int r = 0; r < MR; ++r) acc[r][c] = start;
-  }
+  for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 8
+    for (int c = 0; c < NR; ++c) acc[r][c] = V<T>{};
   if (t.add)
     with_storage<T>(t.add_dtype, [&](auto* storage) {
 #pragma GCC unroll 8
@@ -246,6 +244,15 @@ void mix_tile(const MixTile<T>& t) {
     });
   accumulate<T, PAIRS, MR, NR, G>(acc, t.x, t.x_row, t.x_k, t.w, t.ldw, t.K, t.ahead0, t.ahead1, MR, 0);
   if (t.x2) accumulate<T, PAIRS, MR, NR, G>(acc, t.x2, t.x2_row, t.x2_k, t.w2, t.ldw, t.K2, Ahead{}, Ahead{}, t.K2, 0);
+  // last, since products that are added to a large bias are rounded at its size
+  if (t.bias) {
+#pragma GCC unroll 8
+    for (int c = 0; c < NR; ++c) {
+      V<T> bias = load(t.bias + c * VL<T>);
+#pragma GCC unroll 16
+      for (int r = 0; r < MR; ++r) acc[r][c] += bias;
+    }
+  }
   if (t.hard_swish) {
 #pragma GCC unroll 16
     for (int r = 0; r < MR; ++r)

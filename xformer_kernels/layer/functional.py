@@ -323,7 +323,9 @@ def _direct(call: Call, o: Operands, ln_eps: float | None, residual: bool) -> Te
     x, u = o.x, o.x
     linear = _linear if call.projections is None else call.projections.linear
     if o.token_mask is not None:  # the gradients of weights would meet what masked tokens hold
-        u = torch.where(o.token_mask.unsqueeze(-1), x, 0)
+        # layer norm with an eps of 0 needs features that differ
+        instead: Any = 0 if ln_eps is None else torch.arange(x.shape[-1], device=x.device).remainder(2).to(x.dtype)
+        u = torch.where(o.token_mask.unsqueeze(-1), x, instead)
     norm = LayerNorm(_as(o.ln_weight, x), _as(o.ln_bias, x), ln_eps) if ln_eps is not None else None
     # split along dim 2: autograd then joins dq, dk and dv into the projection's gradient with one copy
     qkv = linear(u, _as(o.qkv_weight, u), _as(o.qkv_bias, u), layer_norm=norm)
