@@ -6,10 +6,15 @@ import pytest
 import torch
 from layer_cases import NAMES, make_layer
 from test_memory import saved_bytes
+from torch._subclasses import FakeTensorMode
 from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import xformer_kernels as xk
+from xformer_kernels import backends, dispatch
+from xformer_kernels.layer import algebra, passes
+from xformer_kernels.layer import ops as layer_ops
 from xformer_kernels.testing import assert_bitwise
 
 _ops = torch.ops.xformer_kernels
@@ -210,12 +215,75 @@ def test_a_backend_asked_for_by_name_takes_the_form_that_it_can(ran_backend, nee
     """The CPU kernels take 512 features at a time: those of a head, but not those of a token here."""
     need_backend("cpp")
     layer = make_layer((1, 1800, 520, 8))
-    assert xk.explain_layer(*layer.tensors[:6]).form == "gram"
+    assert xk.explain_layer(*layer.tensors[:6], backend="reference").form == "gram"
     assert xk.explain_layer(*layer.tensors[:6], backend="cpp").form == "direct"
     with ran_backend("cpp", "xfa_forward"):
         layer.call(list(layer.tensors), backend="cpp")
     with pytest.raises(RuntimeError, match="520 features"):
         layer.call(list(layer.tensors), backend="cpp", form="gram")
+
+
+def test_auto_takes_no_form_of_the_reference_where_the_other_has_kernels(monkeypatch, need_backend, ran_backend):
+    """Each backend says for itself how many features it takes: those of x in the Gram form, of a head in the other."""
+    cpp = need_backend("cpp") or backends.load("cpp")[0]
+    layer = make_layer((1, 1800, 96, 8))
+    for widest, form, op in ((96, "gram", "layer_forward"), (95, "direct", "xfa_forward")):
+        monkeypatch.setattr(cpp, "_WIDEST", widest)
+        monkeypatch.setattr(dispatch, "_chosen", {})
+        said = xk.explain_layer(*layer.tensors[:6])
+        assert (said.form, said.backend.backend) == (form, "cpp")
+        assert ("not taken, no kernel takes the 96 features of x" in str(said)) == (form == "direct")
+        with ran_backend("cpp", op):
+            layer.call(list(layer.tensors))
+    monkeypatch.setattr(cpp, "_WIDEST", 11)  # of neither form: what costs less
+    monkeypatch.setattr(dispatch, "_chosen", {})
+    said = xk.explain_layer(*layer.tensors[:6])
+    assert (said.form, said.reason, said.backend.backend) == ("gram", "", "reference")
+    with pytest.warns(RuntimeWarning, match="96 features per head"):
+        layer.call(list(layer.tensors))
+
+
+@pytest.mark.parametrize("form", ["gram", "direct", "auto"])
+def test_a_compiled_graph_asks_for_its_features_too(form, monkeypatch, need_backend):
+    cpp = need_backend("cpp") or backends.load("cpp")[0]
+    monkeypatch.setattr(cpp, "_WIDEST", 2)
+    monkeypatch.setattr(dispatch, "_chosen", {})
+    layer = make_layer((1, 300, 24, 3))
+    compiled = torch.compile(
+        lambda *args: layer.call(list(args), form=form, backend="cpp"), backend="aot_eager", dynamic=True
+    )
+    with pytest.raises(Exception, match="features per head, the kernels take 1 to 2"):
+        compiled(*layer.tensors)
+
+
+class Products(TorchDispatchMode):
+    """Notes the dtypes of matrix products, by the shape of the right factor."""
+
+    def __init__(self):
+        super().__init__()
+        self.dtypes = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.bmm):
+            self.dtypes.setdefault(tuple(args[1].shape[-2:]), set()).add(args[0].dtype)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("map", ["query_key", "key_value"])
+@pytest.mark.parametrize("tf32", [False, True])
+def test_tf32_is_kept_from_what_norms_come_of(tf32, map, monkeypatch):
+    """Of x^T x and its products with weights: an error of theirs is one of squares of norms."""
+    monkeypatch.setattr(backends, "tf32_allowed", lambda: tf32)
+    with FakeTensorMode(), torch.device("cuda"):
+        x, W, P = torch.empty(2, 700, 24), torch.empty(30, 24), torch.empty(7, 10)
+        w = layer_ops._weights(layer_ops.Operands(x, W, None, torch.empty(2), P, None))
+        with Products() as seen:
+            S, _, s = passes.gram(None, x, None, None, None, "reference")
+            assert S.dtype == s.dtype == torch.float32
+            sums = algebra.Sums(S, s, torch.empty(2, 1), torch.empty(2, 24))
+            algebra.forward(sums, w, None, algebra.Rule(map, "softmax", 1e-12))
+    wide = torch.float64 if tf32 else torch.float32
+    assert seen.dtypes[700, 24] == seen.dtypes[24, 24] == {wide}
 
 
 def test_training_counts_what_backward_costs():

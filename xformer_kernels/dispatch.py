@@ -26,14 +26,17 @@ class Explanation:
     """Which backend serves a call and why the others do not. Print it.
 
     ``reasons`` maps every backend to the reasons why it cannot serve the call; an empty list means that it can.
+    ``decisions`` is how the backend that serves it goes about it, where that depends on settings or strides.
     """
 
     backend: str
     reasons: dict[str, list[str]]
     asked: str
+    decisions: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         lines = [f"{self.backend} serves this call (asked for: {self.asked})"]
+        lines += [f"  - {decision}" for decision in self.decisions]
         for name, reasons in self.reasons.items():
             if reasons:
                 lines += [f"  {name}: no"] + [f"    - {reason}" for reason in reasons]
@@ -103,17 +106,19 @@ def explain(
     dtypes: tuple[torch.dtype, ...],
     head_dims: tuple[int, ...],
     first: str | None = None,
+    tokens: dict[str, torch.Tensor] | None = None,
 ) -> Explanation:
-    """The walk that :func:`choose` takes, with every reason."""
+    """The walk that :func:`choose` takes, with every reason; `tokens`: by name, what the backend reads."""
     check_name(backend)
     wanted, how = _asked(backend)
     against = _against_auto if wanted == "auto" else reasons_against
     reasons = {name: against(name, device_type, dtypes, head_dims) for name in _walk(first)}
     if wanted == "auto":
-        return Explanation(next(name for name in reasons if not reasons[name]), reasons, how)
-    if reasons[wanted]:
+        wanted = next(name for name in reasons if not reasons[name])
+    elif reasons[wanted]:
         raise RuntimeError(f"backend {how} cannot serve this call:\n" + "\n".join(f"- {r}" for r in reasons[wanted]))
-    return Explanation(wanted, reasons, how)
+    decide = None if wanted == "reference" else getattr(backends.load(wanted)[0], "decisions", None)
+    return Explanation(wanted, reasons, how, tuple(decide(tokens)) if decide is not None and tokens else ())
 
 
 def explain_reference(backend: str, reason: str) -> Explanation:
@@ -124,9 +129,11 @@ def explain_reference(backend: str, reason: str) -> Explanation:
 
 @torch.compiler.assume_constant_result
 def may_serve(backend: str, device_type: str, dtypes: tuple[torch.dtype, ...], head_dims: tuple[int, ...]) -> bool:
-    """Whether a backend asked for by name, or by the environment, can serve a call; always for auto."""
+    """Whether a backend asked for by name, or by the environment, can serve a call; for auto, whether a kernel does."""
     name = asked(backend)
-    return name == "auto" or not reasons_against(name, device_type, dtypes, head_dims)
+    if name == "auto":
+        return choose(backend, device_type, dtypes, head_dims, warn=False) != "reference"
+    return not reasons_against(name, device_type, dtypes, head_dims)
 
 
 @torch.compiler.assume_constant_result
@@ -140,14 +147,14 @@ def choose(
 ) -> str:
     """The name of the backend that serves the call; auto asks `first` before the others.
 
-    Where auto finds none for the CPU but the reference, it warns once, unless that is expected.
+    Where auto finds none for the CPU but the reference, it warns once, unless the caller only wants to know.
 
     Raises ValueError for an unknown name and RuntimeError, with every reason, when the backend asked for by name (or by
     the environment) cannot serve it.
     """
     check_name(backend)
     asked_by_environment = os.environ.get(ENVIRONMENT) if backend == "auto" else None
-    key = (backend, asked_by_environment, device_type, dtypes, head_dims, first)
+    key = (backend, asked_by_environment, device_type, dtypes, head_dims, first, warn)
     name = _chosen.get(key)
     if name is None:
         if _asked(backend)[0] == "auto":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -249,7 +250,7 @@ def explain(
     promotes = _promotes(q, temperature)
     first = preference.first_asked(q, norm) if map_fn is None and dropout_p == 0 and not promotes else None
     dtypes = (torch.float64 if promotes else q.dtype, temperature.dtype)
-    return dispatch.explain(backend, q.device.type, dtypes, head_dims(q), first)
+    return dispatch.explain(backend, q.device.type, dtypes, head_dims(q), first, {"q": q, "k": k, "v": v})
 
 
 TORCH_ONLY = (
@@ -297,8 +298,8 @@ def shared(t: Tensor, shape: tuple[Any, ...]) -> Tensor:
 
 
 def head_dims(*tensors: Tensor) -> tuple[int, ...]:
-    """Numbers of features, for dispatch; in a graph that is compiled for any, they are unknown and left out."""
-    return () if torch.compiler.is_compiling() else tuple(t.shape[-1] for t in tensors)
+    """Numbers of features, for dispatch: a graph is compiled for these, and for any number of tokens."""
+    return tuple(operator.index(t.shape[-1]) for t in tensors)
 
 
 def _note_reference(op: str) -> None:

@@ -256,3 +256,16 @@ def test_tf32(cuda, monkeypatch, path, dim):
         assert not torch.equal(result, exactly[name]), name
         error = (result.double() - oracle[name]).norm() / oracle[name].norm()
         assert error <= 3e-3, f"{name}: {error:.1e}"
+
+
+def test_tf32_is_kept_from_norms(cuda, monkeypatch):
+    """On the diagonal of a symmetric Gram matrix are squares of norms."""
+    a, b = (randn(1, 2, 70, 24, seed=seed) for seed in (1, 2))
+    exactly = [cuda.gram(a, x, x is a, None) for x in (a, b)]
+    monkeypatch.setattr(cuda, "tf32_allowed", lambda: True)
+    of_itself, of_both = (cuda.gram(a, x, x is a, None) for x in (a, b))
+    assert_bitwise(of_itself[0], exactly[0][0], "x^T x")
+    assert not torch.equal(of_both[0], exactly[1][0])
+    for got, expected in zip(of_both[1:], exactly[1][1:], strict=True):
+        assert_bitwise(got, expected, "sums of squares")
+    assert "products of float32 are cut to tf32" in str(xk.explain(a, a, a, torch.ones(2), backend="cuda"))

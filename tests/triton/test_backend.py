@@ -148,22 +148,73 @@ def test_tokens_batches_heads_and_strides_compile_nothing_new():
 
 
 def test_alignment_is_what_all_rows_have():
-    """UNIT and ALIGN are promises to the compiler: true of every address that a kernel computes."""
+    """ALIGN is a promise to the compiler, true of every address that a kernel computes; 0: features lie apart."""
 
     def facts(*tensors):
-        found = launch.alignment(*tensors)
-        return found["UNIT"], found["ALIGN"]
+        return list(launch.alignment(**dict(zip("abc", tensors, strict=False))).values())
 
     bf16 = [randn(2, 3, 8, 24, seed=i, dtype=torch.bfloat16) for i in range(3)]
-    assert facts(*packed(*bf16)) == (True, 8)
-    assert facts(*packed(*(x.float() for x in bf16))) == (True, 4)
-    assert facts(*packed(*(x[..., :12].contiguous() for x in bf16))) == (True, 4)
-    assert facts(*packed(*(x[..., :9].contiguous() for x in bf16))) == (True, 1)
-    assert facts(bf16[0].transpose(2, 3)) == (False, 1)
-    assert facts(bf16[0][..., 2:10]) == (True, 2)
-    assert facts(bf16[0], bf16[1][..., 4:]) == (True, 4)
+    assert facts(*packed(*bf16)) == [8, 8, 8]
+    assert facts(*packed(*(x.float() for x in bf16))) == [4, 4, 4]
+    assert facts(*packed(*(x[..., :12].contiguous() for x in bf16))) == [4, 4, 4]
+    assert facts(*packed(*(x[..., :9].contiguous() for x in bf16))) == [1, 1, 1]
+    assert facts(bf16[0].transpose(2, 3)) == [0]
+    assert facts(bf16[0][..., 2:10]) == [2]
+    assert facts(bf16[0], bf16[1][..., 4:]) == [8, 4]
     expanded = bf16[0][:1, :1, :1].expand(2, 3, 8, 24)
-    assert facts(expanded) == (True, 8)
+    assert facts(expanded, bf16[0][..., :1].expand(2, 3, 8, 24), None) == [8, 0, 0]
+
+
+BY_NUMBER = """
+    import sys
+    sys.path.insert(0, {tests!r})
+    import torch, aot
+    from xformer_kernels.backends.triton import ops
+
+    def facts(function, *args):
+        with aot.recording("sm_90") as recorded:
+            function(*args)
+        constants = [launched.constants.items() for launched in recorded]
+        return [{{name[6:]: x for name, x in items if name[:6] == "ALIGN_"}} for items in constants]
+
+    q, k, v = torch.empty(2, 5000, 3, 4, 32, device="meta").permute(2, 0, 3, 1, 4).unbind(0)
+    ones = torch.ones((), device="meta").expand(q.shape)  # the gradient of a sum
+    t, W = torch.empty(4, device="meta"), torch.empty(2, 4, 32, 32, device="meta")
+    for map in ("query_key", "key_value"):
+        choices = (map, "token", "softmax", 1e-12)
+        with aot.recording("sm_90"):
+            _, stats = ops.xfa_forward(q, k, v, t, None, *choices)
+        gram, gradients = (x for x in facts(ops.xfa_backward, ones, q, k, v, t, stats, None, *choices) if x)
+        assert gram == {{"A": 4, "B": 0, "C": 4}}, gram
+        assert gradients == {{"Q": 4, "K": 4, "V": 4, "G": 0}}, gradients
+    for gram in (facts(ops.gram, ones, q, False, None), facts(ops.gram, q, ones, False, None)):
+        assert sorted(gram[0].values()) == [0, 0, 4] or sorted(gram[0].values()) == [0, 4, 4], gram
+    (mix,) = facts(ops.channel_mix, ones, W, None, ones, None, q, W)
+    assert mix == {{"X": 0, "X2": 4, "ADD": 0}}, mix
+    (mix,) = facts(ops.channel_mix, q, W, None, None, None, None, None)
+    assert mix == {{"X": 4, "X2": 0, "ADD": 0}}, mix
+    print("right")
+"""
+
+
+def test_only_what_lies_apart_is_loaded_number_by_number():
+    """One operand whose features lie apart, as in the gradient of a sum, leaves the vector loads of the others."""
+    assert fresh(BY_NUMBER.format(tests=str(Path(__file__).parent))).strip() == "right"
+
+
+def test_explain_says_how_products_and_loads_are_done(monkeypatch, triton_runs):
+    p = make_problem((1, 9, 1, 8), layout="token_contiguous")
+
+    def explained(dtype=torch.float32):
+        p_ = p.to(dtype)
+        return str(xk.explain(p_.q, p_.k.contiguous(), p_.v, p_.temperature, backend="triton"))
+
+    assert "products of float32 are in float32" in explained()
+    assert "q, v: features lie apart" in explained()
+    assert "products" not in explained(torch.float64)
+    monkeypatch.setattr(launch, "target", lambda device: launch.Target("sm_90", 132))
+    monkeypatch.setattr(launch, "tf32_allowed", lambda: True)
+    assert "products of float32 are cut to tf32" in explained()
 
 
 @pytest.mark.parametrize("N", [0, 1, 255, 256, 257, 5000, 10**6, 2**33])
@@ -217,6 +268,9 @@ def test_tf32_is_the_users_choice():
         assert launch.tokens_precision(torch.float64, "sm_90") == "ieee"
         assert launch.tokens_precision(torch.float32, "interpreter") == "ieee"
         assert launch.tokens_precision(torch.float32, "gfx90a") == "ieee"  # has no tf32
+        # norms are square roots of sums on the diagonal
+        assert launch.gram_precision(torch.float32, False, "sm_90") == "tf32"
+        assert launch.gram_precision(torch.float32, False, "sm_90", symmetric=True) == "ieee"
     finally:
         torch.set_float32_matmul_precision("highest")
         matmul.allow_tf32 = before

@@ -3,7 +3,8 @@
 A backend offers the ops' functions (``xfa_forward``, ``xfa_backward``, ``gram``, ``channel_mix``) with the schemas of
 :mod:`xformer_kernels.ops` less the ``backend`` argument, and ``unsupported(device_type, dtypes, head_dims)``: every
 reason why it cannot serve a call. If it has a text ``ONLY_BY_NAME``, ``backend="auto"`` passes over it for that reason.
-It may have ``layer_gram`` and ``layer_mix``: see :mod:`xformer_kernels.layer.passes`.
+It may have ``layer_gram`` and ``layer_mix`` (see :mod:`xformer_kernels.layer.passes`), and ``decisions(tokens)``: how
+it would compute a call of these tokens, by name, where settings or strides decide that.
 """
 
 from __future__ import annotations
@@ -48,3 +49,16 @@ def tf32_allowed() -> bool:
     matmul = torch.backends.cuda.matmul
     precision = getattr(matmul, "fp32_precision", None)
     return precision == "tf32" if precision is not None else matmul.allow_tf32
+
+
+def uncut(x: torch.Tensor) -> torch.Tensor:
+    """x, in float64 where torch's products would cut it to tf32: for sums of squares, which square the error too."""
+    return x.double() if x.is_cuda and x.dtype is torch.float32 and tf32_allowed() else x
+
+
+def precision_of_products(dtype: torch.dtype, tf32: bool) -> list[str]:
+    """A decision for :func:`xformer_kernels.explain`, of float32 tokens."""
+    if dtype is not torch.float32:
+        return []
+    allowed = "which torch.backends.cuda.matmul allows; norms and x^T x of the Gram form are in float32"
+    return [f"products of float32 are cut to tf32, {allowed}" if tf32 else "products of float32 are in float32"]

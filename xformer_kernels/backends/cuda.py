@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from xformer_kernels import _cuda
-from xformer_kernels.backends import arguments, tf32_allowed, unsupported_numbers
+from xformer_kernels.backends import arguments, precision_of_products, tf32_allowed, unsupported_numbers
 
 NAME = "cuda"
 _BUILD = _cuda.build_info()
@@ -46,6 +46,10 @@ def unsupported(device_type: str, dtypes: Iterable[torch.dtype], head_dims: Iter
     if left_out:
         reasons.append(f"the kernels were built without {', '.join(left_out)}")
     return reasons + unsupported_numbers(dtypes, head_dims, _WIDEST)
+
+
+def decisions(tokens: dict[str, Tensor]) -> list[str]:
+    return precision_of_products(next(iter(tokens.values())).dtype, tf32_allowed())
 
 
 def _of_device() -> list[str]:
@@ -83,7 +87,8 @@ def _run(op: str, like: Tensor, *args: Any) -> Any:
         if op == "xfa_backward":
             result[1].zero_()
         return result
-    tf32 = like.dtype == torch.float32 and tf32_allowed()
+    # on the diagonal of a symmetric Gram matrix are squares of norms
+    tf32 = like.dtype == torch.float32 and tf32_allowed() and not (op == "gram" and args[1])
     index, chosen = device.index or 0, PATHS[path]
     with nullcontext() if EMULATED or torch.cuda.current_device() == index else torch.cuda.device(index):
         stream = 0 if EMULATED else torch.cuda.current_stream().cuda_stream

@@ -10,7 +10,8 @@ wants to know of q and k follows from ``S = sum_n u u^T``, ``s = sum_n u`` and t
 where E is A and z is v for ``map="query_key"``, and E is A^T with q's norms and z is q for ``"key_value"``. With c far
 from 0 and the spread of the tokens small, S alone would lose its digits: that is why c is taken off.
 
-Products of C x C matrices are in the accumulate dtype. What is D x D is in float64: Gram matrices and norms are
+Products of C x C matrices are in the accumulate dtype, and never in tf32 where norms come of them. What is D x D is in
+float64: Gram matrices and norms are
 differences of larger numbers where the projections cancel what x has most of, and so are the gradients of the maps.
 """
 
@@ -20,6 +21,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from xformer_kernels.backends import uncut
 
 QUERY, KEY, VALUE = range(3)
 
@@ -87,7 +90,7 @@ def _shifted(w: Weights, c: Tensor) -> Tensor:
 
 def _apply(weight: Tensor, x: Tensor) -> Tensor:
     """(r, H, D, C) to (B, C): (B, r, H, D)."""
-    return (x @ weight.flatten(0, 2).T).unflatten(1, weight.shape[:3])
+    return (uncut(x) @ uncut(weight.flatten(0, 2)).T).to(x.dtype).unflatten(1, weight.shape[:3])
 
 
 def _inverse(norms: Tensor, eps: float) -> Tensor:
@@ -112,7 +115,7 @@ def forward(sums: Sums, w: Weights, keep: Tensor | None, rule: Rule) -> tuple[Te
     rows, (left, right) = w.qkv[: rule.rows], rule.pair
     c = _shifted(w, sums.c)
     s = _apply(rows, sums.s)
-    P = (rows.flatten(0, 2) @ sums.S).unflatten(1, rows.shape[:3])  # (B, r, H, D, C)
+    P = (uncut(rows.flatten(0, 2)) @ uncut(sums.S)).unflatten(1, rows.shape[:3])  # (B, r, H, D, C)
     c64, s64, n64 = c.double(), s.double(), sums.n.double().view(-1, 1, 1)
     rows64, P64 = rows.double(), P.double()
     G = rows64[left] @ P64[:, right].transpose(-2, -1)

@@ -14,7 +14,6 @@ from xformer_kernels.inference import LayerNorm
 from xformer_kernels.layer import cost
 from xformer_kernels.layer.ops import OPERANDS, Operands, layer
 
-WIDEST = 512
 FORMS = ("auto", "gram", "direct")
 
 
@@ -162,8 +161,8 @@ def xfa_block(
 class LayerExplanation(NamedTuple):
     """Which form a layer takes, and what it costs in both. Print it.
 
-    ``gram`` and ``direct`` are estimates, see :mod:`xformer_kernels.layer.cost`; ``reason`` says why the Gram form
-    cannot be taken, if so; ``backend`` is the explanation of the backend of the form that is taken.
+    ``gram`` and ``direct`` are estimates, see :mod:`xformer_kernels.layer.cost`; ``reason`` says why the Gram form is
+    not taken whatever it costs, if so; ``backend`` is the explanation of the backend of the form that is taken.
     """
 
     form: str
@@ -176,8 +175,8 @@ class LayerExplanation(NamedTuple):
     def __str__(self) -> str:
         lines = [f"form {self.form} (asked for: {self.asked})"]
         for name, price in (("gram", self.gram), ("direct", self.direct)):
-            impossible = f": not possible, {self.reason}" if name == "gram" and self.reason else ""
-            lines.append(f"  {name}: {price}{impossible}")
+            refused = f": not taken, {self.reason}" if name == "gram" and self.reason else ""
+            lines.append(f"  {name}: {price}{refused}")
         return "\n".join((*lines, str(self.backend)))
 
 
@@ -210,10 +209,12 @@ def explain_layer(
     o = _as_autocast(Operands(x, qkv_weight, qkv_bias, temperature, proj_weight, proj_bias))
     call.check(o)
     chosen = call.choose(o)
-    H, I = temperature.numel(), proj_weight.shape[1]  # noqa: E741
-    dims = (x.shape[-1],) if chosen == "gram" else (I // H,)
-    served = dispatch.explain(backend, x.device.type, (x.dtype,), dims)
-    return LayerExplanation(chosen, form, *call.costs(o), call.no_gram_form(), served)
+    dims = (x.shape[-1],) if chosen == "gram" else (proj_weight.shape[1] // temperature.numel(),)
+    if ops.torch_only(*o[:OPERANDS]):
+        served = dispatch.explain_reference(backend, functional.TORCH_ONLY)
+    else:
+        served = dispatch.explain(backend, x.device.type, (x.dtype,), dims, tokens={"x": x})
+    return LayerExplanation(chosen, form, *call.costs(o), call.against_gram(o) if chosen == "direct" else "", served)
 
 
 class Call(NamedTuple):
@@ -251,10 +252,9 @@ class Call(NamedTuple):
         wanted = [ops.wants_grad(*o[:OPERANDS]), ops.wants_grad(*of_qk)]
         O, I = o.proj_weight.shape  # noqa: E741
         H = o.temperature.numel()
-        served = [
-            dispatch.may_serve(self.backend, o.x.device.type, (o.x.dtype,), dims)
-            for dims in ((o.x.shape[-1],), (I // H,))
-        ]
+        served: Any = self.narrow(o)
+        if dispatch.asked(self.backend) != "auto":
+            served = [self._served(o, features) for features in (o.x.shape[-1], I // H)]
         ranks.alike = parallel.describe(o.x, H, I, O, (*choices, *absent, *block), wanted, served)
         ranks.tokens = o.x.shape[1]
 
@@ -269,6 +269,36 @@ class Call(NamedTuple):
         if self.norm == "feature":
             return "norm='feature' divides each token of q and k by a norm of its own, so no sum over x knows them"
         return ""
+
+    def always_direct(self, o: Operands) -> str:
+        """Why the form is direct whichever is asked for, or nothing."""
+        if ops.torch_only(*o[:OPERANDS]):
+            return functional.TORCH_ONLY
+        if o.temperature.dtype is torch.float64 and o.x.dtype is not torch.float64:
+            return f"a float64 temperature promotes tokens of {o.x.dtype}"
+        return ""
+
+    def against_gram(self, o: Operands) -> str:
+        """Why auto takes the direct form whatever both cost, or nothing."""
+        reason = self.always_direct(o) or self.no_gram_form()
+        if not reason and torch.compiler.is_exporting():
+            return "an exported program has the direct form"
+        if not reason and self.narrow(o):
+            return f"no kernel takes the {o.x.shape[-1]} features of x at a time"
+        return reason
+
+    def narrow(self, o: Operands) -> bool:
+        """Whether kernels serve the direct form, of a head's features at a time, and not the Gram form, of x's.
+
+        Without kernels for either, torch's products make up both, and the costs decide.
+        """
+        C, inner = functional.head_dims(o.x, o.proj_weight)
+        return not self._served(o, C) and (
+            dispatch.asked(self.backend) != "auto" or self._served(o, inner // o.temperature.numel())
+        )
+
+    def _served(self, o: Operands, features: int) -> bool:
+        return dispatch.may_serve(self.backend, o.x.device.type, (o.x.dtype,), (features,))
 
     def costs(self, o: Operands) -> tuple[cost.Cost, cost.Cost]:
         """Of the Gram form, and of the direct one."""
@@ -285,16 +315,10 @@ class Call(NamedTuple):
 
     def choose(self, o: Operands, tokens: int | None = None) -> str:
         """The form; `tokens`: as if x had so many."""
-        if ops.torch_only(*o[:OPERANDS]):
-            return "direct"
-        if o.temperature.dtype is torch.float64 and o.x.dtype is not torch.float64:
-            return "direct"  # whose xfa promotes
         if self.form != "auto":
-            return self.form
-        if self.no_gram_form() or torch.compiler.is_exporting():
+            return "direct" if self.always_direct(o) else self.form
+        if self.against_gram(o):
             return "direct"
-        if not dispatch.may_serve(self.backend, o.x.device.type, (o.x.dtype,), functional.head_dims(o.x)):
-            return "direct"  # of fewer features at a time
         shape, device = self._shape(o, tokens), o.x.device.type
         if self.projections is not None and self.projections.takes(o.x, o.qkv_weight):
             device = self.projections.machine
@@ -307,9 +331,7 @@ def run(call: Call, o: Operands, ln_eps: float | None, residual: bool) -> Tensor
     if call.choose(o) == "direct":
         return _direct(call, o, ln_eps, residual)
     x, dtype = o.x, reference.accumulate_dtype(o.x.dtype)
-    # more features than the kernels take: torch's own products make up the passes, and are as fast there
-    dims = functional.head_dims(x)
-    backend = dispatch.choose(call.backend, x.device.type, (x.dtype,), dims, warn=not dims or dims[0] <= WIDEST)
+    backend = dispatch.choose(call.backend, x.device.type, (x.dtype,), functional.head_dims(x))
     if call.dropout_p:
         H = o.temperature.shape[0]
         D = o.proj_weight.shape[1] // H

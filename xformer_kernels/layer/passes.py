@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from xformer_kernels import backends, dispatch, reference
+from xformer_kernels.backends import uncut
 from xformer_kernels.reference import accumulate_dtype
 
 
@@ -125,6 +126,14 @@ def _sum(x: Tensor, token_mask: Tensor | None) -> Tensor:
     return x.sum(1, dtype=accumulate_dtype(x.dtype))
 
 
+def _reference_gram(a: Tensor, b: Tensor, symmetric: bool, token_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = accumulate_dtype(a.dtype)
+    if symmetric:  # norms are on its diagonal
+        a = b = uncut(a)
+    G, ssq_a, ssq_b = reference.gram(a, b, symmetric=symmetric, token_mask=token_mask)
+    return G.to(dtype), ssq_a.to(dtype), ssq_b.to(dtype)
+
+
 def _function(backend: str, name: str) -> Any:
     return None if backend == "reference" else getattr(backends.load(backend)[0], name, None)
 
@@ -133,7 +142,7 @@ def _kernel(backend: str, op: str) -> Any:
     if backend != "reference":
         return dispatch.kernel(backend, op)
     if op == "gram":
-        return lambda a, b, symmetric, mask: reference.gram(a, b, symmetric=symmetric, token_mask=mask)
+        return _reference_gram
     return lambda x, weight, bias, add, add_scale, x2, weight2: reference.channel_mix(
         x, weight, bias=bias, add=add, add_scale=add_scale, x2=x2, weight2=weight2
     ).transpose(1, 2)

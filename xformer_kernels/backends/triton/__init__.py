@@ -19,12 +19,13 @@ OLDEST = (3, 6)
 if tuple(int(part) for part in triton.__version__.split(".")[:2]) < OLDEST:
     raise ImportError(f"triton {triton.__version__} is too old: {OLDEST[0]}.{OLDEST[1]} or newer is needed")
 
-from xformer_kernels.backends import unsupported_numbers  # noqa: E402
+from xformer_kernels.backends import precision_of_products, unsupported_numbers  # noqa: E402
+from xformer_kernels.backends.triton import launch  # noqa: E402
 from xformer_kernels.backends.triton.launch import INTERPRETING  # noqa: E402
 from xformer_kernels.backends.triton.ops import channel_mix, gram, xfa_backward, xfa_forward  # noqa: E402
 from xformer_kernels.backends.triton.plan import WIDEST  # noqa: E402
 
-__all__ = ["NAME", "ONLY_BY_NAME", "channel_mix", "gram", "unsupported", "xfa_backward", "xfa_forward"]
+__all__ = ["NAME", "ONLY_BY_NAME", "channel_mix", "decisions", "gram", "unsupported", "xfa_backward", "xfa_forward"]
 
 NAME = "triton"
 ONLY_BY_NAME = (
@@ -44,6 +45,14 @@ def unsupported(device_type: str, dtypes: Iterable[torch.dtype], head_dims: Iter
     if not INTERPRETING and device_type == "cuda":
         reasons += _of_device()
     return reasons + unsupported_numbers(dtypes, head_dims, WIDEST)
+
+
+def decisions(tokens: dict[str, torch.Tensor]) -> list[str]:
+    first = next(iter(tokens.values()))
+    tf32 = launch.tokens_precision(first.dtype, launch.target(first.device).arch) == "tf32"
+    apart = [name for name, t in tokens.items() if not launch.side_by_side(t)]
+    loads = [f"{', '.join(apart)}: features lie apart in memory and are loaded one by one"] if apart else []
+    return precision_of_products(first.dtype, tf32) + loads
 
 
 def _of_device() -> list[str]:

@@ -46,20 +46,24 @@ def _power_of_two(number: int, most: int) -> int:
     return min(number & -number, most) if number else most
 
 
-def alignment(*tokens: Tensor | None) -> dict[str, Any]:
-    """UNIT: the features of every tensor are next to each other; ALIGN: every token starts at a multiple of so many."""
-    given = [t for t in tokens if t is not None]
-    unit = all(t.stride(-1) == 1 or t.shape[-1] == 1 for t in given)
-    align = 1
-    if unit:
-        most = VECTOR_BYTES // given[0].element_size()
-        for t in given:
-            most = _power_of_two(t.data_ptr() // t.element_size(), most)
-            for size, stride in zip(t.shape[:-1], t.stride()[:-1], strict=True):
-                if size > 1:
-                    most = _power_of_two(stride, most)
-        align = most
-    return {"UNIT": unit, "ALIGN": align}
+def side_by_side(t: Tensor) -> bool:
+    """Whether the features of a token are next to each other, as loads of many at once want them."""
+    return t.stride(-1) == 1 or t.shape[-1] == 1
+
+
+def alignment(**tokens: Tensor | None) -> dict[str, int]:
+    """ALIGN_<NAME>: every token of it starts at a multiple of so many numbers; 0 if its features lie apart."""
+    return {f"ALIGN_{name.upper()}": 0 if t is None else _alignment(t) for name, t in tokens.items()}
+
+
+def _alignment(t: Tensor) -> int:
+    if not side_by_side(t):
+        return 0
+    most = _power_of_two(t.data_ptr() // t.element_size(), VECTOR_BYTES // t.element_size())
+    for size, stride in zip(t.shape[:-1], t.stride()[:-1], strict=True):
+        if size > 1:
+            most = _power_of_two(stride, most)
+    return most
 
 
 def out_alignment(features: int, itemsize: int) -> int:
@@ -72,8 +76,13 @@ def tokens_precision(dtype: torch.dtype, arch: str) -> str:
     return "tf32" if dtype is torch.float32 and has_it and tf32_allowed() else "ieee"
 
 
-def gram_precision(dtype: torch.dtype, normalised: bool, arch: str) -> str:
-    """Of a Gram matrix of tokens. Those of 16 bits that were divided by their norms are wide, and are not cut again."""
+def gram_precision(dtype: torch.dtype, normalised: bool, arch: str, symmetric: bool = False) -> str:
+    """Of a Gram matrix of tokens. On the diagonal of a symmetric one are squares of norms, which tf32 would blur.
+
+    Tokens of 16 bits that were divided by their norms are wide, and are not cut again.
+    """
+    if symmetric and dtype is torch.float32:
+        return "ieee"
     if normalised and dtype.itemsize == 2 and arch.startswith("sm_"):
         return "tf32x3"
     return tokens_precision(dtype, arch)

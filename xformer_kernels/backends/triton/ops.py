@@ -107,8 +107,8 @@ def _gram(
     DB = b.shape[-1]
     mask, mask_strides = _mask(token_mask, a)
     arch = launch.target(a.device).arch
-    precision = launch.gram_precision(a.dtype, norm_a or norm_b, arch)
-    facts = launch.alignment(a, b, c)
+    precision = launch.gram_precision(a.dtype, norm_a or norm_b, arch, symmetric)
+    facts = launch.alignment(a=a, b=b, c=c)
     acc = _ACC[accumulate_dtype(a.dtype)]
 
     def run(config: configs.Config) -> None:
@@ -164,7 +164,7 @@ def channel_mix(
     own = all(w is None or w.dtype == x.dtype for w in (weight, weight2))
     arch = launch.target(x.device).arch
     precision = (launch.tokens_precision if own else launch.map_precision)(x.dtype, arch)
-    facts = launch.alignment(x, x2, add)
+    facts = launch.alignment(x=x, x2=x2, add=add)
 
     def strides(t: Tensor | None, none: tuple[int, ...]) -> tuple[int, ...]:
         return none if t is None else t.stride()
@@ -242,7 +242,7 @@ def _forward_at_once(
     B, H, N, D = q.shape
     mask, mask_strides = _mask(token_mask, q)
     target = launch.target(q.device)
-    constants = {**_of_map(q, choices), **launch.alignment(q, k, v)}
+    constants = {**_of_map(q, choices), **launch.alignment(q=q, k=k, v=v)}
     key = configs.Key("forward", q.dtype if choices.TOKEN_NORM else stats.dtype, D, choices.name)
 
     def run(config: configs.Config) -> None:
@@ -285,7 +285,7 @@ def _forward_in_two(
         parts, partial = 1, torch.sum(partial, 0, out=stats)
     mask, mask_strides = _mask(token_mask, q)
     target = launch.target(q.device)
-    constants = {**_of_map(q, choices), **launch.alignment(x)}
+    constants = {**_of_map(q, choices), **launch.alignment(x=x)}
     key = configs.Key("apply", q.dtype, D, choices.name)
 
     def run(config: configs.Config) -> None:
@@ -336,7 +336,7 @@ def xfa_backward(
     target = launch.target(q.device)
     of_map = _of_map(q, choices)
     weight_align = launch.out_alignment(D, weights.element_size())
-    facts = launch.alignment(q, k, v, dout)
+    facts = launch.alignment(q=q, k=k, v=v, g=dout)
 
     def run_map_backward(config: configs.Config) -> None:
         _run(

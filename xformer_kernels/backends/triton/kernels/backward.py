@@ -130,7 +130,6 @@ def mix(
     BLOCK_D: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    UNIT: tl.constexpr,
     ALIGN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -145,7 +144,7 @@ def mix(
         inside = (i < D)[:, None] & (o < D)[None, :]
         w = tl.load(weights_ptr + i[:, None] * D + o[None, :], mask=inside, other=0.0)
         if BLOCK_K < BLOCK_D:
-            part = load_tokens(x_base, rows, keep, begin, stride_n, stride_d, D, BLOCK_K, UNIT, ALIGN)
+            part = load_tokens(x_base, rows, keep, begin, stride_n, stride_d, D, BLOCK_K, ALIGN)
         else:
             part = x
         y = product(part.to(w.dtype), w, y, PRECISION)
@@ -182,8 +181,8 @@ def store_gradient(
     BLOCK_K: tl.constexpr,
     ADD: tl.constexpr,
     PROJECT: tl.constexpr,
-    UNIT: tl.constexpr,
     ALIGN: tl.constexpr,
+    OWN_ALIGN: tl.constexpr,
     OUT_ALIGN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -197,10 +196,10 @@ def store_gradient(
         for first in range(0, D, BLOCK_O):
             y = mix(
                 x, x_base, x_scale, rows, keep, x_stride_n, x_stride_d, weights_ptr, first, ACC, D, BLOCK_D, BLOCK_O,
-                BLOCK_K, UNIT, ALIGN, PRECISION,
+                BLOCK_K, ALIGN, PRECISION,
             )  # fmt: skip
             if BLOCK_O < BLOCK_D:
-                part = load_tokens(own_base, rows, keep, first, stride_n, stride_d, D, BLOCK_O, UNIT, ALIGN)
+                part = load_tokens(own_base, rows, keep, first, stride_n, stride_d, D, BLOCK_O, OWN_ALIGN)
             else:
                 part = own
             total += tl.sum(y * part.to(ACC), axis=1)
@@ -209,11 +208,11 @@ def store_gradient(
     for first in range(0, D, BLOCK_O):
         y = mix(
             x, x_base, x_scale, rows, keep, x_stride_n, x_stride_d, weights_ptr, first, ACC, D, BLOCK_D, BLOCK_O,
-            BLOCK_K, UNIT, ALIGN, PRECISION,
+            BLOCK_K, ALIGN, PRECISION,
         )  # fmt: skip
         if ADD or PROJECT:
             if BLOCK_O < BLOCK_D:
-                part = load_tokens(own_base, rows, keep, first, stride_n, stride_d, D, BLOCK_O, UNIT, ALIGN)
+                part = load_tokens(own_base, rows, keep, first, stride_n, stride_d, D, BLOCK_O, OWN_ALIGN)
             else:
                 part = own
         if ADD:
@@ -270,8 +269,10 @@ def gradients_kernel(
     KEY_VALUE: tl.constexpr,
     TOKEN_NORM: tl.constexpr,
     HAS_MASK: tl.constexpr,
-    UNIT: tl.constexpr,
-    ALIGN: tl.constexpr,
+    ALIGN_Q: tl.constexpr,
+    ALIGN_K: tl.constexpr,
+    ALIGN_V: tl.constexpr,
+    ALIGN_G: tl.constexpr,
     OUT_ALIGN: tl.constexpr,
     WEIGHT_ALIGN: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -291,26 +292,29 @@ def gradients_kernel(
     keep = kept(rows, N, mask_ptr, b, stride_mb, stride_mn, HAS_MASK)
     weights_ptr = record_base(weights_ptr, (b * H + h) * 3 * D * D, WEIGHT_ALIGN)
     vectors_ptr += (b * H + h) * (2 * D + 1)
-    q_base = head_base(q_ptr, b, h, stride_qb, stride_qh, ALIGN)
-    k_base = head_base(k_ptr, b, h, stride_kb, stride_kh, ALIGN)
-    g_base = head_base(dout_ptr, b, h, stride_gb, stride_gh, ALIGN)
+    q_base = head_base(q_ptr, b, h, stride_qb, stride_qh, ALIGN_Q)
+    k_base = head_base(k_ptr, b, h, stride_kb, stride_kh, ALIGN_K)
+    g_base = head_base(dout_ptr, b, h, stride_gb, stride_gh, ALIGN_G)
     one = tl.full((BLOCK_N,), 1.0, ACC)
     # whole tokens, where something takes them whole: a product, the end of a gradient, a norm
     q, k, g, v = one, one, one, one
     if BLOCK_K >= BLOCK_D or BLOCK_O >= BLOCK_D or not TOKEN_NORM:
-        q = load_tokens(q_base, rows, keep, 0, stride_qn, stride_qd, D, BLOCK_D, UNIT, ALIGN)
-        k = load_tokens(k_base, rows, keep, 0, stride_kn, stride_kd, D, BLOCK_D, UNIT, ALIGN)
+        q = load_tokens(q_base, rows, keep, 0, stride_qn, stride_qd, D, BLOCK_D, ALIGN_Q)
+        k = load_tokens(k_base, rows, keep, 0, stride_kn, stride_kd, D, BLOCK_D, ALIGN_K)
     if BLOCK_K >= BLOCK_D:
-        g = load_tokens(g_base, rows, keep, 0, stride_gn, stride_gd, D, BLOCK_D, UNIT, ALIGN)
+        g = load_tokens(g_base, rows, keep, 0, stride_gn, stride_gd, D, BLOCK_D, ALIGN_G)
     if TOKEN_NORM:
         norm_q, scale_q, norm_k, scale_k = one, one, one, one
     else:
         norm_q, scale_q = token_norms(q.to(ACC), EPS)
         norm_k, scale_k = token_norms(k.to(ACC), EPS)
+    ALIGN_FOR_Q: tl.constexpr = ALIGN_G if KEY_VALUE else ALIGN_K
+    ALIGN_FOR_K: tl.constexpr = ALIGN_V if KEY_VALUE else ALIGN_Q
+    ALIGN_FOR_V: tl.constexpr = ALIGN_K if KEY_VALUE else ALIGN_G
     if KEY_VALUE:
-        v_base = head_base(v_ptr, b, h, stride_vb, stride_vh, ALIGN)
+        v_base = head_base(v_ptr, b, h, stride_vb, stride_vh, ALIGN_V)
         if BLOCK_K >= BLOCK_D:
-            v = load_tokens(v_base, rows, keep, 0, stride_vn, stride_vd, D, BLOCK_D, UNIT, ALIGN)
+            v = load_tokens(v_base, rows, keep, 0, stride_vn, stride_vd, D, BLOCK_D, ALIGN_V)
         for_q, base_for_q, scale_for_q, stride_n_for_q, stride_d_for_q = g, g_base, one, stride_gn, stride_gd
         for_k, base_for_k, scale_for_k, stride_n_for_k, stride_d_for_k = v, v_base, one, stride_vn, stride_vd
         for_v, base_for_v, scale_for_v, stride_n_for_v, stride_d_for_v = k, k_base, scale_k, stride_kn, stride_kd
@@ -321,15 +325,18 @@ def gradients_kernel(
     store_gradient(
         for_q, base_for_q, scale_for_q, stride_n_for_q, stride_d_for_q, weights_ptr, vectors_ptr,
         q, q_base, norm_q, scale_q, stride_qn, stride_qd, dq_ptr, b, h, rows, keep, N, H,
-        ACC, EPS, D, BLOCK_D, BLOCK_O, BLOCK_K, TOKEN_NORM, not TOKEN_NORM, UNIT, ALIGN, OUT_ALIGN, PRECISION,
+        ACC, EPS, D, BLOCK_D, BLOCK_O, BLOCK_K, TOKEN_NORM, not TOKEN_NORM, ALIGN_FOR_Q, ALIGN_Q, OUT_ALIGN,
+        PRECISION,
     )  # fmt: skip
     store_gradient(
         for_k, base_for_k, scale_for_k, stride_n_for_k, stride_d_for_k, weights_ptr + D * D, vectors_ptr + D,
         k, k_base, norm_k, scale_k, stride_kn, stride_kd, dk_ptr, b, h, rows, keep, N, H,
-        ACC, EPS, D, BLOCK_D, BLOCK_O, BLOCK_K, TOKEN_NORM, not TOKEN_NORM, UNIT, ALIGN, OUT_ALIGN, PRECISION,
+        ACC, EPS, D, BLOCK_D, BLOCK_O, BLOCK_K, TOKEN_NORM, not TOKEN_NORM, ALIGN_FOR_K, ALIGN_K, OUT_ALIGN,
+        PRECISION,
     )  # fmt: skip
     store_gradient(
         for_v, base_for_v, scale_for_v, stride_n_for_v, stride_d_for_v, weights_ptr + 2 * D * D, vectors_ptr,
         g, g_base, one, one, stride_gn, stride_gd, dv_ptr, b, h, rows, keep, N, H,
-        ACC, EPS, D, BLOCK_D, BLOCK_O, BLOCK_K, False, False, UNIT, ALIGN, OUT_ALIGN, PRECISION,
+        ACC, EPS, D, BLOCK_D, BLOCK_O, BLOCK_K, False, False, ALIGN_FOR_V, ALIGN_G, OUT_ALIGN,
+        PRECISION,
     )  # fmt: skip

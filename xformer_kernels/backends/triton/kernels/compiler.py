@@ -13,7 +13,7 @@ def kernel(function: Callable[..., Any]) -> Any:
 
     Sizes and strides are 64-bit integers whatever their value, and nothing is compiled anew where one of them happens
     to be 1 or a multiple of 16, or an address to be aligned: what kernels may assume of strides and addresses are
-    their constants UNIT and ALIGN.
+    their constants ALIGN_*.
     """
     names = [name for name, p in inspect.signature(function).parameters.items() if "constexpr" not in str(p.annotation)]
     return triton.jit(do_not_specialize=names, do_not_specialize_on_alignment=names)(function)

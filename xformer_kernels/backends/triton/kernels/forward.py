@@ -65,7 +65,6 @@ def apply_map(
     WIDE_MAP: tl.constexpr,
     NORM_X: tl.constexpr,
     HAS_MASK: tl.constexpr,
-    UNIT: tl.constexpr,
     ALIGN: tl.constexpr,
     OUT_ALIGN: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -76,7 +75,7 @@ def apply_map(
     for start in range(begin, end, BLOCK_N):
         rows = start + tl.arange(0, BLOCK_N).to(tl.int64)
         keep = kept(rows, end, mask_ptr, b, stride_mb, stride_mn, HAS_MASK)
-        x = load_tokens(x_base, rows, keep, 0, stride_n, stride_d, D, BLOCK_D, UNIT, ALIGN)
+        x = load_tokens(x_base, rows, keep, 0, stride_n, stride_d, D, BLOCK_D, ALIGN)
         y = product(x.to(MAP_DTYPE), weight, tl.zeros((BLOCK_N, BLOCK_O), ACC), PRECISION)
         if NORM_X:
             y *= token_norms(x.to(ACC), EPS)[1][:, None]
@@ -117,8 +116,7 @@ def apply_kernel(
     TOKEN_NORM: tl.constexpr,
     SOFTMAX: tl.constexpr,
     HAS_MASK: tl.constexpr,
-    UNIT: tl.constexpr,
-    ALIGN: tl.constexpr,
+    ALIGN_X: tl.constexpr,
     OUT_ALIGN: tl.constexpr,
     RECORD_ALIGN: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -162,7 +160,7 @@ def apply_kernel(
     temperature = tl.load(temperature_ptr + h * stride_t).to(ACC)
     weight = finish_map(raw, ssq_k, ssq_q, temperature, i < D, EPS, KEY_VALUE, TOKEN_NORM, SOFTMAX)
     apply_map(
-        head_base(x_ptr, b, h, stride_b, stride_h, ALIGN),
+        head_base(x_ptr, b, h, stride_b, stride_h, ALIGN_X),
         mask_ptr,
         out_ptr,
         weight,
@@ -186,8 +184,7 @@ def apply_kernel(
         WIDE_MAP,
         KEY_VALUE and not TOKEN_NORM,
         HAS_MASK,
-        UNIT,
-        ALIGN,
+        ALIGN_X,
         OUT_ALIGN,
         PRECISION,
     )
@@ -229,8 +226,9 @@ def forward_kernel(
     TOKEN_NORM: tl.constexpr,
     SOFTMAX: tl.constexpr,
     HAS_MASK: tl.constexpr,
-    UNIT: tl.constexpr,
-    ALIGN: tl.constexpr,
+    ALIGN_Q: tl.constexpr,
+    ALIGN_K: tl.constexpr,
+    ALIGN_V: tl.constexpr,
     OUT_ALIGN: tl.constexpr,
     RECORD_ALIGN: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -239,9 +237,9 @@ def forward_kernel(
     """The whole forward in one launch: a program owns a (b, h), and keeps its map in registers between the passes."""
     RECORD: tl.constexpr = D * D + 2 * D
     b, h, _ = locate(H, 1)
-    q_base = head_base(q_ptr, b, h, stride_qb, stride_qh, ALIGN)
-    k_base = head_base(k_ptr, b, h, stride_kb, stride_kh, ALIGN)
-    v_base = head_base(v_ptr, b, h, stride_vb, stride_vh, ALIGN)
+    q_base = head_base(q_ptr, b, h, stride_qb, stride_qh, ALIGN_Q)
+    k_base = head_base(k_ptr, b, h, stride_kb, stride_kh, ALIGN_K)
+    v_base = head_base(v_ptr, b, h, stride_vb, stride_vh, ALIGN_V)
     # k against q, or against v with the sums of squares of q from a read of their own
     if KEY_VALUE:
         b_base, stride_bn, stride_bd = v_base, stride_vn, stride_vd
@@ -249,6 +247,8 @@ def forward_kernel(
     else:
         b_base, stride_bn, stride_bd = q_base, stride_qn, stride_qd
         x_base, stride_xn, stride_xd = v_base, stride_vn, stride_vd
+    ALIGN_B: tl.constexpr = ALIGN_V if KEY_VALUE else ALIGN_Q
+    ALIGN_X: tl.constexpr = ALIGN_Q if KEY_VALUE else ALIGN_V
     SQUARES: tl.constexpr = ("ac" if KEY_VALUE else "ab") if TOKEN_NORM else ""
     raw, ssq_k, ssq_q = accumulate(
         k_base,
@@ -280,8 +280,9 @@ def forward_kernel(
         not TOKEN_NORM,
         not TOKEN_NORM and not KEY_VALUE,
         HAS_MASK,
-        UNIT,
-        ALIGN,
+        ALIGN_K,
+        ALIGN_B,
+        ALIGN_Q,
         PRECISION,
     )
     i = tl.arange(0, BLOCK_D)
@@ -319,8 +320,7 @@ def forward_kernel(
         WIDE_MAP,
         KEY_VALUE and not TOKEN_NORM,
         HAS_MASK,
-        UNIT,
-        ALIGN,
+        ALIGN_X,
         OUT_ALIGN,
         MAP_PRECISION,
     )

@@ -24,7 +24,6 @@ def reciprocal_norms(
     EPS: tl.constexpr,
     D: tl.constexpr,
     BLOCK: tl.constexpr,
-    UNIT: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
     """(BLOCK_N,): 1 / max(norm, eps) of whole tokens, of which `tile` may be but some features."""
@@ -33,7 +32,7 @@ def reciprocal_norms(
     else:
         ssq = tl.zeros((tile.shape[0],), tile.dtype)
         for first in range(0, D, BLOCK):
-            part = load_tokens(base, rows, keep, first, stride_n, stride_d, D, BLOCK, UNIT, ALIGN).to(tile.dtype)
+            part = load_tokens(base, rows, keep, first, stride_n, stride_d, D, BLOCK, ALIGN).to(tile.dtype)
             ssq += tl.sum(part * part, axis=1)
     return 1.0 / clamped(ssq, EPS)
 
@@ -69,8 +68,9 @@ def accumulate(
     NORM_A: tl.constexpr,
     NORM_B: tl.constexpr,
     HAS_MASK: tl.constexpr,
-    UNIT: tl.constexpr,
-    ALIGN: tl.constexpr,
+    ALIGN_A: tl.constexpr,
+    ALIGN_B: tl.constexpr,
+    ALIGN_C: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """(BLOCK_A, BLOCK_B) sum of a[n]^T b[n] over the tokens [begin, end), and the sums of squares of their features.
@@ -84,11 +84,11 @@ def accumulate(
     for start in range(begin, end, BLOCK_N):
         rows = start + tl.arange(0, BLOCK_N).to(tl.int64)
         keep = kept(rows, end, mask_ptr, batch, stride_mb, stride_mn, HAS_MASK)
-        a = load_tokens(a_base, rows, keep, first_a, stride_an, stride_ad, DA, BLOCK_A, UNIT, ALIGN)
+        a = load_tokens(a_base, rows, keep, first_a, stride_an, stride_ad, DA, BLOCK_A, ALIGN_A)
         if SAME:
             b = a
         else:
-            b = load_tokens(b_base, rows, keep, first_b, stride_bn, stride_bd, DB, BLOCK_B, UNIT, ALIGN)
+            b = load_tokens(b_base, rows, keep, first_b, stride_bn, stride_bd, DB, BLOCK_B, ALIGN_B)
         if SQUARES != "":
             wide_a = a.to(ACC)
             squares_a += wide_a * wide_a
@@ -96,14 +96,14 @@ def accumulate(
             wide_b = b.to(ACC)
             squares_b += wide_b * wide_b
         if SQUARES == "ac":
-            c = load_tokens(c_base, rows, keep, first_b, stride_cn, stride_cd, DB, BLOCK_B, UNIT, ALIGN).to(ACC)
+            c = load_tokens(c_base, rows, keep, first_b, stride_cn, stride_cd, DB, BLOCK_B, ALIGN_C).to(ACC)
             squares_b += c * c
         if NORM_A or NORM_B:
             a, b = a.to(ACC), b.to(ACC)
         if NORM_A:
-            a *= reciprocal_norms(a, a_base, rows, keep, stride_an, stride_ad, EPS, DA, BLOCK_A, UNIT, ALIGN)[:, None]
+            a *= reciprocal_norms(a, a_base, rows, keep, stride_an, stride_ad, EPS, DA, BLOCK_A, ALIGN_A)[:, None]
         if NORM_B:
-            b *= reciprocal_norms(b, b_base, rows, keep, stride_bn, stride_bd, EPS, DB, BLOCK_B, UNIT, ALIGN)[:, None]
+            b *= reciprocal_norms(b, b_base, rows, keep, stride_bn, stride_bd, EPS, DB, BLOCK_B, ALIGN_B)[:, None]
         G = product(tl.trans(a), b, G, PRECISION)
     return G, tl.sum(squares_a, axis=0), tl.sum(squares_b, axis=0)
 
@@ -151,8 +151,9 @@ def gram_kernel(
     NORM_A: tl.constexpr,
     NORM_B: tl.constexpr,
     HAS_MASK: tl.constexpr,
-    UNIT: tl.constexpr,
-    ALIGN: tl.constexpr,
+    ALIGN_A: tl.constexpr,
+    ALIGN_B: tl.constexpr,
+    ALIGN_C: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """A program owns one (BLOCK_A, BLOCK_B) tile of one (b, h) over one chunk of the tokens, its `part`.
@@ -175,9 +176,9 @@ def gram_kernel(
     # off the diagonal of a symmetric matrix, b is other features of a
     SAME: tl.constexpr = SYMMETRIC and TILES_B == 1
     G, squares_a, squares_b = accumulate(
-        head_base(a_ptr, b, h, stride_ab, stride_ah, ALIGN),
-        head_base(b_ptr, b, h, stride_bb, stride_bh, ALIGN),
-        head_base(c_ptr, b, h, stride_cb, stride_ch, ALIGN),
+        head_base(a_ptr, b, h, stride_ab, stride_ah, ALIGN_A),
+        head_base(b_ptr, b, h, stride_bb, stride_bh, ALIGN_B),
+        head_base(c_ptr, b, h, stride_cb, stride_ch, ALIGN_C),
         mask_ptr,
         b,
         begin,
@@ -204,8 +205,9 @@ def gram_kernel(
         NORM_A,
         NORM_B,
         HAS_MASK,
-        UNIT,
-        ALIGN,
+        ALIGN_A,
+        ALIGN_B,
+        ALIGN_C,
         PRECISION,
     )
     record = (part * B + b) * H + h

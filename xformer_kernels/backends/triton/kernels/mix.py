@@ -28,7 +28,6 @@ def multiply(
     O: tl.constexpr,  # noqa: E741
     BLOCK_K: tl.constexpr,
     WIDE_MAP: tl.constexpr,
-    UNIT: tl.constexpr,
     ALIGN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -37,7 +36,7 @@ def multiply(
     w_base = weight_ptr + b * stride_wb + h * stride_wh
     for first in range(0, I, BLOCK_K):
         i = (first + tl.arange(0, BLOCK_K)).to(tl.int64)
-        x = load_tokens(x_base, rows, keep, first, stride_xn, stride_xd, I, BLOCK_K, UNIT, ALIGN)
+        x = load_tokens(x_base, rows, keep, first, stride_xn, stride_xd, I, BLOCK_K, ALIGN)
         inside = (i < I)[:, None] & (o < O)[None, :]
         w = tl.load(w_base + i[:, None] * stride_wi + o[None, :] * stride_wo, mask=inside, other=0.0)
         if WIDE_MAP:
@@ -96,8 +95,9 @@ def channel_mix_kernel(
     HAS_ADD: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     WIDE_MAP: tl.constexpr,
-    UNIT: tl.constexpr,
-    ALIGN: tl.constexpr,
+    ALIGN_X: tl.constexpr,
+    ALIGN_X2: tl.constexpr,
+    ALIGN_ADD: tl.constexpr,
     OUT_ALIGN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -110,19 +110,19 @@ def channel_mix_kernel(
     o = (first + tl.arange(0, BLOCK_O)).to(tl.int64)
     y = multiply(
         x_ptr, weight_ptr, tl.zeros((BLOCK_N, BLOCK_O), ACC), b, h, rows, present, o, stride_xb, stride_xh, stride_xn,
-        stride_xd, stride_wb, stride_wh, stride_wo, stride_wi, I, O, BLOCK_K, WIDE_MAP, UNIT, ALIGN, PRECISION,
+        stride_xd, stride_wb, stride_wh, stride_wo, stride_wi, I, O, BLOCK_K, WIDE_MAP, ALIGN_X, PRECISION,
     )  # fmt: skip
     if I2 > 0:
         y = multiply(
             x2_ptr, weight2_ptr, y, b, h, rows, present, o, stride_x2b, stride_x2h, stride_x2n, stride_x2d, stride_w2b,
-            stride_w2h, stride_w2o, stride_w2i, I2, O, BLOCK_K, WIDE_MAP, UNIT, ALIGN, PRECISION,
+            stride_w2h, stride_w2o, stride_w2i, I2, O, BLOCK_K, WIDE_MAP, ALIGN_X2, PRECISION,
         )  # fmt: skip
     if HAS_BIAS:
         bias = tl.load(bias_ptr + b * stride_bb + h * stride_bh + o * stride_bo, mask=o < O, other=0.0)
         y += bias.to(ACC)[None, :]
     if HAS_ADD:
-        add_base = head_base(add_ptr, b, h, stride_ab, stride_ah, ALIGN)
-        add = load_tokens(add_base, rows, present, first, stride_an, stride_ad, O, BLOCK_O, UNIT, ALIGN).to(ACC)
+        add_base = head_base(add_ptr, b, h, stride_ab, stride_ah, ALIGN_ADD)
+        add = load_tokens(add_base, rows, present, first, stride_an, stride_ad, O, BLOCK_O, ALIGN_ADD).to(ACC)
         if HAS_SCALE:
             scale = tl.load(scale_ptr + b * stride_sb + h * stride_sh + o * stride_so, mask=o < O, other=0.0)
             add *= scale.to(ACC)[None, :]

@@ -23,9 +23,9 @@ def locate(H, parts):
 
 @device
 def head_base(ptr, b, h, stride_b, stride_h, ALIGN: tl.constexpr):
-    """Where token 0 of (b, h) starts. ALIGN, in numbers, is a promise of launch.py for this address and all rows."""
+    """Where token 0 of (b, h) starts. ALIGN is a promise of launch.alignment for this address and all rows."""
     base = ptr + b * stride_b + h * stride_h
-    return tl.multiple_of(base, ALIGN * (ptr.dtype.element_ty.primitive_bitwidth // 8))
+    return tl.multiple_of(base, (ALIGN if ALIGN > 0 else 1) * (ptr.dtype.element_ty.primitive_bitwidth // 8))
 
 
 @device
@@ -53,13 +53,12 @@ def load_tokens(
     stride_d,
     D: tl.constexpr,
     BLOCK: tl.constexpr,
-    UNIT: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
     """(BLOCK_N, BLOCK): the features from `first` on."""
     features = first + tl.arange(0, BLOCK)
-    starts = base + tl.multiple_of(rows * stride_n, ALIGN)
-    steps = features if UNIT else features.to(tl.int64) * stride_d
+    starts = base + tl.multiple_of(rows * stride_n, ALIGN if ALIGN > 0 else 1)
+    steps = features if ALIGN > 0 else features.to(tl.int64) * stride_d
     return tl.load(starts[:, None] + steps[None, :], mask=keep[:, None] & (features < D)[None, :], other=0.0)
 
 
