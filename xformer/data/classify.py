@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch import Tensor
 from xformer.data import files, shards, tars
 from xformer.data.images import Skipped
 from xformer.data.loader import Batch
-from xformer.data.order import Shard
+from xformer.data.order import Shard, digest
 from xformer.data.sets import Content, DataSet, indexed, sizes
 from xformer.data.transforms import Statistics, Transform, eval_transform, train_transform
 from xformer.errors import UsageError
@@ -65,11 +66,13 @@ def open_data(recipe: Recipe, shard: Shard | None = None) -> Data:
     """The data that `recipe.data` names, as one of the data-parallel processes sees it.
 
     Raises:
-        UsageError: no such data, files that are missing or wrong, or too few images for one batch.
+        UsageError: no such data, files that are missing or wrong, too few images for one batch, or only one class.
     """
     shard = shard or Shard()
     skipped = Skipped()
     content, classes = _open(recipe, shard, skipped)
+    if len(classes.names) < 2:
+        raise UsageError(f"data: {recipe.data} must have two classes or more, got {', '.join(classes.names)}")
     return Data(recipe, shard, content, classes, skipped)
 
 
@@ -129,7 +132,11 @@ def _streamed(recipe: Recipe, shard: Shard, skipped: Skipped) -> tuple[Content, 
         return train.train_batches(epoch, start, batches)
 
     source = shards.Samples()
-    content = Content(source, source, train_batches, held_out.eval_batches, train_images, eval_images)
+    samples = {
+        part: digest([url.rpartition("/")[2] for url in of_it], np.array(images))
+        for part, of_it, images in (("training", urls, train_images), ("evaluation", held_out_urls, eval_images))
+    }
+    content = Content(source, source, train_batches, held_out.eval_batches, train_images, eval_images, samples)
     return content, Classes(names)
 
 

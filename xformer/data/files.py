@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from xformer.data.images import open_image
+from xformer.data.order import digest
 from xformer.data.sets import Indexed
 from xformer.data.transforms import Statistics
 from xformer.errors import UsageError
@@ -21,6 +22,9 @@ class Files(Indexed):
     def __init__(self, root: Path, paths: list[str], labels: np.ndarray) -> None:
         self.count, self.labels = len(labels), labels
         self.root, self.paths = root, np.array([os.fsencode(path) for path in paths])
+
+    def digest(self) -> str:
+        return digest(self.paths, self.labels)
 
     def name(self, item: int) -> str:
         return str(self.root / os.fsdecode(self.paths[item]))
@@ -35,6 +39,9 @@ class Arrays(Indexed):
     def __init__(self, title: str, pixels: np.ndarray, labels: np.ndarray) -> None:
         self.count, self.labels = len(labels), labels
         self.title, self.pixels = title, pixels
+
+    def digest(self) -> str:
+        return digest(self.pixels, self.labels)
 
     def name(self, item: int) -> str:
         return f"{self.title} {item}"

@@ -20,10 +20,14 @@ class Unreadable(Exception):
 
 
 class Skipped:
-    """Images that did not decode, each named once, with the reason: in a warning of the log, and here."""
+    """What could not be read, each named once, with the reason: in a warning of the log, and here.
+
+    reasons: of images that did not decode. damaged: of shards that did not, or only in part.
+    """
 
     def __init__(self) -> None:
         self.reasons: dict[str, str] = {}
+        self.damaged: dict[str, str] = {}
 
     @property
     def count(self) -> int:
@@ -37,6 +41,16 @@ class Skipped:
         if name not in self.reasons:
             self.reasons[name] = reason
             logger.warning("skipped %s: %s", name, reason)
+
+    def add_shard(self, url: str, reason: str) -> None:
+        if url not in self.damaged:
+            self.damaged[url] = reason
+            logger.warning("damaged shard %s: %s", url, reason)
+
+    def said(self) -> str:
+        """As the end of a line of the log; empty if there is nothing."""
+        images = f", {self.count} unreadable images skipped" if self.count else ""
+        return images + (f", {len(self.damaged)} shards damaged" if self.damaged else "")
 
 
 def open_image(source: str | Path | bytes) -> Image.Image:

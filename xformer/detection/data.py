@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from xformer.data import Shard, Skipped, Unreadable, open_image
+from xformer.data.order import digest
 from xformer.data.sets import DataSet, Indexed, indexed, scale_of
 from xformer.data.transforms import to_tensor
 from xformer.detection.coco import Annotations, read_annotations
@@ -38,6 +39,10 @@ class Pictures(Indexed):
     def __init__(self, folder: Path, annotations: Annotations) -> None:
         self.folder, self.annotations = folder, annotations
         self.count = len(annotations.ids)
+
+    def digest(self) -> str:
+        said = self.annotations
+        return digest(said.ids, said.names, said.sizes, said.boxes, said.labels, said.crowd, said.bounds)
 
     def name(self, item: int) -> str:
         return str(self.folder / os.fsdecode(self.annotations.names[item]))

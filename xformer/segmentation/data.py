@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from xformer.data import Shard, Skipped, Unreadable, open_image
+from xformer.data.order import digest
 from xformer.data.sets import DataSet, Indexed, indexed, scale_of
 from xformer.data.transforms import to_tensor
 from xformer.errors import UsageError
@@ -51,6 +52,9 @@ class Scenes(Indexed):
     def label_of(image: Path) -> Path:
         city, split, root = image.parent.name, image.parents[1].name, image.parents[3]
         return root / LABEL / split / city / f"{image.name.removesuffix(f'_{IMAGE}.png')}_{LABEL}_labelIds.png"
+
+    def digest(self) -> str:
+        return digest([f"{path.parent.name}/{path.name}" for path in self.images])
 
     def name(self, item: int) -> str:
         return str(self.images[item])
