@@ -313,7 +313,7 @@ def test_corrupt_annotations_are_named(root, tmp_path, change, message):
         (lambda said: said | {"annotations": [{k: v for k, v in GOOD.items() if k != "bbox"}]}, "7 has no bbox"),
         (lambda said: said | {"annotations": [GOOD, GOOD]}, "annotation 7 is there twice"),
         (lambda said: said | {"images": [{"id": 1, "file_name": "a.jpg", "height": 64}]}, "image 1 has no width"),
-        (lambda said: said | {"images": [{"id": 1, "file_name": 3}]}, "image 1: file_name must be text, got 3"),
+        (lambda said: said | {"images": [{"id": 1, "file_name": 3}]}, "image 1: file_name must be a name that a file"),
         (lambda said: said | {"images": []}, "must have images and categories"),
         (lambda said: said | {"categories": [{"id": 3}]}, "category 3 has no name"),
         (lambda said: said | {"annotations": []}, "has no boxes to be found"),

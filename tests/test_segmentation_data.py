@@ -114,7 +114,7 @@ def test_corrupt_files_are_skipped_and_named(root, tmp_path, caplog):
     assert sum(len(x) for x, _ in data.train(0)) == 8
     assert data.skipped.count == 3
     said = " ".join(data.skipped.reasons.values())
-    assert "labels do not decode" in said and "not bytes of (64, 96)" in said
+    assert "labels do not decode" in said and "its labels are of (10, 10), not of (64, 96)" in said
 
 
 def test_what_is_refused(root, tmp_path):

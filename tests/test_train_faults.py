@@ -248,8 +248,7 @@ def test_an_interrupt_leaves_a_checkpoint_and_a_sentence(images, tmp_path, launc
 
 def test_many_processes_say_an_error_once(images, tmp_path):
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    for data in (tmp_path / "nowhere", images):
-        done = run([*launch, *command(data, tmp_path, batch_size=48)])
-        assert done.returncode != 0
-        (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-        assert "nowhere" in line or "batch_size" in line
+    done = run([*launch, *command(tmp_path / "nowhere", tmp_path)])
+    assert done.returncode != 0
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "nowhere" in line

@@ -87,7 +87,7 @@ def _open(recipe: Recipe, shard: Shard, skipped: Skipped) -> tuple[Content, Clas
         raise UsageError(f"data must be {names}, a folder that exists or tar shards, got {recipe.data!r}")
     if not (root / "train").is_dir() and any(root.glob("*.tar")):
         return _streamed(recipe, shard, skipped)
-    return _indexed(recipe, shard, *files.open_folders(root))
+    return _indexed(recipe, shard, *files.open_folders(root, shard))
 
 
 def _indexed(
@@ -114,8 +114,8 @@ def _streamed(recipe: Recipe, shard: Shard, skipped: Skipped) -> tuple[Content, 
     urls = tars.find_shards("train_shards", train_pattern or "*train*.tar", root)
     held_out_urls = tars.find_shards("eval_shards", recipe.eval_shards or "*val*.tar", root)
     names = files.read_names("classes", recipe.classes) if recipe.classes else []
-    train_images, labels = _known("train_samples", recipe.train_samples, urls, bool(names))
-    eval_images, _ = _known("eval_samples", recipe.eval_samples, held_out_urls, True)
+    train_images, labels = _known("train_samples", recipe.train_samples, urls, bool(names), shard)
+    eval_images, _ = _known("eval_samples", recipe.eval_samples, held_out_urls, True, shard)
     if names and labels > len(names):
         raise UsageError(
             f"classes: {recipe.classes} must name {labels} classes, as labels go to {labels - 1}, got {len(names)}"
@@ -140,7 +140,7 @@ def _streamed(recipe: Recipe, shard: Shard, skipped: Skipped) -> tuple[Content, 
     return content, Classes(names)
 
 
-def _known(setting: str, given: int, urls: list[str], named: bool) -> tuple[int, int]:
+def _known(setting: str, given: int, urls: list[str], named: bool, shard: Shard) -> tuple[int, int]:
     """Samples of shards, and the classes that their labels show (0 if they were not looked at).
 
     Raises:
@@ -153,7 +153,7 @@ def _known(setting: str, given: int, urls: list[str], named: bool) -> tuple[int,
     if not local:
         missing = setting if not samples else "classes"
         raise UsageError(f"{missing} must be given for shards that are not local files, such as {urls[0]}")
-    counted, labels = tars.count_samples(urls)
+    counted, labels, wrong = tars.count_samples(urls, shard)
     if not counted:
-        raise UsageError(f"data: none of {len(urls)} shards has images with labels, such as {urls[0]}")
+        raise UsageError(shards.no_samples(len(urls), wrong or urls[0]))
     return samples or counted, labels

@@ -209,6 +209,7 @@ class Run:
             asked = self._anywhere(asked)
         if asked:
             self._save()
+            self.accelerator.wait_for_everyone()
             raise KeyboardInterrupt
 
     def _anywhere(self, here: bool) -> bool:
