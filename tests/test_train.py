@@ -287,6 +287,15 @@ def test_recipes_and_changes(tmp_path):
             load_recipe(path, changes)
 
 
+def test_a_setting_twice_and_marks_of_byte_order(tmp_path):
+    (tmp_path / "r.toml").write_text("lr = 1e-3\n[a]\nepochs = 3\n[b]\nlr = 2e-3\n")
+    with pytest.raises(UsageError, match="two settings lr, in different tables"):
+        load_recipe(tmp_path / "r.toml")
+    for name, text in (("r.toml", "epochs = 3\n"), ("r.yaml", "epochs: 3\n")):
+        (tmp_path / name).write_bytes(f"\ufeff{text}".encode())
+        assert load_recipe(tmp_path / name).epochs == 3
+
+
 def test_the_command_line_changes_a_recipe():
     more = ["--show", "--attention", "softmax", "--sizes", "32", "48", "--no-tensorboard"]
     done = run(["-m", "xformer", "train", "--config", "small", *more, "--model-options", "se=true", "mlp_ratio=3.0"])

@@ -132,7 +132,7 @@ class Checkpoints:
         Raises:
             UsageError: a checkpoint that cannot be read.
         """
-        hint = f"remove {path} to go on from an earlier one"
+        hint = "remove it to go on from an earlier one"
         weights = {file.stem: load_weights(file)[0] for file in path.glob("*.safetensors")}
         try:
             optimizer = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
@@ -142,7 +142,9 @@ class Checkpoints:
             raise UsageError(f"resume: {path} cannot be read ({said}): {hint}") from error
         for key, kinds in STATE.items():
             if not isinstance(state, dict) or key not in state or not isinstance(state[key], kinds):
-                raise UsageError(f"resume: {path}/state.json has no {key} as a run writes it: {hint}")
+                raise UsageError(
+                    f"resume: {path} is damaged, as its state.json has no {key} as a run writes it: {hint}"
+                )
         if "model" not in weights:
             raise UsageError(f"resume: {path} has no model.safetensors: {hint}")
         return weights, optimizer, state
