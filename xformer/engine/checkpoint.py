@@ -142,9 +142,7 @@ class Checkpoints:
             raise UsageError(f"resume: {path} cannot be read ({said}): {hint}") from error
         for key, kinds in STATE.items():
             if not isinstance(state, dict) or key not in state or not isinstance(state[key], kinds):
-                raise UsageError(
-                    f"resume: {path} is damaged, as its state.json has no {key} as a run writes it: {hint}"
-                )
+                raise UsageError(f"resume: {path} is damaged: its state.json has no {key} as runs write it: {hint}")
         if "model" not in weights:
             raise UsageError(f"resume: {path} has no model.safetensors: {hint}")
         return weights, optimizer, state
