@@ -9,7 +9,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from data_cases import CLASSES, broken_images, colour, evaluated, make_folder, numbers_of, opened, recipe
+from data_cases import CLASSES, broken_images, colour, evaluated, image_bytes, make_folder, numbers_of, opened, recipe
 from PIL import Image
 
 from xformer.data import Unreadable, eval_transform, open_data, open_image
@@ -210,3 +210,109 @@ def test_transform_of_evaluation(folder):
     assert tensor.shape == (3, 8, 8)
     assert torch.equal(tensor, eval_transform(card, card.mean, card.std)(image))
     assert open_data(recipe(folder)).train_images == 30
+
+
+# ---------------------------------------------------------------------------------------- folders as people have them
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "validation"])
+def test_a_test_folder_is_evaluated_only_where_there_is_no_other(folder, name, caplog):
+    shutil.copytree(folder / "val", folder / "test")
+    (folder / "test" / "ant" / "more.png").write_bytes(image_bytes(900))
+    if name != "val":
+        (folder / "val").rename(folder / name)
+    assert opened(folder).eval_images == 13 and not caplog.records
+    shutil.rmtree(folder / name)
+    assert opened(folder).eval_images == 14
+    assert "test/ is evaluated" in caplog.text
+
+
+def test_what_systems_leave_is_no_class_and_no_image(folder, caplog):
+    """Of macOS, Jupyter and file servers, at any depth; copies of images would be trained on twice."""
+    image = folder / "train" / "ant" / "0000.png"
+    for left in ("__MACOSX", ".ipynb_checkpoints", "@eaDir"):
+        for place in (folder / "train", folder / "train" / "ant"):
+            (place / left).mkdir()
+            shutil.copy(image, place / left / "copy.png")
+    shutil.copy(image, folder / "train" / "ant" / "._0000.png")
+    (folder / "train" / "ant" / ".DS_Store").write_bytes(b"")
+    data = opened(folder)
+    assert (data.classes, data.train_images) == (list(CLASSES), 30)
+    assert "1 hidden files" in caplog.text
+
+
+def test_links_are_followed_once(folder, caplog):
+    elsewhere = folder.parent / "elsewhere"
+    (folder / "train" / "ant").rename(elsewhere)
+    (folder / "train" / "ant").symlink_to(elsewhere)
+    assert opened(folder).train_images == 30 and not caplog.records
+    for name, target in (("self", "."), ("up", folder / "train"), ("top", folder), ("other", elsewhere)):
+        (folder / "train" / "bee" / name).symlink_to(target)
+    data = opened(folder)
+    assert data.train_images == 40  # those of "other", which is a folder like another
+    assert "3 links to folders that are there already" in caplog.text
+
+
+def test_files_that_are_no_images_are_counted_aloud(folder, caplog):
+    colours = Image.new("RGB", (12, 10), colour(600))
+    colours.save(folder / "val" / "ant" / "a.gif")
+    colours.save(folder / "val" / "ant" / "b.JFIF", "JPEG")
+    for number, name in enumerate(("c.heic", "d.HEIC", "notes.txt", "README")):
+        (folder / "val" / "ant" / name).write_bytes(b"%d" % number)
+    data = opened(folder)
+    assert data.eval_images == 15 and len(evaluated(data)) == 15
+    (record,) = caplog.records
+    assert "2 .heic, 1 files without an extension, 1 .txt" in record.getMessage()
+    caplog.clear()
+    opened(folder, 1, 2)
+    assert not caplog.records  # the first process says it
+
+
+@pytest.mark.parametrize("values, shown", [
+    (np.array([[0, 200]], np.int32), [0, 200]),
+    (np.array([[0, 40000]], np.int32), [0, 156]),
+    (np.array([[0, 40000]], np.uint16), [0, 156]),
+    (np.array([[0, 200]], np.uint16), [0, 0]),  # these are of 16 bits, whatever their values
+    (np.array([[0, 0.5, 1]], np.float32), [0, 128, 255]),
+    (np.array([[0, 100, 255]], np.float32), [0, 100, 255]),
+    (np.array([[-1, 5]], np.int32), "from 0 to 65535, got -1 to 5"),
+    (np.array([[0, 70000]], np.int32), "from 0 to 65535, got 0 to 70000"),
+    (np.array([[0, 1000]], np.float32), "from 0 to 1 or to 255, got 0 to 1000"),
+    (np.array([[0, np.nan]], np.float32), "got nan"),
+])  # fmt: skip
+def test_numbers_of_other_types_keep_their_brightness(tmp_path, values, shown):
+    Image.fromarray(values).save(tmp_path / "x.tif")
+    if isinstance(shown, str):
+        with pytest.raises(Unreadable, match=shown):
+            open_image(tmp_path / "x.tif")
+    else:
+        assert np.asarray(open_image(tmp_path / "x.tif"))[0, :, 0].tolist() == shown
+
+
+def test_images_that_would_become_too_large_are_unreadable(folder, monkeypatch):
+    """Before they are resized: in evaluation another does not stand in, and the others are seen."""
+    thin = folder / "val" / "ant" / "0500.png"
+    Image.new("L", (60000, 1)).save(thin)
+    shutil.copy(thin, folder / "train" / "ant" / "0000.png")
+    data = opened(folder, image_size=160)
+    sizes = []
+    resize = Image.Image.resize
+
+    def resized(self, size, *rest, **more):
+        sizes.append(size)
+        return resize(self, size, *rest, **more)
+
+    monkeypatch.setattr(Image.Image, "resize", resized)
+    assert sum(len(images) for images, _ in data.evaluate()) == 12
+    assert data.skipped.reasons == {
+        str(thin): f"resized it would have 160 x 9600000 pixels, and Pillow's limit is {Image.MAX_IMAGE_PIXELS}"
+    }
+    assert sum(len(images) for images, _ in data.train(0)) == 28
+    assert max(width * height for width, height in sizes) < 1e6
+    with pytest.raises(Unreadable, match="resized"):
+        data.transform(open_image(thin))
+
+
+def test_names_with_a_byte_order_mark(folder, tmp_path):
+    (tmp_path / "names.txt").write_bytes("\ufeffÄmse\nBiene\nKatze\n".encode())
+    assert opened(folder, classes=str(tmp_path / "names.txt")).classes == ["Ämse", "Biene", "Katze"]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import logging
+import tarfile
 from collections import Counter
 
 import pytest
@@ -157,8 +159,12 @@ def test_shards_that_are_cut_off_or_none(tmp_path):
     data = opened(tmp_path, train_samples=30, classes=str(_names(tmp_path)))
     batches = list(data.train(0))
     assert len(batches) == 7 and all(len(images) == 4 for images, _ in batches)
-    assert f"{tmp_path}/small-train-0002.tar" in data.skipped.names
-    assert any("small-train-0001.tar" in name for name in data.skipped.names)
+    assert data.skipped.count == 0 and data.skipped.said() == ", 2 shards damaged"
+    cut, none = (data.skipped.damaged[f"{tmp_path}/small-train-000{n}.tar"] for n in (1, 2))
+    assert "after 7 samples: it is cut off" in cut and "after 0 samples, and what comes behind is lost" in none
+    (tmp_path / "small-train-0001.tar").write_bytes(whole[: len(whole) // 2 - 600])  # in what a file holds
+    data = opened(tmp_path, train_samples=30, classes=str(_names(tmp_path)))
+    assert len(list(data.train(0))) == 7 and data.skipped.said() == ", 2 shards damaged"
 
 
 def test_samples_that_lack_a_file(tmp_path):
@@ -170,14 +176,68 @@ def test_samples_that_lack_a_file(tmp_path):
     data = opened(tmp_path)
     assert data.eval_images == 14 and 700 in evaluated(data)
     assert data.skipped.reasons == {
-        f"{tmp_path}/x-val.tar/a": "has no label (.cls)",
-        f"{tmp_path}/x-val.tar/b": "has no image",
+        f"{tmp_path}/x-val.tar/a": "has no label (.cls): it has png",
+        f"{tmp_path}/x-val.tar/b": "has no image: it has cls",
     }
+
+
+def write_members(path, members):
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
+
+
+def shards_of(root, members):
+    """The same members for training and evaluation."""
+    for part in ("train", "val"):
+        write_members(root / f"x-{part}.tar", members)
+    return root
+
+
+@pytest.mark.parametrize("image, label", [
+    ("{}.PNG", "{}.CLS"), ("{}.input.png", "{}.cls"), ("deep/{}.png", "deep/{}.cls"), ("a.{}.png", "a.{}.cls"),
+    ("n1.{}.Image.Png", "n1.{}.Image.Cls"), ("{}.png", "{}.target.cls"),
+])  # fmt: skip
+@pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"], ids=["", "bom"])
+def test_names_of_members_in_other_styles(tmp_path, image, label, bom):
+    members = []
+    for number in range(8):
+        members += [(image.format(number), image_bytes(number)), (label.format(number), bom + f"{number % 2}".encode())]
+    data = opened(shards_of(tmp_path, members))
+    assert (data.train_images, data.eval_images, data.classes) == (8, 8, ["0", "1"])
+    assert sorted(evaluated(data)) == list(range(8)) and not data.skipped.count
+    for images, labels in data.train(0):
+        assert [number % 2 for number in numbers_of(images, data)] == labels.tolist()
+
+
+@pytest.mark.parametrize("members, words", [
+    ([(f"{n}.png", image_bytes(n)) for n in range(4)] + [(f"{n}.cls", b"1") for n in range(4)],
+     ["must follow each other", "x-train.tar/0 are apart"]),
+    ([(f"{n}.{e}", c) for n in range(4) for e, c in (("png", image_bytes(n)), ("json", b'{"label": 1}'))],
+     ["none of 1 shards has images with labels", "x-train.tar/0 has no label (.cls)", "it has json, png"]),
+    ([(f"{n}.{e}", b"1") for n in range(4) for e in ("heic", "cls")], ["has no image", "it has cls, heic"]),
+], ids=["apart", "json", "no images"])  # fmt: skip
+def test_what_is_no_sample_is_told(tmp_path, members, words):
+    shards_of(tmp_path, members)
+    refused(tmp_path, *words)
+    data = opened(tmp_path, train_samples=4, eval_samples=4, classes=str(_names(tmp_path)), workers=1)
+    with pytest.raises(UsageError) as caught:
+        next(data.train(0))
+    told(caught, *words)
+
+
+@pytest.mark.parametrize("content", ['{"x-train.tar": "many"}', '{"x-train.tar": 1.5}', "[1]", "text", '"text"'])
+def test_sizes_that_are_none_are_named(tmp_path, content):
+    shards_of(tmp_path, [("a.png", image_bytes(1)), ("a.cls", b"0")])
+    (tmp_path / "sizes.json").write_text(content)
+    refused(tmp_path, "sizes.json", tmp_path)
 
 
 def test_nothing_readable_ends_in_a_sentence(tmp_path):
     for part in ("train", "val"):
-        write_tar(tmp_path / f"{part}.tar", {f"{n}": sample_files(n, 0, b"text") for n in range(40)})
+        write_tar(tmp_path / f"{part}.tar", {f"{n}": sample_files(n, n % 2, b"text") for n in range(40)})
     data = opened(tmp_path, workers=1)
     with pytest.raises(UsageError) as caught:
         next(data.train(0))

@@ -313,7 +313,7 @@ def test_corrupt_annotations_are_named(root, tmp_path, change, message):
         (lambda said: said | {"annotations": [{k: v for k, v in GOOD.items() if k != "bbox"}]}, "7 has no bbox"),
         (lambda said: said | {"annotations": [GOOD, GOOD]}, "annotation 7 is there twice"),
         (lambda said: said | {"images": [{"id": 1, "file_name": "a.jpg", "height": 64}]}, "image 1 has no width"),
-        (lambda said: said | {"images": [{"id": 1, "file_name": 3}]}, "image 1: file_name must be text, got 3"),
+        (lambda said: said | {"images": [{"id": 1, "file_name": 3}]}, "image 1: file_name must be a name that a file"),
         (lambda said: said | {"images": []}, "must have images and categories"),
         (lambda said: said | {"categories": [{"id": 3}]}, "category 3 has no name"),
         (lambda said: said | {"annotations": []}, "has no boxes to be found"),
@@ -324,12 +324,72 @@ def test_corrupt_files_are_named(root, tmp_path, change, message):
     refused(root, tmp_path, change, message)
 
 
-def refused(root, tmp_path, change, message):
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda said: said | {"images": [{"id": 2**63, "file_name": "a", "height": 9, "width": 9}]}, "of 64 bits, got"),
+        (lambda said: said | {"annotations": [GOOD | {"id": -(2**64)}]}, "annotation number 0 of.* of 64 bits, got"),
+        (lambda said: said | {"images": [{"id": 1, "file_name": "a", "height": 2**40, "width": 9}]}, "height must be"),
+        (lambda said: said | {"annotations": [GOOD | {"bbox": [1, 2, 10**400, 3]}]}, "7: bbox must be four finite"),
+        (lambda said: said | {"annotations": [GOOD | {"area": 10**400}]}, "7: area must be a finite number"),
+        (lambda said: said | {"images": [{"id": 1, "file_name": "\ud800.jpg"}]}, "image 1: file_name must be"),
+        (lambda said: said | {"images": [{"id": 1, "file_name": "a\0.jpg"}]}, "image 1: file_name must be"),
+        (lambda said: said | {"annotations": [GOOD | {"iscrowd": 1}]}, "no boxes to be found, but for 1 of crowds"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_numbers_and_names_that_nothing_can_hold_are_named(root, tmp_path, split, change, message):
+    refused(root, tmp_path, change, message, split)
+
+
+def test_a_category_above_all_others_is_no_class(root, tmp_path, caplog):
+    """Roboflow writes one. It is a class where it has boxes, and where others are not below it."""
+    copy = tmp_path / "copy"
+    shutil.copytree(root, copy)
+    for split in ("train", "val"):
+        path = annotation_file(copy, split)
+        said = json.loads(path.read_text())
+        said["categories"] = [c | {"supercategory": "shapes"} for c in said["categories"]]
+        said["categories"].insert(0, {"id": 0, "name": "shapes", "supercategory": "none"})
+        path.write_text(json.dumps(said))
+    data = coco.CocoData(recipe(copy), Shard())
+    assert data.classes == [kind.name for kind in sorted(KINDS, key=lambda kind: kind.category)]
+    assert caplog.text.count("category shapes is of no box and above all others") == 2
+    (_, targets), (_, others) = (next(d.train(0)) for d in (data, coco.CocoData(recipe(root), Shard())))
+    assert all(torch.equal(a["labels"], b["labels"]) for a, b in zip(targets, others, strict=True))
+    for split in ("train", "val"):
+        path = annotation_file(copy, split)
+        said = json.loads(path.read_text())
+        said["annotations"].append(record(990, [1.0, 1.0, 9.0, 9.0], 1, category_id=0))
+        path.write_text(json.dumps(said))
+    assert coco.CocoData(recipe(copy), Shard()).classes[0] == "shapes"
+
+
+def test_layer_decay_goes_by_the_depth_of_the_backbone(root, tmp_path):
+    from timm.models import group_parameters
+
+    from xformer.segmentation import Segmenter
+
+    for model in (coco_task(root).build(), Segmenter("xformer_xxs", 19)):
+        groups = group_parameters(model, model.group_matcher(), reverse=True)
+        of_backbone = [groups[name] for name, _ in model.named_parameters() if name.startswith("backbone.")]
+        rest = {groups[name] for name, _ in model.named_parameters() if not name.startswith("backbone.")}
+        assert of_backbone == sorted(of_backbone) and of_backbone[0] == 0
+        assert len(set(of_backbone)) > 5 and rest == {max(of_backbone) + 1}
+
+
+def coco_task(root):
+    from xformer.detection.task import Detect
+
+    return Detect(recipe(root))
+
+
+def refused(root, tmp_path, change, message, split="val"):
     for path in root.iterdir():
         if path.name != "annotations":
             (tmp_path / path.name).symlink_to(path)
     shutil.copytree(root / "annotations", tmp_path / "annotations")
-    path = annotation_file(tmp_path, "val")
+    path = annotation_file(tmp_path, split)
     path.write_text(json.dumps(change(json.loads(path.read_text()))))
     with pytest.raises(UsageError, match=message) as caught:
         coco.open_coco(tmp_path)

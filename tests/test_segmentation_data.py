@@ -114,7 +114,37 @@ def test_corrupt_files_are_skipped_and_named(root, tmp_path, caplog):
     assert sum(len(x) for x, _ in data.train(0)) == 8
     assert data.skipped.count == 3
     said = " ".join(data.skipped.reasons.values())
-    assert "labels do not decode" in said and "not bytes of (64, 96)" in said
+    assert "labels do not decode" in said and "its labels are of (10, 10), not of (64, 96)" in said
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda labels: cityscapes.TO_CLASS[labels], "must hold Cityscapes' labelIds.*hold trainIds"),
+    (lambda labels: np.zeros_like(labels), "no pixel has a class in .* such as shapes_000001_000019_gtFine_labelIds"),
+])  # fmt: skip
+def test_labels_of_another_kind_are_named(root, tmp_path, split, change, message):
+    copy = tmp_path / "copy"
+    shutil.copytree(root, copy)
+    for path in (copy / "gtFine" / split).rglob("*.png"):
+        Image.fromarray(change(np.asarray(Image.open(path)))).save(path)
+    with pytest.raises(UsageError, match=message) as caught:
+        cityscapes.CityscapesData(recipe(copy), Shard())
+    assert str(copy / "gtFine" / split) in str(caught.value)
+
+
+def test_few_images_with_a_class_are_enough(root, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(root, copy)
+    shapes = copy / "leftImg8bit" / "train" / "shapes"
+    (first, *_) = sorted(shapes.iterdir())
+    blank = Image.fromarray(np.zeros((64, 96), np.uint8))
+    for number in range(30):
+        path = shapes / f"more_{number:06}_000019_leftImg8bit.png"
+        shutil.copy(first, path)
+        blank.save(cityscapes.Scenes.label_of(path))
+    for path in (copy / "gtFine" / "train").rglob("shapes_00000[1-7]*.png"):
+        blank.save(path)
+    assert cityscapes.CityscapesData(recipe(copy), Shard()).train_images == 38
 
 
 def test_what_is_refused(root, tmp_path):

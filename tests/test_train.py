@@ -9,8 +9,20 @@ import time
 
 import pytest
 import torch
-from PIL import Image
-from train_cases import ROOT, assert_equal_steps, assert_same_run, curves, environment, run, same_tensors
+from train_cases import (
+    CLASSES,
+    HARD,
+    ROOT,
+    assert_equal_steps,
+    assert_same_run,
+    command,
+    curves,
+    environment,
+    make_images,
+    recipe,
+    run,
+    same_tensors,
+)
 
 from xformer.engine import train
 from xformer.engine.checkpoint import Checkpoints
@@ -19,48 +31,10 @@ from xformer.errors import UsageError
 from xformer.recipe import load_recipe
 from xformer.weights import load_model, load_weights
 
-CLASSES = ("dark", "light", "middle")
-
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    """A folder of 48 + 12 images of noise around a brightness, which is their class."""
-    root = tmp_path_factory.mktemp("images")
-    numbers = torch.Generator().manual_seed(0)
-    for split, count in (("train", 16), ("val", 4)):
-        for name, level in zip(CLASSES, (60, 200, 130), strict=True):
-            folder = root / split / name
-            folder.mkdir(parents=True)
-            for i in range(count):
-                noise = torch.randint(-40, 40, (40, 40, 3), generator=numbers)
-                Image.fromarray((noise + level).to(torch.uint8).numpy()).save(folder / f"{i}.png")
-    return root
-
-
-def settings(images, out, **changes):
-    return {
-        "data": str(images), "out": str(out), "epochs": 2, "batch_size": 8, "workers": 0, "warmup_epochs": 0.0,
-        "log_every": 2, "lr": 1e-3, "ema": 0.0, "threads": 1, "tensorboard": False, **changes,
-    }  # fmt: skip
-
-
-def recipe(images, out, **changes):
-    return load_recipe("small", settings(images, out, **changes))
-
-
-def command(images, out, *more, **changes):
-    options = []
-    for key, value in settings(images, out, **changes).items():
-        name = key.replace("_", "-")
-        if isinstance(value, bool):
-            options.append(f"--{name}" if value else f"--no-{name}")
-        else:
-            options += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-    return ["-m", "xformer", "train", "--config", "small", *options, *more]
-
-
-HARD = {"ema": 0.9, "drop_path": 0.2, "mixup": 0.2, "reprob": 0.3, "sizes": [32, 48], "checkpoint_every": 4}
-"""Everything that draws numbers, and checkpoints in the middle of an epoch."""
+    return make_images(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture(scope="module")
@@ -311,6 +285,15 @@ def test_recipes_and_changes(tmp_path):
     ):
         with pytest.raises(UsageError, match=message):
             load_recipe(path, changes)
+
+
+def test_a_setting_twice_and_marks_of_byte_order(tmp_path):
+    (tmp_path / "r.toml").write_text("lr = 1e-3\n[a]\nepochs = 3\n[b]\nlr = 2e-3\n")
+    with pytest.raises(UsageError, match="two settings lr, in different tables"):
+        load_recipe(tmp_path / "r.toml")
+    for name, text in (("r.toml", "epochs = 3\n"), ("r.yaml", "epochs: 3\n")):
+        (tmp_path / name).write_bytes(f"\ufeff{text}".encode())
+        assert load_recipe(tmp_path / name).epochs == 3
 
 
 def test_the_command_line_changes_a_recipe():

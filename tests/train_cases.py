@@ -8,10 +8,52 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
+from xformer.recipe import load_recipe
 from xformer.weights import load_model, load_weights
 
 ROOT = Path(__file__).parent.parent
+CLASSES = ("dark", "light", "middle")
+
+
+def make_images(root):
+    """A folder of 48 + 12 images of noise around a brightness, which is their class."""
+    numbers = torch.Generator().manual_seed(0)
+    for split, count in (("train", 16), ("val", 4)):
+        for name, level in zip(CLASSES, (60, 200, 130), strict=True):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                noise = torch.randint(-40, 40, (40, 40, 3), generator=numbers)
+                Image.fromarray((noise + level).to(torch.uint8).numpy()).save(folder / f"{i}.png")
+    return root
+
+
+def settings(images, out, **changes):
+    return {
+        "data": str(images), "out": str(out), "epochs": 2, "batch_size": 8, "workers": 0, "warmup_epochs": 0.0,
+        "log_every": 2, "lr": 1e-3, "ema": 0.0, "threads": 1, "tensorboard": False, **changes,
+    }  # fmt: skip
+
+
+def recipe(images, out, **changes):
+    return load_recipe("small", settings(images, out, **changes))
+
+
+def command(images, out, *more, **changes):
+    options = []
+    for key, value in settings(images, out, **changes).items():
+        name = key.replace("_", "-")
+        if isinstance(value, bool):
+            options.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            options += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return ["-m", "xformer", "train", "--config", "small", *options, *more]
+
+
+HARD = {"ema": 0.9, "drop_path": 0.2, "mixup": 0.2, "reprob": 0.3, "sizes": [32, 48], "checkpoint_every": 4}
+"""Everything that draws numbers, and checkpoints in the middle of an epoch."""
 
 
 def environment():

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
+import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from xformer.errors import UsageError
 
@@ -27,9 +30,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     for module in modules:
         importlib.import_module(module).add_parser(commands)
     options = parser.parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names of files may be no text
     try:
         return options.run(options) or 0
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
+        say_once(f"{stopped}" or "stopped")
         return 130
     except UsageError as error:
         said = str(error)
@@ -37,8 +44,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.name is None or error.name.startswith("xformer"):
             raise
         said = f"{options.command} needs the package {error.name}: install this one with the extras train and export"
-    print(f"error: {said}", file=sys.stderr)
+    say_once(f"error: {said}")
     return 2
+
+
+def say_once(text: str) -> None:
+    """On stderr: by the first of the processes that torchrun has started together."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or _is_first():
+        print(text, file=sys.stderr, flush=True)
+
+
+def _is_first() -> bool:
+    from datetime import timedelta
+
+    distributed: Any = importlib.import_module("torch.distributed")
+    try:  # the store at which these processes have met
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = distributed.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=10))
+        return bool(store.add(f"xformer/said/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", 1) == 1)
+    except (KeyError, ValueError, RuntimeError):
+        return True
 
 
 if __name__ == "__main__":

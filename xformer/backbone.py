@@ -174,10 +174,13 @@ class Trunk(nn.Module):
         """Whether stages are computed again in backward instead of keeping what is inside them."""
         self.grad_checkpointing = enable
 
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Parameters in groups by depth, for layer-wise learning rates (timm's convention)."""
-        depth = r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.(\d+)"
-        return {"stem": r"^stem", "blocks": [(depth, None), (r"^head_conv", (99999,))]}
+    def group_matcher(self, coarse: bool = False, prefix: str = "^") -> dict[str, Any]:
+        """Parameters in groups by depth, for layer-wise learning rates (timm's convention).
+
+        `prefix`: a pattern of what names begin with in the model that this is a part of.
+        """
+        depth = prefix + (r"stages\.(\d+)" if coarse else r"stages\.(\d+)\.(\d+)")
+        return {"stem": f"{prefix}stem", "blocks": [(depth, None), (f"{prefix}head_conv", (99999,))]}
 
     def no_weight_decay(self) -> set[str]:
         """Names of the temperatures, which an optimiser should not decay (timm's convention)."""

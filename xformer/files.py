@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import math
 import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,14 +47,56 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         part.unlink(missing_ok=True)
 
 
-def write_file(setting: str, path: str | Path, content: str | bytes) -> None:
-    """Atomically, in a folder that exists. Raises UsageError, by the name of the setting, where it cannot be."""
+@contextmanager
+def writing(setting: str, path: str | Path) -> Iterator[None]:
+    """What fails inside for want of space or rights is a UsageError, by the name of the setting."""
+    from safetensors import SafetensorError
+
     try:
-        write_atomically(Path(path), content)
-    except OSError as error:
+        yield
+    except (OSError, SafetensorError) as error:
         raise UsageError(f"{setting}: {path} cannot be written: {error}") from error
 
 
+@contextmanager
+def held(setting: str, folder: str | Path) -> Iterator[None]:
+    """A folder for one process at a time; what a process that has died held is free again.
+
+    Raises:
+        UsageError: another process has it.
+    """
+    path = Path(folder) / ".lock"
+    with writing(setting, path):
+        file = open(path, "a")  # noqa: SIM115 (open as long as the folder is held)
+    with file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process alone: workers do not inherit it
+        except BlockingIOError as error:
+            raise UsageError(f"{setting}: another run is writing in {folder}: name another folder") from error
+        except OSError:  # a file system without locks
+            pass
+        yield
+
+
+def write_file(setting: str, path: str | Path, content: str | bytes) -> None:
+    """Atomically, in a folder that exists. Raises UsageError, by the name of the setting, where it cannot be."""
+    with writing(setting, path):
+        write_atomically(Path(path), content)
+
+
+def to_json(content: Any, indent: int | None = None) -> str:
+    """JSON has no numbers that are not finite: they become null."""
+    return json.dumps(_finite(content), indent=indent, allow_nan=False)
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, Mapping):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
 def write_json(setting: str, path: str | Path, content: Any) -> None:
-    """As :func:`write_file`."""
-    write_file(setting, path, json.dumps(content, indent=1) + "\n")
+    """As :func:`write_file` and :func:`to_json`."""
+    write_file(setting, path, to_json(content, indent=1) + "\n")

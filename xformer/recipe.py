@@ -32,7 +32,8 @@ RANGES: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
             "cutmix", "min_lr", "warmup_lr", "warmup_epochs", "weight_decay", "layer_decay", "clip_grad",
         ),
     ),
-    "finite and above 0": (lambda v: 0 < v < math.inf, ("lr", "crop_pct")),
+    "finite and above 0": (lambda v: 0 < v < math.inf, ("lr",)),
+    "above 0 and at most 1": (lambda v: 0 < v <= 1, ("crop_pct",)),
     "from 0 to 1": (lambda v: 0 <= v <= 1, ("hflip", "reprob")),
     "from 0 to below 1": (lambda v: 0 <= v < 1, ("drop_path", "smoothing", "ema")),
     "1 or more each": (lambda v: all(size >= 1 for size in v), ("sizes",)),
@@ -147,12 +148,15 @@ def load_recipe(path: str | Path = "", changes: dict[str, Any] | None = None) ->
     Tables of a file only group its keys; ``model_options`` is a table of its own.
 
     Raises:
-        UsageError: no such file or setting, a value of another type, or a file that does not parse.
+        UsageError: no such file or setting, a setting twice, a value of another type, or a file that does not parse.
     """
     settings: dict[str, Any] = {}
     if path:
         for key, value in _parse(_find(path)).items():
             inner = value if isinstance(value, dict) and key not in _TYPES else {key: value}
+            twice = sorted(inner.keys() & settings.keys())
+            if twice:
+                raise UsageError(f"{path}: there are two settings {twice[0]}, in different tables")
             settings.update(inner)
     unknown = sorted(settings.keys() - _TYPES.keys())
     if unknown:
@@ -171,12 +175,13 @@ def _find(path: str | Path) -> Path:
 
 def _parse(path: Path) -> dict[str, Any]:
     try:
+        text = path.read_text(encoding="utf-8-sig")
         if path.suffix in (".yaml", ".yml"):
             import yaml
 
-            parsed = yaml.safe_load(path.read_text()) or {}
+            parsed = yaml.safe_load(text) or {}
         else:
-            parsed = _toml().loads(path.read_text())
+            parsed = _toml().loads(text)
     except Exception as error:  # each parser has errors of its own
         raise UsageError(f"{path} does not parse: {error}") from error
     if not isinstance(parsed, dict):

@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from xformer.data import Shard, open_data
 from xformer.engine.task import Metrics, Task
 from xformer.recipe import Recipe
-from xformer.registry import default_cfgs
 from xformer.weights import Card
 
 
@@ -57,11 +56,6 @@ class Classify(Task):
 
     def card(self) -> Card:
         return replace(super().card(), mean=self.images.mean, std=self.images.std)
-
-    def build(self, **options: Any) -> nn.Module:
-        if self.recipe.model in default_cfgs:
-            options["img_size"] = self.recipe.image_size
-        return super().build(**options)
 
     def mix(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         if self.mixup is None or len(images) % 2:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch import Tensor
 from xformer.data import files, shards, tars
 from xformer.data.images import Skipped
 from xformer.data.loader import Batch
-from xformer.data.order import Shard
+from xformer.data.order import Shard, digest
 from xformer.data.sets import Content, DataSet, indexed, sizes
 from xformer.data.transforms import Statistics, Transform, eval_transform, train_transform
 from xformer.errors import UsageError
@@ -65,11 +66,13 @@ def open_data(recipe: Recipe, shard: Shard | None = None) -> Data:
     """The data that `recipe.data` names, as one of the data-parallel processes sees it.
 
     Raises:
-        UsageError: no such data, files that are missing or wrong, or too few images for one batch.
+        UsageError: no such data, files that are missing or wrong, too few images for one batch, or only one class.
     """
     shard = shard or Shard()
     skipped = Skipped()
     content, classes = _open(recipe, shard, skipped)
+    if len(classes.names) < 2:
+        raise UsageError(f"data: {recipe.data} must have two classes or more, got {', '.join(classes.names)}")
     return Data(recipe, shard, content, classes, skipped)
 
 
@@ -84,7 +87,7 @@ def _open(recipe: Recipe, shard: Shard, skipped: Skipped) -> tuple[Content, Clas
         raise UsageError(f"data must be {names}, a folder that exists or tar shards, got {recipe.data!r}")
     if not (root / "train").is_dir() and any(root.glob("*.tar")):
         return _streamed(recipe, shard, skipped)
-    return _indexed(recipe, shard, *files.open_folders(root))
+    return _indexed(recipe, shard, *files.open_folders(root, shard))
 
 
 def _indexed(
@@ -111,8 +114,8 @@ def _streamed(recipe: Recipe, shard: Shard, skipped: Skipped) -> tuple[Content, 
     urls = tars.find_shards("train_shards", train_pattern or "*train*.tar", root)
     held_out_urls = tars.find_shards("eval_shards", recipe.eval_shards or "*val*.tar", root)
     names = files.read_names("classes", recipe.classes) if recipe.classes else []
-    train_images, labels = _known("train_samples", recipe.train_samples, urls, bool(names))
-    eval_images, _ = _known("eval_samples", recipe.eval_samples, held_out_urls, True)
+    train_images, labels = _known("train_samples", recipe.train_samples, urls, bool(names), shard)
+    eval_images, _ = _known("eval_samples", recipe.eval_samples, held_out_urls, True, shard)
     if names and labels > len(names):
         raise UsageError(
             f"classes: {recipe.classes} must name {labels} classes, as labels go to {labels - 1}, got {len(names)}"
@@ -129,11 +132,15 @@ def _streamed(recipe: Recipe, shard: Shard, skipped: Skipped) -> tuple[Content, 
         return train.train_batches(epoch, start, batches)
 
     source = shards.Samples()
-    content = Content(source, source, train_batches, held_out.eval_batches, train_images, eval_images)
+    samples = {
+        part: digest([url.rpartition("/")[2] for url in of_it], np.array(images))
+        for part, of_it, images in (("training", urls, train_images), ("evaluation", held_out_urls, eval_images))
+    }
+    content = Content(source, source, train_batches, held_out.eval_batches, train_images, eval_images, samples)
     return content, Classes(names)
 
 
-def _known(setting: str, given: int, urls: list[str], named: bool) -> tuple[int, int]:
+def _known(setting: str, given: int, urls: list[str], named: bool, shard: Shard) -> tuple[int, int]:
     """Samples of shards, and the classes that their labels show (0 if they were not looked at).
 
     Raises:
@@ -146,7 +153,7 @@ def _known(setting: str, given: int, urls: list[str], named: bool) -> tuple[int,
     if not local:
         missing = setting if not samples else "classes"
         raise UsageError(f"{missing} must be given for shards that are not local files, such as {urls[0]}")
-    counted, labels = tars.count_samples(urls)
+    counted, labels, wrong = tars.count_samples(urls, shard)
     if not counted:
-        raise UsageError(f"data: none of {len(urls)} shards has images with labels, such as {urls[0]}")
+        raise UsageError(shards.no_samples(len(urls), wrong or urls[0]))
     return samples or counted, labels

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from xformer.data.images import open_image
+from xformer.data.images import notice, open_image
+from xformer.data.order import Shard, digest
 from xformer.data.sets import Indexed
 from xformer.data.transforms import Statistics
 from xformer.errors import UsageError
@@ -21,6 +23,9 @@ class Files(Indexed):
     def __init__(self, root: Path, paths: list[str], labels: np.ndarray) -> None:
         self.count, self.labels = len(labels), labels
         self.root, self.paths = root, np.array([os.fsencode(path) for path in paths])
+
+    def digest(self) -> str:
+        return digest(self.paths, self.labels)
 
     def name(self, item: int) -> str:
         return str(self.root / os.fsdecode(self.paths[item]))
@@ -36,6 +41,9 @@ class Arrays(Indexed):
         self.count, self.labels = len(labels), labels
         self.title, self.pixels = title, pixels
 
+    def digest(self) -> str:
+        return digest(self.pixels, self.labels)
+
     def name(self, item: int) -> str:
         return f"{self.title} {item}"
 
@@ -43,15 +51,23 @@ class Arrays(Indexed):
         return Image.fromarray(self.pixels[item]).convert("RGB"), int(self.labels[item])
 
 
-def open_folders(root: Path) -> tuple[Files, Files, list[str]]:
+EVALUATION = ("val", "valid", "validation", "test")
+"""Folders, the first of which that is there is evaluated."""
+MORE_EXTENSIONS = (".gif", ".jfif", ".jpe", ".avif")
+"""Of images, beside torchvision's."""
+SYSTEM = ("__MACOSX", "@eaDir")
+"""Folders that archives and file servers leave, with copies or thumbnails of images."""
+
+
+def open_folders(root: Path, shard: Shard) -> tuple[Files, Files, list[str]]:
     """Sources of training and evaluation of ``root/train`` and ``root/val``, and the classes, which are folder names.
 
     Raises:
         UsageError: folders or images are missing, or the classes of the two differ.
     """
-    evaluation = next((root / name for name in ("val", "validation", "test") if (root / name).is_dir()), None)
+    evaluation = next((root / name for name in EVALUATION if (root / name).is_dir()), None)
     if not (root / "train").is_dir() or evaluation is None:
-        missing = "val/ (or validation/ or test/)" if (root / "train").is_dir() else "train/"
+        missing = f"{'/ or '.join(EVALUATION)}/" if (root / "train").is_dir() else "train/"
         raise UsageError(f"data: {root} has no {missing}; it must have train/ and val/ of class folders, or tar shards")
     classes = _classes(root / "train")
     others = _classes(evaluation)
@@ -59,7 +75,9 @@ def open_folders(root: Path) -> tuple[Files, Files, list[str]]:
         extra, absent = sorted(set(others) - set(classes)), sorted(set(classes) - set(others))
         said = [f"{what} {', '.join(names[:5])}" for what, names in (("also has", extra), ("lacks", absent)) if names]
         raise UsageError(f"data: {evaluation} must have the classes of {root / 'train'}, but {' and '.join(said)}")
-    train, held_out = _files(root / "train", classes), _files(evaluation, classes)
+    if evaluation.name == "test":
+        notice(shard, "%s has none of %s/: test/ is evaluated", root, "/ ".join(EVALUATION[:-1]))
+    train, held_out = (_files(folder, classes, shard) for folder in (root / "train", evaluation))
     empty = np.flatnonzero(np.bincount(train.labels, minlength=len(classes)) == 0)
     if len(empty):
         raise UsageError(f"data: there are no images in {root / 'train' / classes[empty[0]]}")
@@ -67,23 +85,64 @@ def open_folders(root: Path) -> tuple[Files, Files, list[str]]:
 
 
 def _classes(folder: Path) -> list[str]:
-    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not _hidden(entry.name))
     if not names:
         raise UsageError(f"data: {folder} has no class folders")
     return names
 
 
-def _files(folder: Path, classes: list[str]) -> Files:
-    try:
-        from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
-    except ImportError as error:
-        raise UsageError("folders need torchvision: pip install 'xformer-kernels[models]'") from error
-    numbers = {name: label for label, name in enumerate(classes)}
-    found: list[tuple[str, int]] = make_dataset(folder, numbers, extensions=IMG_EXTENSIONS, allow_empty=True)
+def _hidden(name: str) -> bool:
+    return name.startswith(".") or name in SYSTEM
+
+
+def _files(folder: Path, classes: list[str], shard: Shard) -> Files:
+    left_out: Counter[str] = Counter()
+    found = [(path, label) for label, name in enumerate(classes) for path in _images(folder / name, left_out)]
+    if left_out:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in left_out.most_common(5))
+        notice(shard, "%s: left out what is no image: %s", folder, kinds)
     if not found:
         raise UsageError(f"data: there are no images in the class folders of {folder}")
     paths = [os.path.relpath(path, folder) for path, _ in found]
     return Files(folder, paths, np.array([label for _, label in found], dtype=np.int64))
+
+
+def _images(folder: Path, left_out: Counter[str]) -> list[str]:
+    """Paths of a class, also in folders within, in torchvision's order. Adds to `left_out` what else there is, by kind.
+
+    Hidden folders and files are left out, and links to folders that were seen already or that this one is in.
+    """
+    try:
+        from torchvision.datasets.folder import IMG_EXTENSIONS
+    except ImportError as error:
+        raise UsageError("folders need torchvision: pip install 'xformer-kernels[models]'") from error
+    extensions = IMG_EXTENSIONS + MORE_EXTENSIONS
+    above = folder.parent.resolve()
+    seen = {_identity(parent) for parent in (above, *above.parents, *folder.resolve().parents)}
+    found: list[tuple[str, str]] = []
+    for place, folders, names in os.walk(folder, followlinks=True):
+        inside = _identity(place)
+        if inside in seen:
+            left_out["links to folders that are there already"] += 1
+            folders.clear()
+            continue
+        seen.add(inside)
+        folders[:] = sorted(name for name in folders if not _hidden(name))
+        for name in names:
+            extension = os.path.splitext(name)[1].lower()
+            if _hidden(name):
+                if extension in extensions:
+                    left_out["hidden files"] += 1
+            elif extension in extensions:
+                found.append((place, name))
+            else:
+                left_out[f"{extension or 'files without an extension'}"] += 1
+    return [os.path.join(*pair) for pair in sorted(found)]
+
+
+def _identity(path: str | Path) -> tuple[int, int]:
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
 
 
 SAMPLES = ("digits", "mnist5k")
@@ -140,6 +199,6 @@ def read_names(setting: str, path: str | Path) -> list[str]:
         UsageError: no such file of text; `setting` is the one that names it.
     """
     try:
-        return [line.strip() for line in Path(path).read_text(encoding="utf-8").rstrip().splitlines()]
+        return [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").rstrip().splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{setting}: {path} cannot be read as a file of class names, one a line: {error}") from error

@@ -47,7 +47,7 @@ class Source(Protocol):
 
 
 Prepare = Callable[[Image.Image, Any, int, bool], Any]
-"""(image, target, size, training) to what a batch is collated of, of one task."""
+"""(image, target, size, training) to what a batch is collated of, of one task; raises Unreadable as sources do."""
 
 
 class Loaded(NamedTuple):
@@ -68,18 +68,19 @@ class Batches(Dataset[Loaded]):
         samples = []
         for index, item in enumerate(batch.items):
             others = self.source.others(batch, index) if batch.seeds else ()
-            found = self._first(itertools.chain((item,), others), skipped)
+            found = self._first(itertools.chain((item,), others), batch, index, skipped)
             if found is not None:
-                samples.append(self._prepared(*found, batch, index))
+                samples.append(found[0])
             elif batch.seeds:
                 name = self.source.name(item)
                 return Loaded(None, 0, list(skipped.items()), f"none of the images from {name} on can be read")
         return Loaded(self.collate(samples) if samples else None, len(samples), list(skipped.items()), "")
 
-    def _first(self, items: Iterable[Any], skipped: dict[str, str]) -> tuple[Image.Image, Any] | None:
+    def _first(self, items: Iterable[Any], batch: Batch, index: int, skipped: dict[str, str]) -> tuple[Any] | None:
+        """The first of some items that can be read and prepared."""
         for item in items:
             try:
-                return self.source.read(item)
+                return (self._prepared(*self.source.read(item), batch, index),)
             except Unreadable as error:
                 skipped[self.source.name(item)] = f"{error}"
         return None
@@ -130,6 +131,27 @@ class Loader:
         if mistake:
             self._kept = None  # ends its processes, in order, which the garbage collector would not do
             raise UsageError(mistake)
+
+    def first(self, batches: Iterator[Batch], stretch: int) -> Any:
+        """What is collated of the first readable image of evaluation, read in this process; None if there is no image.
+
+        Raises:
+            UsageError: none of the first images, `stretch` of them at most, can be read.
+        """
+        tried = 0
+        items = (batch._replace(items=[item]) for batch in batches for item in batch.items)
+        for one in itertools.islice(items, stretch):
+            loaded = self.dataset[one]
+            if loaded.images:
+                return loaded.batch
+            for name, reason in loaded.skipped:
+                self.skipped.add(name, reason)
+            tried += 1
+        if tried:
+            raise UsageError(
+                f"none of the first {tried} evaluation images can be read, such as {self.skipped.names[-1]}"
+            )
+        return None
 
     def _create(self) -> DataLoader[Loaded]:
         return DataLoader(

@@ -8,6 +8,7 @@ batches of W b takes.
 from __future__ import annotations
 
 import hashlib
+import os
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +28,16 @@ class Shard(NamedTuple):
 def hashed(*values: int | str) -> int:
     """64 bits that depend on all values, and on nothing else: the same in every process and version."""
     return int.from_bytes(hashlib.blake2b(repr(values).encode(), digest_size=8).digest(), "little")
+
+
+def digest(*parts: np.ndarray | list[str]) -> str:
+    """Of arrays and lists of names: other contents, order or lengths have another one."""
+    found = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        array = np.array([os.fsencode(name) for name in part], bytes) if isinstance(part, list) else part
+        found.update(repr((array.dtype.str, array.shape)).encode())
+        found.update(np.ascontiguousarray(array).tobytes())
+    return found.hexdigest()
 
 
 @contextmanager

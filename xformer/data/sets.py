@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -16,10 +17,14 @@ STRETCH = 100
 """Images after an unreadable one that may stand in for it."""
 
 
-class Indexed:
+class Indexed(ABC):
     """A source of `count` items 0, 1, ..., of which the next ones stand in for what cannot be read."""
 
     count: int
+
+    @abstractmethod
+    def digest(self) -> str:
+        """Of the list of samples and what is said of them, not of the folder that they are in nor of pixels."""
 
     def __len__(self) -> int:
         return self.count
@@ -31,6 +36,7 @@ class Indexed:
 
 class Countable(Source, Protocol):
     def __len__(self) -> int: ...
+    def digest(self) -> str: ...
 
 
 @dataclass
@@ -38,7 +44,7 @@ class Content:
     """One kind of data, opened.
 
     train, held_out: sources of images. train_batches: (epoch, start) to the batches of this process. eval_batches: to
-    those of its share.
+    those of its share. samples: digests of the lists of samples, by what they are of.
     """
 
     train: Source
@@ -47,6 +53,7 @@ class Content:
     eval_batches: Callable[[], Iterator[Batch]]
     train_images: int
     eval_images: int
+    samples: dict[str, str]
 
 
 def indexed(recipe: Recipe, shard: Shard, train: Countable, held_out: Countable) -> Content:
@@ -65,7 +72,8 @@ def indexed(recipe: Recipe, shard: Shard, train: Countable, held_out: Countable)
         for first in range(0, len(share), recipe.batch_size):
             yield Batch(list(share[first : first + recipe.batch_size]), recipe.image_size, [], [])
 
-    return Content(train, held_out, train_batches, eval_batches, len(train), len(held_out))
+    samples = {"training": train.digest(), "evaluation": held_out.digest()}
+    return Content(train, held_out, train_batches, eval_batches, len(train), len(held_out), samples)
 
 
 def sizes(recipe: Recipe) -> list[int]:
@@ -77,7 +85,7 @@ class DataSet:
     """Batches for one of the data-parallel processes.
 
     train_images, eval_images: of the whole data set. batches_per_epoch: micro-batches of an epoch, the same number for
-    all processes. skipped: unreadable images so far.
+    all processes. skipped: what could not be read so far. samples: digests of what is learned from.
 
     Raises:
         UsageError: settings that do not work, too few images for one batch.
@@ -99,6 +107,7 @@ class DataSet:
                 f"{shard.world} x {recipe.batch_size} are taken at once"
             )
         self._content = content
+        self.samples = content.samples
         self.train_images, self.eval_images = content.train_images, content.eval_images
         self.batches_per_epoch = content.train_images // together
         self.skipped = skipped
@@ -124,6 +133,14 @@ class DataSet:
             UsageError: none of the images can be read.
         """
         return self._evaluate.run(self._content.eval_batches())
+
+    def first_held_out(self) -> tuple[Any, Any] | None:
+        """What is collated of the first readable evaluation image alone, in this process; None if it has no share.
+
+        Raises:
+            UsageError: none of the first images can be read.
+        """
+        return self._evaluate.first(self._content.eval_batches(), STRETCH)
 
 
 def scale_of(recipe: Recipe) -> tuple[float, float]:

@@ -228,13 +228,15 @@ def make_shapes(
     """Write `images` scenes for training and `held_out` others, of (height, width) `size`, in both layouts.
 
     Raises:
-        UsageError: no images, sides below 64, or a folder that holds such files already.
+        UsageError: no images, sides below 64, a seed below 0, or a folder that holds such files already.
     """
     root = Path(folder)
     if images < 1 or held_out < 1:
         raise UsageError(f"images and held-out must be 1 or more, got {images} and {held_out}")
     if min(size) < 64:
         raise UsageError(f"size must be 64 or more, got {size}")
+    if seed < 0:
+        raise UsageError(f"seed must be 0 or more, got {seed}")
     if any((root / name).exists() for name in ("coco", "cityscapes")):
         raise UsageError(f"folder: {root} holds coco or cityscapes already: name another one")
     (root / "coco" / "annotations").mkdir(parents=True)

@@ -83,7 +83,7 @@ class Stream:
             yield Batch(items, self.sizes[0], [], [])
 
     def _read(self, urls: list[str]) -> Iterator[Sample]:
-        return read_samples(urls, self.classes, self.skipped.add)
+        return read_samples(urls, self.classes, self.skipped.add, self.skipped.add_shard)
 
     def _endless(self, epoch: int) -> Iterator[list[Sample]]:
         """What this process takes of each batch of all processes, batch by batch."""
@@ -107,7 +107,12 @@ class Stream:
             for sample in library().shuffle(room, room, rng)(self._read(urls)):
                 yield sample
             if sample is None:
-                raise UsageError(f"data: none of {len(urls)} shards has images with labels, such as {urls[0]}")
+                wrong = self.skipped.reasons | self.skipped.damaged or {urls[0]: ""}
+                raise UsageError(no_samples(len(urls), " ".join(next(iter(wrong.items())))))
+
+
+def no_samples(shards: int, such_as: str) -> str:
+    return f"data: none of {shards} shards has images with labels, such as {such_as}"
 
 
 def number_of_lanes(together: int, shards: int) -> int:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import glob
 import json
-import logging
+import os
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from xformer.data.images import notice
+from xformer.data.order import Shard
 from xformer.errors import UsageError
-
-logger = logging.getLogger("xformer.data")
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "ppm", "bmp", "tif", "tiff")
 LABEL = "cls"
@@ -64,68 +64,133 @@ def find_shards(setting: str, pattern: str, root: str) -> list[str]:
     return found
 
 
-def read_samples(urls: Iterable[str], classes: int, report: Report) -> Iterator[Sample]:
-    """The samples of shards in order; what cannot be read of a shard is reported, and the next one follows.
+def read_samples(urls: Iterable[str], classes: int, report: Report, damaged: Report) -> Iterator[Sample]:
+    """The samples of shards in order; what cannot be read is reported, and the next one follows.
+
+    Args:
+        classes: number of them. report: of samples that are not whole. damaged: of shards.
 
     Raises:
-        UsageError: a label that is no number, or not below `classes`.
+        UsageError: a label that is no number, or not below `classes`; files of a sample that are apart.
     """
     read = library().tariterators.tarfile_samples
     for url in urls:
+        count, lost = 0, False
 
         def handler(error: Exception, url: str = url) -> bool:
-            report(url, f"{error.args[0]}" if error.args else type(error).__name__)
+            nonlocal lost
+            lost = True
+            said = f"{error.args[0]}".partition(" @ ")[0] if error.args else type(error).__name__
+            damaged(url, f"{said} after {count} samples, and what comes behind is lost")  # noqa: B023
             return True
 
+        incomplete: dict[str, bool] = {}
+        last: list[tuple[str, str]] = []  # where a shard is cut off, the last sample is a part of this damage
         for raw in read([{"url": url}], handler=handler):
-            sample = _sample(raw, report)
-            if sample is None:
-                continue
-            if sample.label >= classes:
-                raise UsageError(
-                    f"labels must be below {classes}, the number of classes, got {sample.label} of {sample.name}"
-                )
-            yield sample
+            for said in last:
+                report(*said)
+            last.clear()
+            for sample in _samples(raw, lambda *said: last.append(said), incomplete):  # noqa: B023
+                if sample.label >= classes:
+                    raise UsageError(
+                        f"labels must be below {classes}, the number of classes, got {sample.label} of {sample.name}"
+                    )
+                count += 1
+                yield sample
+        if not lost and _is_cut_off(url):
+            lost = True
+            damaged(url, f"it ends without the mark of its end after {count} samples: it is cut off")
+        if not lost:
+            for said in last:
+                report(*said)
 
 
-def _sample(raw: dict[str, Any], report: Report) -> Sample | None:
-    """An image and its label of the files of one name."""
+def _is_cut_off(url: str) -> bool:
+    """Of a local tar, not compressed: it must end with two blocks of zeros."""
+    if is_remote(url):
+        return False
+    with open(url, "rb") as file:
+        plain = file.read(262)[257:] == b"ustar"
+        file.seek(max(0, os.path.getsize(url) - 1024))
+        return plain and any(file.read())
+
+
+def _samples(raw: dict[str, Any], report: Report, incomplete: dict[str, bool]) -> Iterator[Sample]:
+    """Images and their labels of the files of a group, whose names are the same up to their first dot.
+
+    It is one sample as a rule, of an image and a label, or of ``input.png`` and ``cls``. With dots in names,
+    ``a.1.png``, ``a.1.cls``, ``a.2.png``, ..., it is as many as there are pairs. `incomplete`: groups of the shard so
+    far without an image (False) or a label (True).
+    """
     name = f"{raw['__url__']}/{raw['__key__']}"
-    image = next((raw[key] for key in IMAGES if key in raw), None)
-    if image is None or LABEL not in raw:
-        report(name, f"has no {'label (.cls)' if image is not None else 'image'}")
-        return None
-    text = raw[LABEL].decode(errors="replace").strip()
-    if not text.isdecimal():
-        raise UsageError(f"labels must be numbers from 0 on, got {text!r} of {name}")
-    return Sample(name, image, int(text))
+    files = {suffix: content for suffix, content in raw.items() if not suffix.startswith("__")}
+    images: dict[str, bytes] = {}
+    labels: dict[str, bytes] = {}
+    for suffix in sorted(files, key=lambda suffix: IMAGES.index(ending(suffix)) if ending(suffix) in IMAGES else 0):
+        stem = suffix.removesuffix(ending(suffix)).removesuffix(".")
+        if ending(suffix) in IMAGES:
+            images.setdefault(stem, files[suffix])
+        elif ending(suffix) == LABEL:
+            labels[stem] = files[suffix]
+    pairs: list[tuple[str, bytes, bytes]]
+    if len(images) == len(labels) == 1:
+        pairs = [(name, next(iter(images.values())), next(iter(labels.values())))]
+    elif "" in images and "" in labels:
+        pairs = [(name, images[""], labels[""])]
+    else:
+        pairs = [(f"{name}.{stem}", images[stem], labels[stem]) for stem in images if stem in labels]
+    if not pairs:
+        if incomplete.setdefault(name, bool(images)) != bool(images):
+            raise UsageError(
+                f"data: the files of a sample must follow each other in a shard, as tar --sort=name puts them, but "
+                f"those of {name} are apart"
+            )
+        missing = "image" if not images else "label (.cls)" if not labels else "label (.cls) of the name of an image"
+        report(name, f"has no {missing}: it has {', '.join(sorted(files)[:5])}")
+    for whole_name, image, label in pairs:
+        text = label.decode("utf-8-sig", errors="replace").strip()
+        if not text.isdecimal():
+            raise UsageError(f"labels must be numbers from 0 on, got {text!r} of {whole_name}")
+        yield Sample(whole_name, image, int(text))
 
 
-def count_samples(paths: Iterable[str]) -> tuple[int, int]:
+def ending(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def count_samples(paths: Iterable[str], shard: Shard) -> tuple[int, int, str]:
     """Number of samples and of classes (one more than the largest label) of local shards; reads labels alone.
 
+    Also a sentence on the first sample that is not whole, empty if there is none.
+
     Raises:
-        UsageError: a label that is no number.
+        UsageError: a label that is no number; files of a sample that are apart.
     """
     samples = classes = 0
+    wrong: list[str] = []
+
+    def report(name: str, reason: str) -> None:
+        if not wrong:
+            wrong.append(f"{name} {reason}")
+
     for path in paths:
-        for raw in library().tariterators.group_by_keys(_labels(path), handler=lambda error: True):
-            sample = _sample(raw, lambda name, reason: None)
-            if sample is not None:
+        incomplete: dict[str, bool] = {}
+        for raw in library().tariterators.group_by_keys(_labels(path, shard), handler=lambda error: True):
+            for sample in _samples(raw, report, incomplete):
                 samples, classes = samples + 1, max(classes, sample.label + 1)
-    return samples, classes
+    return samples, classes, "".join(wrong)
 
 
-def _labels(path: str) -> Iterator[dict[str, Any]]:
+def _labels(path: str, shard: Shard) -> Iterator[dict[str, Any]]:
     """The files of a tar as webdataset groups them, those of images without what is in them."""
     try:
         with tarfile.open(path) as tar:
             for entry in tar:
                 if entry.isreg():
-                    file = tar.extractfile(entry) if entry.name.endswith(f".{LABEL}") else None
+                    file = tar.extractfile(entry) if entry.name.lower().endswith(f".{LABEL}") else None
                     yield {"fname": entry.name, "data": file.read() if file else b"", "__url__": path}
     except (tarfile.TarError, OSError, EOFError) as error:
-        logger.warning("counted only a part of %s: %s", path, error)
+        notice(shard, "counted only a part of %s: %s", path, error)
 
 
 def said_sizes(paths: Iterable[str]) -> int | None:
@@ -145,10 +210,15 @@ def _said_in(folder: Path) -> dict[str, int]:
     said: dict[str, int] = {}
     try:
         if (folder / "sizes.json").is_file():
-            said.update(json.loads((folder / "sizes.json").read_text()))
+            said.update(json.loads((folder / "sizes.json").read_bytes()))
         if (folder / "_info.json").is_file():
-            for split in json.loads((folder / "_info.json").read_text())["splits"].values():
+            for split in json.loads((folder / "_info.json").read_bytes())["splits"].values():
                 said.update(zip(split["filenames"], split["shard_lengths"], strict=True))
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise UsageError(f"data: sizes.json or _info.json of {folder} is not as expected: {error!r}") from error
+    for name, number in said.items():
+        if not isinstance(number, int) or isinstance(number, bool) or number < 0:
+            raise UsageError(
+                f"data: sizes.json or _info.json of {folder} must have a number of samples for {name}, got {number!r}"
+            )
     return said

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from xformer.data.images import check_resized
 from xformer.errors import UsageError
 from xformer.recipe import Recipe
 from xformer.registry import MEAN, STD
@@ -37,10 +39,12 @@ class Preparation(Protocol):
 def eval_transform(settings: Preparation, mean: Statistics, std: Statistics) -> Transform:
     """RGB image to (3, image_size, image_size) float32, normalised: resized, and cropped in the middle.
 
+    The transform raises Unreadable for images that would have too many pixels between the two.
+
     Raises:
         UsageError: settings that timm does not take, or no timm.
     """
-    return _create(
+    transform = _create(
         input_size=settings.image_size,
         is_training=False,
         crop_pct=settings.crop_pct,
@@ -48,6 +52,20 @@ def eval_transform(settings: Preparation, mean: Statistics, std: Statistics) -> 
         mean=tuple(mean),
         std=tuple(std),
     )
+    return Bounded(transform, settings.image_size / settings.crop_pct)
+
+
+@dataclass
+class Bounded:
+    """A transform that begins with a resize of the shorter side to `shorter` pixels."""
+
+    transform: Transform
+    shorter: float
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        factor = self.shorter / min(image.size)
+        check_resized(image.height * factor, image.width * factor)
+        return self.transform(image)
 
 
 def train_transform(recipe: Recipe, size: int, mean: Statistics, std: Statistics) -> Transform:

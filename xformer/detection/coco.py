@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ class Annotations:
     ids: (N,) int64. names: (N,) bytes, file names. sizes: (N, 2) int64, (H, W). boxes: (M, 4) float32, as (x0, y0, x1,
     y1) in pixels, within their images. labels: (M,) int64 from 0, in the order of the categories' ids. crowd: (M,)
     bool. categories: names by id, in this order. dropped: boxes without area. truth: what pycocotools evaluates
-    against, with all boxes as the file has them; empty if it was not asked for.
+    against, with all boxes as the file has them; empty if it was not asked for. root: the category that was left out.
     """
 
     ids: np.ndarray
@@ -35,19 +34,36 @@ class Annotations:
     categories: dict[int, str]
     dropped: int
     truth: dict[str, Any]
+    root: str = ""
+
+
+LARGEST = np.finfo(np.float64).max.item()
 
 
 def _integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _id(value: Any) -> bool:
+    return _integer(value) and -(2**63) <= value < 2**63
+
+
+def _file_name(value: Any) -> bool:
+    try:
+        return isinstance(value, str) and value != "" and b"\0" not in os.fsencode(value)
+    except UnicodeEncodeError:
+        return False
+
+
 def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= LARGEST
 
 
 ACCEPTED: dict[str, Callable[[Any], bool]] = {
     "an integer": _integer,
-    "1 or more": lambda value: _integer(value) and value >= 1,
+    "an integer of 64 bits": _id,
+    "from 1 to 2^31": lambda value: _integer(value) and 1 <= value < 2**31,
+    "a name that a file can have": _file_name,
     "0 or 1": lambda value: isinstance(value, int) and value in (0, 1),
     "text": lambda value: isinstance(value, str),
     "a finite number": _number,
@@ -69,8 +85,11 @@ class Records:
             raise UsageError(f"annotations: {path} must hold a list {key!r}, as COCO's files of instances do")
         self.by_id: dict[int, dict[str, Any]] = {}
         for number, record in enumerate(records):
-            if not isinstance(record, dict) or not _integer(record.get("id")):
-                raise UsageError(f"{self.where} number {number} of the list must be a record with an id, got {record}")
+            if not isinstance(record, dict) or not _id(record.get("id")):
+                raise UsageError(
+                    f"{self.where} number {number} of the list must be a record with an id, an integer of 64 bits, got "
+                    f"{record}"
+                )
             if record["id"] in self.by_id:
                 raise UsageError(f"{self.where} {record['id']} is there twice")
             self.by_id[record["id"]] = record
@@ -112,9 +131,12 @@ def read_annotations(path: Path, truth: bool = False) -> Annotations:
     images = Records(path, content, "images", "image")
     if not categories or not images.by_id:
         raise UsageError(f"annotations: {path} must have images and categories")
-    names = [os.fsencode(images.get(number, "file_name", "text")) for number in images.by_id]
-    sizes = [[images.get(number, side, "1 or more") for side in ("height", "width")] for number in images.by_id]
+    names = [os.fsencode(images.get(number, "file_name", "a name that a file can have")) for number in images.by_id]
+    sizes = [[images.get(number, side, "from 1 to 2^31") for side in ("height", "width")] for number in images.by_id]
     objects = Records(path, content, "annotations", "annotation")
+    root = _root(found, objects)
+    if root is not None:
+        root = categories.pop(root)
     label_of = {number: label for label, number in enumerate(categories)}
     place_of = {number: place for place, number in enumerate(images.by_id)}
     rows, where, labels, crowd, areas = [], [], [], [], []
@@ -125,7 +147,19 @@ def read_annotations(path: Path, truth: bool = False) -> Annotations:
         crowd.append(objects.get(number, "iscrowd", "0 or 1", 0))
         areas.append(objects.get(number, "area", "a finite number", rows[-1][2] * rows[-1][3]))
     shapes = np.array(sizes, np.int64)
-    return _arrays(list(images.by_id), names, shapes, categories, rows, where, labels, crowd, areas if truth else [])
+    said = _arrays(list(images.by_id), names, shapes, categories, rows, where, labels, crowd, areas if truth else [])
+    return replace(said, root=root or "")
+
+
+def _root(categories: Records, objects: Records) -> int | None:
+    """The id of a category that is above all others and of no object, as Roboflow writes one: it is no class."""
+    for number, record in categories.by_id.items():
+        others = [other for other in categories.by_id.values() if other is not record]
+        above = others and all(other.get("supercategory") == record.get("name") for other in others)
+        if above and record.get("supercategory") in (None, "", "none"):
+            used = any(one.get("category_id") == number for one in objects.by_id.values())
+            return None if used else number
+    return None
 
 
 def _arrays(

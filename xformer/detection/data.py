@@ -7,7 +7,6 @@ padding and of the file.
 
 from __future__ import annotations
 
-import logging
 import os
 import random
 from pathlib import Path
@@ -19,6 +18,8 @@ from PIL import Image
 from torch import Tensor
 
 from xformer.data import Shard, Skipped, Unreadable, open_image
+from xformer.data.images import check_resized, notice
+from xformer.data.order import digest
 from xformer.data.sets import DataSet, Indexed, indexed, scale_of
 from xformer.data.transforms import to_tensor
 from xformer.detection.coco import Annotations, read_annotations
@@ -28,7 +29,6 @@ from xformer.recipe import Recipe
 KEPT = 0.25
 """Of a box's area, or more: what a crop must leave of it."""
 
-logger = logging.getLogger("xformer.data")
 Target = dict[str, Any]
 
 
@@ -38,6 +38,10 @@ class Pictures(Indexed):
     def __init__(self, folder: Path, annotations: Annotations) -> None:
         self.folder, self.annotations = folder, annotations
         self.count = len(annotations.ids)
+
+    def digest(self) -> str:
+        said = self.annotations
+        return digest(said.ids, said.names, said.sizes, said.boxes, said.labels, said.crowd, said.bounds)
 
     def name(self, item: int) -> str:
         return str(self.folder / os.fsdecode(self.annotations.names[item]))
@@ -102,6 +106,7 @@ class Prepare:
         boxes = BoundingBoxes(target["boxes"], format="XYXY", canvas_size=(image.height, image.width))
         image, boxes = self.change(image, boxes)
         height, width = fitted(image, size * random.uniform(*self.scale))
+        check_resized(height, width)
         image, boxes = (transforms.resize(part, [height, width]) for part in (image, boxes))
         left, top = (random.randint(min(0, side - size), max(0, side - size)) for side in (width, height))
         x = transforms.crop(to_tensor(image), top, left, size, size)
@@ -118,13 +123,14 @@ def collate(samples: list[tuple[Tensor, Target]]) -> tuple[Tensor, list[Target]]
     return torch.stack([x for x, _ in samples]), [target for _, target in samples]
 
 
-def open_coco(root: Path) -> tuple[Pictures, Pictures]:
+def open_coco(root: Path, shard: Shard | None = None) -> tuple[Pictures, Pictures]:
     """Of training and evaluation; the latter with what pycocotools wants to see.
 
     Raises:
         UsageError: files or folders are missing, annotations that :func:`read_annotations` refuses, categories of the
-            two that differ, an evaluation without a box.
+            two that differ, training or evaluation without a box that is not of a crowd.
     """
+    shard = shard or Shard()
     pictures = []
     for split in ("train2017", "val2017"):
         file = root / "annotations" / f"instances_{split}.json"
@@ -132,15 +138,21 @@ def open_coco(root: Path) -> tuple[Pictures, Pictures]:
             raise UsageError(f"data must be a folder with {split}/ and annotations/{file.name}, got {str(root)!r}")
         said = read_annotations(file, truth=split == "val2017")
         if said.dropped:
-            logger.warning("%s: %d boxes without area are left out", file, said.dropped)
+            notice(shard, "%s: %d boxes without area are left out", file, said.dropped)
+        if said.root:
+            notice(shard, "%s: category %s is of no box and above all others: it is no class", file, said.root)
         pictures.append(Pictures(root / split, said))
     train, held_out = pictures
     ours, theirs = train.annotations.categories, held_out.annotations.categories
     if ours != theirs:
         one = sorted(set(ours.items()) ^ set(theirs.items()))[0]
         raise UsageError(f"annotations: the files in {root} must have the same categories, but one alone has {one}")
-    if held_out.annotations.crowd.all():
-        raise UsageError(f"annotations: instances_val2017.json in {root} has no boxes to be found")
+    for split, pictures_of_it in (("train", train), ("val", held_out)):
+        if pictures_of_it.annotations.crowd.all():
+            raise UsageError(
+                f"annotations: instances_{split}2017.json in {root} has no boxes to be found, but for "
+                f"{len(pictures_of_it.annotations.crowd)} of crowds"
+            )
     return train, held_out
 
 
@@ -155,7 +167,7 @@ class CocoData(DataSet):
 
     def __init__(self, recipe: Recipe, shard: Shard) -> None:
         prepare = Prepare(scale_of(recipe), recipe.hflip, recipe.color_jitter)
-        sources = open_coco(Path(recipe.data))
+        sources = open_coco(Path(recipe.data), shard)
         self.held_out = sources[1].annotations
         self.classes = list(self.held_out.categories.values())
         self.dropped = sum(source.annotations.dropped for source in sources)

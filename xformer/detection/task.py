@@ -35,7 +35,7 @@ class MeanAP:
 
     def __init__(self, annotations: Annotations, anchors: Sequence[Sequence[float]] = ANCHORS) -> None:
         try:
-            import pycocotools  # noqa: F401
+            import pycocotools.cocoeval  # noqa: F401
         except ImportError as error:
             raise UsageError("detection's metrics need pycocotools: pip install 'xformer-kernels[official]'") from error
         self.annotations, self.anchors = annotations, anchors

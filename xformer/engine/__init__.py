@@ -10,7 +10,7 @@ __all__ = ["evaluate", "train"]
 def __getattr__(name: str) -> Any:
     """On demand: the commands' help needs neither accelerate nor timm."""
     if name in __all__:
-        from xformer.engine import loop
+        from xformer.engine import evaluation, loop
 
-        return getattr(loop, name)
+        return {"evaluate": evaluation.evaluate, "train": loop.train}[name]
     raise AttributeError(name)

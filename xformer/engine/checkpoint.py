@@ -8,8 +8,10 @@ tensors are safetensors, or ``torch.load(weights_only=True)``. It is written by 
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,9 +20,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from xformer.engine.task import Data
 from xformer.errors import UsageError
-from xformer.files import PART, sync_folder, write_atomically
+from xformer.files import PART, sync_folder, to_json, write_atomically, writing
+from xformer.recipe import Recipe
 from xformer.weights import Card, load_weights, save_weights
+
+STATE: dict[str, tuple[type, ...]] = {
+    "step": (int,), "evaluated": (int,), "best": (int, float, type(None)), "world": (int,), "loss_sum": (int, float),
+    "loss_count": (int,), "scaler": (dict, type(None)), "recipe": (dict,), "classes": (list,), "samples": (dict,),
+}  # fmt: skip
+"""What a ``state.json`` holds. evaluated: the step of the last evaluation. samples: digests of what is learned from."""
+
+FREE = {
+    "out", "data", "train_shards", "eval_shards", "workers", "threads", "compile", "channels_last", "eval_every",
+    "checkpoint_every", "keep", "log_every", "tensorboard", "weights", "partial", "grad_checkpointing",
+}  # fmt: skip
+"""Settings that a resumed run may change: they do not change where it goes, or only by rounding."""
 
 
 class Checkpoints:
@@ -36,7 +52,8 @@ class Checkpoints:
         self.keep = keep
 
     def all(self) -> list[Path]:
-        return sorted(self.folder.glob("step-*"), key=lambda path: int(path.name.partition("-")[2]))
+        found = (path for path in self.folder.glob("step-*") if re.fullmatch(r"step-[0-9]+", path.name))
+        return sorted((path for path in found if path.is_dir()), key=lambda path: int(path.name.partition("-")[2]))
 
     def save(
         self,
@@ -46,7 +63,22 @@ class Checkpoints:
         optimizer: dict[str, Any],
         state: dict[str, Any],
     ) -> Path:
-        """Write one, then remove those beyond `keep` and what killed runs have left."""
+        """Write one, then remove those beyond `keep` and what killed runs have left.
+
+        Raises:
+            UsageError: it cannot be written; those before stay.
+        """
+        with writing("out", self.folder):
+            return self._save(step, card, weights, optimizer, state)
+
+    def _save(
+        self,
+        step: int,
+        card: Card,
+        weights: Mapping[str, Mapping[str, Tensor]],
+        optimizer: dict[str, Any],
+        state: dict[str, Any],
+    ) -> Path:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._clear()
         part = self.folder / f"{PART}{step}"
@@ -54,12 +86,15 @@ class Checkpoints:
         for name, tensors in weights.items():
             save_weights(part / f"{name}.safetensors", tensors, card)
         with open(part / "optimizer.pt", "wb") as file:
-            torch.save(optimizer, file)
+            try:
+                torch.save(optimizer, file)
+            except RuntimeError as error:  # its writer hides what the file has said
+                raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
             file.flush()
             os.fsync(file.fileno())
-        write_atomically(part / "state.json", json.dumps(state, indent=1))
+        write_atomically(part / "state.json", to_json(state, indent=1))
         sync_folder(part)
-        path = self.folder / f"step-{step:08d}"
+        path = self._path(step)
         if path.exists():  # of the same step, and the run says that it is to be replaced
             self._remove(path)
         part.rename(path)
@@ -67,6 +102,19 @@ class Checkpoints:
         for old in self.all()[: -self.keep]:
             self._remove(old)
         return path
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}"
+
+    def amend(self, step: int, changes: dict[str, Any]) -> None:
+        """Write some of the state of a checkpoint anew.
+
+        Raises:
+            UsageError: it cannot be written.
+        """
+        path = self._path(step) / "state.json"
+        with writing("out", path):
+            write_atomically(path, to_json(json.loads(path.read_text()) | changes, indent=1))
 
     def _remove(self, path: Path) -> None:
         """Its name goes first: what has a checkpoint's name is a whole one."""
@@ -84,13 +132,48 @@ class Checkpoints:
         Raises:
             UsageError: a checkpoint that cannot be read.
         """
+        hint = "remove it to go on from an earlier one"
         weights = {file.stem: load_weights(file)[0] for file in path.glob("*.safetensors")}
         try:
             optimizer = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
             state = json.loads((path / "state.json").read_text())
         except Exception as error:  # zip, pickle, JSON and file errors
             said = f"{error}".partition("\n")[0]
-            raise UsageError(
-                f"resume: {path} cannot be read ({said}): remove it to go on from an earlier one"
-            ) from error
+            raise UsageError(f"resume: {path} cannot be read ({said}): {hint}") from error
+        for key, kinds in STATE.items():
+            if not isinstance(state, dict) or key not in state or not isinstance(state[key], kinds):
+                raise UsageError(f"resume: {path} is damaged: its state.json has no {key} as runs write it: {hint}")
+        if "model" not in weights:
+            raise UsageError(f"resume: {path} has no model.safetensors: {hint}")
         return weights, optimizer, state
+
+
+def check_same_run(path: Path, state: dict[str, Any], recipe: Recipe, world: int, data: Data) -> None:
+    """Whether a checkpoint is of a run with these settings, classes and samples.
+
+    Raises:
+        UsageError: it is not.
+    """
+    now = recipe.to_dict() | {"world": world}
+    then = state["recipe"] | {"world": state["world"]}
+    changed = [key for key in now if key not in FREE and now[key] != then.get(key)]
+    if changed:
+        key = changed[0]
+        raise UsageError(
+            f"resume: {path} was made with {key}={then.get(key)!r}, and this run has {now[key]!r}"
+            + (f" ({', '.join(changed[1:])} differ too)" if changed[1:] else "")
+        )
+    was, own = state["classes"], list(data.classes)
+    if was != own:
+        pairs = enumerate(itertools.zip_longest(was, own))
+        number, (old, new) = next((i, pair) for i, pair in pairs if pair[0] != pair[1])
+        raise UsageError(
+            f"resume: {path} has {len(was)} classes and {recipe.data} has {len(own)}, of which number {number} was "
+            f"{old!r} and is {new!r}"
+        )
+    for part, digest in data.samples.items():
+        if digest != state["samples"].get(part):
+            raise UsageError(
+                f"resume: {path} was made with other {part} samples than {recipe.data} has now: give back those that "
+                f"were there, or name another --out"
+            )

@@ -60,7 +60,7 @@ def eval_weights(recipe: Recipe, given: set[str] | frozenset[str] = frozenset())
     """
     import torch
 
-    from xformer.engine.loop import evaluate
+    from xformer.engine.evaluation import evaluate
     from xformer.engine.task import task_class
     from xformer.fuse import fuse_for_inference
     from xformer.weights import load_model

@@ -10,7 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from xformer.files import write_atomically
+from xformer.errors import UsageError
+from xformer.files import write_file, writing
 
 
 class Table:
@@ -20,12 +21,11 @@ class Table:
         self.path = path
         rows: list[dict[str, Any]] = []
         if path.is_file():
-            whole = path.read_text().rpartition("\n")[0]  # a killed run may leave a part of a line
-            rows = [row for row in csv.DictReader(whole.splitlines()) if int(row["step"]) <= after]
+            rows = _rows(path, after)
         self.names = list(rows[0]) if rows else []
         text = io.StringIO()
         self._writer(text, bool(rows)).writerows(rows)
-        write_atomically(path, text.getvalue())
+        write_file("out", path, text.getvalue())
 
     def _writer(self, file: Any, header: bool) -> csv.DictWriter[str]:
         writer = csv.DictWriter(file, self.names, extrasaction="ignore", lineterminator="\n")
@@ -37,14 +37,37 @@ class Table:
         first = not self.names
         if first:
             self.names = list(row)
-        with open(self.path, "a", newline="") as file:
+        with writing("out", self.path), open(self.path, "a", newline="") as file:
             self._writer(file, first).writerow(row)
 
 
-class Log:
-    """Of a run in the folder `out`, whose steps up to `step` are done of `steps`."""
+def _rows(path: Path, after: int) -> list[dict[str, Any]]:
+    """Of a CSV file, those up to a step.
 
-    def __init__(self, out: Path, step: int, steps: int, tensorboard: bool, main: bool) -> None:
+    Raises:
+        UsageError: a row, which is not the last one, without a step.
+    """
+    rows = []
+    try:
+        whole = path.read_text(encoding="utf-8-sig").rpartition("\n")[0]  # a killed run may leave a part of a line
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"resume: {path} cannot be read: {error}") from error
+    for number, row in enumerate(csv.DictReader(whole.splitlines()), 2):
+        step = row.get("step") or ""
+        if not step.isdecimal() or None in row:
+            raise UsageError(
+                f"resume: line {number} of {path} is no row of this log, which has one value for each name of the "
+                f"first line: mend it or remove the file"
+            )
+        if int(step) <= after:
+            rows.append(row)
+    return rows
+
+
+class Log:
+    """Of a run in the folder `out`, whose steps up to `step` are done of `steps`, and evaluated up to `evaluated`."""
+
+    def __init__(self, out: Path, step: int, evaluated: int, steps: int, tensorboard: bool, main: bool) -> None:
         self.main = main
         self.console = Console(stderr=True, quiet=not main)
         self.writer: Any = None
@@ -55,7 +78,7 @@ class Log:
         self.progress = Progress(*columns, console=self.console, disable=not (main and self.console.is_terminal))
         self.bar = self.progress.add_task("train", total=steps, completed=step, said="")
         if main:
-            self.tables = {name: Table(out / f"{name}.csv", step) for name in ("train", "eval")}
+            self.tables = {"train": Table(out / "train.csv", step), "eval": Table(out / "eval.csv", evaluated)}
             if tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
 
@@ -76,10 +99,11 @@ class Log:
             return
         self.tables[table].add({k: f"{v:.9g}" if isinstance(v, float) else v for k, v in row.items()})
         if self.writer is not None:
-            for name, value in row.items():
-                if name != "step":
-                    self.writer.add_scalar(f"{table}/{name}", value, row["step"])
-            self.writer.flush()
+            with writing("out", self.writer.log_dir):
+                for name, value in row.items():
+                    if name != "step":
+                        self.writer.add_scalar(f"{table}/{name}", value, row["step"])
+                self.writer.flush()
         shown = "  ".join(f"{k} {v:.5g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
         if table == "train" and self.console.is_terminal:
             self.progress.update(self.bar, said=shown)

@@ -7,6 +7,7 @@ goes the way that the uninterrupted one would have gone, and no generator's stat
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 import time
@@ -16,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -25,19 +25,19 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
-from xformer.engine.checkpoint import Checkpoints
+from xformer.engine.checkpoint import Checkpoints, check_same_run
+from xformer.engine.evaluation import check_finite, evaluate, try_evaluation
+from xformer.engine.interrupt import Interrupts
 from xformer.engine.log import Log
+from xformer.engine.optimizer import create_optimizer, create_scheduler
 from xformer.engine.task import Task, task_class
 from xformer.errors import UsageError
-from xformer.files import make_folder
+from xformer.files import held, make_folder, writing
 from xformer.recipe import Recipe
 from xformer.weights import save_weights, start_from
 
-FREE = {
-    "out", "data", "train_shards", "eval_shards", "workers", "threads", "compile", "channels_last", "eval_every",
-    "checkpoint_every", "keep", "log_every", "tensorboard", "weights", "partial", "grad_checkpointing",
-}  # fmt: skip
-"""Settings that a resumed run may change: they do not change where it goes, or only by rounding."""
+STATISTICS = ("running_mean", "running_var")
+"""Buffers that training changes, by the ends of their names."""
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
@@ -80,7 +80,7 @@ class Run:
                 f"{recipe.batch_size} images in {self.world} processes"
             )
         self.steps = recipe.epochs * self.per_epoch
-        self.step, self.best = 0, -math.inf
+        self.step, self.evaluated, self.best = 0, 0, -math.inf
         self.loss_sum, self.loss_count = torch.zeros((), dtype=torch.float64, device=self.device), 0
         self.checkpoints = Checkpoints(self.out, recipe.keep)
         found = self.checkpoints.all()
@@ -93,8 +93,6 @@ class Run:
             self._load(found[-1])
 
     def _build(self) -> None:
-        from timm.optim import create_optimizer_v2
-        from timm.scheduler import create_scheduler_v2
         from timm.utils import ModelEmaV3
 
         recipe = self.recipe
@@ -102,7 +100,13 @@ class Run:
         model = self.task.build()
         self.said: list[str] = []
         if recipe.weights:
-            self.said = start_from(model, self.task.name, recipe.weights, recipe.partial)
+            left_out = start_from(model, self.task.name, recipe.weights, recipe.partial)
+            self.said = [f"weights: left out: {said}" for said in left_out]
+        if recipe.warmup_epochs >= recipe.epochs:
+            self.said.append(
+                f"warmup_epochs: {recipe.warmup_epochs:g} are not less than the {recipe.epochs} epochs of the run, "
+                f"whose learning rate does not reach lr={recipe.lr:g}"
+            )
         if recipe.grad_checkpointing:
             switch: Any = getattr(model, "set_grad_checkpointing", None)
             if switch is None:
@@ -115,17 +119,8 @@ class Run:
         self.ema = None
         if recipe.ema:
             self.ema = ModelEmaV3(model.to(self.device), decay=recipe.ema, use_warmup=True)
-        try:
-            optimizer = create_optimizer_v2(
-                model, recipe.opt, lr=recipe.lr, weight_decay=recipe.weight_decay,
-                layer_decay=recipe.layer_decay or None,
-            )  # fmt: skip
-        except ValueError as error:
-            raise UsageError(f"opt must be an optimiser of timm's, got {recipe.opt!r}: {error}") from error
-        self.scheduler, _ = create_scheduler_v2(
-            optimizer, "cosine", num_epochs=recipe.epochs, min_lr=recipe.min_lr, warmup_lr=recipe.warmup_lr,
-            warmup_epochs=recipe.warmup_epochs, step_on_epochs=False, updates_per_epoch=self.per_epoch,
-        )  # fmt: skip
+        optimizer = create_optimizer(model, recipe)
+        self.scheduler = create_scheduler(optimizer, recipe, self.per_epoch)
         if recipe.compile:
             model.compile()
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
@@ -137,31 +132,43 @@ class Run:
 
         Returns the last evaluation's metrics, and the ``best`` of the metric that the task goes by.
         """
-        recipe, out = self.recipe, self.out
         main = self.accelerator.is_main_process
         if main:
-            make_folder("out", out)
+            make_folder("out", self.out)
+        try:
+            with held("out", self.out) if main else nullcontext(), Interrupts() as self.interrupts:
+                return self._fit(main)
+        except KeyboardInterrupt:
+            kept = self.checkpoints.all()
+            hint = f"go on from {kept[-1]} with --resume" if kept else f"there is no checkpoint in {self.out} yet"
+            raise KeyboardInterrupt(f"stopped at step {self.step} of {self.steps}: {hint}") from None
+
+    def _fit(self, main: bool) -> dict[str, float]:
+        recipe = self.recipe
         result: dict[str, float] = {}
-        with Log(out, self.step, self.steps, recipe.tensorboard, main) as self.log:
+        with Log(self.out, self.step, self.evaluated, self.steps, recipe.tensorboard, main) as self.log:
             for said in self.said:
-                self.log.say(f"weights: left out: {said}")
-            first = self.step // self.per_epoch
-            for epoch in range(first, recipe.epochs):
+                self.log.say(said)
+            self._try_evaluation()
+            done = self.step // self.per_epoch
+            if self.step == done * self.per_epoch > self.evaluated and self._is_evaluated(done - 1):
+                result = self._evaluate(done - 1)  # stopped between the checkpoint and its evaluation
+            for epoch in range(done, recipe.epochs):
                 self._epoch(epoch)
-                last = epoch == recipe.epochs - 1
-                if last or (epoch + 1) % recipe.eval_every == 0:
-                    result = self._evaluate(epoch)
+                if self._is_evaluated(epoch):
+                    self._average_statistics()
                 self._save()
-                self.log.say(f"epoch {epoch + 1} of {recipe.epochs}, step {self.step}{self._skipped()}")
-        if not result:  # resumed at the end
-            result = self.evaluate()
-        self._write("last")
+                if self._is_evaluated(epoch):
+                    result = self._evaluate(epoch)
+                self.log.say(f"epoch {epoch + 1} of {recipe.epochs}, step {self.step}{self.task.data.skipped.said()}")
+            if not result:  # resumed at the end
+                result = self.evaluate()
+            self._write("last")
         self.accelerator.wait_for_everyone()
         return result | {"best": max(self.best, result[self.task.metric])}
 
-    def _skipped(self) -> str:
-        skipped = self.task.data.skipped
-        return f", {skipped.count} unreadable images skipped" if skipped.count else ""
+    def _is_evaluated(self, epoch: int) -> bool:
+        return epoch == self.recipe.epochs - 1 or (epoch + 1) % self.recipe.eval_every == 0
 
     def _epoch(self, epoch: int) -> None:
         recipe = self.recipe
@@ -186,9 +193,29 @@ class Run:
                 row = {"step": self.step, "epoch": epoch, "lr": self.optimizer.param_groups[0]["lr"]}
                 self.log.add("train", row | {"loss": self._total_loss() / self.loss_count, "images/s": speed})
                 self.loss_sum, self.loss_count = torch.zeros_like(self.loss_sum), 0
+                self._stop_if_asked()
+            elif self.world == 1:  # many processes agree on it where they speak with each other anyway
+                self._stop_if_asked()
             every = recipe.checkpoint_every
             if every and self.step % every == 0 and self.step % self.per_epoch:
                 self._save()
+
+    def _stop_if_asked(self) -> None:
+        """Where any process got an interrupt. At the end of an epoch there is a checkpoint anyway."""
+        if self.step % self.per_epoch == 0:
+            return
+        asked = self.interrupts.asked
+        if self.world > 1:
+            asked = self._anywhere(asked)
+        if asked:
+            self._save()
+            self.accelerator.wait_for_everyone()
+            raise KeyboardInterrupt
+
+    def _anywhere(self, here: bool) -> bool:
+        """Whether it is so in any process."""
+        count: Any = self.accelerator.reduce(torch.tensor(float(here), device=self.device), "sum")
+        return bool(count > 0)
 
     def _pass(self, images: Tensor, targets: Any) -> None:
         from accelerate.utils import send_to_device
@@ -198,7 +225,16 @@ class Run:
         if self.recipe.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         with self.accelerator.accumulate(self.model):
-            loss = self.task.loss(self.model(images), targets)
+            try:
+                outputs = self.model(images)
+            except ValueError as error:
+                if "more than 1 value per channel" not in f"{error}":
+                    raise
+                raise UsageError(
+                    f"batch_size must leave batch norms of {self.recipe.model} more than one value a channel, got "
+                    f"{len(images)} with images of {images.shape[-2]} x {images.shape[-1]} pixels"
+                ) from error
+            loss = self.task.loss(outputs, targets)
             self.accelerator.backward(loss)
             if self.recipe.clip_grad and self.accelerator.sync_gradients:
                 self.accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.clip_grad)
@@ -211,11 +247,31 @@ class Run:
         """Since the last row of the log, the mean over all processes."""
         total = float(self.accelerator.reduce(self.loss_sum.clone(), "mean"))
         if not math.isfinite(total):
-            raise UsageError(
-                f"lr: the loss is {total} at step {self.step}: take a lower one than {self.recipe.lr}, or clip_grad "
-                f"(checkpoints in {self.checkpoints.folder} are from before)"
-            )
+            raise UsageError(f"lr: the loss is {total} at step {self.step}: {self._remedy()}")
         return total
+
+    def _check_weights(self) -> None:
+        """In all processes together."""
+        models = [self.model] if self.ema is None else [self.model, self.ema.module]
+        named = itertools.chain(*(itertools.chain(m.named_parameters(), m.named_buffers()) for m in models))
+        wrong = None
+        for name, value in named:
+            if isinstance(value, nn.Parameter) or name.endswith(STATISTICS):
+                local = value.to_local() if hasattr(value, "to_local") else value
+                if not torch.isfinite(local).all():
+                    wrong = name
+                    break
+        if self._anywhere(wrong is not None):
+            raise UsageError(
+                f"lr: weights are not finite at step {self.step}, {wrong or 'in another process'} for one: "
+                f"{self._remedy()}"
+            )
+
+    def _remedy(self) -> str:
+        return (
+            f"take a lower one than {self.recipe.lr}, or clip_grad (checkpoints in {self.checkpoints.folder} are from "
+            f"before)"
+        )
 
     # ----------------------------------------------------------------------------------------------- evaluation
 
@@ -226,37 +282,42 @@ class Run:
             return averaged
         return self.model if self.sharded else self.accelerator.unwrap_model(self.model)
 
+    def _try_evaluation(self) -> None:
+        model = None if self.sharded else self._plain()
+        try_evaluation(model, self.task, self.device, self.recipe.channels_last, self.accelerator.autocast)
+
     def evaluate(self) -> dict[str, float]:
         """Metrics of all evaluation images."""
         model, metrics = self._plain(), self.task.metrics(self.device)
-        training = model.training
+        training, channels_last, autocast = model.training, self.recipe.channels_last, self.accelerator.autocast
         model.eval()
         try:
-            evaluate(
-                model,
-                self.task,
-                metrics,
-                self.device,
-                self.recipe.channels_last,
-                self.accelerator.autocast,
-                self.sharded,
-            )
+            evaluate(model, self.task, metrics, self.device, channels_last, autocast, self.sharded)
         finally:
             model.train(training)
         return metrics.compute()
 
-    def _evaluate(self, epoch: int) -> dict[str, float]:
+    def _average_statistics(self) -> None:
+        """Of batch norms, over all processes."""
         if self.world > 1 and not self.sharded:
             from timm.utils import distribute_bn
 
             for model in (self.accelerator.unwrap_model(self.model), self.ema and self.ema.module):
                 if model is not None:
                     distribute_bn(model, self.world, reduce=True)
-        result = self.evaluate()
+
+    def _evaluate(self, epoch: int) -> dict[str, float]:
+        """Of the newest checkpoint, which then says that it is done."""
+        with self.interrupts.at_once():
+            result = self.evaluate()
         self.log.add("eval", {"step": self.step, "epoch": epoch, **result})
+        check_finite(result, self.task.metric, self.step)
         if result[self.task.metric] > self.best:
             self.best = result[self.task.metric]
             self._write("best", result)
+        self.evaluated = self.step
+        if self.accelerator.is_main_process:
+            self.checkpoints.amend(self.step, {"best": self.best, "evaluated": self.evaluated})
         return result
 
     # ---------------------------------------------------------------------------------------------- checkpoints
@@ -270,22 +331,26 @@ class Run:
 
     def _write(self, name: str, metrics: dict[str, float] | None = None) -> None:
         """out/name.safetensors: the weights that count."""
-        named = self._weights()
+        named, path = self._weights(), self.out / f"{name}.safetensors"
         if self.accelerator.is_main_process:
             card = self.task.card()
             card.step, card.metrics = self.step, metrics or {}
-            save_weights(self.out / f"{name}.safetensors", named.get("ema", named["model"]), card)
+            with writing("out", path):
+                save_weights(path, named.get("ema", named["model"]), card)
 
     def _save(self) -> None:
-        weights, loss = self._weights(), self._total_loss()
+        loss = self._total_loss()
+        self._check_weights()
+        weights = self._weights()
         optimizer = get_optimizer_state_dict(self.model, self.optimizer.optimizer, options=WHOLE)
         if not self.accelerator.is_main_process:
             return
-        scaler = self.accelerator.scaler
+        scaler, data = self.accelerator.scaler, self.task.data
         state = {
-            "step": self.step, "best": self.best if math.isfinite(self.best) else None, "world": self.world,
-            "loss_sum": loss, "loss_count": self.loss_count, "scaler": scaler.state_dict() if scaler else None,
-            "recipe": self.recipe.to_dict(),
+            "step": self.step, "evaluated": self.evaluated, "best": self.best if math.isfinite(self.best) else None,
+            "world": self.world, "loss_sum": loss, "loss_count": self.loss_count,
+            "scaler": scaler.state_dict() if scaler else None, "recipe": self.recipe.to_dict(),
+            "classes": list(data.classes), "samples": data.samples,
         }  # fmt: skip
         card = self.task.card()
         card.step = self.step
@@ -293,15 +358,7 @@ class Run:
 
     def _load(self, path: Path) -> None:
         weights, optimizer, state = self.checkpoints.load(path)
-        now = self.recipe.to_dict() | {"world": self.world}
-        then = state["recipe"] | {"world": state["world"]}
-        changed = [key for key in now if key not in FREE and now[key] != then.get(key)]
-        if changed:
-            key = changed[0]
-            raise UsageError(
-                f"resume: {path} was made with {key}={then.get(key)!r}, and this run has {now[key]!r}"
-                + (f" ({', '.join(changed[1:])} differ too)" if changed[1:] else "")
-            )
+        check_same_run(path, state, self.recipe, self.world, self.task.data)
         try:
             values: dict[str, Any] = dict(weights["model"])
             set_state_dict(
@@ -314,46 +371,9 @@ class Run:
             raise UsageError(f"resume: {path} is not of this model: {str(error).splitlines()[-1].strip()}") from error
         if state["scaler"] and self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.step, self.best = state["step"], -math.inf if state["best"] is None else state["best"]
+        self.step, self.evaluated = state["step"], state["evaluated"]
+        self.best = -math.inf if state["best"] is None else state["best"]
         self.loss_sum, self.loss_count = torch.full_like(self.loss_sum, state["loss_sum"]), state["loss_count"]
-
-
-@torch.no_grad()
-def evaluate(
-    model: nn.Module,
-    task: Task,
-    metrics: Any,
-    device: Any,
-    channels_last: bool = True,
-    autocast: Any = nullcontext,
-    together: bool = False,
-) -> None:
-    """Add this process's share of the evaluation images to `metrics`.
-
-    `together`: a pass forward is a collective (FSDP), so that processes that are done go on with what they had last.
-    """
-    from accelerate.utils import send_to_device
-
-    batches, batch = task.data.evaluate(), None
-    while True:
-        following = next(batches, None)
-        if together:
-            left = torch.tensor(float(following is not None), device=device)
-            dist.all_reduce(left)
-            if not left:
-                return
-        elif following is None:
-            return
-        batch = following or batch
-        if batch is None:
-            raise UsageError("eval_samples: there are fewer evaluation batches than processes")
-        images, targets = send_to_device(batch, device)
-        if channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
-        with autocast():
-            outputs = model(images)
-        if following is not None:
-            metrics.update(outputs, targets)
 
 
 def train(recipe: Recipe, resume: bool = False) -> dict[str, float]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from xformer.errors import UsageError
 from xformer.recipe import Recipe
+from xformer.registry import default_cfgs
 from xformer.weights import Card, build_model
 
 
@@ -30,9 +31,16 @@ class Data(Protocol):
     def evaluate(self) -> Iterator[tuple[Tensor, Any]]:
         """This process's share: every image once over all of them."""
 
+    def first_held_out(self) -> tuple[Tensor, Any] | None:
+        """A batch of the first readable evaluation image, read in this process; None if its share is empty."""
+
     @property
     def skipped(self) -> Any:
-        """Images that could not be read: ``count`` and ``names``."""
+        """What could not be read: ``said()`` for the log."""
+
+    @property
+    def samples(self) -> dict[str, str]:
+        """What a run learns from and is judged by: digests of the lists of samples, by what they are of."""
 
 
 class Metrics(Protocol):
@@ -83,6 +91,8 @@ class Task(ABC):
         card = self.card()
         if self.recipe.drop_path > 0:
             options["drop_path_rate"] = self.recipe.drop_path
+        if self.recipe.model in default_cfgs:
+            options["img_size"] = min([self.recipe.image_size, *self.recipe.sizes])
         return build_model(replace(card, options=card.options | options))
 
     def mix(self, images: Tensor, targets: Any) -> tuple[Tensor, Any]:

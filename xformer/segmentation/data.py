@@ -12,6 +12,8 @@ from PIL import Image
 from torch import Tensor
 
 from xformer.data import Shard, Skipped, Unreadable, open_image
+from xformer.data.images import check_resized
+from xformer.data.order import digest
 from xformer.data.sets import DataSet, Indexed, indexed, scale_of
 from xformer.data.transforms import to_tensor
 from xformer.errors import UsageError
@@ -30,6 +32,8 @@ COLOURS = (
 LABELS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
 """Of the label images, in the order of the classes; pixels with any other one take no part."""
 IGNORE = 255
+LOOKED_AT = 8
+"""Label images that are looked at before a run."""
 IMAGE, LABEL = "leftImg8bit", "gtFine"
 TO_CLASS = np.full(256, IGNORE, np.uint8)
 TO_CLASS[list(LABELS)] = np.arange(len(LABELS))
@@ -46,11 +50,53 @@ class Scenes(Indexed):
         if missing is not None:
             raise UsageError(f"data: there is no {missing}, the labels of an image that is there")
         self.count = len(self.images)
+        self._check_labels()
+
+    def _check_labels(self) -> None:
+        """Of some images, of all if these have none.
+
+        Raises:
+            UsageError: they have no class, or are Cityscapes' trainIds.
+        """
+        some = range(0, self.count, max(1, self.count // LOOKED_AT))
+        seen = np.zeros(256, bool)
+        for number, item in enumerate([*some, *(set(range(self.count)) - set(some))]):
+            if number >= len(some) and (TO_CLASS[seen] != IGNORE).any():
+                break
+            try:
+                labels = self._labels(item)
+            except Unreadable:
+                continue
+            seen |= np.bincount(labels.ravel(), minlength=256).astype(bool)
+        of_it = self.label_of(self.images[0])
+        if seen.any() and not (TO_CLASS[seen] != IGNORE).any():
+            raise UsageError(
+                f"data: no pixel has a class in the label images of {of_it.parents[1]}, such as {of_it.name}"
+            )
+        if seen[IGNORE] and not seen[len(CLASSES) : IGNORE].any():
+            raise UsageError(
+                f"data: label images must hold Cityscapes' labelIds, from 0 to 33 with 0 for no class, and those of "
+                f"{of_it.parents[1]}, such as {of_it.name}, hold trainIds: nothing from 19 on but 255"
+            )
+
+    def _labels(self, item: int) -> np.ndarray:
+        """Labels as the file has them, (H, W) uint8."""
+        try:
+            with Image.open(self.label_of(self.images[item])) as file:
+                labels = np.asarray(file)
+        except Exception as error:  # Pillow's decoders raise errors of any kind
+            raise Unreadable(f"its labels do not decode: {error}") from error
+        if labels.dtype != np.uint8 or labels.ndim != 2:
+            raise Unreadable(f"its labels are {labels.dtype} of {labels.shape}, not bytes of (H, W)")
+        return labels
 
     @staticmethod
     def label_of(image: Path) -> Path:
         city, split, root = image.parent.name, image.parents[1].name, image.parents[3]
         return root / LABEL / split / city / f"{image.name.removesuffix(f'_{IMAGE}.png')}_{LABEL}_labelIds.png"
+
+    def digest(self) -> str:
+        return digest([f"{path.parent.name}/{path.name}" for path in self.images])
 
     def name(self, item: int) -> str:
         return str(self.images[item])
@@ -58,13 +104,9 @@ class Scenes(Indexed):
     def read(self, item: int) -> tuple[Image.Image, np.ndarray]:
         """RGB image, and the classes of its pixels (H, W) uint8."""
         image = open_image(self.images[item])
-        try:
-            with Image.open(self.label_of(self.images[item])) as file:
-                labels = np.asarray(file)
-        except Exception as error:  # Pillow's decoders raise errors of any kind
-            raise Unreadable(f"its labels do not decode: {error}") from error
-        if labels.dtype != np.uint8 or labels.shape != (image.height, image.width):
-            raise Unreadable(f"its labels are {labels.dtype} of {labels.shape}, not bytes of {image.size[::-1]}")
+        labels = self._labels(item)
+        if labels.shape != (image.height, image.width):
+            raise Unreadable(f"its labels are of {labels.shape}, not of {image.size[::-1]}")
         return image, TO_CLASS[labels]
 
 
@@ -86,6 +128,7 @@ class Prepare:
             return to_tensors(image, classes)
         factor = random.uniform(*self.scale)
         width, height = (max(1, round(side * factor)) for side in image.size)
+        check_resized(height, width)
         image = image.resize((width, height), Image.Resampling.BILINEAR)
         of_it = Image.fromarray(classes).resize((width, height), Image.Resampling.NEAREST)
         if random.random() < self.hflip:

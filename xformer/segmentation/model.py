@@ -96,6 +96,10 @@ class Segmenter(nn.Module):
         """Of the backbone's stages."""
         self.backbone.set_grad_checkpointing(enable)
 
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """As :meth:`xformer.XFormer.group_matcher`; all that is not the backbone is the last group."""
+        return self.backbone.group_matcher(coarse, r"^backbone\.")
+
     def no_weight_decay(self) -> set[str]:
         """Names of the temperatures, which an optimiser should not decay (timm's convention)."""
         return {f"backbone.{name}" for name in self.backbone.no_weight_decay()}

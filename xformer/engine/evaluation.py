@@ -1,0 +1,106 @@
+"""Passes over the evaluation images, and a try of one before a run spends an epoch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from xformer.engine.task import Task
+from xformer.errors import UsageError
+from xformer.registry import default_cfgs
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    task: Task,
+    metrics: Any,
+    device: Any,
+    channels_last: bool = True,
+    autocast: Any = nullcontext,
+    together: bool = False,
+) -> None:
+    """Add this process's share of the evaluation images to `metrics`.
+
+    `together`: a pass forward is a collective (FSDP), so that processes that are done go on with what they had last.
+    """
+    batches, batch = task.data.evaluate(), None
+    while True:
+        following = next(batches, None)
+        if together:
+            left = torch.tensor(float(following is not None), device=device)
+            dist.all_reduce(left)
+            if not left:
+                return
+        elif following is None:
+            return
+        batch = following or batch
+        if batch is None:
+            raise UsageError("eval_samples: there are fewer evaluation batches than processes")
+        outputs, targets = _forward(model, batch, device, channels_last, autocast)
+        if following is not None:
+            metrics.update(outputs, targets)
+
+
+def _forward(model: nn.Module, batch: Any, device: Any, channels_last: bool, autocast: Any) -> tuple[Any, Any]:
+    from accelerate.utils import send_to_device
+
+    images, targets = send_to_device(batch, device)
+    if channels_last:
+        images = images.contiguous(memory_format=torch.channels_last)
+    with autocast():
+        return model(images), targets
+
+
+@torch.no_grad()
+def try_evaluation(
+    model: nn.Module | None, task: Task, device: Any, channels_last: bool = True, autocast: Any = nullcontext
+) -> None:
+    """One evaluation image through everything that an evaluation needs; `model` None: not through the model.
+
+    Raises:
+        UsageError: packages, images or a model of which evaluation or training would fail later.
+    """
+    metrics = task.metrics(device)
+    batch = task.data.first_held_out()
+    if batch is None or model is None:
+        return
+    training = model.training
+    model.eval()
+    images: Tensor = batch[0]
+    recipe = task.recipe
+    # ours take images of any size, and say at once which are too small
+    others = [] if recipe.model in default_cfgs else [size for size in recipe.sizes if size != images.shape[-1]]
+    try:
+        metrics.update(*_forward(model, batch, device, channels_last, autocast))
+        for size in others:
+            images = torch.zeros(1, 3, size, size)
+            _forward(model, (images, None), device, channels_last, autocast)
+    except (AssertionError, ValueError, RuntimeError) as error:
+        if recipe.model in default_cfgs or isinstance(error, (UsageError, torch.OutOfMemoryError)):
+            raise
+        said = f"{error}".partition("\n")[0]
+        raise UsageError(
+            f"image_size: {recipe.model} does not take images of {images.shape[-2]} x {images.shape[-1]} pixels "
+            f"({said}); many models of timm take model_options img_size"
+        ) from error
+    finally:
+        model.train(training)
+
+
+def check_finite(metrics: Mapping[str, float], metric: str, step: int) -> None:
+    """Of an evaluation.
+
+    Raises:
+        UsageError: the task's metric or the loss is not finite.
+    """
+    for name in (metric, "loss"):
+        if not math.isfinite(metrics.get(name, 0.0)):
+            cause = "the model's outputs are not finite" if name == "loss" else "the evaluation data may have no labels"
+            raise UsageError(f"data: the evaluation at step {step} gives {name} {metrics[name]}: {cause}")
