@@ -84,6 +84,16 @@ def test_table_on_a_terminal(weights, tmp_path, capsys, monkeypatch):
     assert all(name in printed for name in NAMES) and "probability" in printed
 
 
+def test_images_that_would_be_too_large_once_they_are_resized(weights, tmp_path, capsys):
+    """A strip of 60000 x 1 pixels, in a file of 94 bytes: one sentence, and the others are predicted."""
+    thin, good = tmp_path / "thin.png", picture(tmp_path / "good.png")
+    Image.new("RGB", (60000, 1)).save(thin)
+    assert command.main(["predict", str(thin), good, "--weights", str(weights)]) == 1
+    out, err = capsys.readouterr()
+    assert "good.png" in out
+    assert f"error: image: {thin} cannot be read: resized it would have" in err
+
+
 def test_images_that_cannot_be_read(weights, tmp_path, capsys):
     good, bad, cut = picture(tmp_path / "a.png"), tmp_path / "bad.jpg", tmp_path / "cut.jpg"
     bad.write_bytes(b"no image")
@@ -123,7 +133,7 @@ def test_weights_without_a_card(model, tmp_path, capsys):
 
     weights, image, found = tmp_path / "w.safetensors", picture(tmp_path / "a.png"), tmp_path / "out.json"
     save_file({name: value.contiguous() for name, value in model.state_dict().items()}, weights)
-    assert command.main(["predict", image, "--weights", str(weights)]) == 2
+    assert command.main(["predict", image, "--weights", str(weights)]) == 1
     assert "does not say what it is of: name the model with --model" in capsys.readouterr().err
     assert command.main(["predict", image, "--weights", str(weights), "--model", "xformer_s"]) == 2
     assert "is not of this model" in capsys.readouterr().err
@@ -174,7 +184,7 @@ def test_help(arguments, capsys):
 
 def test_a_package_that_is_not_there(weights, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "timm.data", None)
-    assert command.main(["predict", picture(tmp_path / "a.png"), "--weights", str(weights)]) == 2
+    assert command.main(["predict", picture(tmp_path / "a.png"), "--weights", str(weights)]) == 1
     assert "error: images need timm" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "onnx", None)
     call = ["export", "--model", "xformer_xxs", "--model-options", "attention=none", "--size", "64"]

@@ -102,10 +102,23 @@ def predict(predictor: Predictor, images: Sequence[str | Path]) -> Iterator[Pred
                 result.error = f"image: {result.image} cannot be read: {error}"
         if read:
             with torch.inference_mode():
-                answers = predictor([image for _, image in read])
-            for (result, _), (found, drawn) in zip(read, answers, strict=True):
-                result.found, result.drawn = found, drawn
+                answers = _answers(predictor, [image for _, image in read])
+            for (result, _), answer in zip(read, answers, strict=True):
+                if isinstance(answer, Unreadable):
+                    result.error = f"image: {result.image} cannot be read: {answer}"
+                else:
+                    result.found, result.drawn = answer
         yield from results
+
+
+def _answers(predictor: Predictor, images: Sequence[Image.Image]) -> list[Any]:
+    """What is found in each image, or why it cannot be prepared: :class:`Unreadable`."""
+    from xformer.data.images import Unreadable
+
+    try:
+        return predictor(images)
+    except Unreadable as error:  # of one of them: the others are predicted without it
+        return [error] if len(images) == 1 else [answer for image in images for answer in _answers(predictor, [image])]
 
 
 def class_names(card: Card, labels: str | Path = "") -> list[str]:
