@@ -235,30 +235,12 @@ def layer(d: Draw) -> None:
 # -------------------------------------------------------------------------------------------------------------- modules
 
 
-class EagerMDTA(nn.Module):
-    """Restormer's attention, section 3.1 of arXiv 2111.09881."""
-
-    def __init__(self, dim: int, num_heads: int, bias: bool) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.temperature = nn.Parameter(torch.ones(num_heads, 1, 1))
-        self.qkv = nn.Conv2d(dim, dim * 3, 1, bias=bias)
-        self.qkv_dwconv = nn.Conv2d(dim * 3, dim * 3, 3, padding=1, groups=dim * 3, bias=bias)
-        self.project_out = nn.Conv2d(dim, dim, 1, bias=bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        b, c, h, w = x.shape
-        q, k, v = self.qkv_dwconv(self.qkv(x)).reshape(b, 3, self.num_heads, c // self.num_heads, h * w).unbind(1)
-        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
-        A = (q @ k.transpose(-2, -1) * self.temperature).softmax(-1)
-        return self.project_out((A @ v).reshape(b, c, h, w))
-
-
 def model(d: Draw) -> None:
     """Families that replace_attention serves, and XFA in the place of XCA, each part in a mode of its own.
 
     Judged as a whole: the worst error of any tensor may be twice the worst of the original.
     """
+    from test_integrations import MDTA
     from timm.models.edgenext import CrossCovarianceAttn, SplitTransposeBlock
     from timm.models.xcit import XCA, XCABlock
 
@@ -273,7 +255,7 @@ def model(d: Draw) -> None:
         "SplitTransposeBlock": lambda: SplitTransposeBlock(
             C, 2, heads, qkv_bias=bias, ls_init_value=0.7, drop_path=0.2
         ),
-        "MDTA": lambda: EagerMDTA(C, heads, bias),
+        "MDTA": lambda: MDTA(C, heads, bias),
         "XFA": lambda: XCA(C, heads, bias),
     }
     kind = d.pick("kind", *made)
