@@ -133,7 +133,7 @@ def test_weights_without_a_card(model, tmp_path, capsys):
 
     weights, image, found = tmp_path / "w.safetensors", picture(tmp_path / "a.png"), tmp_path / "out.json"
     save_file({name: value.contiguous() for name, value in model.state_dict().items()}, weights)
-    assert command.main(["predict", image, "--weights", str(weights)]) == 1
+    assert command.main(["predict", image, "--weights", str(weights)]) == 2
     assert "does not say what it is of: name the model with --model" in capsys.readouterr().err
     assert command.main(["predict", image, "--weights", str(weights), "--model", "xformer_s"]) == 2
     assert "is not of this model" in capsys.readouterr().err
@@ -184,7 +184,7 @@ def test_help(arguments, capsys):
 
 def test_a_package_that_is_not_there(weights, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "timm.data", None)
-    assert command.main(["predict", picture(tmp_path / "a.png"), "--weights", str(weights)]) == 1
+    assert command.main(["predict", picture(tmp_path / "a.png"), "--weights", str(weights)]) == 2
     assert "error: images need timm" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "onnx", None)
     call = ["export", "--model", "xformer_xxs", "--model-options", "attention=none", "--size", "64"]
