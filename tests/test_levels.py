@@ -39,6 +39,7 @@ from test_inference_kernels import SHAPES, batch_norm, check, depthwise, depthwi
 from xformer_kernels import backends, inference
 from xformer_kernels.inference import LayerNorm
 inference.KERNELS = backends.load("cpp")[0]  # at every level, also those at which they do not serve by themselves
+torch.manual_seed(0)
 with torch.no_grad():
     for N, I, O in SHAPES:
         parts = {"batch_norm": batch_norm(O), "layer_norm": LayerNorm(torch.randn(I), torch.randn(I), 1e-6)}

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import shutil
 import signal
 import subprocess
@@ -235,7 +234,7 @@ def test_an_interrupt_leaves_a_checkpoint_and_a_sentence(images, tmp_path, launc
         for line in process.stderr:
             if line.startswith("train  step 2 "):
                 break
-        os.killpg(process.pid, signal.SIGINT) if not launch else process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=120)
     (sentence,) = [line for line in said.splitlines() if line.startswith("stopped")]
     (kept, *_) = reversed(Checkpoints(tmp_path).all())
