@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.flop_counter import FlopCounterMode
 
-from xformer_kernels import dispatch
+from xformer_kernels import backends, dispatch
 from xformer_kernels.integrations import families, is_replaced, replace_attention
 
 pytest.importorskip("timm", reason="timm, whose models are converted, is not installed")
@@ -317,6 +317,17 @@ def test_models_without_weights_are_replaced(state, kind):
     torch.testing.assert_close(
         ours(kind.x().float(), *kind.inputs[1:]), theirs(kind.x().float(), *kind.inputs[1:]), rtol=1e-4, atol=1e-4
     )
+
+
+def test_the_environment_decides_no_trial(kind, untried, monkeypatch):
+    """As where it asks for a backend that serves GPUs alone: the trial is on the CPU."""
+    module = backends.load("cuda")[0]
+    if module is None:
+        pytest.skip("the CUDA backend is not built here, not even emulated")
+    monkeypatch.setattr(dispatch, "_chosen", {})
+    monkeypatch.setattr(module, "unsupported", lambda *_: ["tensors are on cpu"])
+    monkeypatch.setenv("XFORMER_KERNELS_BACKEND", "cuda")
+    assert replace_attention(kind.model()) == 1
 
 
 def test_something_like_mdta_whose_weights_hide_the_difference_is_left_alone():
