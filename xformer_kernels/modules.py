@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules import module as _torch
 from torch.utils.module_tracker import ModuleTracker
 
@@ -66,8 +66,3 @@ def drops_no_path(module: Any) -> bool:
     # a module of timm's can only be here if timm is loaded
     timms = getattr(sys.modules.get("timm.layers.drop"), "DropPath", None)
     return timms is not None and runs_forward_of(module, timms) and not (module.training and module.drop_prob > 0)
-
-
-def is_vector(t: Any, length: int) -> bool:
-    """Whether `t` is a tensor of shape (length,)."""
-    return isinstance(t, Tensor) and t.shape == (length,)

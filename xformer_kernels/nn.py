@@ -13,7 +13,7 @@ from xformer_kernels.functional import shared, xfa
 from xformer_kernels.layer import xfa_block, xfa_layer
 from xformer_kernels.layer.functional import FORMS, Call, Projections, run
 from xformer_kernels.layer.ops import Operands
-from xformer_kernels.modules import dropout_p, is_vector, runs_forward_of
+from xformer_kernels.modules import dropout_p, runs_forward_of
 
 torch.fx.wrap("xfa_layer")  # a node of its own in the graphs of torch.fx.symbolic_trace
 
@@ -92,7 +92,7 @@ class XFA(nn.Module):
         token_mask (B, N) bool: False tokens take no part in the attention. group: tokens are split over its ranks.
         """
         if isinstance(x, torch.fx.Proxy):
-            y = xfa_layer(x, *self.weights(), **self._traced_choices(), token_mask=token_mask, group=group)
+            y = xfa_layer(x, *self.weights(), **self._traced_call(token_mask, group).keywords())
         else:
             y = attend(self, x, self.call(token_mask, group))
         result: Tensor = self.proj_drop(y)
@@ -109,15 +109,14 @@ class XFA(nn.Module):
             self.projections,
         )  # fmt: skip
 
-    def _traced_choices(self) -> dict[str, Any]:
+    def _traced_call(self, token_mask: Tensor | None, group: Any) -> Call:
         """For torch.fx, whose graph calls xfa_layer; what it must not leave out cannot be traced."""
         p = dropout_p(self.attn_drop)
         if p is None or not has_plain_projections(self):
             raise NotImplementedError(
                 "torch.fx cannot trace XFA where qkv, proj or attn_drop were replaced or have hooks"
             )
-        choices = ("map", "norm", "activation", "form", "backend")
-        return {"dropout_p": p, **{name: getattr(self, name) for name in choices}}
+        return self.call(token_mask, group)._replace(dropout_p=p)
 
     def no_weight_decay(self) -> set[str]:
         """Parameters that an optimiser should not decay (timm's convention)."""
@@ -210,10 +209,7 @@ def attend(layer: Any, x: Tensor, call: Call) -> Tensor:
     if _may_skip_checks(layer, x, call):
         (x,) = ops.autocast(x)  # type: ignore[assignment]
         return run(call, Operands(x, *weights(layer)), None, False)
-    return xfa_layer(
-        x, *weights(layer), map=call.map, norm=call.norm, activation=call.activation, token_mask=call.token_mask,
-        dropout_p=p, form=call.form, group=call.group, backend=call.backend,
-    )  # fmt: skip
+    return xfa_layer(x, *weights(layer), **call.keywords())
 
 
 def _check_tokens(x: Any, layer: Any, call: Call) -> None:
@@ -295,7 +291,9 @@ def may_fuse(norm: Any, attn: Any, layer_scale: Any) -> bool:
         and dropout_p(attn.attn_drop) is not None
         and dropout_p(attn.proj_drop) == 0
         and norm.normalized_shape == (attn.qkv.in_features,)
-        and (layer_scale is None or is_vector(layer_scale, attn.proj.out_features))
+        and (
+            layer_scale is None or (isinstance(layer_scale, Tensor) and layer_scale.shape == (attn.proj.out_features,))
+        )
     )
 
 
@@ -303,15 +301,14 @@ def fused_half_block(
     x: Tensor, norm: Any, attn: Any, layer_scale: Tensor | None, drop_path: nn.Module | None, call: Call
 ) -> Tensor:
     """``x + drop_path(layer_scale * attn(norm(x)))`` by :func:`xformer_kernels.xfa_block`, where :func:`may_fuse`."""
-    p, residual = dropout_p(attn.attn_drop) or 0.0, drop_path is None
-    call = call._replace(dropout_p=p)
+    residual = drop_path is None
+    call = call._replace(dropout_p=dropout_p(attn.attn_drop) or 0.0)
     if _may_skip_checks(attn, x, call):
         o = Operands(x, *weights(attn), norm.weight, norm.bias, layer_scale)
         y = run(call, o, norm.eps, residual)
     else:
         y = xfa_block(
             x, norm.weight, norm.bias, norm.eps, *weights(attn), layer_scale=layer_scale, residual=residual,
-            map=call.map, norm=call.norm, activation=call.activation, token_mask=call.token_mask, dropout_p=p,
-            form=call.form, group=call.group, backend=call.backend,
+            **call.keywords(),
         )  # fmt: skip
     return y if drop_path is None else x + drop_path(y)

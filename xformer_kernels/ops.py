@@ -92,10 +92,8 @@ def torch_only(*tensors: Tensor | None) -> bool:
 
 def _dispatches(kind: type[Tensor]) -> bool:
     """Whether a tensor subclass decides what operators do; torch's own FakeTensor and FunctionalTensor know ours."""
-    return (
-        kind.__torch_dispatch__ is not Tensor.__torch_dispatch__  # type: ignore[comparison-overlap]
-        and kind.__module__.partition(".")[2].partition(".")[0] != "_subclasses"
-    )
+    own = kind.__torch_dispatch__ is not Tensor.__torch_dispatch__  # type: ignore[comparison-overlap]
+    return own and not kind.__module__.startswith("torch._subclasses.")
 
 
 def _implementation(op: str, args: tuple[Any, ...]) -> Any:

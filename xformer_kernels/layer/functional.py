@@ -231,6 +231,10 @@ class Call(NamedTuple):
     backend: str
     projections: Projections | None = None
 
+    def keywords(self) -> dict[str, Any]:
+        """As :func:`xfa_layer` and :func:`xfa_block` take them."""
+        return {name: value for name, value in self._asdict().items() if name != "projections"}
+
     def check(self, o: Operands) -> None:
         validate.layer(*o[:OPERANDS])
         validate.choices(self.map, self.norm, self.activation, self.eps, self.dropout_p)
