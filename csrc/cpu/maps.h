@@ -116,12 +116,14 @@ T norm_term(const Head<T>& head, T along, T norm) {
   return !head.token_norm || norm <= head.eps ? T(0) : -along / (norm * norm);
 }
 
-// The sum of the products of lanes, in double: products of either sign may cancel in the gradient of the temperature.
+// The sum of lanes in double: in the gradient of the temperature terms of either sign may cancel. Lanes have few terms
+// each, so that rounding errors do not grow with the size of the map.
+constexpr int kTermsOfLane = 8;
 template <class T>
-XK_INLINE double sum_products(V<T> a, V<T> b) {
+XK_INLINE double wide_sum(V<T> x) {
   double total = 0;
 #pragma GCC unroll 16
-  for (int i = 0; i < VL<T>; ++i) total += double(a[i]) * double(b[i]);
+  for (int i = 0; i < VL<T>; ++i) total += double(x[i]);
   return total;
 }
 
@@ -136,7 +138,7 @@ double backward_query_key(const Head<T>& head, T* d, T* a, T* scale_q, T* scale_
   for (int j = 0; j < ld; ++j) scale_k[j] = 0;
   for (int c = 0; c < ld; c += VL<T>) {
     int lanes = head.lanes(c);
-    V<T> mean = {}, along_q = {};
+    V<T> mean = {}, along_q = {}, dt_lanes = {};
     if (head.softmax)
       for (int j = 0; j < dim; ++j) mean += load(a + (ptrdiff_t)j * ld + c) * load(d + (ptrdiff_t)j * ld + c);
     for (int i = 0; i < VL<T>; ++i)
@@ -150,7 +152,11 @@ double backward_query_key(const Head<T>& head, T* d, T* a, T* scale_q, T* scale_
         store(inverse, ds);
         ds = load(inverse, lanes);
       }
-      dt += sum_products<T>(ds, x);
+      dt_lanes += ds * x;
+      if ((j + 1) % kTermsOfLane == 0) {
+        dt += wide_sum<T>(dt_lanes);
+        dt_lanes = V<T>{};
+      }
       V<T> dx = t * ds, along = dx * x;
       along_q += along;
       scale_k[j] += sum_lanes<T>(along);
@@ -158,6 +164,7 @@ double backward_query_key(const Head<T>& head, T* d, T* a, T* scale_q, T* scale_
       if (head.token_norm) dg *= 1 / head.clamped(head.norm_k()[j]);
       store(p, dg);
     }
+    dt += wide_sum<T>(dt_lanes);
     store(scale_q + c, along_q);
   }
   for (int i = 0; i < dim; ++i) {
@@ -178,16 +185,16 @@ double backward_key_value(const Head<T>& head, T* d, T* w, T* w_t, T* scale_q, T
   for (int i = 0; i < dim; ++i) {
     T inverse_q = head.token_norm ? 1 / head.clamped(head.norm_q()[i]) : T(1);
     T inverse_k = head.token_norm ? 1 / head.clamped(head.norm_k()[i]) : T(1);
-    V<T> along_q = {};
-    double dt_row = 0;
+    V<T> along_q = {}, along_k = {};
     for (int c = 0; c < ld; c += VL<T>) {
       T* p = d + (ptrdiff_t)i * ld + c;
       V<T> dw = load(p), x = load(head.stats + (ptrdiff_t)i * dim + c, head.lanes(c));
       along_q += dw * load(w + (ptrdiff_t)i * ld + c);
       V<T> dm = dw * inverse_q;
-      dt_row += sum_products<T>(dm, x);
+      along_k += dm * x;
       store(p, dm * (head.temperature * inverse_k));
     }
+    const double dt_row = wide_sum<T>(along_k);
     dt += dt_row;
     scale_q[i] = norm_term(head, sum_lanes<T>(along_q), head.norm_q()[i]);
     scale_k[i] = norm_term(head, T(head.temperature * dt_row), head.norm_k()[i]);

@@ -10,9 +10,9 @@ wants to know of q and k follows from ``S = sum_n u u^T``, ``s = sum_n u`` and t
 where E is A and z is v for ``map="query_key"``, and E is A^T with q's norms and z is q for ``"key_value"``. With c far
 from 0 and the spread of the tokens small, S alone would lose its digits: that is why c is taken off.
 
-Products of C x C matrices are in the accumulate dtype, and never in tf32 where norms come of them. What is D x D is in
-float64: Gram matrices and norms are
-differences of larger numbers where the projections cancel what x has most of, and so are the gradients of the maps.
+Products over the C features are in the accumulate dtype, and never in tf32 where norms come of them. From there on the
+cosines, and all gradients of what is D x D, are computed in float64: they are differences of larger numbers where the
+projections cancel what x has most of.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ class Statistics(NamedTuple):
     """What backward wants to know again."""
 
     M: Tensor  # (B, O, C)
-    cos: Tensor  # (B, H, D, D), float64
-    norms: Tensor  # (B, 2, H, D) of q and k, float64
+    cos: Tensor  # (B, H, D, D)
+    norms: Tensor  # (B, 2, H, D) of q and k
 
 
 class Gradients(NamedTuple):
@@ -115,20 +115,21 @@ def forward(sums: Sums, w: Weights, keep: Tensor | None, rule: Rule) -> tuple[Te
     rows, (left, right) = w.qkv[: rule.rows], rule.pair
     c = _shifted(w, sums.c)
     s = _apply(rows, sums.s)
-    P = (uncut(rows.flatten(0, 2)) @ uncut(sums.S)).unflatten(1, rows.shape[:3])  # (B, r, H, D, C)
+    rows = uncut(rows)
+    P = (rows.flatten(0, 2) @ uncut(sums.S)).unflatten(1, rows.shape[:3])  # (B, r, H, D, C)
     c64, s64, n64 = c.double(), s.double(), sums.n.double().view(-1, 1, 1)
-    rows64, P64 = rows.double(), P.double()
-    G = rows64[left] @ P64[:, right].transpose(-2, -1)
+    G = (rows[left] @ P[:, right].transpose(-2, -1)).double()
     G = G + s64[:, left].unsqueeze(-1) * c64[:, right].unsqueeze(-2)
     G = G + c64[:, left].unsqueeze(-1) * (s64[:, right] + n64 * c64[:, right]).unsqueeze(-2)
-    squares = (rows64[:VALUE] * P64[:, :VALUE]).sum(-1)
+    squares = (rows[:VALUE] * P[:, :VALUE]).sum(-1).double()
     squares = squares + c64[:, :VALUE] * (2 * s64[:, :VALUE] + n64.unsqueeze(-1) * c64[:, :VALUE])
     norms = squares.clamp_min(0).sqrt()
     inverse = _inverse(norms, rule.eps)
     cos = G * inverse[:, left].unsqueeze(-1)
     if right == KEY:
         cos = cos * inverse[:, KEY].unsqueeze(-2)
-    E = _mixing(_map(cos, w, keep, rule)[1], inverse, rule).to(c.dtype)
+    cos, inverse, norms = (t.to(c.dtype) for t in (cos, inverse, norms))
+    E = _mixing(_map(cos, w, keep, rule)[1], inverse, rule)
     M = w.proj @ (E @ w.qkv[rule.mixed]).flatten(1, 2)
     m = (E @ c[:, rule.mixed].unsqueeze(-1)).flatten(1) @ w.proj.T + w.proj_bias
     return m, Statistics(M, cos, norms)
@@ -142,7 +143,7 @@ def backward(
     dM = sum_n dy u^T (B, O, C) and dm = sum_n dy (B, O).
     """
     (left, right), mixed = rule.pair, rule.mixed
-    _, cos, norms = statistics
+    cos, norms = statistics.cos.double(), statistics.norms.double()
     c, inverse = _shifted(w, sums.c), _inverse(norms, rule.eps)
     A, kept = _map(cos, w, keep, rule)
     E, z = _mixing(kept, inverse, rule).to(c.dtype), w.qkv[mixed]
@@ -151,7 +152,7 @@ def backward(
     T, e = (E @ z).flatten(1, 2), (E @ c[:, mixed].unsqueeze(-1)).flatten(1)
     dproj = (dM @ T.transpose(-2, -1)).sum(0) + dm.T @ e
     dT, de = (w.proj.T @ dM).unflatten(1, heads), (dm @ w.proj).unflatten(1, heads)
-    dE = dT.double() @ z.double().transpose(-2, -1) + de.double().unsqueeze(-1) * c[:, mixed].double().unsqueeze(-2)
+    dE = (dT @ z.transpose(-2, -1)).double() + de.double().unsqueeze(-1) * c[:, mixed].double().unsqueeze(-2)
     dz = (E.transpose(-2, -1) @ dT).sum(0)
     dshifted = torch.zeros_like(c)
     dshifted[:, mixed] = (E.transpose(-2, -1) @ de.unsqueeze(-1)).squeeze(-1)

@@ -136,8 +136,8 @@ def _forward(*args: Any) -> tuple[Tensor, ...]:
         if mask is not None:
             masked = w.proj_bias.to(x.dtype) + x if choices.residual else w.proj_bias.to(x.dtype)
             y = torch.where(mask.unsqueeze(-1), y, masked)
-        vectors = torch.cat((s, n, c, statistics.norms.to(s.dtype).flatten(1)), 1)
-    return y, S, statistics.M, statistics.cos.to(s.dtype), vectors
+        vectors = torch.cat((s, n, c, statistics.norms.flatten(1)), 1)
+    return y, S, statistics.M, statistics.cos, vectors
 
 
 def _backward(*args: Any) -> tuple[Tensor, ...]:
@@ -149,10 +149,7 @@ def _backward(*args: Any) -> tuple[Tensor, ...]:
         C, heads = x.shape[-1], w.qkv.shape[1:3]
         s, n, c, norms = vectors.split((C, 1, C, 2 * heads[0] * heads[1]), 1)
         c = c.contiguous()
-        sums, statistics = (
-            algebra.Sums(S, s, n, c),
-            algebra.Statistics(M, cos.double(), norms.unflatten(1, (2, *heads)).double()),
-        )
+        sums, statistics = algebra.Sums(S, s, n, c), algebra.Statistics(M, cos, norms.unflatten(1, (2, *heads)))
         dM, dm, _ = passes.gram(dy, x, mask, c, choices.ln_eps, backend)
         dM, dm = parallel.total(choices.group, dM, dm)
         R, r, g = algebra.backward(dM, dm, sums, w, o.keep, choices.rule, statistics)
