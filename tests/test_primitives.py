@@ -221,6 +221,17 @@ def test_channel_mix_weight_forms(form, kernel, device, ran):
     assert_bitwise(y, xk.channel_mix(**{**t, **{n: x.contiguous() for n, x in full.items()}}, backend=kernel), form)
 
 
+@pytest.mark.parametrize("what", ["add", "bias"])
+def test_what_is_added_does_not_blur_the_products(what, kernel, device):
+    """Many small products beside something large: it is added last, and they are not rounded at its size one by one."""
+    for product, size in ((0.0013, 69.4), (0.0037, 1000.0)):
+        x = torch.full((1, 1, 40, 79), product, device=device)
+        large = {"add": torch.full((1, 1, 40, 5), size), "bias": torch.full((1, 1, 5), size)}[what].to(device)
+        t = {"x": x, "weight": torch.ones(1, 1, 5, 79, device=device), what: large}
+        y, eager = xk.channel_mix(**t, backend=kernel), reference.channel_mix(**t)
+        assert_close(y, eager, reference.channel_mix(**{name: v.double() for name, v in t.items()}), what)
+
+
 def test_channel_mix_of_single_head(kernel, device, ran):
     x, add = randn(2, 30, 4, seed=1, device=device), randn(2, 30, 5, seed=2, device=device)
     weight, bias = randn(2, 5, 4, seed=3, device=device), randn(5, seed=4, device=device)

@@ -227,6 +227,9 @@ void mix_tile(const MixTile<T>& t) {
   for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 8
     for (int c = 0; c < NR; ++c) acc[r][c] = V<T>{};
+  accumulate<T, PAIRS, MR, NR, G>(acc, t.x, t.x_row, t.x_k, t.w, t.ldw, t.K, t.ahead0, t.ahead1, MR, 0);
+  if (t.x2) accumulate<T, PAIRS, MR, NR, G>(acc, t.x2, t.x2_row, t.x2_k, t.w2, t.ldw, t.K2, Ahead{}, Ahead{}, t.K2, 0);
+  // Last, since products that are added to larger numbers are rounded at their size.
   if (t.add)
     with_storage<T>(t.add_dtype, [&](auto* storage) {
 #pragma GCC unroll 8
@@ -242,9 +245,6 @@ void mix_tile(const MixTile<T>& t) {
         }
       }
     });
-  accumulate<T, PAIRS, MR, NR, G>(acc, t.x, t.x_row, t.x_k, t.w, t.ldw, t.K, t.ahead0, t.ahead1, MR, 0);
-  if (t.x2) accumulate<T, PAIRS, MR, NR, G>(acc, t.x2, t.x2_row, t.x2_k, t.w2, t.ldw, t.K2, Ahead{}, Ahead{}, t.K2, 0);
-  // last, since products that are added to a large bias are rounded at its size
   if (t.bias) {
 #pragma GCC unroll 8
     for (int c = 0; c < NR; ++c) {

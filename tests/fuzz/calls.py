@@ -78,6 +78,16 @@ def judge(
         assert_close(got[name], theirs[name], exact, name, larger.get(name))
 
 
+def sums_of_sizes(eager: Any, tensors: Tensors) -> Callable[[list[Tensor]], Tensors]:
+    """Of functions that are sums of products, and so are their gradients: the same sums of absolute values.
+
+    A sum is as accurate as these let it be, in whatever order it is made.
+    """
+    sizes = {name: None if t is None else t.double().abs() for name, t in tensors.items()}
+    names = [name for name, t in sizes.items() if t is not None]
+    return lambda dy: gradients(eager, sizes, names, [g.double().abs() for g in dy])
+
+
 # ------------------------------------------------------------------------------------------------------------ operators
 
 
@@ -117,14 +127,10 @@ def gram(d: Draw) -> None:
         result = reference.gram(a4, b4, symmetric=symmetric, token_mask=mask)
         return result if len(lead) == 2 else tuple(x.squeeze(1) for x in result)
 
-    def terms(_: list[Tensor]) -> Tensors:
-        """A sum of products is as accurate as the sum of their sizes lets it be, in whatever order it is made."""
-        sizes = [x.double().abs() for x in (a, a if b is None else b)]
-        return {"y0": sizes[0].mT @ sizes[1]}
-
     Da, Db = a.shape[-1], a.shape[-1] if b is None else b.shape[-1]
     outputs = [((*lead, Da, Db), sums), ((*lead, Da), sums), ((*lead, Db), sums)]
-    judge(d, ours, eager, {"a": a, "b": b}, outputs, terms)
+    tensors = {"a": a, "b": b}
+    judge(d, ours, eager, tensors, outputs, sums_of_sizes(eager, tensors))
 
 
 def channel_mix(d: Draw) -> None:
@@ -161,11 +167,7 @@ def channel_mix(d: Draw) -> None:
         )  # fmt: skip
         return y if len(lead) == 2 else y.squeeze(1)
 
-    def terms(_: list[Tensor]) -> Tensors:
-        sizes = {name: None if x is None else x.double().abs() for name, x in t.items()}
-        return {"y0": eager(sizes)}
-
-    judge(d, lambda t: xk.channel_mix(**t), eager, t, [((*lead, N, O), dtype)], terms)
+    judge(d, lambda t: xk.channel_mix(**t), eager, t, [((*lead, N, O), dtype)], sums_of_sizes(eager, t))
 
 
 # --------------------------------------------------------------------------------------------------------------- layers
@@ -225,7 +227,7 @@ def layer(d: Draw) -> None:
         return case.terms()
 
     # Normalised features of equal tokens do not depend on them, and those of 1 to 3 tokens take few values, which
-    # often cancel exactly: roundings are what is left, and those of eager, which may be none at all, are no measure of them.
+    # often cancel exactly: roundings are what is left, and those of eager, which may be none, are no measure of them.
     cancels = N <= 3 or d.notes["x numbers"] == "equal tokens" or d.notes["x layout"] == "expanded"
     judge(d, ours, eager, tensors, [((B, N, O), dtype)], terms, cancels)
 
