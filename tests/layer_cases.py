@@ -85,7 +85,7 @@ class Layer:
         return self.to(torch.float64)._gradients(self.by_reference)
 
     def terms(self) -> dict[str, Tensor]:
-        """What the subtractions in the gradients of the projections and the temperature start from, as for xfa's."""
+        """What the subtractions in the gradients before xfa start from, as for xfa's own."""
         exact = self.to(torch.float64)
         x, weight, bias, temperature, proj, _, ln_weight, ln_bias, scale = exact.tensors
         u = x if self.ln_eps is None else F.layer_norm(x, x.shape[-1:], ln_weight, ln_bias, self.ln_eps)
@@ -99,11 +99,15 @@ class Layer:
             u = torch.where(self.token_mask[..., None], u, 0)
         dq, dk = (of_tokens[name].transpose(1, 2).flatten(2) for name in ("dq", "dk"))
         dqk = torch.cat((dq, dk), 2).flatten(0, 1)
-        dx = (dqk @ weight[: dqk.shape[1]]).view_as(x)
+        dx = du = (dqk @ weight[: dqk.shape[1]]).view_as(x)
+        of_norm = {}
         if self.ln_eps is not None:
             spread = (x - x.mean(-1, keepdim=True)).square().mean(-1, keepdim=True)
-            dx = (dx if ln_weight is None else dx * ln_weight) / (spread + self.ln_eps).sqrt()
+            dx = (du if ln_weight is None else du * ln_weight) / (spread + self.ln_eps).sqrt()
+            normed = F.layer_norm(x, x.shape[-1:], eps=self.ln_eps)
+            of_norm = {"dln_weight": (du * normed).sum((0, 1)), "dln_bias": du.sum((0, 1))}
         return {
+            **of_norm,
             "dx": dx,
             "dqkv_weight": dqk.T @ u.flatten(0, 1),
             "dqkv_bias": dqk.sum(0),
