@@ -191,7 +191,7 @@ def test_training_boxes_stay_on_their_objects(size):
     image = Image.new("RGB", (150, 120))
     for box, colour in zip(boxes.int().tolist(), COLOURS, strict=True):
         image.paste(colour, tuple(box))
-    prepare = coco.Prepare((0.5, 2.5), 0.5, 0.0)
+    prepare = coco.Prepare(load_recipe("", {"scale": [0.5, 2.5], "hflip": 0.5, "color_jitter": 0.0}))
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
     dropped, mirrored = 0, set()
     for seed in range(60):

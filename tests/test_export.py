@@ -297,5 +297,5 @@ def test_command_says_what_is_wrong(tmp_path, capsys):
     weights = tmp_path / "w.safetensors"
     save_weights(weights, xformer.xformer_xs(num_classes=5).state_dict(), CARD)
     assert "is not of this model" in said("--weights", str(weights))
-    assert "is of xformer_xxs, got xformer_s" in said("--weights", str(weights), "--model", "xformer_s")
+    assert "it is of xformer_xxs, and the model is xformer_s" in said("--weights", str(weights), "--model", "xformer_s")
     assert not (tmp_path / "m.pt2").exists()

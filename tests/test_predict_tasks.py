@@ -19,7 +19,8 @@ from xformer.data import Shard
 from xformer.detection import detect
 from xformer.detection.data import CocoData, restore
 from xformer.predict import colour
-from xformer.segmentation.data import CLASSES, COLOURS, CityscapesData
+from xformer.segmentation.classes import CLASSES, COLOURS
+from xformer.segmentation.data import CityscapesData
 from xformer.weights import Card, build_model, save_weights
 
 TASKS = tuple(LAYOUTS)

@@ -13,6 +13,7 @@ from xformer.engine import train
 from xformer.errors import UsageError
 from xformer.recipe import load_recipe
 from xformer.segmentation import data as cityscapes
+from xformer.segmentation.classes import CITYSCAPES, CLASSES, IDS
 from xformer.segmentation.task import MeanIoU
 
 
@@ -36,9 +37,9 @@ def test_classes_are_those_of_the_official_scripts():
     labels = pytest.importorskip("cityscapesscripts.helpers.labels", reason="the official scripts are not installed")
     for label in labels.labels:
         if label.id >= 0:
-            assert cityscapes.TO_CLASS[label.id] == (label.trainId if 0 <= label.trainId < 19 else 255), label.name
+            assert CITYSCAPES.lookup()[label.id] == (label.trainId if 0 <= label.trainId < 19 else 255), label.name
             if 0 <= label.trainId < 19:
-                assert cityscapes.CLASSES[label.trainId] == label.name
+                assert CLASSES[label.trainId] == label.name
 
 
 def test_evaluation_images_are_whole_and_come_once(root):
@@ -55,7 +56,7 @@ def test_training_crops_have_the_size_and_their_labels(root, size):
     data = cityscapes.CityscapesData(recipe(root, image_size=size), Shard())
     for x, y in data.train(0):
         assert x.shape == (4, 3, size, size) and y.shape == (4, size, size)
-        sky, road = (y == cityscapes.CLASSES.index(name) for name in ("sky", "road"))
+        sky, road = (y == CLASSES.index(name) for name in ("sky", "road"))
         blue = x[:, 2] - x[:, 0]
         assert blue[sky].mean() > blue[road].mean() + 0.3
         outside = (x == 0).all(1)
@@ -89,7 +90,7 @@ def test_metrics_are_those_of_the_official_scripts(root, tmp_path, monkeypatch):
         metric.matrix.update(logits.argmax(1), torch.from_numpy(classes.astype(np.int64))[None])
         labels.append(str(scenes.label_of(scenes.images[item])))
         predictions.append(str(tmp_path / f"{item}.png"))
-        Image.fromarray(np.array(cityscapes.LABELS, np.uint8)[guess]).save(predictions[-1])
+        Image.fromarray(np.array(IDS, np.uint8)[guess]).save(predictions[-1])
     arguments = official.args
     monkeypatch.setattr(arguments, "quiet", True)
     monkeypatch.setattr(arguments, "evalInstLevelScore", False)
@@ -98,8 +99,8 @@ def test_metrics_are_those_of_the_official_scripts(root, tmp_path, monkeypatch):
     found = official.evaluateImgLists(predictions, labels, arguments)
     assert metric.compute()["miou"] == pytest.approx(100 * found["averageScoreClasses"], rel=1e-9)
     for name, score in found["classScores"].items():
-        if name in cityscapes.CLASSES:
-            ours = metric.per_class()[cityscapes.CLASSES.index(name)].item()
+        if name in CLASSES:
+            ours = metric.per_class()[CLASSES.index(name)].item()
             assert ours == pytest.approx(score, rel=1e-9, nan_ok=True), name
 
 
@@ -119,7 +120,7 @@ def test_corrupt_files_are_skipped_and_named(root, tmp_path, caplog):
 
 @pytest.mark.parametrize("split", ["train", "val"])
 @pytest.mark.parametrize(("change", "message"), [
-    (lambda labels: cityscapes.TO_CLASS[labels], "must hold Cityscapes' labelIds.*hold trainIds"),
+    (lambda labels: CITYSCAPES.lookup()[labels], "must hold Cityscapes' labelIds.*hold trainIds"),
     (lambda labels: np.zeros_like(labels), "no pixel has a class in .* such as shapes_000001_000019_gtFine_labelIds"),
 ])  # fmt: skip
 def test_labels_of_another_kind_are_named(root, tmp_path, split, change, message):

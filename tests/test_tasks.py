@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from scene_cases import ANCHORS, LAYOUTS, OPTIONS, make_scenes, recipe
 from train_cases import assert_equal_steps, assert_same_run, curves, run
 
@@ -114,15 +115,13 @@ def write(path, card, prefix=""):
 @pytest.mark.parametrize("task", TASKS)
 def test_a_classifier_is_a_backbone(task, bare, tmp_path):
     """All of it but its head; the rest of the model is as it was. A file of other people has no card."""
-    from safetensors.torch import save_file
-
     path = tmp_path / "w.safetensors"
     state = write(path, card("classify"))
     if bare:
         save_file({name: value.contiguous() for name, value in state.items()}, path)
     model = build_model(card(task)).eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    (left_out,) = start_from(model, task, path)
+    (left_out,) = start_from(model, card(task), path)
     own = {name.removeprefix("backbone."): value for name, value in model.state_dict().items()}
     head = [name for name in state if name not in own]
     assert head and all(name.startswith(("classifier.", "head_conv.")) for name in head)
@@ -136,24 +135,27 @@ def test_weights_of_other_models_and_tasks(tmp_path):
     path = tmp_path / "w.safetensors"
     segmenter = write(path, card("segment"))
     other = build_model(card("segment"))
-    assert start_from(other, "segment", path) == []
+    assert start_from(other, card("segment"), path) == []
     assert all(torch.equal(value, segmenter[name]) for name, value in other.state_dict().items())
 
     detector = build_model(card("detect"))
     before = {name: value.clone() for name, value in detector.state_dict().items()}
     with pytest.raises(UsageError, match=r"is of task segment, and must be of classify or detect; --partial takes"):
-        start_from(detector, "detect", path)
+        start_from(detector, card("detect"), path)
     with pytest.raises(UsageError, match=r"is of task segment, and must be of classify; --partial"):
-        start_from(build_model(card("classify")), "classify", path)
+        start_from(build_model(card("classify")), card("classify"), path)
     assert all(torch.equal(value, before[name]) for name, value in detector.state_dict().items())
-    said = start_from(detector, "detect", path, partial=True)
+    said = start_from(detector, card("detect"), path, partial=True)
     assert len(said) == 2 and "such as laterals.0" in said[0] and "such as decoder.bn.bias" in said[1]
     assert torch.equal(detector.state_dict()["backbone.stem.conv.weight"], segmenter["backbone.stem.conv.weight"])
 
-    write(path, card("classify", "xformer_xs"))
+    state = write(path, card("classify", "xformer_xs"))
+    with pytest.raises(UsageError, match=r"of another model: it is of xformer_xs, and the model is xformer_xxs; --par"):
+        start_from(detector, card("detect"), path)
+    save_file({name: value.contiguous() for name, value in state.items()}, path)
     with pytest.raises(UsageError, match=r"must have the \d+ tensors of the backbone, got \d+ of them, without st"):
-        start_from(detector, "detect", path)
-    said = start_from(detector, "detect", path, partial=True)
+        start_from(detector, card("detect"), path)
+    said = start_from(detector, card("detect"), path, partial=True)
     assert any(" here and " in what for what in said)
 
 

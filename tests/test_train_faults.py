@@ -231,6 +231,7 @@ def test_an_interrupt_leaves_a_checkpoint_and_a_sentence(images, tmp_path, launc
     with subprocess.Popen(
         [sys.executable, *arguments], cwd=ROOT, env=environment(), text=True, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where tests run in the background
     ) as process:  # fmt: skip
         for line in process.stderr:
             if line.startswith("train  step 2 "):

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from xformer.errors import UsageError
+from xformer_kernels import __version__
 
 COMMANDS = {
     "train": "xformer.engine.commands",
@@ -25,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command: its exit code, or 2 for what the user can mend."""
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser("xformer", description="Light backbones of convolutions and transformer layers.")
+    parser.add_argument("--version", action="version", version=f"xformer-kernels {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     modules = [COMMANDS[argv[0]]] if argv and argv[0] in COMMANDS else dict.fromkeys(COMMANDS.values())
     for module in modules:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
 import types
 import typing
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ RECIPES = Path(__file__).parent / "recipes"
 
 
 PRECISIONS = ("no", "bf16", "fp16")
+PATHS = ("data", "out", "weights", "train_shards", "eval_shards", "classes")
+"""Settings in which ``~`` is the user's folder."""
 # what numbers must be, in words, and the settings that must be so; nan is none of it
 RANGES: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
     "1 or more": (
@@ -68,7 +71,7 @@ class Recipe:
     eval_samples: int = setting(0, "likewise of the evaluation")
     train_shards: str = setting("", "tar shards of training (braces expand), if not *train*.tar of data")
     eval_shards: str = setting("", "likewise of evaluation, if not *val*.tar")
-    classes: str = setting("", "file of class names, one a line, for shards")
+    classes: str = setting("", "file of class names, one a line; to segment also their ids and colours")
     workers: int = setting(2, "processes that load images")
 
     scale: list[float] = setting([0.08, 1.0], "share of an image's area in a random crop")
@@ -111,6 +114,8 @@ class Recipe:
     def __post_init__(self) -> None:
         for entry in fields(self):
             setattr(self, entry.name, _checked(entry.name, getattr(self, entry.name)))
+        for name in PATHS:
+            setattr(self, name, os.path.expanduser(getattr(self, name)))
         if self.precision not in PRECISIONS:
             raise UsageError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
         for accepted, (right, names) in RANGES.items():
@@ -123,6 +128,10 @@ class Recipe:
 
 
 _TYPES = typing.get_type_hints(Recipe)
+WORDS: dict[Any, str] = {
+    str: "text", int: "an integer", float: "a number", bool: "true or false", dict[str, Any]: "a table of settings",
+    list[int]: "a list of integers", list[float]: "a list of numbers",
+}  # fmt: skip
 
 
 def _checked(name: str, value: Any) -> Any:
@@ -139,7 +148,7 @@ def _checked(name: str, value: Any) -> Any:
             return [inner(v) for v in value]
     elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return value
-    raise UsageError(f"{name} must be of type {_TYPES[name]}, got {value!r}")
+    raise UsageError(f"{name} must be {WORDS[_TYPES[name]]}, got {value!r}")
 
 
 def load_recipe(path: str | Path = "", changes: dict[str, Any] | None = None) -> Recipe:
@@ -166,7 +175,9 @@ def load_recipe(path: str | Path = "", changes: dict[str, Any] | None = None) ->
 
 
 def _find(path: str | Path) -> Path:
-    found = next((p for p in (Path(path), RECIPES / f"{path}", RECIPES / f"{path}.toml") if p.is_file()), None)
+    found = next(
+        (p for p in (Path(path).expanduser(), RECIPES / f"{path}", RECIPES / f"{path}.toml") if p.is_file()), None
+    )
     if found is None:
         names = ", ".join(sorted(p.stem for p in RECIPES.glob("*.toml")))
         raise UsageError(f"there is no recipe {path}: give a .toml or .yaml file, or one of {names}")
@@ -201,7 +212,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """One option for every setting; those not given are not in the parsed result."""
     for entry in fields(Recipe):
         kind = typing.get_origin(_TYPES[entry.name]) or _TYPES[entry.name]
-        options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": entry.metadata["help"]}
+        options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": _help(entry)}
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         elif kind is dict:
@@ -211,6 +222,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         else:
             options["type"] = kind
         parser.add_argument(f"--{entry.name.replace('_', '-')}", **options)
+
+
+def _help(entry: Field[Any]) -> str:
+    """Of a setting, with its default."""
+    default = getattr(Recipe(), entry.name)
+    shown = "none" if default in ("", [], {}) else default
+    if isinstance(shown, list):
+        shown = " ".join(map(str, shown))
+    elif isinstance(shown, bool):
+        shown = "yes" if shown else "no"
+    return f"{entry.metadata['help']} (default: {shown})".replace("%", "%%")
 
 
 def from_options(path: str, options: argparse.Namespace) -> Recipe:

@@ -1,15 +1,13 @@
-"""Weights as files: safetensors, with a card of what they are weights of.
+"""Weights as files: safetensors, with a :class:`xformer.card.Card` of what they are weights of.
 
-The card is JSON in the file's metadata: the model by its name and options, its classes, and how images are to be
-prepared. Nothing in such a file is code.
+Nothing in such a file is code.
 """
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,35 +16,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from xformer.card import Card, difference, read_card
 from xformer.errors import UsageError
 from xformer.files import PART
-from xformer.registry import MEAN, STD, build, default_cfgs
+from xformer.registry import build, default_cfgs
+
+__all__ = ["Card", "build_model", "load_model", "load_weights", "save_weights", "start_from"]
 
 KEY = "xformer"
-
-
-@dataclass
-class Card:
-    """What weights are of, and what the model wants to see.
-
-    model: a name of ours or timm's. options: its arguments, without ``num_classes`` and ``in_chans``. image_size,
-    crop_pct, interpolation, mean, std: how an image is prepared (timm's terms). classes: names in the order of logits.
-    step: optimiser steps done. metrics: of the evaluation at that step.
-    """
-
-    model: str
-    num_classes: int
-    task: str = "classify"
-    options: dict[str, Any] = field(default_factory=dict)
-    in_chans: int = 3
-    image_size: int = 256
-    crop_pct: float = 1.0
-    interpolation: str = "bicubic"
-    mean: tuple[float, ...] = MEAN
-    std: tuple[float, ...] = STD
-    classes: list[str] = field(default_factory=list)
-    step: int = 0
-    metrics: dict[str, float] = field(default_factory=dict)
+PICKLED = (".pth", ".pt", ".bin", ".ckpt", ".tar", ".pkl")
+STATISTICS = ("running_mean", "running_var")
+"""Buffers that training changes, by the ends of their names."""
 
 
 def create_model(name: str, num_classes: int, in_chans: int = 3, **options: Any) -> nn.Module:
@@ -100,7 +80,7 @@ def save_weights(path: str | Path, state: Mapping[str, Tensor], card: Card) -> N
     part = path.with_name(f"{PART}{path.name}")
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
     try:
-        save_file(tensors, part, metadata={KEY: json.dumps(asdict(card))})
+        save_file(tensors, part, metadata={KEY: card.to_json()})
         with open(part, "rb") as file:
             os.fsync(file.fileno())
         os.replace(part, path)
@@ -112,7 +92,7 @@ def load_weights(path: str | Path) -> tuple[dict[str, Tensor], Card | None]:
     """A state dict, and its card if the file has one (other people's safetensors have not).
 
     Raises:
-        UsageError: no such file, or not a safetensors file.
+        UsageError: no such file, not a safetensors file, or a card that is none.
     """
     if not Path(path).is_file():
         raise UsageError(f"weights: there is no file {path}")
@@ -121,11 +101,11 @@ def load_weights(path: str | Path) -> tuple[dict[str, Tensor], Card | None]:
             text = (file.metadata() or {}).get(KEY)
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is not a dict)
     except (SafetensorError, OSError) as error:
-        raise UsageError(f"weights: {path} is not a safetensors file: {error}") from error
-    if text is None:
-        return state, None
-    known = {entry.name for entry in fields(Card)}
-    return state, Card(**{key: value for key, value in json.loads(text).items() if key in known})
+        hint = ""
+        if Path(path).suffix.lower() in PICKLED:
+            hint = "; a state dict of torch.save becomes one by safetensors.torch.save_file(torch.load(...), ...)"
+        raise UsageError(f"weights: {path} is not a safetensors file: {error}{hint}") from error
+    return state, None if text is None else read_card(text, path)
 
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor], path: str | Path, partial: bool = False) -> list[str]:
@@ -134,7 +114,7 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], path: str | Path, 
     Returns what was left out, of the file and of the model, as sentences.
 
     Raises:
-        UsageError: names or shapes that differ, without `partial`.
+        UsageError: names or shapes that differ, without `partial`; weights that are not finite.
     """
     own = model.state_dict()
     other = {name: value.shape for name, value in state.items() if name in own and own[name].shape != value.shape}
@@ -148,34 +128,59 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], path: str | Path, 
         raise UsageError(f"weights: {path} is not of this model: {'; '.join(said[:3])}")
     if said and not (state.keys() & own.keys()) - other.keys():
         raise UsageError(f"weights: nothing in {path} fits this model: {'; '.join(said[:3])}")
+    wrong = not_finite({name: state[name] for name in learned(model) if name in state})
+    if wrong is not None:
+        raise UsageError(f"weights: {path} is of no use: {wrong} is not finite")
     with torch.no_grad():
         model.load_state_dict({k: v for k, v in state.items() if k in own and k not in other}, strict=False)
     return said
 
 
-def start_from(model: nn.Module, task: str, path: str | Path, partial: bool = False) -> list[str]:
-    """Put the weights of a file into a model of "classify", "segment" or "detect", to be trained from there.
+def learned(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and running statistics, by their names in the state dict."""
+    statistics = {name: buffer for name, buffer in model.named_buffers() if name.endswith(STATISTICS)}
+    return dict(model.named_parameters()) | statistics
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The name of one that holds NaN or infinity, in this process's part if it is sharded."""
+    for name, value in tensors.items():
+        local = value.to_local() if hasattr(value, "to_local") else value
+        if not torch.isfinite(local).all():
+            return name
+    return None
+
+
+def start_from(model: nn.Module, own: Card, path: str | Path, partial: bool = False) -> list[str]:
+    """Put the weights of a file into a model whose card is `own`, to be trained from there.
 
     A file of the same task loads whole. A classifier's goes into ``model.backbone`` of the other tasks, without its
     head. Which of the two a file is says its card; without one, its names: a classifier's do not begin with
     ``backbone.``. With `partial`, what fits is taken of any file.
 
-    Returns what was left out, of the file and of the model, as sentences.
+    Returns what was left out, of the file and of the model, as sentences; with `partial` also what differs in its card.
 
     Raises:
-        UsageError: as :func:`load_weights`; without `partial` weights of another task, one that is no classifier, or
-            names or shapes that differ.
+        UsageError: as :func:`load_weights`; without `partial` weights of another task, one that is no classifier, of
+            another model or other options of it, or names or shapes that differ.
     """
+    task = own.task
     state, card = load_weights(path)
     of_classifier = card.task == "classify" if card else not any(name.startswith("backbone.") for name in state)
-    if task != "classify" and of_classifier:
-        return _load_backbone(model.get_submodule("backbone"), state, path, partial)
-    if card and card.task != task and not partial:
+    into_backbone = task != "classify" and of_classifier
+    if card and card.task != task and not into_backbone and not partial:
         accepted = task if task == "classify" else f"classify or {task}"
         raise UsageError(
             f"weights: {path} is of task {card.task}, and must be of {accepted}; --partial takes what fits of it"
         )
-    return load_state(model, state, path, partial)
+    other = difference(own, card) if card else ""
+    if other and not partial:
+        raise UsageError(f"weights: {path} is of another model: {other}; --partial takes what fits of it")
+    if into_backbone:
+        left_out = _load_backbone(model.get_submodule("backbone"), state, path, partial)
+    else:
+        left_out = load_state(model, state, path, partial)
+    return left_out + ([f"{path} is of another model: {other}"] if other else [])
 
 
 def _load_backbone(backbone: nn.Module, state: Mapping[str, Tensor], path: str | Path, partial: bool) -> list[str]:
@@ -194,7 +199,7 @@ def load_model(path: str | Path, name: str = "", **changes: Any) -> tuple[nn.Mod
 
     Raises:
         UsageError: as :func:`load_weights`; a file without a card and no `name`; weights of another model, by what the
-            card says or by their shapes.
+            card says or by their shapes; weights that are not finite.
     """
     state, card = load_weights(path)
     bare = card is None
@@ -203,10 +208,14 @@ def load_model(path: str | Path, name: str = "", **changes: Any) -> tuple[nn.Mod
             raise UsageError(f"weights: {path} does not say what it is of: name the model with --model")
         last = ("classifier.weight", "fc.weight", "head.weight")
         classes = [value.shape[0] for key, value in state.items() if key.endswith(last)]
-        card = Card(name, num_classes=classes[-1] if classes else 1000)
-    elif name and name != card.model:
-        raise UsageError(f"model: {path} is of {card.model}, got {name}; without --model it is taken as what it says")
-    card = replace(card, **changes)
+        card = replace(Card(name, num_classes=classes[-1] if classes else 1000), **changes)
+    else:
+        asked = replace(card, model=name or card.model, **changes)
+        asked.options = card.options | asked.options
+        other = difference(asked, card)
+        if other or asked.num_classes != card.num_classes:
+            said = other or f"it has {card.num_classes} classes, and {asked.num_classes} are asked for"
+            raise UsageError(f"weights: {path} is of another model: {said}; without options it is taken as it says")
     model = build_model(card)
     load_state(model, state, path)
     return model.eval(), replace(card, **{**preparation(model), **changes}) if bare else card

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from xformer.card import Card
 from xformer.data import Shard, open_data
 from xformer.engine.task import Metrics, Task
 from xformer.recipe import Recipe
-from xformer.weights import Card
 
 
 class Accuracy:
@@ -43,9 +43,9 @@ class Accuracy:
 class Classify(Task):
     name, metric = "classify", "top1"
 
-    def __init__(self, recipe: Recipe, rank: int = 0, world: int = 1) -> None:
+    def __init__(self, recipe: Recipe, rank: int = 0, world: int = 1, weights: Card | None = None) -> None:
         super().__init__(recipe)
-        self.data = self.images = open_data(recipe, Shard(rank, world))
+        self.data = self.images = open_data(recipe, Shard(rank, world), weights)
         self.mixup = None
         if recipe.mixup > 0 or recipe.cutmix > 0:
             from timm.data import Mixup

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from xformer.card import Card
 from xformer.data import files, shards, tars
 from xformer.data.images import Skipped
 from xformer.data.loader import Batch
@@ -62,38 +63,47 @@ class Data(DataSet):
         super().__init__(recipe, shard, content, Prepare(self.transform, training), collate, skipped)
 
 
-def open_data(recipe: Recipe, shard: Shard | None = None) -> Data:
+def open_data(recipe: Recipe, shard: Shard | None = None, weights: Card | None = None) -> Data:
     """The data that `recipe.data` names, as one of the data-parallel processes sees it.
+
+    `weights`: what is evaluated, by its card: there need be no training images, and pixels are normalised as it says.
 
     Raises:
         UsageError: no such data, files that are missing or wrong, too few images for one batch, or only one class.
     """
     shard = shard or Shard()
     skipped = Skipped()
-    content, classes = _open(recipe, shard, skipped)
-    if len(classes.names) < 2:
+    content, classes = _open(recipe, shard, skipped, weights)
+    if weights is not None:
+        classes = Classes(classes.names, weights.mean, weights.std)
+    elif len(classes.names) < 2:
         raise UsageError(f"data: {recipe.data} must have two classes or more, got {', '.join(classes.names)}")
     return Data(recipe, shard, content, classes, skipped)
 
 
-def _open(recipe: Recipe, shard: Shard, skipped: Skipped) -> tuple[Content, Classes]:
+def _open(recipe: Recipe, shard: Shard, skipped: Skipped, weights: Card | None) -> tuple[Content, Classes]:
     root = Path(recipe.data)
     if recipe.data in files.SAMPLES:
         return _indexed(recipe, shard, *files.open_samples(recipe.data))
-    if recipe.train_shards or recipe.data.endswith(".tar") or tars.is_remote(recipe.data):
-        return _streamed(recipe, shard, skipped)
+    evaluated = weights is not None and recipe.eval_shards
+    if recipe.train_shards or evaluated or recipe.data.endswith(".tar") or tars.is_remote(recipe.data):
+        return _streamed(recipe, shard, skipped, weights)
     if not recipe.data or not root.is_dir():
-        names = ", ".join(files.SAMPLES)
-        raise UsageError(f"data must be {names}, a folder that exists or tar shards, got {recipe.data!r}")
+        samples = ", ".join(files.SAMPLES)
+        raise UsageError(f"data must be {samples}, a folder that exists or tar shards, got {recipe.data!r}")
     if not (root / "train").is_dir() and any(root.glob("*.tar")):
-        return _streamed(recipe, shard, skipped)
-    return _indexed(recipe, shard, *files.open_folders(root, shard))
+        return _streamed(recipe, shard, skipped, weights)
+    if weights is None:
+        return _indexed(recipe, shard, *files.open_folders(root, shard))
+    names = weights.classes or [str(label) for label in range(weights.num_classes)]
+    held_out = files.open_evaluation(root, shard, [] if recipe.classes else weights.classes, len(names))
+    return _indexed(recipe, shard, None, held_out, names)
 
 
 def _indexed(
     recipe: Recipe,
     shard: Shard,
-    train: files.Files | files.Arrays,
+    train: files.Files | files.Arrays | None,
     held_out: files.Files | files.Arrays,
     classes: list[str],
     statistics: tuple[Statistics, Statistics] = (MEAN, STD),
@@ -106,15 +116,25 @@ def _indexed(
     return indexed(recipe, shard, train, held_out), Classes(names, *statistics)
 
 
-def _streamed(recipe: Recipe, shard: Shard, skipped: Skipped) -> tuple[Content, Classes]:
+def _streamed(recipe: Recipe, shard: Shard, skipped: Skipped, weights: Card | None) -> tuple[Content, Classes]:
     """Numbers of samples are those of the recipe, or said beside the shards, or counted; likewise classes."""
-    train_pattern, root = recipe.train_shards, recipe.data
+    train_pattern, eval_pattern, root = recipe.train_shards, recipe.eval_shards, recipe.data
     if recipe.data.endswith(".tar"):
-        train_pattern, root = train_pattern or recipe.data, ""
-    urls = tars.find_shards("train_shards", train_pattern or "*train*.tar", root)
-    held_out_urls = tars.find_shards("eval_shards", recipe.eval_shards or "*val*.tar", root)
+        root = ""
+        if weights is None:
+            train_pattern = train_pattern or recipe.data
+        else:
+            eval_pattern = eval_pattern or recipe.data
     names = files.read_names("classes", recipe.classes) if recipe.classes else []
-    train_images, labels = _known("train_samples", recipe.train_samples, urls, bool(names), shard)
+    urls: list[str] = []
+    if weights is None:
+        urls = tars.find_shards("train_shards", train_pattern or "*train*.tar", root)
+    held_out_urls = tars.find_shards("eval_shards", eval_pattern or "*val*.tar", root)
+    if weights is None:
+        train_images, labels = _known("train_samples", recipe.train_samples, urls, bool(names), shard)
+    else:
+        names = names or weights.classes
+        train_images, labels = 0, weights.num_classes
     eval_images, _ = _known("eval_samples", recipe.eval_samples, held_out_urls, True, shard)
     if names and labels > len(names):
         raise UsageError(
@@ -125,18 +145,23 @@ def _streamed(recipe: Recipe, shard: Shard, skipped: Skipped) -> tuple[Content, 
     def stream(urls: list[str], pixels: list[int]) -> shards.Stream:
         return shards.Stream(urls, len(names), shard, recipe.batch_size, pixels, recipe.seed, skipped)
 
-    train, held_out = stream(urls, sizes(recipe)), stream(held_out_urls, [recipe.image_size])
+    held_out = stream(held_out_urls, [recipe.image_size])
+    train = stream(urls, sizes(recipe)) if urls else None
     batches = train_images // (recipe.batch_size * shard.world)
 
     def train_batches(epoch: int, start: int) -> Iterator[Batch]:
+        assert train is not None
         return train.train_batches(epoch, start, batches)
 
     source = shards.Samples()
     samples = {
         part: digest([url.rpartition("/")[2] for url in of_it], np.array(images))
         for part, of_it, images in (("training", urls, train_images), ("evaluation", held_out_urls, eval_images))
+        if of_it
     }
-    content = Content(source, source, train_batches, held_out.eval_batches, train_images, eval_images, samples)
+    content = Content(
+        source if urls else None, source, train_batches, held_out.eval_batches, train_images, eval_images, samples
+    )  # fmt: skip
     return content, Classes(names)
 
 

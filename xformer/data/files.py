@@ -65,7 +65,7 @@ def open_folders(root: Path, shard: Shard) -> tuple[Files, Files, list[str]]:
     Raises:
         UsageError: folders or images are missing, or the classes of the two differ.
     """
-    evaluation = next((root / name for name in EVALUATION if (root / name).is_dir()), None)
+    evaluation = _evaluation(root)
     if not (root / "train").is_dir() or evaluation is None:
         missing = f"{'/ or '.join(EVALUATION)}/" if (root / "train").is_dir() else "train/"
         raise UsageError(f"data: {root} has no {missing}; it must have train/ and val/ of class folders, or tar shards")
@@ -75,13 +75,50 @@ def open_folders(root: Path, shard: Shard) -> tuple[Files, Files, list[str]]:
         extra, absent = sorted(set(others) - set(classes)), sorted(set(classes) - set(others))
         said = [f"{what} {', '.join(names[:5])}" for what, names in (("also has", extra), ("lacks", absent)) if names]
         raise UsageError(f"data: {evaluation} must have the classes of {root / 'train'}, but {' and '.join(said)}")
-    if evaluation.name == "test":
-        notice(shard, "%s has none of %s/: test/ is evaluated", root, "/ ".join(EVALUATION[:-1]))
+    _say_test(evaluation, root, shard)
     train, held_out = (_files(folder, classes, shard) for folder in (root / "train", evaluation))
     empty = np.flatnonzero(np.bincount(train.labels, minlength=len(classes)) == 0)
     if len(empty):
         raise UsageError(f"data: there are no images in {root / 'train' / classes[empty[0]]}")
     return train, held_out, classes
+
+
+def open_evaluation(root: Path, shard: Shard, names: list[str], count: int) -> Files:
+    """The source of evaluation of ``root/val`` alone, or of class folders in `root` itself.
+
+    Folders are the classes `names`, of which some may be missing; without names they are the `count` classes in order.
+
+    Raises:
+        UsageError: no such folders or images, or folders of other classes.
+    """
+    evaluation = _evaluation(root)
+    if evaluation is None and (root / "train").is_dir():
+        raise UsageError(f"data: {root} has no {'/ or '.join(EVALUATION)}/ to evaluate")
+    folder = evaluation or root
+    classes = _classes(folder)
+    unknown = [name for name in classes if name not in names]
+    if names and unknown:
+        raise UsageError(
+            f"data: folders in {folder} must be named as the classes of the weights, such as {names[0]}, got "
+            f"{', '.join(unknown[:5])}; other folders need the file `classes` that the weights were trained with"
+        )
+    if not names and len(classes) != count:
+        raise UsageError(f"data: {folder} must have folders of the {count} classes of the weights, got {len(classes)}")
+    if evaluation is not None:
+        _say_test(evaluation, root, shard)
+    found = _files(folder, classes, shard)
+    if names:
+        found.labels = np.array([names.index(name) for name in classes], dtype=np.int64)[found.labels]
+    return found
+
+
+def _evaluation(root: Path) -> Path | None:
+    return next((root / name for name in EVALUATION if (root / name).is_dir()), None)
+
+
+def _say_test(evaluation: Path, root: Path, shard: Shard) -> None:
+    if evaluation.name == "test":
+        notice(shard, "%s has none of %s/: test/ is evaluated", root, "/ ".join(EVALUATION[:-1]))
 
 
 def _classes(folder: Path) -> list[str]:

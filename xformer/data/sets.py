@@ -43,11 +43,12 @@ class Countable(Source, Protocol):
 class Content:
     """One kind of data, opened.
 
-    train, held_out: sources of images. train_batches: (epoch, start) to the batches of this process. eval_batches: to
-    those of its share. samples: digests of the lists of samples, by what they are of.
+    train, held_out: sources of images; train is None where weights are evaluated. train_batches: (epoch, start) to the
+    batches of this process. eval_batches: to those of its share. samples: digests of the lists of samples, by what they
+    are of.
     """
 
-    train: Source
+    train: Source | None
     held_out: Source
     train_batches: Callable[[int, int], Iterator[Batch]]
     eval_batches: Callable[[], Iterator[Batch]]
@@ -56,10 +57,14 @@ class Content:
     samples: dict[str, str]
 
 
-def indexed(recipe: Recipe, shard: Shard, train: Countable, held_out: Countable) -> Content:
-    """Of sources whose items are numbers from 0 on: a new order for every epoch, evaluation in theirs."""
+def indexed(recipe: Recipe, shard: Shard, train: Countable | None, held_out: Countable, eval_batch: int = 0) -> Content:
+    """Of sources whose items are numbers from 0 on: a new order for every epoch, evaluation in theirs.
+
+    `eval_batch`: images at a time in evaluation, if not those of training.
+    """
 
     def train_batches(epoch: int, start: int) -> Iterator[Batch]:
+        assert train is not None
         order = permutation(len(train), recipe.seed, epoch)
         for index in range(start, len(train) // (recipe.batch_size * shard.world)):
             where = positions(index, recipe.batch_size, shard)
@@ -68,12 +73,13 @@ def indexed(recipe: Recipe, shard: Shard, train: Countable, held_out: Countable)
             yield Batch(items, size, augmentation_seeds(recipe.seed, epoch, where), [])
 
     def eval_batches() -> Iterator[Batch]:
-        share = range(shard.rank, len(held_out), shard.world)
-        for first in range(0, len(share), recipe.batch_size):
-            yield Batch(list(share[first : first + recipe.batch_size]), recipe.image_size, [], [])
+        share, together = range(shard.rank, len(held_out), shard.world), eval_batch or recipe.batch_size
+        for first in range(0, len(share), together):
+            yield Batch(list(share[first : first + together]), recipe.image_size, [], [])
 
-    samples = {"training": train.digest(), "evaluation": held_out.digest()}
-    return Content(train, held_out, train_batches, eval_batches, len(train), len(held_out), samples)
+    samples = {"evaluation": held_out.digest()} | ({} if train is None else {"training": train.digest()})
+    count = 0 if train is None else len(train)
+    return Content(train, held_out, train_batches, eval_batches, count, len(held_out), samples)
 
 
 def sizes(recipe: Recipe) -> list[int]:
@@ -101,7 +107,7 @@ class DataSet:
         skipped: Skipped,
     ) -> None:
         together = recipe.batch_size * shard.world
-        if content.train_images < together:
+        if content.train is not None and content.train_images < together:
             raise UsageError(
                 f"batch_size must leave one batch an epoch: there are {content.train_images} training images, and "
                 f"{shard.world} x {recipe.batch_size} are taken at once"
@@ -113,7 +119,7 @@ class DataSet:
         self.skipped = skipped
         self._train, self._evaluate = (
             Loader(Batches(source, prepare, collate), recipe.workers, skipped)
-            for source in (content.train, content.held_out)
+            for source in (content.train or content.held_out, content.held_out)
         )
 
     def train(self, epoch: int, start: int = 0) -> Iterator[tuple[Any, Any]]:

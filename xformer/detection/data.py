@@ -17,14 +17,16 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from xformer.card import Card
 from xformer.data import Shard, Skipped, Unreadable, open_image
 from xformer.data.images import check_resized, notice
 from xformer.data.order import digest
 from xformer.data.sets import DataSet, Indexed, indexed, scale_of
-from xformer.data.transforms import to_tensor
+from xformer.data.transforms import Statistics, to_tensor
 from xformer.detection.coco import Annotations, read_annotations
 from xformer.errors import UsageError
 from xformer.recipe import Recipe
+from xformer.registry import MEAN, STD
 
 KEPT = 0.25
 """Of a box's area, or more: what a crop must leave of it."""
@@ -52,7 +54,9 @@ class Pictures(Indexed):
         image = open_image(self.name(item))
         height, width = said.sizes[item].tolist()
         if image.size != (width, height):
-            raise Unreadable(f"it is {image.width}x{image.height}, and its annotations are of {width}x{height}")
+            turned = image.size == (height, width)
+            why = ": EXIF says that the image is turned, and annotations are not" if turned else ""
+            raise Unreadable(f"it is {image.width}x{image.height}, and its annotations are of {width}x{height}{why}")
         of_it = slice(said.bounds[item], said.bounds[item + 1])
         arrays = {"boxes": said.boxes[of_it], "labels": said.labels[of_it], "iscrowd": said.crowd[of_it]}
         target: Target = {key: torch.from_numpy(array.copy()) for key, array in arrays.items()}
@@ -65,10 +69,12 @@ def fitted(image: Image.Image, longer: float) -> tuple[int, int]:
     return max(1, round(image.height * factor)), max(1, round(image.width * factor))
 
 
-def letterbox(image: Image.Image, target: Target, size: int) -> tuple[Tensor, Target]:
+def letterbox(
+    image: Image.Image, target: Target, size: int, mean: Statistics = MEAN, std: Statistics = STD
+) -> tuple[Tensor, Target]:
     """(3, size, size) float32, the whole image in the upper left corner, and its target."""
     height, width = fitted(image, size)
-    x = to_tensor(image.resize((width, height), Image.Resampling.BILINEAR))
+    x = to_tensor(image.resize((width, height), Image.Resampling.BILINEAR), mean, std)
     factors = torch.tensor((width / image.width, height / image.height) * 2)
     sizes = {"size": (height, width), "original": (image.height, image.width)}
     return F.pad(x, (0, size - width, 0, size - height)), target | sizes | {"boxes": target["boxes"] * factors}
@@ -88,10 +94,11 @@ class Prepare:
     a side below one pixel are left out. In evaluation: :func:`letterbox`. Padding is the mean colour.
     """
 
-    def __init__(self, scale: tuple[float, float], hflip: float, color_jitter: float) -> None:
+    def __init__(self, recipe: Recipe, weights: Card | None = None) -> None:
         from torchvision.transforms import v2
 
-        self.scale = scale
+        self.scale, hflip, color_jitter = scale_of(recipe), recipe.hflip, recipe.color_jitter
+        self.statistics = (MEAN, STD) if weights is None else (weights.mean, weights.std)
         changes = [v2.RandomHorizontalFlip(hflip)]
         if color_jitter:
             changes.append(v2.ColorJitter(color_jitter, color_jitter, color_jitter))
@@ -99,7 +106,7 @@ class Prepare:
 
     def __call__(self, image: Image.Image, target: Target, size: int, training: bool) -> tuple[Tensor, Target]:
         if not training:
-            return letterbox(image, target, size)
+            return letterbox(image, target, size, *self.statistics)
         from torchvision.transforms.v2 import functional as transforms
         from torchvision.tv_tensors import BoundingBoxes
 
@@ -123,6 +130,9 @@ def collate(samples: list[tuple[Tensor, Target]]) -> tuple[Tensor, list[Target]]
     return torch.stack([x for x, _ in samples]), [target for _, target in samples]
 
 
+TRAIN, VAL = "train2017", "val2017"
+
+
 def open_coco(root: Path, shard: Shard | None = None) -> tuple[Pictures, Pictures]:
     """Of training and evaluation; the latter with what pycocotools wants to see.
 
@@ -130,45 +140,49 @@ def open_coco(root: Path, shard: Shard | None = None) -> tuple[Pictures, Picture
         UsageError: files or folders are missing, annotations that :func:`read_annotations` refuses, categories of the
             two that differ, training or evaluation without a box that is not of a crowd.
     """
-    shard = shard or Shard()
-    pictures = []
-    for split in ("train2017", "val2017"):
-        file = root / "annotations" / f"instances_{split}.json"
-        if not file.is_file() or not (root / split).is_dir():
-            raise UsageError(f"data must be a folder with {split}/ and annotations/{file.name}, got {str(root)!r}")
-        said = read_annotations(file, truth=split == "val2017")
-        if said.dropped:
-            notice(shard, "%s: %d boxes without area are left out", file, said.dropped)
-        if said.root:
-            notice(shard, "%s: category %s is of no box and above all others: it is no class", file, said.root)
-        pictures.append(Pictures(root / split, said))
-    train, held_out = pictures
+    train, held_out = (open_split(root, split, shard or Shard()) for split in (TRAIN, VAL))
     ours, theirs = train.annotations.categories, held_out.annotations.categories
     if ours != theirs:
         one = sorted(set(ours.items()) ^ set(theirs.items()))[0]
         raise UsageError(f"annotations: the files in {root} must have the same categories, but one alone has {one}")
-    for split, pictures_of_it in (("train", train), ("val", held_out)):
-        if pictures_of_it.annotations.crowd.all():
-            raise UsageError(
-                f"annotations: instances_{split}2017.json in {root} has no boxes to be found, but for "
-                f"{len(pictures_of_it.annotations.crowd)} of crowds"
-            )
     return train, held_out
+
+
+def open_split(root: Path, split: str, shard: Shard) -> Pictures:
+    """The images of TRAIN or VAL.
+
+    Raises:
+        UsageError: as :func:`open_coco`.
+    """
+    file = root / "annotations" / f"instances_{split}.json"
+    if not file.is_file() or not (root / split).is_dir():
+        raise UsageError(f"data must be a folder with {split}/ and annotations/{file.name}, got {str(root)!r}")
+    said = read_annotations(file, truth=split == VAL)
+    if said.dropped:
+        notice(shard, "%s: %d boxes without area are left out", file, said.dropped)
+    if said.root:
+        notice(shard, "%s: category %s is of no box and above all others: it is no class", file, said.root)
+    if said.crowd.all():
+        raise UsageError(
+            f"annotations: {file.name} in {root} has no boxes to be found, but for {len(said.crowd)} of crowds"
+        )
+    return Pictures(root / split, said)
 
 
 class CocoData(DataSet):
     """Of a folder with annotations/, train2017/ and val2017/.
 
-    ``classes`` are the categories' names, ``held_out`` the annotations of the evaluation.
+    ``classes`` are the categories' names, ``held_out`` the annotations of the evaluation. `weights`: as of
+    :class:`xformer.engine.task.Task`.
 
     Raises:
         UsageError: as :func:`open_coco`; settings that do not work, fewer images than a batch.
     """
 
-    def __init__(self, recipe: Recipe, shard: Shard) -> None:
-        prepare = Prepare(scale_of(recipe), recipe.hflip, recipe.color_jitter)
-        sources = open_coco(Path(recipe.data), shard)
-        self.held_out = sources[1].annotations
+    def __init__(self, recipe: Recipe, shard: Shard, weights: Card | None = None) -> None:
+        prepare, root = Prepare(recipe, weights), Path(recipe.data)
+        train, held_out = open_coco(root, shard) if weights is None else (None, open_split(root, VAL, shard))
+        self.held_out = held_out.annotations
         self.classes = list(self.held_out.categories.values())
-        self.dropped = sum(source.annotations.dropped for source in sources)
-        super().__init__(recipe, shard, indexed(recipe, shard, *sources), prepare, collate, Skipped())
+        self.dropped = sum(source.annotations.dropped for source in (train, held_out) if source is not None)
+        super().__init__(recipe, shard, indexed(recipe, shard, train, held_out), prepare, collate, Skipped())

@@ -11,6 +11,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
+from xformer.card import Card
 from xformer.data import Shard
 from xformer.detection.boxes import ANCHORS, detect
 from xformer.detection.coco import Annotations
@@ -93,9 +94,12 @@ class Detect(Task):
     )  # fmt: skip
     data: CocoData
 
-    def __init__(self, recipe: Recipe, rank: int = 0, world: int = 1) -> None:
+    def __init__(self, recipe: Recipe, rank: int = 0, world: int = 1, weights: Card | None = None) -> None:
         super().__init__(recipe)
-        self.data = CocoData(recipe, Shard(rank, world))
+        self.data = CocoData(recipe, Shard(rank, world), weights)
+
+    def of_labels(self) -> dict[str, Any]:
+        return {"class_ids": list(self.data.held_out.categories)}
 
     @property
     def anchors(self) -> Any:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
+from xformer.card import Card
 from xformer.errors import UsageError
 from xformer.files import write_json
 from xformer.recipe import Recipe, add_options, from_options
@@ -22,9 +25,11 @@ def add_parser(subparsers: Any) -> None:
     add_options(parser)
     parser.set_defaults(run=run_train)
     parser = subparsers.add_parser(
-        "eval", help="metrics of weights", description="Evaluate weights on the evaluation images."
+        "eval",
+        help="metrics of weights",
+        description="Evaluate weights on the evaluation images, which are prepared as the weights say.",
     )
-    parser.add_argument("--config", default="", help="as in train; settings of images come from the weights' card")
+    parser.add_argument("--config", default="", help="as in train")
     parser.add_argument("--json", default="", help="also write the metrics to this file")
     add_options(parser)
     parser.set_defaults(run=run_eval)
@@ -44,48 +49,70 @@ def run_train(options: argparse.Namespace) -> None:
 
 def run_eval(options: argparse.Namespace) -> None:
     recipe = from_options(options.config, options)
-    result = eval_weights(recipe, set(vars(options)))
+    result = eval_weights(recipe, set(vars(options)), print)
     print("  ".join(f"{name} {value:.4f}" for name, value in result.items()))
     if options.json:
         write_json("json", options.json, result)
 
 
-def eval_weights(recipe: Recipe, given: set[str] | frozenset[str] = frozenset()) -> dict[str, float]:
+OF_IMAGES = ("image_size", "crop_pct", "interpolation")
+
+
+def eval_weights(
+    recipe: Recipe, given: set[str] | frozenset[str] = frozenset(), say: Callable[[str], object] = lambda text: None
+) -> dict[str, float]:
     """Metrics of ``recipe.weights`` on the evaluation images, in this process, with batch norms folded.
 
-    Images are prepared as the weights' card says, but for settings named in `given`.
+    Images are prepared as the weights' card says, but for settings named in `given`. There need be no training images.
+    `say` is called with what was used, and how many images were evaluated.
 
     Raises:
-        UsageError: no weights or data, or weights that have other classes than the data.
+        UsageError: no weights or data, weights that have other classes than the data, or metrics that are not finite.
     """
     import torch
 
-    from xformer.engine.evaluation import evaluate
+    from xformer.engine.evaluation import check_finite, evaluate
     from xformer.engine.task import task_class
     from xformer.fuse import fuse_for_inference
     from xformer.weights import load_model
 
     if not recipe.weights:
         raise UsageError("weights: name the safetensors to evaluate")
-    model, card = load_model(recipe.weights, recipe.model if "model" in given else "")
-    for name in ("image_size", "crop_pct", "interpolation", "task"):
-        if name not in given:
-            setattr(recipe, name, getattr(card, name))
-    recipe.model_options = dict(card.options)
+    asked: dict[str, Any] = {}
+    if "model_options" in given or "attention" in given:
+        asked = recipe.model_options | ({"attention": recipe.attention} if recipe.attention else {})
+    changes = {"options": asked} if asked else {}
+    model, card = load_model(recipe.weights, recipe.model if "model" in given else "", **changes)
+    if card.in_chans != 3:
+        raise UsageError(f"weights: {recipe.weights} must be of RGB images, got one of {card.in_chans} channels")
+    if "task" in given and recipe.task != card.task:
+        raise UsageError(f"task: {recipe.weights} is of task {card.task}, got {recipe.task}")
+    card = replace(card, **{name: getattr(recipe, name) for name in OF_IMAGES if name in given})
+    for name in (*OF_IMAGES, "task"):
+        setattr(recipe, name, getattr(card, name))
+    recipe.model_options, recipe.attention = dict(card.options), ""
     if recipe.task != "classify" and "batch_size" not in given:
-        recipe.batch_size = 1  # whole images
+        recipe.batch_size = 1
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
-    task = task_class(recipe.task)(recipe)
-    expected = task.card()
-    if card.num_classes != expected.num_classes:
-        raise UsageError(
-            f"weights: {recipe.weights} has {card.num_classes} classes, and {recipe.data} has {expected.num_classes}"
-        )
-    if card.classes and expected.classes and card.classes != expected.classes:
-        one = next(pair for pair in zip(card.classes, expected.classes, strict=True) if pair[0] != pair[1])
-        raise UsageError(f"weights: {recipe.weights} has a class {one[0]!r} where {recipe.data} has {one[1]!r}")
+    task = task_class(recipe.task)(recipe, weights=card)
+    _check_classes(recipe, card, task.data.classes)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     metrics = task.metrics(device)
+    say(f"{recipe.weights}: {card.model}, images of {card.preparation()}")
     evaluate(fuse_for_inference(model).to(device), task, metrics, device, recipe.channels_last)
-    return metrics.compute()
+    result = metrics.compute()
+    say(f"{task.data.eval_images - task.data.skipped.count} images{task.data.skipped.said()}")
+    check_finite(result, task.metric, "the evaluation")
+    return result
+
+
+def _check_classes(recipe: Recipe, card: Card, classes: Sequence[str]) -> None:
+    """That data have the classes of weights."""
+    if card.num_classes != len(classes):
+        raise UsageError(
+            f"weights: {recipe.weights} has {card.num_classes} classes, and {recipe.data} has {len(classes)}"
+        )
+    if card.classes and card.classes != list(classes):
+        one = next(pair for pair in zip(card.classes, classes, strict=True) if pair[0] != pair[1])
+        raise UsageError(f"weights: {recipe.weights} has a class {one[0]!r} where {recipe.data} has {one[1]!r}")

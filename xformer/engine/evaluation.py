@@ -94,8 +94,8 @@ def try_evaluation(
         model.train(training)
 
 
-def check_finite(metrics: Mapping[str, float], metric: str, step: int) -> None:
-    """Of an evaluation.
+def check_finite(metrics: Mapping[str, float], metric: str, evaluation: str) -> None:
+    """Of an evaluation, which is named so.
 
     Raises:
         UsageError: the task's metric or the loss is not finite.
@@ -103,4 +103,4 @@ def check_finite(metrics: Mapping[str, float], metric: str, step: int) -> None:
     for name in (metric, "loss"):
         if not math.isfinite(metrics.get(name, 0.0)):
             cause = "the model's outputs are not finite" if name == "loss" else "the evaluation data may have no labels"
-            raise UsageError(f"data: the evaluation at step {step} gives {name} {metrics[name]}: {cause}")
+            raise UsageError(f"data: {evaluation} gives {name} {metrics[name]}: {cause}")

@@ -7,7 +7,6 @@ goes the way that the uninterrupted one would have gone, and no generator's stat
 
 from __future__ import annotations
 
-import itertools
 import math
 import random
 import time
@@ -34,10 +33,8 @@ from xformer.engine.task import Task, task_class
 from xformer.errors import UsageError
 from xformer.files import held, make_folder, writing
 from xformer.recipe import Recipe
-from xformer.weights import save_weights, start_from
+from xformer.weights import learned, not_finite, save_weights, start_from
 
-STATISTICS = ("running_mean", "running_var")
-"""Buffers that training changes, by the ends of their names."""
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
@@ -100,7 +97,7 @@ class Run:
         model = self.task.build()
         self.said: list[str] = []
         if recipe.weights:
-            left_out = start_from(model, self.task.name, recipe.weights, recipe.partial)
+            left_out = start_from(model, self.task.card(), recipe.weights, recipe.partial)
             self.said = [f"weights: left out: {said}" for said in left_out]
         if recipe.warmup_epochs >= recipe.epochs:
             self.said.append(
@@ -253,14 +250,8 @@ class Run:
     def _check_weights(self) -> None:
         """In all processes together."""
         models = [self.model] if self.ema is None else [self.model, self.ema.module]
-        named = itertools.chain(*(itertools.chain(m.named_parameters(), m.named_buffers()) for m in models))
-        wrong = None
-        for name, value in named:
-            if isinstance(value, nn.Parameter) or name.endswith(STATISTICS):
-                local = value.to_local() if hasattr(value, "to_local") else value
-                if not torch.isfinite(local).all():
-                    wrong = name
-                    break
+        found = (not_finite(learned(model)) for model in models)
+        wrong = next((name for name in found if name is not None), None)
         if self._anywhere(wrong is not None):
             raise UsageError(
                 f"lr: weights are not finite at step {self.step}, {wrong or 'in another process'} for one: "
@@ -311,7 +302,7 @@ class Run:
         with self.interrupts.at_once():
             result = self.evaluate()
         self.log.add("eval", {"step": self.step, "epoch": epoch, **result})
-        check_finite(result, self.task.metric, self.step)
+        check_finite(result, self.task.metric, f"the evaluation at step {self.step}")
         if result[self.task.metric] > self.best:
             self.best = result[self.task.metric]
             self._write("best", result)

@@ -10,10 +10,11 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from xformer.card import Card
 from xformer.errors import UsageError
 from xformer.recipe import Recipe
 from xformer.registry import default_cfgs
-from xformer.weights import Card, build_model
+from xformer.weights import build_model
 
 
 class Data(Protocol):
@@ -56,6 +57,7 @@ class Task(ABC):
     Args:
         recipe: the settings of the run.
         rank, world: number of this process, and how many there are.
+        weights: the card of what is evaluated, which says how images are prepared. No training images are opened then.
 
     Raises:
         UsageError: a setting that means nothing to the task.
@@ -68,7 +70,7 @@ class Task(ABC):
     """Settings that mean nothing here."""
     data: Data
 
-    def __init__(self, recipe: Recipe, rank: int = 0, world: int = 1) -> None:
+    def __init__(self, recipe: Recipe, rank: int = 0, world: int = 1, weights: Card | None = None) -> None:
         self.recipe = recipe
         plain = Recipe()
         for setting in self.unused:
@@ -83,8 +85,12 @@ class Task(ABC):
         return Card(
             model=recipe.model, num_classes=len(self.data.classes), task=self.name, options=options,
             image_size=recipe.image_size, crop_pct=recipe.crop_pct, interpolation=recipe.interpolation,
-            classes=list(self.data.classes),
+            classes=list(self.data.classes), **self.of_labels(),
         )  # fmt: skip
+
+    def of_labels(self) -> dict[str, Any]:
+        """What files of labels say of the classes, as fields of the card."""
+        return {}
 
     def build(self, **options: Any) -> nn.Module:
         """The model, with fresh weights; `options` of this run alone, which are not the card's."""

@@ -11,38 +11,27 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from xformer.card import Card
 from xformer.data import Shard, Skipped, Unreadable, open_image
 from xformer.data.images import check_resized
 from xformer.data.order import digest
 from xformer.data.sets import DataSet, Indexed, indexed, scale_of
-from xformer.data.transforms import to_tensor
+from xformer.data.transforms import Statistics, to_tensor
 from xformer.errors import UsageError
 from xformer.recipe import Recipe
+from xformer.registry import MEAN, STD
+from xformer.segmentation.classes import CITYSCAPES, IGNORE, Labels, labels_of
 
-CLASSES = (
-    "road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation", "terrain",
-    "sky", "person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle",
-)  # fmt: skip
-COLOURS = (
-    (128, 64, 128), (244, 35, 232), (70, 70, 70), (102, 102, 156), (190, 153, 153), (153, 153, 153), (250, 170, 30),
-    (220, 220, 0), (107, 142, 35), (152, 251, 152), (70, 130, 180), (220, 20, 60), (255, 0, 0), (0, 0, 142), (0, 0, 70),
-    (0, 60, 100), (0, 80, 100), (0, 0, 230), (119, 11, 32),
-)  # fmt: skip
-"""RGB of the classes, as Cityscapes' own scripts draw them (cityscapesscripts.helpers.labels)."""
-LABELS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
-"""Of the label images, in the order of the classes; pixels with any other one take no part."""
-IGNORE = 255
 LOOKED_AT = 8
 """Label images that are looked at before a run."""
 IMAGE, LABEL = "leftImg8bit", "gtFine"
-TO_CLASS = np.full(256, IGNORE, np.uint8)
-TO_CLASS[list(LABELS)] = np.arange(len(LABELS))
 
 
 class Scenes(Indexed):
     """Pairs of files ``leftImg8bit/split/city/*_leftImg8bit.png`` and ``gtFine/split/city/*_gtFine_labelIds.png``."""
 
-    def __init__(self, root: Path, split: str) -> None:
+    def __init__(self, root: Path, split: str, labels: Labels = CITYSCAPES) -> None:
+        self.labels, self.lookup = labels, labels.lookup()
         self.images = sorted((root / IMAGE / split).glob(f"*/*_{IMAGE}.png"))
         if not self.images:
             raise UsageError(f"data: there are no images {IMAGE}/{split}/<city>/*_{IMAGE}.png in {root}")
@@ -56,12 +45,12 @@ class Scenes(Indexed):
         """Of some images, of all if these have none.
 
         Raises:
-            UsageError: they have no class, or are Cityscapes' trainIds.
+            UsageError: they have no class, or are trainIds where Cityscapes' labelIds are expected.
         """
         some = range(0, self.count, max(1, self.count // LOOKED_AT))
         seen = np.zeros(256, bool)
         for number, item in enumerate([*some, *(set(range(self.count)) - set(some))]):
-            if number >= len(some) and (TO_CLASS[seen] != IGNORE).any():
+            if number >= len(some) and (self.lookup[seen] != IGNORE).any():
                 break
             try:
                 labels = self._labels(item)
@@ -69,14 +58,17 @@ class Scenes(Indexed):
                 continue
             seen |= np.bincount(labels.ravel(), minlength=256).astype(bool)
         of_it = self.label_of(self.images[0])
-        if seen.any() and not (TO_CLASS[seen] != IGNORE).any():
+        if seen.any() and not (self.lookup[seen] != IGNORE).any():
             raise UsageError(
-                f"data: no pixel has a class in the label images of {of_it.parents[1]}, such as {of_it.name}"
+                f"data: no pixel has a class in the label images of {of_it.parents[1]}, such as {of_it.name}: their "
+                f"numbers are {', '.join(map(str, np.flatnonzero(seen)[:5]))}, and those of the classes "
+                f"{', '.join(map(str, self.labels.ids[:5]))} and so on"
             )
-        if seen[IGNORE] and not seen[len(CLASSES) : IGNORE].any():
+        if self.labels == CITYSCAPES and seen[IGNORE] and not seen[len(self.labels.ids) : IGNORE].any():
             raise UsageError(
                 f"data: label images must hold Cityscapes' labelIds, from 0 to 33 with 0 for no class, and those of "
-                f"{of_it.parents[1]}, such as {of_it.name}, hold trainIds: nothing from 19 on but 255"
+                f"{of_it.parents[1]}, such as {of_it.name}, hold trainIds: nothing from 19 on but 255; `classes` "
+                f"names a file of other classes and ids"
             )
 
     def _labels(self, item: int) -> np.ndarray:
@@ -106,8 +98,10 @@ class Scenes(Indexed):
         image = open_image(self.images[item])
         labels = self._labels(item)
         if labels.shape != (image.height, image.width):
-            raise Unreadable(f"its labels are of {labels.shape}, not of {image.size[::-1]}")
-        return image, TO_CLASS[labels]
+            turned = labels.shape == image.size
+            why = ": EXIF says that the image is turned, and labels are not" if turned else ""
+            raise Unreadable(f"its labels are of {labels.shape}, not of {image.size[::-1]}{why}")
+        return image, self.lookup[labels]
 
 
 class Prepare:
@@ -117,15 +111,16 @@ class Prepare:
     the image takes no part. In evaluation the image stays as it is.
     """
 
-    def __init__(self, scale: tuple[float, float], hflip: float, color_jitter: float) -> None:
+    def __init__(self, recipe: Recipe, weights: Card | None = None) -> None:
         from torchvision.transforms import ColorJitter
 
-        self.scale, self.hflip = scale, hflip
+        self.scale, self.hflip, color_jitter = scale_of(recipe), recipe.hflip, recipe.color_jitter
+        self.statistics = (MEAN, STD) if weights is None else (weights.mean, weights.std)
         self.jitter = ColorJitter(color_jitter, color_jitter, color_jitter) if color_jitter else None
 
     def __call__(self, image: Image.Image, classes: np.ndarray, size: int, training: bool) -> tuple[Tensor, Tensor]:
         if not training:
-            return to_tensors(image, classes)
+            return to_tensors(image, classes, *self.statistics)
         factor = random.uniform(*self.scale)
         width, height = (max(1, round(side * factor)) for side in image.size)
         check_resized(height, width)
@@ -141,8 +136,10 @@ class Prepare:
         return pad(x, y, size, size)
 
 
-def to_tensors(image: Image.Image, classes: np.ndarray) -> tuple[Tensor, Tensor]:
-    return to_tensor(image), torch.from_numpy(classes.astype(np.int64))
+def to_tensors(
+    image: Image.Image, classes: np.ndarray, mean: Statistics = MEAN, std: Statistics = STD
+) -> tuple[Tensor, Tensor]:
+    return to_tensor(image, mean, std), torch.from_numpy(classes.astype(np.int64))
 
 
 def pad(x: Tensor, y: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
@@ -159,17 +156,21 @@ def collate(samples: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 
 
 class CityscapesData(DataSet):
-    """Of a folder with leftImg8bit/ and gtFine/.
+    """Of a folder with leftImg8bit/ and gtFine/; evaluation gives one image at a time.
+
+    Attention sees the whole of a batch's images, so padding them to one size would change what is found in them.
+    `weights`: as of :class:`xformer.engine.task.Task`.
 
     Raises:
         UsageError: no such folder or files, settings that do not work, fewer images than a batch.
     """
 
-    def __init__(self, recipe: Recipe, shard: Shard) -> None:
+    def __init__(self, recipe: Recipe, shard: Shard, weights: Card | None = None) -> None:
         root = Path(recipe.data)
         if not (root / IMAGE).is_dir() or not (root / LABEL).is_dir():
             raise UsageError(f"data must be a folder with {IMAGE}/ and {LABEL}/, got {recipe.data!r}")
-        prepare = Prepare(scale_of(recipe), recipe.hflip, recipe.color_jitter)
-        self.classes = list(CLASSES)
-        content = indexed(recipe, shard, Scenes(root, "train"), Scenes(root, "val"))
-        super().__init__(recipe, shard, content, prepare, collate, Skipped())
+        self.labels = labels_of(recipe.classes, weights)
+        self.classes = list(self.labels.names)
+        train = Scenes(root, "train", self.labels) if weights is None else None
+        content = indexed(recipe, shard, train, Scenes(root, "val", self.labels), eval_batch=1)
+        super().__init__(recipe, shard, content, Prepare(recipe, weights), collate, Skipped())

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from xformer.data.transforms import to_tensor
 from xformer.errors import UsageError
 from xformer.predict import Predictor, colour
-from xformer.segmentation.data import CLASSES, COLOURS
+from xformer.segmentation.classes import CLASSES, COLOURS
 from xformer.segmentation.model import Segmenter, check_windows
 from xformer.weights import Card
 

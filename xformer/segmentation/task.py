@@ -8,10 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from xformer.card import Card
 from xformer.data import Shard
 from xformer.engine.task import Metrics, Task
 from xformer.recipe import Recipe
-from xformer.segmentation.data import CLASSES, IGNORE, CityscapesData
+from xformer.segmentation.classes import IGNORE
+from xformer.segmentation.data import CityscapesData
 from xformer.segmentation.decoder import upsample
 
 STRIDE = 4
@@ -53,12 +55,16 @@ class Segment(Task):
     name, metric = "segment", "miou"
     unused: tuple[str, ...] = (
         "ratio", "auto_augment", "reprob", "interpolation", "crop_pct", "mixup", "cutmix",
-        "train_shards", "eval_shards", "train_samples", "eval_samples", "classes",
+        "train_shards", "eval_shards", "train_samples", "eval_samples",
     )  # fmt: skip
+    data: CityscapesData
 
-    def __init__(self, recipe: Recipe, rank: int = 0, world: int = 1) -> None:
+    def __init__(self, recipe: Recipe, rank: int = 0, world: int = 1, weights: Card | None = None) -> None:
         super().__init__(recipe)
-        self.data = CityscapesData(recipe, Shard(rank, world))
+        self.data = CityscapesData(recipe, Shard(rank, world), weights)
+
+    def of_labels(self) -> dict[str, Any]:
+        return {"class_ids": list(self.data.labels.ids), "colours": list(self.data.labels.colours)}
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Cross entropy, the mean over pixels that have a class; 0 if none has."""
@@ -70,4 +76,4 @@ class Segment(Task):
         return total / torch.clamp((targets != IGNORE).sum(), min=1)
 
     def metrics(self, device: Any) -> Metrics:
-        return MeanIoU(len(CLASSES), device)
+        return MeanIoU(len(self.data.classes), device)
