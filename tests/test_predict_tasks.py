@@ -18,7 +18,7 @@ from xformer import fuse_for_inference
 from xformer.data import Shard
 from xformer.detection import detect
 from xformer.detection.data import CocoData, restore
-from xformer.predict import colour
+from xformer.pictures import colour
 from xformer.segmentation.data import CLASSES, COLOURS, CityscapesData
 from xformer.weights import Card, build_model, save_weights
 

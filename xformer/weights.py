@@ -31,7 +31,8 @@ class Card:
 
     model: a name of ours or timm's. options: its arguments, without ``num_classes`` and ``in_chans``. image_size,
     crop_pct, interpolation, mean, std: how an image is prepared (timm's terms). classes: names in the order of logits.
-    step: optimiser steps done. metrics: of the evaluation at that step.
+    category_ids: COCO's, in the same order, of a detector. step: optimiser steps done. metrics: of the evaluation at
+    that step.
     """
 
     model: str
@@ -45,6 +46,7 @@ class Card:
     mean: tuple[float, ...] = MEAN
     std: tuple[float, ...] = STD
     classes: list[str] = field(default_factory=list)
+    category_ids: list[int] = field(default_factory=list)
     step: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -19,6 +20,7 @@ from xformer.detection.loss import DetectionLoss
 from xformer.engine.task import Metrics, Task
 from xformer.errors import UsageError
 from xformer.recipe import Recipe
+from xformer.weights import Card
 
 SCORE, IOU, LIMIT = 0.001, 0.6, 100
 """Of the detections that are evaluated: COCO's evaluation looks at the best 100 of an image, however low."""
@@ -96,6 +98,9 @@ class Detect(Task):
     def __init__(self, recipe: Recipe, rank: int = 0, world: int = 1) -> None:
         super().__init__(recipe)
         self.data = CocoData(recipe, Shard(rank, world))
+
+    def card(self) -> Card:
+        return replace(super().card(), category_ids=list(self.data.held_out.categories))
 
     @property
     def anchors(self) -> Any:
