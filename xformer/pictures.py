@@ -35,10 +35,12 @@ def is_picture(path: str | Path) -> bool:
             if file.read(len(SIGNATURE)) != SIGNATURE:
                 return False
             while len(head := file.read(8)) == 8 and head[4:] != b"IDAT":
-                following = file.tell() + int.from_bytes(head[:4], "big") + 4
-                if head[4:] == b"tEXt" and file.read(len(wanted) + 1) == wanted:
-                    return True
-                file.seek(following)
+                length = int.from_bytes(head[:4], "big")
+                if head[4:] == b"tEXt" and length == len(wanted):
+                    if file.read(length) == wanted:
+                        return True
+                    length = 0
+                file.seek(length + 4, os.SEEK_CUR)  # 4 of the checksum
     except OSError:
         pass
     return False
