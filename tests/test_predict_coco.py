@@ -185,7 +185,7 @@ def test_mistakes(call, tmp_path, weights, capsys):
         code, err, _ = call(*arguments)
         assert code == 2 and err.startswith(f"error: {said}") and len(err.splitlines()) == 1, err
     assert command.main(["predict", "5.jpg", "--weights", str(weights), "--json-format", "coco"]) == 2
-    assert capsys.readouterr().err == "error: json-format is of the file of --json, which is not given\n"
+    assert capsys.readouterr().err == "error: json-format needs --json FILE, got 'coco' without it\n"
     Path("t.json").write_text('{"images": [{"id": 1, "file_name": "5.jpg"}]}')
     ask = ["predict", "5.jpg", "--weights", str(weights), "--json-format", "coco", "--annotations", "t.json"]
     assert command.main([*ask, "--json", "t.json"]) == 2

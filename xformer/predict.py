@@ -230,7 +230,7 @@ def run(options: argparse.Namespace) -> int:
         if name not in kind.defaults:
             raise UsageError(f"{name.replace('_', '-')} means nothing to task {card.task}, got {value!r}")
         if name in ("json_format", "annotations") and not options.json:
-            raise UsageError(f"{name.replace('_', '-')} is of the file of --json, which is not given")
+            raise UsageError(f"{name.replace('_', '-')} needs --json FILE, got {value!r} without it")
     settings = kind.defaults | given
     out = settings.pop("out", "")
     predictor = kind(fuse_for_inference(model), card, class_names(card, options.labels), **settings)
@@ -248,7 +248,7 @@ def run(options: argparse.Namespace) -> int:
             print(f"error: {result.error}", file=sys.stderr)
             continue
         title = result.image
-        if out and result.drawn is not None:
+        if result.drawn is not None and result.image in pictures:
             picture = pictures[result.image]
             results[-1]["picture"] = str(picture)
             title = f"{title} -> {picture}"
