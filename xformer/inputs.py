@@ -9,13 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from xformer.errors import UsageError
-from xformer.pictures import is_picture
-
-
-def identity(path: str | Path) -> str:
-    """The same for all ways to write a path. A link to a file is another file; folders count as where they are."""
-    folder, name = os.path.split(os.path.abspath(path))
-    return os.path.join(os.path.realpath(folder), name)
+from xformer.pictures import identity, is_picture
 
 
 def find_images(arguments: Sequence[str]) -> list[str]:

@@ -27,6 +27,12 @@ def colour(number: int) -> tuple[int, int, int]:
     return red, green, blue
 
 
+def identity(path: str | Path) -> str:
+    """The same for all ways to write a path. A link to a file is another file; folders count as where they are."""
+    folder, name = os.path.split(os.path.abspath(path))
+    return os.path.join(os.path.realpath(folder), name)
+
+
 def is_picture(path: str | Path) -> bool:
     """Whether a file is a PNG that :func:`write_picture` wrote."""
     wanted = b"Software\0" + SOFTWARE.encode()
@@ -52,8 +58,6 @@ def picture_paths(out: str | Path, images: Iterable[str | Path]) -> list[Path]:
     ``.png`` takes the place of the extension. Where that gives two of them one name, as of a.jpg and a.png, it is
     added to the extension instead: a.jpg.png and a.png.png.
     """
-    from xformer.inputs import identity
-
     whole = [Path(identity(image)) for image in images]
     if not whole:
         return []
