@@ -62,7 +62,11 @@ def test_lines_and_json(model, weights, tmp_path, capsys):
     found = tmp_path / "out.json"
     call = ["predict", *images, "--weights", str(weights), "--top", "3", "--batch-size", "3", "--json", str(found)]
     assert command.main(call) == 0
-    lines = capsys.readouterr().out.splitlines()
+    used, *lines = capsys.readouterr().out.splitlines()
+    assert used == (
+        f"{weights}: xformer_xxs, images of 64 pixels by bicubic, crop_pct 0.9, less mean 0.485 0.456 0.406, by std "
+        "0.229 0.224 0.225"
+    )
     results = json.loads(found.read_text())
     assert lines[::4] == images and [result["image"] for result in results] == images
     for i, (image, result) in enumerate(zip(images, results, strict=True)):
@@ -103,7 +107,7 @@ def test_images_that_cannot_be_read(weights, tmp_path, capsys):
     call = ["predict", "gone.png", str(bad), good, str(cut), "--weights", str(weights), "--json", str(found)]
     assert command.main(call) == 1
     out, err = capsys.readouterr()
-    assert out.splitlines()[0] == good and len(out.splitlines()) == 6
+    assert out.splitlines()[1] == good and len(out.splitlines()) == 7
     missing, corrupt, truncated = err.splitlines()
     assert missing == "error: image: there is no file gone.png"
     assert corrupt.startswith(f"error: image: {bad} cannot be read: ")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -18,7 +19,7 @@ from xformer import fuse_for_inference
 from xformer.data import Shard
 from xformer.detection import detect
 from xformer.detection.data import CocoData, restore
-from xformer.predict import colour
+from xformer.pictures import colour
 from xformer.segmentation.classes import CLASSES, COLOURS
 from xformer.segmentation.data import CityscapesData
 from xformer.weights import Card, build_model, save_weights
@@ -158,7 +159,8 @@ def test_segments_are_those_of_the_evaluation(scenes, models, call, windows):
         shares = torch.tensor([of_it["share"] for of_it in result["classes"]])
         assert torch.equal(shares, torch.bincount(classes.flatten(), minlength=19) / classes.numel())
         blended = (pixels(image) + palette[classes.numpy()]) / 2
-        assert (abs(pixels(result["picture"]) - blended) <= 1).all()
+        drawn = pixels(result["picture"])
+        assert (abs(drawn[:64, :96] - blended) <= 1).all() and len(drawn) > 64 and drawn.shape[1] >= 96
         there = sorted((of_it for of_it in result["classes"] if of_it["share"]), key=lambda of_it: -of_it["share"])
         lines = out.split(f"{image} -> {result['picture']}\n")[1].splitlines()
         assert lines[0] == f"  {there[0]['share']:7.2%}  {there[0]['name']}" and len(lines) >= len(there)
@@ -180,17 +182,16 @@ def test_other_classes_have_colours_too(tmp_path, monkeypatch):
     save_weights(tmp_path / "w.safetensors", model.state_dict(), other)
     (tmp_path / "names").write_text("Kuchen\nAuto\nTasse\n")
     Image.new("RGB", (37, 1), (100, 200, 40)).save("a.png")
-    assert command.main(["predict", "a.png", "--weights", "w.safetensors", "--labels", "names", "--json", "j"]) == 0
+    ask = ["predict", "a.png", "--weights", "w.safetensors", "--labels", "names", "--json", "j"]
+    assert command.main([*ask, "--no-legend"]) == 0
     (result,) = json.loads((tmp_path / "j").read_text())
     assert [(of_it["name"], of_it["share"]) for of_it in result["classes"]] == [
         ("Kuchen", 0),
         ("Auto", 1),
         ("Tasse", 0),
     ]
-    assert (abs(pixels("predictions/a.png") - (50, 100, 91)) <= 1).all() and pixels("predictions/a.png").shape[:2] == (
-        1,
-        37,
-    )
+    drawn = pixels("predictions/a.png")
+    assert drawn.shape == (1, 37, 3) and (abs(drawn - (50, 100, 91)) <= 1).all()
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -202,17 +203,21 @@ def test_images_that_cannot_be_read(task, scenes, call, tmp_path):
     exif[0x0112] = 6
     with Image.open(good) as image:
         image.convert("RGB").save(tmp_path / "turned.jpg", exif=exif)
+    good = shutil.copy(good, tmp_path / f"good{good.suffix}")
     code, out, err, results = call(task, "gone.png", "bad.jpg", good, "turned.jpg", "--out", "deep/folder")
-    assert code == 1 and f"{good} -> deep/folder/{good.stem}.png" in out
+    assert code == 1 and f"{tmp_path}/good{good.suffix} -> deep/folder/good.png" in out
     missing, corrupt = err.splitlines()
     assert missing == "error: image: there is no file gone.png"
     assert corrupt.startswith("error: image: bad.jpg cannot be read: ")
     assert [bool(result["error"]) for result in results] == [True, True, False, False]
     assert (results[3]["width"], results[3]["height"]) == (64, 96)
-    assert sorted(path.name for path in (tmp_path / "deep/folder").iterdir()) == [f"{good.stem}.png", "turned.png"]
-    assert pixels("deep/folder/turned.png").shape == (96, 64, 3)
+    assert ["exif_orientation" in result for result in results] == [False, False, False, True]
+    assert results[3]["exif_orientation"] == 6
+    assert sorted(path.name for path in (tmp_path / "deep/folder").iterdir()) == ["good.png", "turned.png"]
+    drawn = pixels("deep/folder/turned.png")
+    assert drawn.shape == (96, 64, 3) if task == "detect" else len(drawn) > 96 and drawn.shape[1] >= 64
     _, out, _, results = call(task, good, "--out", "")
-    assert out.splitlines()[0] == str(good) and "picture" not in results[0]
+    assert out.splitlines()[1] == str(good) and "picture" not in results[0]
     assert not (tmp_path / "predictions").exists()
 
 
@@ -221,18 +226,26 @@ def test_files_are_not_written_over_others(scenes, call, tmp_path):
     for name in ("a.png", "b/a.jpg", "c.jpg"):
         Image.new("RGB", (40, 30), (9, 99, 200)).save(tmp_path / name)
     (tmp_path / "link").symlink_to(tmp_path)
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()}
+    for folder, target in (("links", "a.png"), ("dangling", "gone.png")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.png").symlink_to(tmp_path / target)
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken/b").write_text("a file")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     for arguments, said in (
-        (("a.png", "b/a.jpg"), "out: a.png and b/a.jpg would both be drawn as predictions/a.png: predict them apart"),
         (("a.png", "--out", "."), "out: the picture of a.png would replace a.png: name another folder"),
         (("a.png", "--out", "link"), "out: the picture of a.png would replace link/a.png: name another folder"),
         (("c.jpg", "a.png", "--out", "b/.."), "out: the picture of a.png would replace b/../a.png: name another"),
         (("c.jpg", "--out", "c.jpg"), "out: there can be no folder c.jpg"),
+        (("b/a.jpg", "--out", "."), "out: a.png is there and was not written by predict: remove it or name another"),
+        (("b/a.jpg", "--out", "links"), "out: links/a.png is there and was not written by predict: remove it"),
+        (("b/a.jpg", "--out", "dangling"), "out: dangling/a.png is there and was not written by predict: remove it"),
+        (("a.png", "b", "--out", "taken"), "out: there can be no folder taken/b"),
     ):
         code, out, err, _ = call("detect", *arguments)
         assert (code, out) == (2, "") and err.startswith(f"error: {said}"), err
         assert len(err.splitlines()) == 1
-    assert {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()} == before
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.parametrize(
@@ -245,6 +258,10 @@ def test_files_are_not_written_over_others(scenes, call, tmp_path):
         ("detect", ("--score", 1.5), "score must be from 0 to 1, got 1.5"),
         ("detect", ("--iou", "nan"), "iou must be from 0 to 1, got nan"),
         ("detect", ("--batch-size", 0), "batch-size must be 1 or more, got 0"),
+        ("detect", ("--legend",), "legend means nothing to task detect, got True"),
+        ("detect", ("--no-legend",), "legend means nothing to task detect, got False"),
+        ("segment", ("--json-format", "coco"), "json-format means nothing to task segment, got 'coco'"),
+        ("segment", ("--annotations", "x"), "annotations means nothing to task segment, got 'x'"),
         ("segment", ("--stride", 9, 9), "stride needs a window, got stride=(9, 9) alone"),
         ("segment", ("--window", 0, 9), "stride must be from 1 to the window's side, got stride=(1, 6) for window="),
         ("segment", ("--window", 8, 9, "--stride", 9, 9), "stride must be from 1 to the window's side, got stride=(9"),

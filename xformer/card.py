@@ -49,7 +49,7 @@ class Card:
         normalised = f"less mean {mean}, by std {std}"
         if self.task == "classify":
             return f"{self.image_size} pixels by {self.interpolation}, crop_pct {self.crop_pct:g}, {normalised}"
-        return f"{self.image_size} pixels, {normalised}" if self.task == "detect" else f"of any size, {normalised}"
+        return f"{self.image_size} pixels, {normalised}" if self.task == "detect" else f"any size, {normalised}"
 
 
 def _whole(value: Any) -> bool:

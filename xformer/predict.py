@@ -7,8 +7,7 @@ pictures that are written. What a task makes of images is in its folder: ``class
 from __future__ import annotations
 
 import argparse
-import colorsys
-import io
+import os
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -21,17 +20,23 @@ import torch
 from torch import nn
 
 from xformer.errors import UsageError
-from xformer.files import make_folder, write_file, write_json
+from xformer.files import make_folder, write_json
 from xformer.fuse import fuse_for_inference
+from xformer.inputs import find_images
+from xformer.pictures import check_files, picture_paths, write_picture
 from xformer.weights import Card, load_model
 
 if TYPE_CHECKING:
     from PIL import Image
 
 
+NOT_FINITE = "what the model says of it is not finite: the weights are damaged, or the image is unlike any other"
+Answer = tuple[dict[str, Any], "Image.Image | None"]
+
+
 @dataclass
 class Prediction:
-    """What a task says of an image, as JSON has it, and its picture, if the task draws; or why it was not read."""
+    """What a task says of an image, as JSON has it, and its picture, if the task draws; or why there is nothing."""
 
     image: str
     error: str = ""
@@ -63,12 +68,19 @@ class Predictor(ABC):
         self.model, self.card, self.names, self.batch_size = model, card, names, batch_size
 
     @abstractmethod
-    def __call__(self, images: Sequence[Image.Image]) -> list[tuple[dict[str, Any], Image.Image | None]]:
-        """What is found in each of some RGB images, as JSON has it, and a picture of it."""
+    def __call__(self, images: Sequence[Image.Image]) -> list[Answer | None]:
+        """What is found in each of some RGB images, as JSON has it, and a picture of it; None: it is not finite."""
 
     @abstractmethod
     def rows(self, found: dict[str, Any]) -> list[tuple[str, ...]]:
         """The same as lines of text."""
+
+    def check(self, images: Sequence[str]) -> None:  # noqa: B027 (most tasks accept any)
+        """Raises UsageError, before anything is predicted, if the JSON cannot be of these files."""
+
+    def to_json(self, results: Sequence[dict[str, Any]]) -> Any:
+        """What is written of the results of all images."""
+        return results
 
 
 TASKS = {
@@ -106,8 +118,12 @@ def predict(predictor: Predictor, images: Sequence[str | Path]) -> Iterator[Pred
             for (result, _), answer in zip(read, answers, strict=True):
                 if isinstance(answer, Unreadable):
                     result.error = f"image: {result.image} cannot be read: {answer}"
+                elif answer is None:
+                    result.error = f"image: {result.image}: {NOT_FINITE}"
                 else:
                     result.found, result.drawn = answer
+                    if "width" in result.found and (turned := orientation(result.image)) != 1:
+                        result.found["exif_orientation"] = turned
         yield from results
 
 
@@ -119,6 +135,20 @@ def _answers(predictor: Predictor, images: Sequence[Image.Image]) -> list[Any]:
         return predictor(images)
     except Unreadable as error:  # of one of them: the others are predicted without it
         return [error] if len(images) == 1 else [answer for image in images for answer in _answers(predictor, [image])]
+
+
+def orientation(path: str | Path) -> int:
+    """EXIF's number of how an image was turned before it was predicted; 1: it was not."""
+    from PIL import Image
+
+    from xformer.data.images import ORIENTATION
+
+    try:
+        with Image.open(path) as image:
+            number = image.getexif().get(ORIENTATION, 1)
+    except Exception:  # EXIF that does not parse says nothing about the image
+        return 1
+    return number if number in range(1, 9) else 1
 
 
 def class_names(card: Card, labels: str | Path = "") -> list[str]:
@@ -139,12 +169,6 @@ def class_names(card: Card, labels: str | Path = "") -> list[str]:
     return names
 
 
-def colour(number: int) -> tuple[int, int, int]:
-    """RGB of a class, always the same: hues a golden section apart, so that few classes differ much."""
-    red, green, blue = (round(255 * part) for part in colorsys.hsv_to_rgb(0.6180339887 * number % 1, 0.85, 0.95))
-    return red, green, blue
-
-
 def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "predict",
@@ -152,7 +176,9 @@ def add_parser(commands: Any) -> None:
         description="Print what a model says of images, and draw it. The weights say what the task is: classify, "
         "detect or segment. Options of one task are refused with another.",
     )
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="files that PIL reads")
+    parser.add_argument(
+        "images", nargs="+", metavar="IMAGE", help="files that PIL reads, folders of images, patterns such as '*.jpg'"
+    )
     parser.add_argument("--weights", required=True, help="safetensors")
     parser.add_argument("--model", default="", help="what they are of, where the file does not say")
     parser.add_argument("--labels", default="", help="class names, one a line; default: those in the weights file")
@@ -174,14 +200,31 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--stride", nargs=2, type=int, metavar=("H", "W"), help="segment: of windows (default: three quarters of them)"
     )
+    parser.add_argument(
+        "--legend",
+        action=argparse.BooleanOptionalAction,
+        help="segment: below each picture, the colours of its classes (default: yes)",
+    )
+    parser.add_argument(
+        "--json-format",
+        metavar="FORMAT",
+        help="detect: plain, or coco for a list that pycocotools loads (default: plain)",
+    )
+    parser.add_argument(
+        "--annotations", metavar="FILE", help="detect: COCO's JSON with the numbers of images (default: in their names)"
+    )
     parser.set_defaults(run=run)
 
 
-OF_TASKS = ("out", "batch_size", "top", "score", "iou", "window", "stride")
+OF_TASKS = ("out", "batch_size", "top", "score", "iou", "window", "stride", "legend", "json_format", "annotations")
 
 
 def run(options: argparse.Namespace) -> int:
     """Print and write predictions; 1 if an image could not be read."""
+    for name in ("weights", "labels", "json", "out", "annotations"):
+        if value := getattr(options, name):
+            setattr(options, name, os.path.expanduser(value))
+    images = find_images([os.path.expanduser(image) for image in options.images])
     model, card = load_model(options.weights, options.model)
     if card.in_chans != 3:
         raise UsageError(f"weights: {options.weights} must be of RGB images, got one of {card.in_chans} channels")
@@ -190,48 +233,35 @@ def run(options: argparse.Namespace) -> int:
     for name, value in given.items():
         if name not in kind.defaults:
             raise UsageError(f"{name.replace('_', '-')} means nothing to task {card.task}, got {value!r}")
+        if name in ("json_format", "annotations") and not options.json:
+            raise UsageError(f"{name.replace('_', '-')} needs --json FILE, got {value!r} without it")
     settings = kind.defaults | given
     out = settings.pop("out", "")
     predictor = kind(fuse_for_inference(model), card, class_names(card, options.labels), **settings)
-    pictures = [Path(out) / f"{Path(image).stem}.png" for image in options.images] if out else []
-    check_files(options.images, pictures, options.json, (options.weights, options.labels))
+    there = [image for image in images if Path(image).is_file()]
+    predictor.check(there)
+    pictures = dict(zip(there, picture_paths(out, there), strict=True)) if out else {}
+    check_files(pictures, options.json, (*images, options.weights, options.labels, options.annotations or ""))
     if out:
-        make_folder("out", out)
+        for folder in dict.fromkeys([Path(out), *(picture.parent for picture in pictures.values())]):
+            make_folder("out", folder)
+    print(f"{options.weights}: {card.model}, images of {card.preparation()}")
     results = []
-    for number, result in enumerate(predict(predictor, options.images)):
+    for result in predict(predictor, images):
         results.append({"image": result.image, "error": result.error, **result.found})
         if result.error:
             print(f"error: {result.error}", file=sys.stderr)
             continue
         title = result.image
-        if out and result.drawn is not None:
-            results[-1]["picture"] = str(pictures[number])
-            title = f"{title} -> {pictures[number]}"
-            file = io.BytesIO()
-            result.drawn.save(file, "PNG")
-            write_file("out", pictures[number], file.getvalue())
+        if result.drawn is not None and result.image in pictures:
+            picture = pictures[result.image]
+            results[-1]["picture"] = str(picture)
+            title = f"{title} -> {picture}"
+            write_picture(picture, result.drawn)
         show(title, predictor.columns, predictor.rows(result.found))
     if options.json:
-        write_json("json", options.json, results)
+        write_json("json", options.json, predictor.to_json(results))
     return int(any(result["error"] for result in results))
-
-
-def check_files(images: Sequence[str], pictures: Sequence[Path], json: str, read: Sequence[str]) -> None:
-    """That no file is written over another one of the command.
-
-    Raises:
-        UsageError: two pictures of one name; a picture, or the JSON, that would replace what is read or drawn.
-    """
-    taken = {Path(path).resolve(): path for path in (*images, *filter(None, read))}
-    drawn: dict[Path, str] = {}
-    for image, picture in zip(images, pictures, strict=False):
-        if picture in drawn:
-            raise UsageError(f"out: {drawn[picture]} and {image} would both be drawn as {picture}: predict them apart")
-        if picture.resolve() in taken:
-            raise UsageError(f"out: the picture of {image} would replace {picture}: name another folder")
-        drawn[picture] = image
-    if json and Path(json).resolve() in {*taken, *(picture.resolve() for picture in pictures)}:
-        raise UsageError(f"json: it would replace {json}: name another file")
 
 
 def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

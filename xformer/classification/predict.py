@@ -11,7 +11,7 @@ from torch import nn
 
 from xformer.data.transforms import eval_transform
 from xformer.errors import UsageError
-from xformer.predict import Predictor
+from xformer.predict import Answer, Predictor
 from xformer.weights import Card
 
 
@@ -28,13 +28,15 @@ class Classes(Predictor):
         self.top = min(top, card.num_classes)
         self.transform = eval_transform(card, card.mean, card.std)
 
-    def __call__(self, images: Sequence[Image.Image]) -> list[tuple[dict[str, Any], Image.Image | None]]:
-        logits = self.model(torch.stack([self.transform(image) for image in images]))
-        best = logits.float().softmax(-1).topk(self.top)
-        answers: list[tuple[dict[str, Any], Image.Image | None]] = []
-        for values, indices in zip(best.values.tolist(), best.indices.tolist(), strict=True):
-            guesses = zip(values, indices, strict=True)
-            answers.append(({"top": [{"name": self.names[i], "index": i, "probability": p} for p, i in guesses]}, None))
+    def __call__(self, images: Sequence[Image.Image]) -> list[Answer | None]:
+        logits = self.model(torch.stack([self.transform(image) for image in images])).float()
+        best = logits.softmax(-1).topk(self.top)
+        answers: list[Answer | None] = []
+        for row, values, indices in zip(logits, best.values.tolist(), best.indices.tolist(), strict=True):
+            guesses = [
+                {"name": self.names[i], "index": i, "probability": p} for p, i in zip(values, indices, strict=True)
+            ]
+            answers.append(({"top": guesses}, None) if row.isfinite().all() else None)
         return answers
 
     def rows(self, found: dict[str, Any]) -> list[tuple[str, ...]]:

@@ -134,7 +134,7 @@ def _hidden(name: str) -> bool:
 
 def _files(folder: Path, classes: list[str], shard: Shard) -> Files:
     left_out: Counter[str] = Counter()
-    found = [(path, label) for label, name in enumerate(classes) for path in _images(folder / name, left_out)]
+    found = [(path, label) for label, name in enumerate(classes) for path in images_in(folder / name, left_out)]
     if left_out:
         kinds = ", ".join(f"{count} {kind}" for kind, count in left_out.most_common(5))
         notice(shard, "%s: left out what is no image: %s", folder, kinds)
@@ -144,7 +144,7 @@ def _files(folder: Path, classes: list[str], shard: Shard) -> Files:
     return Files(folder, paths, np.array([label for _, label in found], dtype=np.int64))
 
 
-def _images(folder: Path, left_out: Counter[str]) -> list[str]:
+def images_in(folder: Path, left_out: Counter[str]) -> list[str]:
     """Paths of a class, also in folders within, in torchvision's order. Adds to `left_out` what else there is, by kind.
 
     Hidden folders and files are left out, and links to folders that were seen already or that this one is in.

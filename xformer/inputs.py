@@ -1,0 +1,72 @@
+"""Images that a command names: files, folders and glob patterns."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from xformer.errors import UsageError
+from xformer.pictures import identity, is_picture
+
+
+def find_images(arguments: Sequence[str]) -> list[str]:
+    """Paths in the order of the arguments, each file once.
+
+    A file is taken as it is, whether it exists or not. Of a folder: all images in it and in folders within, sorted, by
+    the extensions of training's class folders and without hidden files. Of a pattern: the files that match, sorted,
+    and the images of folders that match; where the pattern does not end with an extension, files must have an image's.
+    Pictures that ``predict`` wrote are left out of folders and patterns.
+
+    Raises:
+        UsageError: a folder without images, a pattern that matches none, an empty argument.
+    """
+    found: dict[str, str] = {}
+    for argument in arguments:
+        if not argument:
+            raise UsageError("images must be files, folders or patterns such as 'photos/*.jpg', got ''")
+        if os.path.isdir(argument):
+            paths = _of_folder(argument)
+            if not paths:
+                raise UsageError(f"images: there are no images in the folder {argument}, nor in folders within")
+        elif glob.has_magic(argument) and not os.path.lexists(argument):
+            paths = _of_pattern(argument)
+            if not paths:
+                raise UsageError(f"images: the pattern {argument} matches no images")
+        else:
+            paths = [argument]
+        for path in paths:
+            found.setdefault(identity(path), path)
+    return list(found.values())
+
+
+def _of_folder(folder: str) -> list[str]:
+    from xformer.data.files import images_in
+
+    root = os.path.realpath(folder)
+    paths = [path for path in images_in(Path(root), Counter()) if not is_picture(path)]
+    return [os.path.join(folder, os.path.relpath(path, root)) for path in paths]
+
+
+def _of_pattern(pattern: str) -> list[str]:
+    from xformer.data.files import MORE_EXTENSIONS, SYSTEM
+
+    ending = os.path.splitext(os.path.basename(pattern))[1]
+    any_file = bool(ending) and not glob.has_magic(ending)
+    unasked = set(SYSTEM) - set(Path(pattern).parts)
+    try:
+        from torchvision.datasets.folder import IMG_EXTENSIONS
+    except ImportError as error:
+        raise UsageError("patterns need torchvision: pip install 'xformer-kernels[models]'") from error
+    extensions = IMG_EXTENSIONS + MORE_EXTENSIONS
+    paths: list[str] = []
+    for path in sorted(glob.glob(pattern, recursive=True)):
+        if unasked & set(Path(path).parts):
+            continue
+        if os.path.isdir(path):
+            paths += _of_folder(path)
+        elif (any_file or path.lower().endswith(extensions)) and not is_picture(path):
+            paths.append(path)
+    return paths
