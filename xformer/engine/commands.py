@@ -52,7 +52,7 @@ def run_eval(options: argparse.Namespace) -> None:
     result = eval_weights(recipe, set(vars(options)), print)
     print("  ".join(f"{name} {value:.4f}" for name, value in result.items()))
     if options.json:
-        write_json("json", options.json, result)
+        write_json("json", os.path.expanduser(options.json), result)
 
 
 OF_IMAGES = ("image_size", "crop_pct", "interpolation")
