@@ -247,6 +247,15 @@ def test_an_interrupt_leaves_a_checkpoint_and_a_sentence(images, tmp_path, launc
     assert int(curves(tmp_path)[0][-1]["step"]) >= step > 1
 
 
+def test_a_batch_that_leaves_batch_norm_one_value(images, tmp_path):
+    """One image, of which one pixel is left."""
+    message = (
+        r"batch_size must leave batch norms of xformer_xxs more than one value a channel, got 1 with images of 8 x"
+    )
+    with pytest.raises(UsageError, match=message):
+        train(recipe(images, tmp_path, batch_size=1, image_size=8, mixup=0.0, cutmix=0.0))
+
+
 def test_many_processes_say_an_error_once(images, tmp_path):
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = run([*launch, *command(tmp_path / "nowhere", tmp_path)])
