@@ -249,11 +249,20 @@ def test_an_interrupt_leaves_a_checkpoint_and_a_sentence(images, tmp_path, launc
 
 def test_a_batch_that_leaves_batch_norm_one_value(images, tmp_path):
     """One image, of which one pixel is left."""
-    message = (
-        r"batch_size must leave batch norms of xformer_xxs more than one value a channel, got 1 with images of 8 x"
-    )
+    message = r"batch_size must leave batch norms of mobilenetv3_small_050 more than one value a channel, got 1"
     with pytest.raises(UsageError, match=message):
-        train(recipe(images, tmp_path, batch_size=1, image_size=8, mixup=0.0, cutmix=0.0))
+        train(
+            recipe(
+                images,
+                tmp_path,
+                batch_size=1,
+                image_size=16,
+                model="mobilenetv3_small_050",
+                model_options={},
+                mixup=0.0,
+                cutmix=0.0,
+            )
+        )
 
 
 def test_many_processes_say_an_error_once(images, tmp_path):
