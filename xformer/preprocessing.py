@@ -1,9 +1,8 @@
 """What a card says of images as a part of the model: pixels of 8 bits in, the outputs of the model out.
 
 A resize is two matrix products whose matrices follow from the sizes, which may be dynamic. Matrices have Pillow's
-coefficients, multiples of 2^-22, and what comes of each product is rounded to 8 bits as there. In float64 nothing else is
-rounded: every runtime finds the same pixels, in whatever order it adds. Only images that Pillow resizes first in height
-(three times as high as wide, from Pillow 13 on) come out up to 1 of 255 apart from it.
+coefficients, multiples of 2^-22, and what comes of each product is rounded to 8 bits as there. In float64 nothing else
+is rounded: every runtime finds the same pixels, in whatever order it adds.
 """
 
 from __future__ import annotations
@@ -56,6 +55,27 @@ def resize_matrix(
 def to_bytes(x: Tensor) -> Tensor:
     """Rounded to whole numbers from 0 to 255, of the same dtype."""
     return torch.floor(x + 0.5).clamp(0, 255)
+
+
+def height_first(height: Tensor, width: Tensor, resized_height: Tensor, resized_width: Tensor) -> Tensor:
+    """Whether Pillow resizes in height before it does in width: tall images, from Pillow 13 on."""
+    less = height - resized_height
+    return (less > 0) & (less > 2 * (width - resized_width))
+
+
+def resize(x: Tensor, rows: Tensor, columns: Tensor, rows_first: Tensor) -> Tensor:
+    """(..., H, W) by the matrices (h, H) and (w, W) to (..., h, w), in either order and rounded after each."""
+
+    def one(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        return to_bytes(to_bytes(rows @ x) @ columns.T)
+
+    def other(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        return to_bytes(rows @ to_bytes(x @ columns.T))
+
+    if torch.compiler.is_exporting():
+        either: Tensor = torch.cond(rows_first, one, other, (x, rows, columns))
+        return either
+    return (one if rows_first else other)(x, rows, columns)
 
 
 class Preprocessed(nn.Module):
@@ -111,7 +131,7 @@ class Preprocessed(nn.Module):
         rows, columns = (
             resize_matrix(self.filter, *line, self.size) for line in zip((height, width), resized, firsts, strict=True)
         )
-        x = to_bytes(rows @ to_bytes(x.double().contiguous() @ columns.T))
+        x = resize(x.double().contiguous(), rows, columns, height_first(*sides, *resized))
         return torch.where(inside, self._normalised(x), torch.zeros(()))
 
     def _normalised(self, pixels: Tensor) -> Tensor:
