@@ -63,19 +63,23 @@ def height_first(height: Tensor, width: Tensor, resized_height: Tensor, resized_
     return (less > 0) & (less > 2 * (width - resized_width))
 
 
-def resize(x: Tensor, rows: Tensor, columns: Tensor, rows_first: Tensor) -> Tensor:
-    """(..., H, W) by the matrices (h, H) and (w, W) to (..., h, w), in either order and rounded after each."""
+def resize(images: Tensor, rows: Tensor, columns: Tensor, rows_first: Tensor) -> Tensor:
+    """(B, H, W, C) uint8 by the matrices (h, H) and (w, W), in either order, to whole numbers (B, C, h, w) float64."""
 
-    def one(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        return to_bytes(to_bytes(rows @ x) @ columns.T)
+    def planes(images: Tensor) -> Tensor:
+        # in the branches: a view of another order comes into those of an aoti file with wrong strides
+        return images.permute(0, 3, 1, 2).double().contiguous()
 
-    def other(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        return to_bytes(rows @ to_bytes(x @ columns.T))
+    def one(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        return to_bytes(to_bytes(rows @ planes(images)) @ columns.T)
+
+    def other(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        return to_bytes(rows @ to_bytes(planes(images) @ columns.T))
 
     if torch.compiler.is_exporting():
-        either: Tensor = torch.cond(rows_first, one, other, (x, rows, columns))
+        either: Tensor = torch.cond(rows_first, one, other, (images, rows, columns))
         return either
-    return (one if rows_first else other)(x, rows, columns)
+    return (one if rows_first else other)(images, rows, columns)
 
 
 class Preprocessed(nn.Module):
@@ -113,10 +117,9 @@ class Preprocessed(nn.Module):
 
     def prepare(self, images: Tensor) -> Tensor:
         """(B, 3, size, size) float32, or (B, 3, H, W) of segmenters."""
-        x = images.permute(0, 3, 1, 2)
         if not self.resizes:
-            return self._normalised(x)
-        height, width = x.shape[2:]
+            return self._normalised(images.permute(0, 3, 1, 2))
+        height, width = images.shape[1:3]
         sides = [torch.full((), side, dtype=torch.float64) for side in (height, width)]
         inside = torch.ones((), dtype=torch.bool)
         if self.task == "classify":
@@ -131,7 +134,7 @@ class Preprocessed(nn.Module):
         rows, columns = (
             resize_matrix(self.filter, *line, self.size) for line in zip((height, width), resized, firsts, strict=True)
         )
-        x = resize(x.double().contiguous(), rows, columns, height_first(*sides, *resized))
+        x = resize(images, rows, columns, height_first(*sides, *resized))
         return torch.where(inside, self._normalised(x), torch.zeros(()))
 
     def _normalised(self, pixels: Tensor) -> Tensor:
