@@ -13,6 +13,9 @@ import torch
 from PIL import Image
 from torch.utils._pytree import tree_leaves
 
+pytest.importorskip("timm")
+pytest.importorskip("torchvision", reason="torchvision is not installed")
+
 import xformer
 from xformer import __main__ as command
 from xformer.backbone import VARIANTS, Stage, Variant
@@ -46,7 +49,6 @@ def evaluated(card, pixels):
         from xformer.detection.data import letterbox
 
         return letterbox(image, {"boxes": torch.zeros(0, 4)}, card.image_size)[0][None]
-    pytest.importorskip("timm")
     from xformer.data.transforms import eval_transform
 
     return eval_transform(card, card.mean, card.std)(image)[None]
