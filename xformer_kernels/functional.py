@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xformer_kernels import dispatch, ops, parallel, preference, reference, validate
+from xformer_kernels import dispatch, ops, parallel, reference, validate
+from xformer_kernels.spec import Spec
 
 
 def xfa(
@@ -77,44 +78,28 @@ def xfa(
         ValueError: an argument of another shape, device or value; an unknown backend.
         RuntimeError: a backend asked for by name cannot serve the call; the message has every reason.
     """
-    q, k, v, temperature = _prepare(q, k, v, temperature, map, norm, activation, eps, token_mask, dropout_p, map_fn)
-    return checked_xfa(q, k, v, temperature, map, norm, activation, eps, token_mask, dropout_p, map_fn, backend)
-
-
-def checked_xfa(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    temperature: Tensor,
-    map: str,
-    norm: str,
-    activation: str,
-    eps: float,
-    token_mask: Tensor | None,
-    dropout_p: float,
-    map_fn: Callable[[Tensor], Tensor] | None,
-    backend: str,
-) -> Tensor:
-    """:func:`xfa` of arguments that are known to be right, with the temperature as (H,)."""
+    spec = Spec(map, norm, activation, eps).check()
+    q, k, v, temperature = _prepare(q, k, v, temperature, token_mask, dropout_p, map_fn)
     if _promotes(q, temperature):
-        wide = checked_xfa(
-            q.double(), k.double(), v.double(), temperature, map, norm, activation, eps, token_mask, dropout_p, map_fn,
-            backend,
+        wide = xfa(
+            q.double(), k.double(), v.double(), temperature, map=map, norm=norm, activation=activation, eps=eps,
+            token_mask=token_mask, dropout_p=dropout_p, map_fn=map_fn, backend=backend,
         )  # fmt: skip
         return wide.to(q.dtype)
     fused = map_fn is None and dropout_p == 0
-    first = preference.first_asked(q, norm) if fused else None
+    first = dispatch.first_asked(q, spec) if fused else None
     name = _backend(backend, (q, k, v, temperature), (q.dtype, temperature.dtype), head_dims(q), first)
-    eps = max(float(eps), torch.finfo(reference.accumulate_dtype(q.dtype)).tiny)
+    spec = spec.with_normal_eps(reference.accumulate_dtype(q.dtype))
     if name != "reference":
         if fused:
-            return ops.xfa(q, k, v, temperature, token_mask, map, norm, activation, eps, name)
-        return composed(q, k, v, temperature, map, norm, activation, eps, token_mask, dropout_p, map_fn, name)
+            out: Tensor = ops.call("xfa_forward", name, (q, k, v, temperature), token_mask, spec)[0]
+            return out.transpose(1, 2)
+        return composed(q, k, v, temperature, spec, token_mask, dropout_p, map_fn, name)
     _note_reference("xfa")
     with ops.without_autocast(q):
         return reference.xfa(
-            q, k, v, temperature, map=map, norm=norm, activation=activation, eps=eps, token_mask=token_mask,
-            dropout_p=dropout_p, map_fn=None if map_fn is None else _checked_result(map_fn),
+            q, k, v, temperature, **spec._asdict(), token_mask=token_mask, dropout_p=dropout_p,
+            map_fn=None if map_fn is None else _checked_result(map_fn),
         )  # fmt: skip
 
 
@@ -160,7 +145,7 @@ def gram(
         with ops.without_autocast(a):
             result = reference.gram(a, b, symmetric=symmetric, token_mask=token_mask)
     else:
-        result = ops.gram(a, b, bool(symmetric), token_mask, name)
+        result = ops.call("gram", name, (a, b), bool(symmetric), token_mask)
     if single:
         return result[0].squeeze(1), result[1].squeeze(1), result[2].squeeze(1)
     return result
@@ -221,7 +206,7 @@ def channel_mix(
         with ops.without_autocast(x):
             y = reference.channel_mix(x, weight, bias=bias, add=add, add_scale=add_scale, x2=x2, weight2=weight2)
     else:
-        y = ops.channel_mix(x, weight, bias, add, add_scale, x2, weight2, backend=name)
+        y = ops.call("channel_mix", name, (x, weight, bias, add, add_scale, x2, weight2)).transpose(1, 2)
     return y.squeeze(1) if single else y
 
 
@@ -244,11 +229,12 @@ def explain(
 
     Computes nothing. Raises what :func:`xfa` would raise for the same arguments.
     """
-    q, k, v, temperature = _prepare(q, k, v, temperature, map, norm, activation, eps, token_mask, dropout_p, map_fn)
+    spec = Spec(map, norm, activation, eps).check()
+    q, k, v, temperature = _prepare(q, k, v, temperature, token_mask, dropout_p, map_fn)
     if ops.torch_only(q, k, v, temperature):
         return dispatch.explain_reference(backend, TORCH_ONLY)
     promotes = _promotes(q, temperature)
-    first = preference.first_asked(q, norm) if map_fn is None and dropout_p == 0 and not promotes else None
+    first = dispatch.first_asked(q, spec) if map_fn is None and dropout_p == 0 and not promotes else None
     dtypes = (torch.float64 if promotes else q.dtype, temperature.dtype)
     return dispatch.explain(backend, q.device.type, dtypes, head_dims(q), first, {"q": q, "k": k, "v": v})
 
@@ -278,11 +264,11 @@ def _backend(
     return dispatch.choose(asked, device_type, dtypes, dims, first)
 
 
-def _prepare(q: Any, k: Any, v: Any, temperature: Any, *choices: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _prepare(q: Any, k: Any, v: Any, temperature: Any, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Autocast and checked arguments, with the temperature as (H,)."""
     if isinstance(q, Tensor):
         q, k, v = ops.autocast(q, k, v)
-    validate.xfa(q, k, v, temperature, *choices)
+    validate.xfa(q, k, v, temperature, *others)
     if temperature.dim() != 1:
         temperature = temperature.reshape(-1)
     if temperature.shape[0] != q.shape[1]:
@@ -336,10 +322,7 @@ def composed(
     k: Tensor,
     v: Tensor,
     temperature: Tensor,
-    map: str,
-    norm: str,
-    activation: str,
-    eps: float,
+    spec: Spec,
     token_mask: Tensor | None,
     dropout_p: float,
     map_fn: Callable[[Tensor], Tensor] | None,
@@ -350,26 +333,28 @@ def composed(
     if token_mask is not None:
         # v too: its gradient's Gram matrix would meet what masked tokens hold
         q, k, v = (torch.where(token_mask[:, None, :, None], x, 0) for x in (q, k, v))
-    if norm == "feature":
+    eps = spec.eps
+    if spec.norm == "feature":
         # an eps that the dtype rounds to 0 would make NaN of a zero norm
         eps = max(eps, torch.finfo(q.dtype).smallest_normal * torch.finfo(q.dtype).eps)
         q, k = F.normalize(q, dim=-1, eps=eps), F.normalize(k, dim=-1, eps=eps)
-    left, right = (q, k) if map == "query_key" else (k, v)
+    of_qk = spec.map == "query_key"
+    left, right = (q, k) if of_qk else (k, v)
     S, ssq_left, ssq_right = gram(left, right, backend=backend)
-    if map == "key_value" and norm == "token":
+    if not of_qk and spec.norm == "token":
         ssq_right = q.to(S.dtype).square().sum(-2)
     S, ssq_left, ssq_right = parallel.differentiable_total(group, S, ssq_left, ssq_right)
-    if norm == "token":
+    if spec.norm == "token":
         S = S / _norm(ssq_left, eps).unsqueeze(-1)
-        if map == "query_key":
+        if of_qk:
             S = S / _norm(ssq_right, eps).unsqueeze(-2)
         else:
             q = (q / _norm(ssq_right, eps).unsqueeze(-2)).to(q.dtype)
     S = S * temperature.to(S.dtype).view(-1, 1, 1)
-    A = reference.activate(S, map, activation) if map_fn is None else _checked_result(map_fn)(S).to(S.dtype)
+    A = reference.activate(S, spec) if map_fn is None else _checked_result(map_fn)(S).to(S.dtype)
     if dropout_p:
         A = A * parallel.same(group, F.dropout(torch.ones_like(A), dropout_p))
-    x, weight = (v, A) if map == "query_key" else (q, A.transpose(-2, -1))
+    x, weight = (v, A) if of_qk else (q, A.transpose(-2, -1))
     out = channel_mix(x, weight, backend=backend)
     return out if token_mask is None else torch.where(token_mask[:, None, :, None], out, 0)
 

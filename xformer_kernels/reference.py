@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from xformer_kernels.spec import Spec
+
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of sums, norms and maps: float64 for float64, float32 for everything else."""
@@ -43,7 +45,7 @@ def xfa(
     q, k = F.normalize(q, dim=dim, eps=eps), F.normalize(k, dim=dim, eps=eps)
     left, right = (q, k) if map == "query_key" else (k, v)
     S = (left.transpose(-2, -1) @ right) * temperature.reshape(-1, 1, 1)
-    A = map_fn(S.to(accumulate_dtype(q.dtype))) if map_fn is not None else activate(S, map, activation)
+    A = map_fn(S.to(accumulate_dtype(q.dtype))) if map_fn is not None else activate(S, Spec(map, norm, activation))
     A = F.dropout(A, dropout_p).to(v.dtype)
     out = A @ v.transpose(-2, -1) if map == "query_key" else A.transpose(-2, -1) @ q.transpose(-2, -1)
     # (B, H, D, N) to the (B, N, H, D) memory that is promised
@@ -91,9 +93,9 @@ def xfa_block(
     return x + y if residual else y
 
 
-def activate(S: Tensor, map: str, activation: str) -> Tensor:
+def activate(S: Tensor, spec: Spec) -> Tensor:
     """The map A from the scaled map S: softmax over the key features, or S itself."""
-    return S.softmax(-1) if map == "query_key" and activation == "softmax" else S
+    return S.softmax(-1) if spec.softmax else S
 
 
 def gram(

@@ -135,7 +135,8 @@ def _reference_gram(a: Tensor, b: Tensor, symmetric: bool, token_mask: Tensor | 
 
 
 def _function(backend: str, name: str) -> Any:
-    return None if backend == "reference" else getattr(backends.load(backend)[0], name, None)
+    found = None if backend == "reference" else backends.load(backend)[0]
+    return None if found is None else found.function(name)
 
 
 def _kernel(backend: str, op: str) -> Any:
