@@ -279,7 +279,8 @@ def test_tf32_is_kept_from_what_norms_come_of(tf32, map, monkeypatch):
         x, W, P = torch.empty(2, 700, 24), torch.empty(30, 24), torch.empty(7, 10)
         w = layer_ops._weights(layer_ops.Operands(x, W, None, torch.empty(2), P, None))
         with Products() as seen:
-            S, _, s = passes.gram(None, x, None, None, None, "reference")
+            one = x.unsqueeze(1)
+            S, _, s = (t.squeeze(1) for t in passes.of("reference").gram(one, one, True, None, None, None))
             assert S.dtype == s.dtype == torch.float32
             sums = algebra.Sums(S, s, torch.empty(2, 1), torch.empty(2, 24))
             algebra.forward(sums, w, None, algebra.Rule(map, "softmax", 1e-12))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from xformer_kernels import dispatch, ops, parallel, reference, validate
 from xformer_kernels.functional import shared, xfa
 from xformer_kernels.layer import xfa_block, xfa_layer
-from xformer_kernels.layer.functional import FORMS, Call, Projections, run
+from xformer_kernels.layer.functional import FORMS, Call, Projections, prepared
 from xformer_kernels.layer.ops import Operands
 from xformer_kernels.modules import dropout_p, runs_forward_of
 from xformer_kernels.spec import Spec
@@ -204,7 +204,7 @@ def attend(layer: Any, x: Tensor, call: Call) -> Tensor:
     call = call._replace(dropout_p=p)
     if _may_skip_checks(layer, x, call):
         (x,) = ops.autocast(x)  # type: ignore[assignment]
-        return run(call, Operands(x, *weights(layer)), None, False)
+        return prepared(call, Operands(x, *weights(layer)))()[0]
     return xfa_layer(x, *weights(layer), **call.keywords())
 
 
@@ -301,7 +301,7 @@ def fused_half_block(
     call = call._replace(dropout_p=dropout_p(attn.attn_drop) or 0.0)
     if _may_skip_checks(attn, x, call):
         o = Operands(x, *weights(attn), norm.weight, norm.bias, layer_scale)
-        y = run(call, o, norm.eps, residual)
+        y = prepared(call, o, norm.eps, residual)()[0]
     else:
         y = xfa_block(
             x, norm.weight, norm.bias, norm.eps, *weights(attn), layer_scale=layer_scale, residual=residual,

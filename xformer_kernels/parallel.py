@@ -17,9 +17,8 @@ own tokens is whole.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -91,19 +90,10 @@ def _group(name: str) -> Any:
     return resolve(name)
 
 
-def outside_graphs(function: Callable[P, R]) -> Callable[P, R]:
-    """`function`, which torch.compile leaves out of its graphs when it is given a group: ranks compare at run time."""
-    eager: Callable[P, R] = torch.compiler.disable(
-        function, reason="group=: ranks compare their arguments at run time, which no graph holds"
-    )
-
-    @wraps(function)
-    def chosen(*args: P.args, **kwargs: P.kwargs) -> R:
-        if kwargs.get("group") is None or not torch.compiler.is_compiling():
-            return function(*args, **kwargs)
-        return eager(*args, **kwargs)
-
-    return chosen
+outside_graphs = torch.compiler.disable(
+    reason="group=: ranks compare their arguments at run time, which no graph holds"
+)
+"""Decorates what torch.compile leaves out of its graphs."""
 
 
 class Exchange:

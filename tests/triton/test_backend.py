@@ -111,6 +111,7 @@ RECORDED = """
     sys.path.insert(0, {tests!r})
     import torch, aot
     from xformer_kernels.backends.triton import ops
+    from xformer_kernels.spec import Spec
 
     def variants(B, N, H, layout):
         shape = (B, N, 3, H, 32)
@@ -170,6 +171,7 @@ BY_NUMBER = """
     sys.path.insert(0, {tests!r})
     import torch, aot
     from xformer_kernels.backends.triton import ops
+    from xformer_kernels.spec import Spec
 
     def facts(function, *args):
         with aot.recording("sm_90") as recorded:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -29,7 +30,6 @@ class Projections(NamedTuple):
     machine: str  # of cost.MACHINES, where it does
 
 
-@parallel.outside_graphs
 def xfa_layer(
     x: Tensor,
     qkv_weight: Tensor,
@@ -96,13 +96,12 @@ def xfa_layer(
         (x,) = ops.autocast(x)  # type: ignore[assignment]
     call = Call(Spec(map, norm, activation, eps), token_mask, dropout_p, form, group, backend)
     o = _as_autocast(Operands(x, qkv_weight, qkv_bias, temperature, proj_weight, proj_bias))
-    with parallel.together(group, x) as ranks:
-        call.check(o)
-        call.tell(ranks, o)
-    return run(call.agreed(ranks, o), o, None, False)
+    if group is not None:
+        return among_ranks(call, o)
+    call.check(o)
+    return prepared(call, o)()[0]
 
 
-@parallel.outside_graphs
 def xfa_block(
     x: Tensor,
     ln_weight: Tensor | None,
@@ -147,16 +146,10 @@ def xfa_block(
     call = Call(Spec(map, norm, activation, eps), token_mask, dropout_p, form, group, backend)
     o = Operands(x, qkv_weight, qkv_bias, temperature, proj_weight, proj_bias, ln_weight, ln_bias, layer_scale)
     o = _as_autocast(o)
-    with parallel.together(group, x) as ranks:
-        call.check(o)
-        validate.not_negative("ln_eps", ln_eps)
-        if residual and proj_weight.shape[0] != x.shape[-1]:
-            raise ValueError(
-                f"proj_weight must have shape (C, I) with C = {x.shape[-1]} where x is added, "
-                f"got {tuple(proj_weight.shape)}"
-            )
-        call.tell(ranks, o, float(ln_eps), bool(residual))
-    return run(call.agreed(ranks, o), o, float(ln_eps), bool(residual))
+    if group is not None:
+        return among_ranks(call, o, ln_eps, residual)
+    call.check(o, ln_eps, residual)
+    return prepared(call, o, ln_eps, residual)()[0]
 
 
 class LayerExplanation(NamedTuple):
@@ -234,7 +227,8 @@ class Call(NamedTuple):
         others = {name: value for name, value in self._asdict().items() if name not in ("spec", "projections")}
         return {**self.spec._asdict(), **others}
 
-    def check(self, o: Operands) -> None:
+    def check(self, o: Operands, *block: Any) -> None:
+        """`block`: ln_eps and residual of a half block."""
         validate.layer(*o)
         self.spec.check()
         validate.probability("dropout_p", self.dropout_p)
@@ -244,6 +238,17 @@ class Call(NamedTuple):
             validate.token_mask(self.token_mask, o.x, "x")
         if self.form == "gram" and self.no_gram_form():
             raise ValueError(f"form='gram' is not possible: {self.no_gram_form()}; take 'auto' or 'direct'")
+
+        if block:
+            self._check_block(o, *block)
+
+    def _check_block(self, o: Operands, ln_eps: Any, residual: Any) -> None:
+        validate.not_negative("ln_eps", ln_eps)
+        if residual and o.proj_weight.shape[0] != o.x.shape[-1]:
+            raise ValueError(
+                f"proj_weight must have shape (C, I) with C = {o.x.shape[-1]} where x is added, "
+                f"got {tuple(o.proj_weight.shape)}"
+            )
 
     def tell(self, ranks: parallel.Exchange, o: Operands, *block: Any) -> None:
         """What the ranks of a group must have alike, for all to send each other the same sums in the same order."""
@@ -259,7 +264,7 @@ class Call(NamedTuple):
         served: Any = self.narrow(o)
         if dispatch.asked(self.backend) != "auto":
             served = [self._served(o, features) for features in (o.x.shape[-1], I // H)]
-        ranks.alike = parallel.describe(o.x, H, I, O, (*choices, *absent, *block), wanted, served)
+        ranks.alike = parallel.describe(o.x, H, I, O, (*choices, *absent, *map(float, block)), wanted, served)
         ranks.tokens = o.x.shape[1]
 
     def agreed(self, ranks: parallel.Exchange, o: Operands) -> Call:
@@ -329,11 +334,26 @@ class Call(NamedTuple):
         return cost.cheaper(shape, device) if torch.compiler.is_compiling() else cost.cached(shape, device)
 
 
-def run(call: Call, o: Operands, ln_eps: float | None, residual: bool) -> Tensor:
-    """:func:`xfa_layer`, or with an ``ln_eps`` :func:`xfa_block`, of arguments that are known to be right."""
+@parallel.outside_graphs
+def among_ranks(call: Call, o: Operands, *block: Any) -> Tensor:
+    """A layer or half block whose tokens are split over the ranks of the call's group."""
+    with parallel.together(call.group, o.x) as ranks:
+        call.check(o, *block)
+        call.tell(ranks, o, *block)
+    return prepared(call.agreed(ranks, o), o, *block)()[0]
+
+
+def prepared(
+    call: Call, o: Operands, ln_eps: float | None = None, residual: bool = False
+) -> Callable[[], Sequence[Tensor]]:
+    """What computes a layer, or with an ``ln_eps`` a half block, in the form that the call takes: y comes first.
+
+    Arguments are known to be right.
+    """
+    ln_eps, residual = None if ln_eps is None else float(ln_eps), bool(residual)
     o = o._replace(temperature=o.temperature.reshape(-1))
     if call.choose(o) == "direct":
-        return _direct(call, o, ln_eps, residual)
+        return partial(_direct, call, o, ln_eps, residual)
     x, dtype, keep = o.x, reference.accumulate_dtype(o.x.dtype), None
     backend = dispatch.choose(call.backend, x.device.type, (x.dtype,), functional.head_dims(x))
     if call.dropout_p:
@@ -342,12 +362,12 @@ def run(call: Call, o: Operands, ln_eps: float | None, residual: bool) -> Tensor
         kept = F.dropout(x.new_ones((x.shape[0], H, D, D), dtype=dtype), call.dropout_p)
         keep = parallel.same(call.group, kept)
     spec, group = call.spec.with_normal_eps(dtype), parallel.name(call.group)
-    choices = Choices(keep, call.token_mask, spec, ln_eps, residual, group)
-    y: Tensor = ops.call("layer_forward", backend, o, *choices)[0]
-    return y
+    return partial(
+        ops.call, "layer_forward", backend, o, *Choices(keep, call.token_mask, spec, ln_eps, residual, group)
+    )
 
 
-def _direct(call: Call, o: Operands, ln_eps: float | None, residual: bool) -> Tensor:
+def _direct(call: Call, o: Operands, ln_eps: float | None, residual: bool) -> tuple[Tensor]:
     x, u = o.x, o.x
     linear = _linear if call.projections is None else call.projections.linear
     if call.token_mask is not None:  # the gradients of weights would meet what masked tokens hold
@@ -375,7 +395,7 @@ def _direct(call: Call, o: Operands, ln_eps: float | None, residual: bool) -> Te
     y = linear(out, _as(o.proj_weight, out), _as(o.proj_bias, out), add=add)
     if o.layer_scale is not None:
         y = y * _as(o.layer_scale, y)
-    return y if add is not None or not residual else _as(x + y, x)
+    return (y if add is not None or not residual else _as(x + y, x),)
 
 
 def _linear(

@@ -121,18 +121,18 @@ def _gradients(o: Operands, g: algebra.Gradients) -> tuple[Tensor, ...]:
 def _forward(backend: str, *args: Any) -> tuple[Tensor, ...]:
     o, choices = ops.records(args, Operands, Choices)
     dispatch.note(backend, "layer_forward")
-    x, mask = o.x, choices.token_mask
+    x, mask, (gram, mix) = o.x, choices.token_mask, passes.of(backend)
+    heads = x.unsqueeze(1)
     with ops.without_autocast(x):
         w = _weights(o)
         around, count = parallel.total(choices.group, *passes.sample(x, mask, choices.ln_eps))
         c = (around / count.clamp_min(1)).contiguous()  # kernels read it by address
-        S, _, s = passes.gram(None, x, mask, c, choices.ln_eps, backend)
+        S, _, s = (t.squeeze(1) for t in gram(heads, heads, True, mask, c, choices.ln_eps))
         n = s.new_full((x.shape[0], 1), x.shape[1]) if mask is None else mask.sum(1, keepdim=True).to(s.dtype)
         S, s, n = parallel.total(choices.group, S, s, n)
         m, statistics = algebra.forward(algebra.Sums(S, s, n, c), w, choices.keep, choices.rule)
-        y = passes.mix(
-            x, statistics.M, m, x if choices.residual else None, None, None, c, choices.ln_eps, False, backend
-        )
+        operands = passes.with_head(x, statistics.M, m, x if choices.residual else None, None, None)
+        y = passes.without_head(mix(*operands, c, choices.ln_eps, False))
         if mask is not None:
             masked = w.proj_bias.to(x.dtype) + x if choices.residual else w.proj_bias.to(x.dtype)
             y = torch.where(mask.unsqueeze(-1), y, masked)
@@ -143,19 +143,21 @@ def _forward(backend: str, *args: Any) -> tuple[Tensor, ...]:
 def _backward(backend: str, dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
     o, saved, choices = ops.records(args, Operands, Saved, Choices)
     dispatch.note(backend, "layer_backward")
-    x, mask = o.x, choices.token_mask
+    x, mask, (gram, mix) = o.x, choices.token_mask, passes.of(backend)
     with ops.without_autocast(x):
         w = _weights(o)
-        C, heads = x.shape[-1], w.qkv.shape[1:3]
-        s, n, c, norms = saved.vectors.split((C, 1, C, 2 * heads[0] * heads[1]), 1)
+        C, (H, D) = x.shape[-1], w.qkv.shape[1:3]
+        s, n, c, norms = saved.vectors.split((C, 1, C, 2 * H * D), 1)
         c = c.contiguous()
         sums = algebra.Sums(saved.S, s, n, c)
-        statistics = algebra.Statistics(saved.M, saved.cos, norms.unflatten(1, (2, *heads)))
-        dM, dm, _ = passes.gram(dy, x, mask, c, choices.ln_eps, backend)
+        statistics = algebra.Statistics(saved.M, saved.cos, norms.unflatten(1, (2, H, D)))
+        tokens = (dy.unsqueeze(1), x.unsqueeze(1))
+        dM, dm, _ = (t.squeeze(1) for t in gram(*tokens, False, mask, c, choices.ln_eps))
         dM, dm = parallel.total(choices.group, dM, dm)
         R, r, g = algebra.backward(dM, dm, sums, w, choices.keep, choices.rule, statistics)
         add = dy if choices.residual else None
-        dx = passes.mix(dy, saved.M.transpose(-2, -1), r, add, x, R, c, choices.ln_eps, True, backend)
+        operands = passes.with_head(dy, saved.M.transpose(-2, -1), r, add, x, R)
+        dx = passes.without_head(mix(*operands, c, choices.ln_eps, True))
         g = algebra.Gradients(*(t / parallel.size(choices.group) for t in g)) if choices.group else g
         if mask is not None:
             keep = mask.unsqueeze(-1)
