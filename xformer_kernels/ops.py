@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from xformer_kernels import dispatch, reference
+from xformer_kernels import torch_internals as internals
 from xformer_kernels.spec import Spec
 
 library = torch.library.Library("xformer_kernels", "DEF")
@@ -53,13 +54,6 @@ _ops = torch.ops.xformer_kernels
 # ------------------------------------------------------------------------------------------------- eager without a trip
 
 _PLAIN = (Tensor, Parameter)
-_length_of_dispatch_stack = torch._C._len_torch_dispatch_stack
-_length_of_function_stack = torch._C._len_torch_function_stack
-_functorch = torch._C._functorch.peek_interpreter_stack
-
-
-_is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
-_profiler = torch.autograd.profiler
 
 
 def plain(*tensors: Tensor | None) -> bool:
@@ -69,13 +63,15 @@ def plain(*tensors: Tensor | None) -> bool:
     """
     return (
         not torch.compiler.is_compiling()
-        and not _length_of_dispatch_stack()
-        and not _length_of_function_stack()
-        and _functorch() is None
-        and torch._C._get_tracing_state() is None
-        and torch.autograd.forward_ad._current_level < 0
+        and not internals.dispatch_modes()
+        and not internals.function_modes()
+        and internals.transform() is None
+        and internals.tracing_state() is None
+        and not internals.forward_ad_is_on()
         # gradients that torch.autograd.grad batches (is_grads_batched) have the type Tensor too
-        and all(t is None or (type(t) in _PLAIN and not t.is_neg() and not _is_legacy_batched(t)) for t in tensors)
+        and all(
+            t is None or (type(t) in _PLAIN and not t.is_neg() and not internals.is_legacy_batched(t)) for t in tensors
+        )
     )
 
 
@@ -88,9 +84,7 @@ def torch_only(*tensors: Tensor | None) -> bool:
     for t in tensors:
         if t is not None and type(t) not in _PLAIN and _dispatches(type(t)):
             return True
-    return not torch.compiler.is_compiling() and (
-        _functorch() is not None or torch.autograd.forward_ad._current_level >= 0
-    )
+    return not torch.compiler.is_compiling() and (internals.transform() is not None or internals.forward_ad_is_on())
 
 
 def _dispatches(kind: type[Tensor]) -> bool:
@@ -121,7 +115,7 @@ def call(op: str, backend: str, operands: tuple[Tensor | None, ...], *others: An
 
     A trip through a Python-registered op costs as much as the whole kernel does on a small tensor.
     """
-    if plain(*operands) and not _profiler._is_profiler_enabled:  # a profiler sees what the dispatcher calls
+    if plain(*operands) and not internals.profiler_is_on():  # a profiler sees what the dispatcher calls
         if wants_grad(*operands):
             return _functions[op].apply(backend, *operands, *others)
         return _kernel(op, backend)(*operands, *others)
@@ -134,7 +128,7 @@ def below_autograd(op: str, backend: str, *operands: Tensor | None) -> Callable[
 
 
 def _op_below_autograd(op: str, backend: str, *args: Any) -> Any:
-    with torch._C._AutoDispatchBelowAutograd():
+    with internals.below_autograd():
         return _dispatched(op, backend)(*args)
 
 
@@ -379,16 +373,16 @@ def register(
         return _kernel(op, backend)(*given)
 
     def autograd(*args: Any) -> Any:
-        if wants_grad(*args) or torch.autograd.forward_ad._current_level >= 0:
+        if wants_grad(*args) or internals.forward_ad_is_on():
             *given, backend = with_spec(args)
             return function.apply(backend, *given)
-        with torch._C._AutoDispatchBelowAutograd():
+        with internals.below_autograd():
             return overload(*args)
 
     def under_autocast(*args: Any) -> Any:
         given = dict(zip(names, args, strict=True))
         given |= zip(tokens, autocast(*(given[name] for name in tokens)), strict=True)
-        with torch._C._DisableAutocast():
+        with internals.without_autocast_key():
             return overload(*given.values())
 
     library.impl(op, kernel, "CompositeExplicitAutograd")

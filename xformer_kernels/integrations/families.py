@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from xformer_kernels import ops, validate
+from xformer_kernels import ops, torch_internals, validate
 from xformer_kernels.integrations.blocks import edgenext_block, xca, xcit_block
 from xformer_kernels.integrations.bound import Replaced, bound_forward, how_replaced
 from xformer_kernels.integrations.mdta import is_mdta_shaped, mdta
@@ -166,7 +166,7 @@ def _agrees_mdta(module: nn.Module) -> bool:
 @torch.no_grad()
 def _try(make: Callable[[], nn.Module], name: str, inputs: tuple[Any, ...] | None = None) -> bool | None:
     shape, *rest = inputs or FAMILIES[name].inputs
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+    if torch.compiler.is_compiling() or torch_internals.dispatch_modes():
         return None
     numbers = torch.Generator().manual_seed(0)
     # by the reference: the formula is tried, whatever backend the environment asks for
