@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -80,27 +81,64 @@ def xfa(
     """
     spec = Spec(map, norm, activation, eps).check()
     q, k, v, temperature = _prepare(q, k, v, temperature, token_mask, dropout_p, map_fn)
+    out: Tensor = prepared(q, k, v, temperature, spec, token_mask, dropout_p, map_fn, backend)()[0]
+    return out.transpose(1, 2)
+
+
+def prepared(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    temperature: Tensor,
+    spec: Spec,
+    token_mask: Tensor | None,
+    dropout_p: float,
+    map_fn: Callable[[Tensor], Tensor] | None,
+    backend: str,
+) -> Callable[[], Sequence[Tensor]]:
+    """What computes :func:`xfa`: out (B, N, H, D) comes first.
+
+    Arguments are known to be right, and the temperature is (H,).
+    """
     if _promotes(q, temperature):
-        wide = xfa(
-            q.double(), k.double(), v.double(), temperature, map=map, norm=norm, activation=activation, eps=eps,
-            token_mask=token_mask, dropout_p=dropout_p, map_fn=map_fn, backend=backend,
-        )  # fmt: skip
-        return wide.to(q.dtype)
+        tokens = (q.double(), k.double(), v.double())
+        return partial(_rounded, q.dtype, *tokens, temperature, spec, token_mask, dropout_p, map_fn, backend)
     fused = map_fn is None and dropout_p == 0
     first = dispatch.first_asked(q, spec) if fused else None
     name = _backend(backend, (q, k, v, temperature), (q.dtype, temperature.dtype), head_dims(q), first)
     spec = spec.with_normal_eps(reference.accumulate_dtype(q.dtype))
-    if name != "reference":
-        if fused:
-            out: Tensor = ops.call("xfa_forward", name, (q, k, v, temperature), token_mask, spec)[0]
-            return out.transpose(1, 2)
-        return composed(q, k, v, temperature, spec, token_mask, dropout_p, map_fn, name)
+    if name == "reference":
+        return partial(_reference, q, k, v, temperature, spec, token_mask, dropout_p, map_fn)
+    if fused:
+        return partial(ops.call, "xfa_forward", name, (q, k, v, temperature), token_mask, spec)
+    return partial(_composed, q, k, v, temperature, spec, token_mask, dropout_p, map_fn, name)
+
+
+def _rounded(dtype: torch.dtype, *args: Any) -> tuple[Tensor]:
+    return (prepared(*args)()[0].to(dtype),)
+
+
+def _composed(*args: Any) -> tuple[Tensor]:
+    return (composed(*args).transpose(1, 2),)
+
+
+def _reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    temperature: Tensor,
+    spec: Spec,
+    token_mask: Tensor | None,
+    dropout_p: float,
+    map_fn: Callable[[Tensor], Tensor] | None,
+) -> tuple[Tensor]:
     _note_reference("xfa")
     with ops.without_autocast(q):
-        return reference.xfa(
+        out = reference.xfa(
             q, k, v, temperature, **spec._asdict(), token_mask=token_mask, dropout_p=dropout_p,
             map_fn=None if map_fn is None else _checked_result(map_fn),
         )  # fmt: skip
+    return (out.transpose(1, 2),)
 
 
 def gram(

@@ -380,17 +380,16 @@ def _direct(call: Call, o: Operands, ln_eps: float | None, residual: bool) -> tu
     heads = qkv.unflatten(-1, (3, o.temperature.shape[0], -1))
     q, k, v = (t.transpose(1, 2) for t in heads.unbind(2))
     if call.group is None:
-        out = functional.xfa(
-            q, k, v, o.temperature, **call.spec._asdict(), token_mask=call.token_mask, dropout_p=call.dropout_p,
-            backend=call.backend,
-        )  # fmt: skip
+        out: Tensor = functional.prepared(
+            q, k, v, o.temperature, call.spec, call.token_mask, call.dropout_p, None, call.backend
+        )()[0]
     else:
         dtypes = (q.dtype, o.temperature.dtype)
         backend = dispatch.choose(call.backend, x.device.type, dtypes, functional.head_dims(q))
         out = functional.composed(
             q, k, v, o.temperature, call.spec, call.token_mask, call.dropout_p, None, backend, call.group
-        )
-    out = out.transpose(1, 2).flatten(2)
+        ).transpose(1, 2)
+    out = out.flatten(2)
     add = x if residual and o.layer_scale is None and out.dtype == x.dtype else None
     y = linear(out, _as(o.proj_weight, out), _as(o.proj_bias, out), add=add)
     if o.layer_scale is not None:
