@@ -1,0 +1,83 @@
+"""What linear attention needs beside ``gram`` and ``channel_mix``: a Gram matrix with a sum, and a quotient.
+
+    gram_and_sum  -> (G, sum_a)      G[i,j] = sum_n a[n,i] b[n,j], sum_a[i] = sum_n a[n,i]
+
+Tokens, backends and what is eager are as in :mod:`xformer_kernels.ops`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xformer_kernels import backends, dispatch, ops, reference
+
+ops.library.define("gram_and_sum(Tensor a, Tensor b, str backend) -> (Tensor G, Tensor sum_a)")
+
+
+def gram_and_sum(a: Tensor, b: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    """G (B, H, Da, Db) and sum_a (B, H, Da) in the accumulate dtype."""
+    result: tuple[Tensor, Tensor] = ops.run("gram_and_sum", _GramAndSum, (a, b), a, b, backend)
+    return result
+
+
+class _GramAndSum(torch.autograd.Function):
+    """da = b dG^T + dsum_a and db = a dG, each one channel_mix: differentiable to any order."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(a, b)
+        ctx.backend = backend
+        result: tuple[Tensor, Tensor] = ops.below_autograd("gram_and_sum", a, b, backend)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, dG: Tensor, dsum_a: Tensor) -> tuple[Tensor | None, ...]:
+        a, b = ctx.saved_tensors
+        da = db = None
+        if ctx.needs_input_grad[0]:
+            da = ops.channel_mix(b, dG, dsum_a, backend=ctx.backend)
+        if ctx.needs_input_grad[1]:
+            db = ops.channel_mix(a, dG.transpose(-2, -1), backend=ctx.backend)
+        return da, db, None
+
+
+def _compute(a: Tensor, b: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    if hasattr(backends.load(backend)[0], "layer_gram"):
+        G, sum_a, _ = dispatch.kernel(backend, "layer_gram")(a, b, False, None, None, None)
+        return G, sum_a
+    G = dispatch.kernel(backend, "gram")(a, b, False, None)[0]
+    return G, a.sum(-2, dtype=G.dtype)
+
+
+def _fake(a: Tensor, b: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    G, sum_a, _ = ops._fake_gram(a, b)
+    return G, sum_a
+
+
+ops.register("gram_and_sum", _fake, _GramAndSum, slice(0, 2), (0, 1), _compute)
+
+
+def quotient(x: Tensor, eps: float) -> Tensor:
+    """All features of (B, H, N, D + 1) tokens but the last, divided by the last and eps: (B, H, N, D), token-major."""
+    y: Tensor = _Quotient.apply(x.transpose(1, 2), eps)
+    return y.transpose(1, 2)
+
+
+class _Quotient(torch.autograd.Function):
+    """Its gradient is written once and in place: autograd's of two slices would be summed from two padded ones."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.eps = eps
+        return x[..., :-1] / (x[..., -1:] + eps)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        numerator, factor = x[..., :-1], (x[..., -1:] + ctx.eps).reciprocal()
+        last = -(dy * numerator).sum(-1, keepdim=True) * factor.square()
+        return torch.cat((dy * factor, last), -1), None
