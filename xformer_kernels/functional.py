@@ -124,24 +124,27 @@ def gram(
     *,
     symmetric: bool = False,
     token_mask: Tensor | None = None,
+    sums: bool = False,
     backend: str = "auto",
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Gram matrix over the tokens, and the sums of squares of every feature, in one pass.
 
     ::
 
         G[i,j] = sum_n a[n,i] b[n,j]        ssq_a[i] = sum_n a[n,i]^2        ssq_b[j] = sum_n b[n,j]^2
+                                            sum_a[i] = sum_n a[n,i]          sum_b[j] = sum_n b[n,j]
 
     Args:
         a, b: (B, H, N, Da) and (B, H, N, Db), or (B, N, Da) and (B, N, Db); dtypes, strides and device as in
         :func:`xfa`.
         symmetric: ``b`` is ``a`` itself: half the work, and G is symmetric to the bit.
         token_mask: (B, N) bool; False tokens take no part.
+        sums: whether to return the sums of every feature too, by PyTorch's ``sum``.
         backend: see :func:`xfa`.
 
     Returns:
-        G (B, H, Da, Db), ssq_a (B, H, Da), ssq_b (B, H, Db) in float32 (float64 for float64); without H for 3-D input.
-        Differentiable to any order.
+        G (B, H, Da, Db), ssq_a (B, H, Da), ssq_b (B, H, Db), and with ``sums`` sum_a (B, H, Da) and sum_b (B, H, Db), in
+        float32 (float64 for float64); without H for 3-D input. Differentiable to any order.
 
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`xfa`; ValueError if ``symmetric`` and ``b`` is not ``a``.
@@ -149,6 +152,8 @@ def gram(
     if isinstance(a, Tensor):
         a, b = ops.autocast(a) * 2 if a is b else ops.autocast(a, b)  # type: ignore[assignment]
     validate.gram(a, b, symmetric, token_mask)
+    if not isinstance(sums, bool):
+        raise TypeError(f"sums must be True or False, got {type(sums).__name__}: {sums!r}")
     name = _backend(backend, (a, b), (a.dtype,), head_dims(a, b))
     single = a.dim() == 3
     if single:
@@ -158,12 +163,13 @@ def gram(
     if name == "reference":
         _note_reference("gram")
         with ops.without_autocast(a):
-            result = reference.gram(a, b, symmetric=symmetric, token_mask=token_mask)
+            result: tuple[Tensor, ...] = reference.gram(a, b, symmetric=symmetric, token_mask=token_mask)
     else:
         result = ops.gram(a, b, bool(symmetric), token_mask, name)
-    if single:
-        return result[0].squeeze(1), result[1].squeeze(1), result[2].squeeze(1)
-    return result
+    if sums:
+        sum_a = reference.column_sums(a, token_mask)
+        result = (*result, sum_a, sum_a if a is b else reference.column_sums(b, token_mask))
+    return tuple(t.squeeze(1) for t in result) if single else result
 
 
 def channel_mix(

@@ -49,7 +49,7 @@ def _compute(a: Tensor, b: Tensor, backend: str) -> tuple[Tensor, Tensor]:
         G, sum_a, _ = dispatch.kernel(backend, "layer_gram")(a, b, False, None, None, None)
         return G, sum_a
     G = dispatch.kernel(backend, "gram")(a, b, False, None)[0]
-    return G, a.sum(-2, dtype=G.dtype)
+    return G, reference.column_sums(a, None)
 
 
 def _fake(a: Tensor, b: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -67,7 +67,7 @@ def quotient(x: Tensor, eps: float) -> Tensor:
 
 
 class _Quotient(torch.autograd.Function):
-    """Its gradient is written once and in place: autograd's of two slices would be summed from two padded ones."""
+    """Its gradient is one tensor, written once: autograd's of two slices would be the sum of two padded ones."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
@@ -78,6 +78,11 @@ class _Quotient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
-        numerator, factor = x[..., :-1], (x[..., -1:] + ctx.eps).reciprocal()
-        last = -(dy * numerator).sum(-1, keepdim=True) * factor.square()
-        return torch.cat((dy * factor, last), -1), None
+        factor = (x[..., -1:] + ctx.eps).reciprocal()
+        last = (dy * x[..., :-1]).sum(-1, keepdim=True) * -factor.square()
+        if torch.is_grad_enabled() or not ops.plain(x, dy):
+            return torch.cat((dy * factor, last), -1), None
+        dx = torch.empty_like(x)
+        torch.mul(dy, factor, out=dx[..., :-1])
+        dx[..., -1:] = last
+        return dx, None

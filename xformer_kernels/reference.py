@@ -147,6 +147,11 @@ def masked(x: Tensor, mask: Tensor | None) -> Tensor:
     return x if mask is None else torch.where(mask[:, None, :, None], x, 0)
 
 
+def column_sums(x: Tensor, token_mask: Tensor | None) -> Tensor:
+    """Sums over the tokens of (B, H, N, D), in the accumulate dtype: (B, H, D)."""
+    return masked(x, token_mask).sum(-2, dtype=accumulate_dtype(x.dtype))
+
+
 def gram(
     a: Tensor, b: Tensor, *, symmetric: bool = False, token_mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
