@@ -143,7 +143,7 @@ def gram(
         backend: see :func:`xfa`.
 
     Returns:
-        G (B, H, Da, Db), ssq_a (B, H, Da), ssq_b (B, H, Db), and with ``sums`` sum_a (B, H, Da) and sum_b (B, H, Db), in
+        G (B, H, Da, Db), ssq_a (B, H, Da), ssq_b (B, H, Db), and with ``sums`` sum_a (B, H, Da), sum_b (B, H, Db), in
         float32 (float64 for float64); without H for 3-D input. Differentiable to any order.
 
     Raises:

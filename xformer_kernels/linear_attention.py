@@ -135,7 +135,7 @@ def _features(x: Tensor, name: str, dtype: torch.dtype) -> Tensor:
 
 
 def _exponentials(k: Tensor, token_mask: Tensor | None) -> Tensor:
-    """The softmax over tokens before its division: of the range of any dtype, as a weight of one token in many is not."""
+    """The softmax over tokens before its division, which would leave less than float16 holds of each of many tokens."""
     wide = k.to(reference.accumulate_dtype(k.dtype))
     if token_mask is not None:
         wide = torch.where(token_mask[:, None, :, None], wide, float("-inf"))

@@ -46,9 +46,9 @@ class _GramAndSum(torch.autograd.Function):
 
 def _compute(a: Tensor, b: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     if hasattr(backends.load(backend)[0], "layer_gram"):
-        G, sum_a, _ = dispatch.kernel(backend, "layer_gram")(a, b, False, None, None, None)
-        return G, sum_a
-    G = dispatch.kernel(backend, "gram")(a, b, False, None)[0]
+        result: tuple[Tensor, ...] = dispatch.kernel(backend, "layer_gram")(a, b, False, None, None, None)
+        return result[0], result[1]
+    G: Tensor = dispatch.kernel(backend, "gram")(a, b, False, None)[0]
     return G, reference.column_sums(a, None)
 
 
