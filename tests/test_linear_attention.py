@@ -46,13 +46,29 @@ def run(function, tensors, **kwargs):
     return dict(zip(NAMES, (out.detach(), *torch.autograd.grad(out, leaves, dout)), strict=True))
 
 
+def gradient_terms(q, k, v, dout, feature_map="relu", normalize=True, scale=1.0, query_mask=None, token_mask=None):
+    """What the subtractions in the gradients start from: of float64 tokens."""
+    of_q, of_k = reference.feature_maps(feature_map)
+    q, dout = (reference.masked(x, query_mask) for x in (q, dout))
+    k, v = (reference.masked(x, token_mask) for x in (k, v))
+    q, k = reference.features(q, of_q), reference.masked(reference.features(k, of_k), token_mask)
+    if normalize:
+        dout = dout / ((q * k.sum(2, keepdim=True)).sum(3, keepdim=True) + 1e-6)
+    dq, dk = scale * dout @ (v.transpose(2, 3) @ k), scale * v @ (dout.transpose(2, 3) @ q)
+    return {
+        "dq": q * dq if of_q.startswith("softmax") else dq,
+        "dk": k * dk if of_k.startswith("softmax") else dk,
+    }
+
+
 def check(tensors, ran, backend, **kwargs):
     with ran("channel_mix"):
         ours = run(xk.linear_attention, tensors, backend=backend, **kwargs)
     eager = run(reference.linear_attention, tensors, **kwargs)
-    oracle = run(reference.linear_attention, [x.double() for x in tensors], **kwargs)
+    exact = [x.double() for x in tensors]
+    oracle, terms = run(reference.linear_attention, exact, **kwargs), gradient_terms(*exact, **kwargs)
     for name in NAMES:
-        assert_close(ours[name], eager[name], oracle[name], name)
+        assert_close(ours[name], eager[name], oracle[name], name, terms.get(name))
     return ours
 
 
@@ -152,7 +168,7 @@ def test_range_of_float16(normalize, backend, device, slow):
     """Sums over 16384 tokens far beyond 65504; the outputs are not."""
     M = 2048 if slow else 16384
     q, k, v, dout = inputs((1, 2, 40, M, 16, 16), torch.float64, device, positive=True)
-    q, k, v = (8 * x if normalize else x for x in (q, k, v + 2))
+    q, k, v = (8 * x if normalize else x for x in (q, k, v + 3))
     scale = 1.0 if normalize else 1e-4
     tensors = [x.half() for x in (q, k, v, dout)]
     assert (k.transpose(2, 3) @ v).abs().max() > (8192 if slow else 65504)
@@ -282,7 +298,7 @@ def test_export():
 
 
 def test_transforms_of_functions():
-    q, k, v, _ = inputs((2, 2, 5, 7, 4, 4))
+    q, k, v, _ = inputs((2, 2, 5, 7, 4, 4), positive=True)
     out = torch.func.vmap(lambda *x: xk.linear_attention(*(t[None] for t in x))[0])(q, k, v)
     torch.testing.assert_close(out, xk.linear_attention(q, k, v))
     gradient = torch.func.grad(lambda q: xk.linear_attention(q, k, v).square().sum())(q)
@@ -365,7 +381,8 @@ def test_sums_of_gram(masked, dtype, backend, device):
         kept = x if mask is None else torch.where(mask[:, None, :, None], x, 0)
         assert got.dtype == reference.accumulate_dtype(dtype)
         assert_close(got, kept.sum(2, dtype=got.dtype), kept.double().sum(2), "sum")
-    single = xk.gram(a[:, 0], a[:, 0], symmetric=True, token_mask=mask, sums=True, backend=backend)
+    head = a[:, 0]
+    single = xk.gram(head, head, symmetric=True, token_mask=mask, sums=True, backend=backend)
     assert_bitwise(single[3], result[3][:, 0], "3-D input")
     assert_bitwise(single[3], single[4], "a is b")
 
