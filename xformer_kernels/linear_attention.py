@@ -113,10 +113,11 @@ def _composed(
         S, z = S / torch.where(some, z, 1).unsqueeze(-1), some.to(z.dtype)
     weight = (S if scale == 1 else S * scale).transpose(-2, -1)
     if normalize:
-        # a float16 numerator overflows where the quotient does not
+        # one feature more, the denominator; wide, as a float16 numerator overflows where the quotient does not
         weight = torch.cat((weight, z.unsqueeze(-2)), -2)
-        both = ops.channel_mix(_features(q, maps[0], wide), weight, backend=backend)
-        out = linear_ops.quotient(both, eps).to(dtype)
+        bias = F.pad(z.new_full((1,), eps), (v.shape[-1], 0)).expand(weight.shape[:-1])
+        both = ops.channel_mix(_features(q, maps[0], wide), weight, bias, backend=backend)
+        out = linear_ops.quotient(both).to(dtype)
     else:
         out = ops.channel_mix(_features(q, maps[0], dtype), weight, backend=backend)
     return reference.masked(out, query_mask)

@@ -60,9 +60,9 @@ def _fake(a: Tensor, b: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 ops.register("gram_and_sum", _fake, _GramAndSum, slice(0, 2), (0, 1), _compute)
 
 
-def quotient(x: Tensor, eps: float) -> Tensor:
-    """All features of (B, H, N, D + 1) tokens but the last, divided by the last and eps: (B, H, N, D), token-major."""
-    y: Tensor = _Quotient.apply(x.transpose(1, 2), eps)
+def quotient(x: Tensor) -> Tensor:
+    """All features of (B, H, N, D + 1) tokens but the last, divided by the last: (B, H, N, D), token-major."""
+    y: Tensor = _Quotient.apply(x.transpose(1, 2))
     return y.transpose(1, 2)
 
 
@@ -70,19 +70,19 @@ class _Quotient(torch.autograd.Function):
     """Its gradient is one tensor, written once: autograd's of two slices would be the sum of two padded ones."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.eps = eps
-        return x[..., :-1] / (x[..., -1:] + eps)
+        return x[..., :-1] / x[..., -1:]
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
-        factor = (x[..., -1:] + ctx.eps).reciprocal()
-        last = (dy * x[..., :-1]).sum(-1, keepdim=True) * -factor.square()
+        numerator, denominator = x[..., :-1], x[..., -1:]
         if torch.is_grad_enabled() or not ops.plain(x, dy):
-            return torch.cat((dy * factor, last), -1), None
+            first = dy / denominator
+            return torch.cat((first, -(first * numerator).sum(-1, keepdim=True) / denominator), -1)
         dx = torch.empty_like(x)
-        torch.mul(dy, factor, out=dx[..., :-1])
-        dx[..., -1:] = last
-        return dx, None
+        first, last = dx[..., :-1], dx[..., -1:]
+        torch.div(dy, denominator, out=first)
+        torch.div((first * numerator).sum(-1, keepdim=True), denominator, out=last).neg_()
+        return dx
