@@ -46,10 +46,11 @@ class _GramAndSum(torch.autograd.Function):
 
 def _compute(a: Tensor, b: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     if hasattr(backends.load(backend)[0], "layer_gram"):
-        result: tuple[Tensor, ...] = dispatch.kernel(backend, "layer_gram")(a, b, False, None, None, None)
-        return result[0], result[1]
-    G: Tensor = dispatch.kernel(backend, "gram")(a, b, False, None)[0]
-    return G, reference.column_sums(a, None)
+        G, sum_a, _ = dispatch.kernel(backend, "layer_gram")(a, b, False, None, None, None)
+    else:
+        G, _, _ = dispatch.kernel(backend, "gram")(a, b, False, None)
+        sum_a = reference.column_sums(a, None)
+    return G, sum_a
 
 
 def _fake(a: Tensor, b: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -84,5 +85,5 @@ class _Quotient(torch.autograd.Function):
         dx = torch.empty_like(x)
         first, last = dx[..., :-1], dx[..., -1:]
         torch.div(dy, denominator, out=first)
-        torch.div((first * numerator).sum(-1, keepdim=True), denominator, out=last).neg_()
+        torch.addcdiv(x.new_zeros(()), (first * numerator).sum(-1, keepdim=True), denominator, value=-1, out=last)
         return dx
