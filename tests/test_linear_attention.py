@@ -98,6 +98,16 @@ def test_empty(feature_map, shape, backend, device, ran):
         assert out.shape == (*shape[:3], shape[5]) and not out.any()
 
 
+@pytest.mark.filterwarnings("ignore:no kernel of xformer_kernels")
+@pytest.mark.parametrize(("D", "Dv"), [(0, 4), (4, 0), (4, 512), (513, 2)])
+def test_features_that_no_kernel_takes(D, Dv):
+    """The denominator is one feature more."""
+    q, k, v, _ = inputs((1, 2, 5, 6, D, Dv))
+    for normalize in (True, False):
+        out = xk.linear_attention(q, k, v, normalize=normalize)
+        torch.testing.assert_close(out, reference.linear_attention(q, k, v, normalize=normalize), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(layout, backend, device, ran):
     tensors = [LAYOUTS[layout](x) for x in inputs((2, 3, 37, 41, 9, 7), device=device)]

@@ -75,7 +75,7 @@ def linear_attention(
     wide = reference.accumulate_dtype(q.dtype)
     eps = max(float(eps), torch.finfo(wide).tiny)
     D, Dv = functional.head_dims(q, v)
-    name = functional._backend(backend, (q, k, v), (q.dtype,), (D, Dv + 1 if normalize else Dv))
+    name = functional._backend(backend, (q, k, v), (q.dtype,), (D, Dv, Dv + normalize))
     with ops.without_autocast(q):
         if name == "reference":
             functional._note_reference("linear_attention")

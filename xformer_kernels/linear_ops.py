@@ -53,7 +53,7 @@ def _compute(a: Tensor, b: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     return G, sum_a
 
 
-def _fake(a: Tensor, b: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def _fake(a: Tensor, b: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     G, sum_a, _ = ops._fake_gram(a, b)
     return G, sum_a
 
