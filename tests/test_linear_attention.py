@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from cases import DTYPES, LAYOUTS, LOW_PRECISION, randn, random_mask
 from torch.autograd import gradcheck, gradgradcheck
+from torch.utils.flop_counter import FlopCounterMode
 
 import xformer_kernels as xk
 from xformer_kernels import reference
@@ -134,7 +135,7 @@ def test_masked_tokens_take_no_part(feature_map, dtype, backend, device, ran):
             assert theirs[name].isfinite().all()
     for name, mask in (("out", query_mask), ("dq", query_mask), ("dk", token_mask), ("dv", token_mask)):
         assert not clean[name].transpose(1, 2)[~mask].any(), name
-    assert not clean["out"][0].any()
+    assert not clean["out"][0].any() and clean["out"].transpose(1, 2).is_contiguous()
     kept = [q[1:, :, query_mask[1]], *(x[1:, :, token_mask[1]] for x in (k, v)), dout[1:, :, query_mask[1]]]
     alone = run(xk.linear_attention, kept, feature_map=feature_map, backend=backend)
     tolerance = {"rtol": 1e-2, "atol": 1e-2} if dtype in LOW_PRECISION else {"rtol": 1e-4, "atol": 1e-5}
@@ -269,7 +270,7 @@ def test_efficient_attention(device):
 
 
 @pytest.mark.parametrize("normalize", [True, False], ids=["normalize", "plain"])
-@pytest.mark.parametrize("feature_map", ["relu", "softmax_tokens"])
+@pytest.mark.parametrize("feature_map", ["relu", "elu1", "softmax_tokens"])
 def test_compile(feature_map, normalize, ran_auto):
     tensors = inputs((2, 2, 19, 23, 8, 8))
     mask = random_mask(2, 23)
@@ -317,6 +318,20 @@ def test_transforms_of_functions():
     torch.testing.assert_close(gradient, expected)
     _, tangent = torch.func.jvp(lambda v: xk.linear_attention(q.detach(), k, v), (v,), (v,))
     torch.testing.assert_close(tangent, xk.linear_attention(q.detach(), k, v))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_op(dtype, kernel, device):
+    a, b = (randn(2, 3, 19, d, seed=d, dtype=dtype, device=device).requires_grad_() for d in (5, 4))
+    torch.library.opcheck(torch.ops.xformer_kernels.gram_and_sum.default, (a, b, kernel))
+
+
+def test_flops():
+    B, H, N, M, D, Dv = 2, 3, 17, 7, 5, 9
+    q, k, v, _ = inputs((B, H, N, M, D, Dv))
+    with FlopCounterMode(display=False) as counter:
+        xk.linear_attention(q, k, v)
+    assert counter.get_total_flops() == 2 * B * H * D * (M * Dv + N * (Dv + 1))
 
 
 @pytest.mark.parametrize("normalize", [True, False], ids=["normalize", "plain"])
