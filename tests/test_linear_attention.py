@@ -320,12 +320,6 @@ def test_transforms_of_functions():
     torch.testing.assert_close(tangent, xk.linear_attention(q.detach(), k, v))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_op(dtype, kernel, device):
-    a, b = (randn(2, 3, 19, d, seed=d, dtype=dtype, device=device).requires_grad_() for d in (5, 4))
-    torch.library.opcheck(torch.ops.xformer_kernels.gram_and_sum.default, (a, b, kernel))
-
-
 def test_flops():
     B, H, N, M, D, Dv = 2, 3, 17, 7, 5, 9
     q, k, v, _ = inputs((B, H, N, M, D, Dv))
@@ -389,31 +383,3 @@ def test_wrong_arguments(changes, error, message):
     call = {"q": torch.ones(2, 3, 5, 4), "k": torch.ones(2, 3, 7, 4), "v": torch.ones(2, 3, 7, 6), **changes}
     with pytest.raises(error, match=message):
         xk.linear_attention(**call)
-
-
-# ------------------------------------------------------------------------------------------------------ sums of gram
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
-def test_sums_of_gram(masked, dtype, backend, device):
-    a, b = (randn(2, 3, 67, d, seed=d, dtype=dtype, device=device) for d in (9, 5))
-    mask = random_mask(2, 67, device=device) if masked else None
-    result = xk.gram(a, b, token_mask=mask, sums=True, backend=backend)
-    for x, y in zip(result, xk.gram(a, b, token_mask=mask, backend=backend), strict=False):
-        assert_bitwise(x, y, "without sums")
-    for x, got in ((a, result[3]), (b, result[4])):
-        kept = x if mask is None else torch.where(mask[:, None, :, None], x, 0)
-        assert got.dtype == reference.accumulate_dtype(dtype)
-        assert_close(got, kept.sum(2, dtype=got.dtype), kept.double().sum(2), "sum")
-    head = a[:, 0]
-    single = xk.gram(head, head, symmetric=True, token_mask=mask, sums=True, backend=backend)
-    assert_bitwise(single[3], result[3][:, 0], "3-D input")
-    assert_bitwise(single[3], single[4], "a is b")
-
-
-def test_derivatives_of_sums_of_gram(kernel):
-    leaves = [randn(1, 2, 3, d, seed=d, dtype=torch.float64).requires_grad_() for d in (2, 1)]
-    assert gradcheck(lambda a, b: xk.gram(a, b, sums=True, backend=kernel), leaves, fast_mode=True)
-    with pytest.raises(TypeError, match="sums must be True or False, got int"):
-        xk.gram(*leaves, sums=1)
