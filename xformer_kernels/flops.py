@@ -7,6 +7,7 @@ torch two. Norms, softmax, layer norm, biases and residuals are not counted.
     xfa_forward       q^T k, A v                                      2 B N I D
     xfa_backward      gradients of A, v, q and k                      4 B N I D
     gram              a^T b; half of it and the diagonal if symmetric
+    gram_and_sum      a^T b, as linear attention needs it
     channel_mix       weight x, weight2 x2
     layer_forward     x^T x, half and the diagonal; M x               B N (C (C + 1) / 2 + C O), and per image
                       W_q S, W_k S, G, A W_v, W_o (A W_v)             B C I (2 C + 2 D + O)
@@ -25,7 +26,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from xformer_kernels import ops
+from xformer_kernels import linear_ops, ops  # noqa: F401 - linear_ops defines an op
 from xformer_kernels.layer.ops import Choices, Operands, Saved
 from xformer_kernels.spec import Spec
 
@@ -75,6 +76,7 @@ MACS: dict[str, Callable[..., int]] = {
     "xfa_forward": _xfa_forward,
     "xfa_backward": _xfa_backward,
     "gram": _gram,
+    "gram_and_sum": lambda a, b, *_: _gram(a, b, False),
     "channel_mix": _channel_mix,
     "layer_forward": _layer_forward,
     "layer_backward": _layer_backward,

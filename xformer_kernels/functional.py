@@ -105,7 +105,7 @@ def prepared(
         return partial(_rounded, q.dtype, *tokens, temperature, spec, token_mask, dropout_p, map_fn, backend)
     fused = map_fn is None and dropout_p == 0
     first = dispatch.first_asked(q, spec) if fused else None
-    name = _backend(backend, (q, k, v, temperature), (q.dtype, temperature.dtype), head_dims(q), first)
+    name = backend_of(backend, (q, k, v, temperature), (q.dtype, temperature.dtype), head_dims(q), first)
     spec = spec.with_normal_eps(reference.accumulate_dtype(q.dtype))
     if name == "reference":
         return partial(_reference, q, k, v, temperature, spec, token_mask, dropout_p, map_fn)
@@ -132,7 +132,7 @@ def _reference(
     dropout_p: float,
     map_fn: Callable[[Tensor], Tensor] | None,
 ) -> tuple[Tensor]:
-    _note_reference("xfa")
+    note_reference("xfa")
     with ops.without_autocast(q):
         out = reference.xfa(
             q, k, v, temperature, **spec._asdict(), token_mask=token_mask, dropout_p=dropout_p,
@@ -147,24 +147,27 @@ def gram(
     *,
     symmetric: bool = False,
     token_mask: Tensor | None = None,
+    sums: bool = False,
     backend: str = "auto",
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Gram matrix over the tokens, and the sums of squares of every feature, in one pass.
 
     ::
 
         G[i,j] = sum_n a[n,i] b[n,j]        ssq_a[i] = sum_n a[n,i]^2        ssq_b[j] = sum_n b[n,j]^2
+                                            sum_a[i] = sum_n a[n,i]          sum_b[j] = sum_n b[n,j]
 
     Args:
         a, b: (B, H, N, Da) and (B, H, N, Db), or (B, N, Da) and (B, N, Db); dtypes, strides and device as in
         :func:`xfa`.
         symmetric: ``b`` is ``a`` itself: half the work, and G is symmetric to the bit.
         token_mask: (B, N) bool; False tokens take no part.
+        sums: whether to return the sums of every feature too, by PyTorch's ``sum``.
         backend: see :func:`xfa`.
 
     Returns:
-        G (B, H, Da, Db), ssq_a (B, H, Da), ssq_b (B, H, Db) in float32 (float64 for float64); without H for 3-D input.
-        Differentiable to any order.
+        G (B, H, Da, Db), ssq_a (B, H, Da), ssq_b (B, H, Db), and with ``sums`` sum_a (B, H, Da), sum_b (B, H, Db), in
+        float32 (float64 for float64); without H for 3-D input. Differentiable to any order.
 
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`xfa`; ValueError if ``symmetric`` and ``b`` is not ``a``.
@@ -172,21 +175,24 @@ def gram(
     if isinstance(a, Tensor):
         a, b = ops.autocast(a) * 2 if a is b else ops.autocast(a, b)  # type: ignore[assignment]
     validate.gram(a, b, symmetric, token_mask)
-    name = _backend(backend, (a, b), (a.dtype,), head_dims(a, b))
+    if not isinstance(sums, bool):
+        raise TypeError(f"sums must be True or False, got {type(sums).__name__}: {sums!r}")
+    name = backend_of(backend, (a, b), (a.dtype,), head_dims(a, b))
     single = a.dim() == 3
     if single:
         same = a is b
         a = a.unsqueeze(1)
         b = a if same else b.unsqueeze(1)
     if name == "reference":
-        _note_reference("gram")
+        note_reference("gram")
         with ops.without_autocast(a):
-            result = reference.gram(a, b, symmetric=symmetric, token_mask=token_mask)
+            result: tuple[Tensor, ...] = reference.gram(a, b, symmetric=symmetric, token_mask=token_mask)
     else:
         result = ops.call("gram", name, (a, b), bool(symmetric), token_mask)
-    if single:
-        return result[0].squeeze(1), result[1].squeeze(1), result[2].squeeze(1)
-    return result
+    if sums:
+        sum_a = reference.column_sums(a, token_mask)
+        result = (*result, sum_a, sum_a if a is b else reference.column_sums(b, token_mask))
+    return tuple(t.squeeze(1) for t in result) if single else result
 
 
 def channel_mix(
@@ -235,12 +241,12 @@ def channel_mix(
     add_scale = None if add_scale is None else _broadcast("add_scale", add_scale, x, heads, (O,))
     operands = (x, weight, bias, add, add_scale, x2, weight2)
     dims = head_dims(x, weight, weight.transpose(-2, -1), x if x2 is None else x2)
-    name = _backend(backend, operands, (x.dtype,), dims)
+    name = backend_of(backend, operands, (x.dtype,), dims)
     single = x.dim() == 3
     if single:
         x, add, x2 = (None if t is None else t.unsqueeze(1) for t in (x, add, x2))  # type: ignore[assignment]
     if name == "reference":
-        _note_reference("channel_mix")
+        note_reference("channel_mix")
         with ops.without_autocast(x):
             y = reference.channel_mix(x, weight, bias=bias, add=add, add_scale=add_scale, x2=x2, weight2=weight2)
     else:
@@ -287,7 +293,7 @@ def _promotes(q: Tensor, temperature: Tensor) -> bool:
     return temperature.dtype is torch.float64 and q.dtype is not torch.float64
 
 
-def _backend(
+def backend_of(
     asked: str,
     tensors: tuple[Tensor | None, ...],
     dtypes: tuple[torch.dtype, ...],
@@ -326,7 +332,7 @@ def head_dims(*tensors: Tensor) -> tuple[int, ...]:
     return tuple(operator.index(t.shape[-1]) for t in tensors)
 
 
-def _note_reference(op: str) -> None:
+def note_reference(op: str) -> None:
     if not torch.compiler.is_compiling():
         dispatch.note("reference", op)
 

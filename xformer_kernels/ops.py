@@ -139,6 +139,21 @@ def _kernel(op: str, backend: str) -> Callable[..., Any]:
     return dispatch.kernel(backend, op)
 
 
+def channel_mix(
+    backend: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    add: Tensor | None = None,
+    add_scale: Tensor | None = None,
+    x2: Tensor | None = None,
+    weight2: Tensor | None = None,
+) -> Tensor:
+    """(B, H, N, O), a view of what the op gives."""
+    y: Tensor = call("channel_mix", backend, (x, weight, bias, add, add_scale, x2, weight2))
+    return y.transpose(1, 2)
+
+
 def _dispatched(op: str, backend: str) -> Callable[..., Any]:
     return lambda *args: getattr(_ops, op)(*(x.text if isinstance(x, Spec) else x for x in args), backend)
 
@@ -226,19 +241,13 @@ class _Gram(torch.autograd.Function):
     def backward(ctx: Any, dG: Tensor, dssq_a: Tensor, dssq_b: Tensor) -> tuple[Tensor | None, ...]:
         a, b, token_mask = ctx.saved_tensors
         a, b = _masked(a, token_mask), _masked(b, token_mask)
-
-        def mix(x: Tensor, weight: Tensor, add: Tensor, scale: Tensor) -> Tensor:
-            operands = (x, weight, None, add, scale, None, None)
-            y: Tensor = call("channel_mix", ctx.backend, operands)
-            return y.transpose(1, 2)
-
-        da = db = None
+        mix, da, db = partial(channel_mix, ctx.backend), None, None
         if ctx.symmetric:
-            da = mix(a, dG + dG.transpose(-2, -1), a, 2 * (dssq_a + dssq_b))
+            da = mix(a, dG + dG.transpose(-2, -1), add=a, add_scale=2 * (dssq_a + dssq_b))
         else:
             _, a_wanted, b_wanted, *_ = ctx.needs_input_grad
-            da = mix(b, dG, a, 2 * dssq_a) if a_wanted else None
-            db = mix(a, dG.transpose(-2, -1), b, 2 * dssq_b) if b_wanted else None
+            da = mix(b, dG, add=a, add_scale=2 * dssq_a) if a_wanted else None
+            db = mix(a, dG.transpose(-2, -1), add=b, add_scale=2 * dssq_b) if b_wanted else None
         return None, da, db, None, None
 
 
@@ -259,9 +268,7 @@ class _ChannelMix(torch.autograd.Function):
         dy = dy.transpose(1, 2)
 
         def of_tokens(weight: Tensor) -> Tensor:
-            operands = (dy, weight.transpose(-2, -1), None, None, None, None, None)
-            dx: Tensor = call("channel_mix", ctx.backend, operands)
-            return dx.transpose(1, 2)
+            return channel_mix(ctx.backend, dy, weight.transpose(-2, -1))
 
         def of_weight(x: Tensor, weight: Tensor) -> Tensor:
             G: Tensor = call("gram", ctx.backend, (dy, x), False, None)[0]
