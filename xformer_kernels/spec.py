@@ -36,7 +36,9 @@ class Spec(NamedTuple):
 
     def with_normal_eps(self, dtype: torch.dtype) -> Spec:
         """With an eps that `dtype`, of sums, does not round to 0."""
-        return self._replace(eps=max(float(self.eps), torch.finfo(dtype).tiny))
+        least = torch.finfo(dtype).tiny
+        normal = isinstance(self.eps, float) and self.eps >= least
+        return self if normal else self._replace(eps=max(float(self.eps), least))
 
     @property
     def softmax(self) -> bool:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from xformer_kernels.functional import xfa
-from xformer_kernels.layer.functional import Call
+from xformer_kernels.layer.call import Call
 
 
 def mdta(module: Any, call: Call, x: Tensor) -> Tensor:

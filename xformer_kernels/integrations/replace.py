@@ -9,7 +9,7 @@ from torch import nn
 from xformer_kernels import dispatch, validate
 from xformer_kernels.integrations.bound import Replaced, bind, how_replaced, release
 from xformer_kernels.integrations.families import FAMILIES, family_of, forward
-from xformer_kernels.layer.functional import FORMS
+from xformer_kernels.layer.call import FORMS
 
 
 def replace_attention(model: nn.Module, *, form: str = "auto", backend: str = "auto") -> int:
