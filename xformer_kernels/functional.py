@@ -117,15 +117,14 @@ def prepared(a: Arguments, backend: str) -> Callable[[], Sequence[Tensor]]:
     """What computes :func:`xfa`: out (B, N, H, D) comes first."""
     if a.promotes:
         return partial(_rounded, a, backend)
-    q = a.q
-    first = dispatch.first_asked(q, a.spec) if a.fused else None
-    name = backend_of(backend, a.tensors, (q.dtype, a.temperature.dtype), head_dims(q), first)
-    a = a._replace(spec=a.spec.with_normal_eps(reference.accumulate_dtype(q.dtype)))
-    if name == "reference":
-        return partial(_reference, a)
-    if a.fused:
-        return partial(ops.call, "xfa_forward", name, a.tensors, a.token_mask, a.spec)
-    return partial(composed, a, name)
+    q, tensors, fused = a.q, a.tensors, a.fused
+    first = dispatch.first_asked(q, a.spec) if fused else None
+    name = backend_of(backend, tensors, (q.dtype, a.temperature.dtype), head_dims(q), first)
+    spec = a.spec.with_normal_eps(reference.accumulate_dtype(q.dtype))
+    if fused and name != "reference":
+        return partial(ops.call, "xfa_forward", name, tensors, a.token_mask, spec)
+    a = a._replace(spec=spec)
+    return partial(_reference, a) if name == "reference" else partial(composed, a, name)
 
 
 def _rounded(a: Arguments, backend: str) -> tuple[Tensor]:

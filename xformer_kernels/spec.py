@@ -14,6 +14,10 @@ NORMS = ("token", "feature")
 ACTIVATIONS = ("softmax", "identity")
 
 
+LEAST = torch.finfo(torch.float32).tiny
+"""An eps that is normal in every dtype of sums."""
+
+
 class Spec(NamedTuple):
     """The choices of :func:`xformer_kernels.xfa`, where they are explained. Hashable."""
 
@@ -36,9 +40,9 @@ class Spec(NamedTuple):
 
     def with_normal_eps(self, dtype: torch.dtype) -> Spec:
         """With an eps that `dtype`, of sums, does not round to 0."""
-        least = torch.finfo(dtype).tiny
-        normal = isinstance(self.eps, float) and self.eps >= least
-        return self if normal else self._replace(eps=max(float(self.eps), least))
+        if isinstance(self.eps, float) and self.eps >= LEAST:  # as good as always, and without a copy
+            return self
+        return self._replace(eps=max(float(self.eps), torch.finfo(dtype).tiny))
 
     @property
     def softmax(self) -> bool:
