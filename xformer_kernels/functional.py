@@ -36,12 +36,14 @@ def xfa(
 
         norm="token"      q^[n,i] = q[n,i] / max(||q[:,i]||, eps)     one norm per feature, over the tokens (default)
         norm="feature"    q^[n,i] = q[n,i] / max(||q[n,:]||, eps)     one norm per token, over the features
+        norm="none"       q^ = q                                      the temperature is all that scales the map
         map="query_key"   A = act(temperature * q^T k^)               out[n,i] = sum_j A[i,j] v[n,j]     (default)
         map="key_value"   M = temperature * k^T v                     out[n,j] = sum_i q^[n,i] M[i,j]
 
     ``act`` is the softmax over the key features j, or the identity; it applies to ``map="query_key"`` only. The default
     is XCiT's XCA (arXiv 2106.09681), EdgeNeXt's cross-covariance attention (arXiv 2206.10589) and Restormer's MDTA
-    (arXiv 2111.09881). ``key_value`` is our reading of the abstract of XFormer (arXiv 2207.07268), whose formula is not
+    (arXiv 2111.09881). Without norms it is the channel attention of DaViT (arXiv 2204.03645), ``xfa(k, v, q, D**-0.5)``,
+    and of Florence-2's image encoder, ``xfa(q, k, v, N**-0.5)``. ``key_value`` is our reading of the abstract of XFormer (arXiv 2207.07268), whose formula is not
     public. The rule for eps is that of :func:`torch.nn.functional.normalize`, gradient included (a norm equal to eps
     counts as clamped, as it does since torch 2.14); an eps below the smallest normal number of the accumulate dtype
     (1.2e-38 for float32) is taken as that.
@@ -71,7 +73,7 @@ def xfa(
     Derivatives are of any order: the first by the kernels, higher ones through the reference. The reference also
     computes what only PyTorch's own operators have rules for, whichever backend is asked for: the transforms of
     ``torch.func``, forward-mode AD, and tensor subclasses with a ``__torch_dispatch__`` of their own. With ``map_fn``
-    or ``dropout_p`` the call is composed of :func:`gram`, the map and :func:`channel_mix`; norms that no Gram matrix
+    or ``dropout_p``, and without norms, the call is composed of :func:`gram`, the map and :func:`channel_mix`; norms that no Gram matrix
     gives are then taken in eager PyTorch.
 
     Raises:
@@ -103,7 +105,7 @@ def prepared(
     if _promotes(q, temperature):
         tokens = (q.double(), k.double(), v.double())
         return partial(_rounded, q.dtype, *tokens, temperature, spec, token_mask, dropout_p, map_fn, backend)
-    fused = map_fn is None and dropout_p == 0
+    fused = map_fn is None and dropout_p == 0 and spec.fused
     first = dispatch.first_asked(q, spec) if fused else None
     name = backend_of(backend, (q, k, v, temperature), (q.dtype, temperature.dtype), head_dims(q), first)
     spec = spec.with_normal_eps(reference.accumulate_dtype(q.dtype))
@@ -278,7 +280,8 @@ def explain(
     if ops.torch_only(q, k, v, temperature):
         return dispatch.explain_reference(backend, TORCH_ONLY)
     promotes = _promotes(q, temperature)
-    first = dispatch.first_asked(q, spec) if map_fn is None and dropout_p == 0 and not promotes else None
+    fused = map_fn is None and dropout_p == 0 and spec.fused
+    first = dispatch.first_asked(q, spec) if fused and not promotes else None
     dtypes = (torch.float64 if promotes else q.dtype, temperature.dtype)
     return dispatch.explain(backend, q.device.type, dtypes, head_dims(q), first, {"q": q, "k": k, "v": v})
 

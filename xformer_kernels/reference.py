@@ -39,10 +39,11 @@ def xfa(
     keep = None if token_mask is None else token_mask[:, None, :, None]
     if keep is not None:
         q, k, v = (torch.where(keep, x, 0) for x in (q, k, v))
-    dim = -2 if norm == "token" else -1
-    # an eps that the dtype rounds to 0 would make NaN of a zero norm
-    eps = max(eps, torch.finfo(q.dtype).smallest_normal * torch.finfo(q.dtype).eps)
-    q, k = F.normalize(q, dim=dim, eps=eps), F.normalize(k, dim=dim, eps=eps)
+    if norm != "none":
+        dim = -2 if norm == "token" else -1
+        # an eps that the dtype rounds to 0 would make NaN of a zero norm
+        eps = max(eps, torch.finfo(q.dtype).smallest_normal * torch.finfo(q.dtype).eps)
+        q, k = F.normalize(q, dim=dim, eps=eps), F.normalize(k, dim=dim, eps=eps)
     left, right = (q, k) if map == "query_key" else (k, v)
     S = (left.transpose(-2, -1) @ right) * temperature.reshape(-1, 1, 1)
     A = map_fn(S.to(accumulate_dtype(q.dtype))) if map_fn is not None else activate(S, Spec(map, norm, activation))

@@ -10,7 +10,7 @@ import torch
 from xformer_kernels import validate
 
 MAPS = ("query_key", "key_value")
-NORMS = ("token", "feature")
+NORMS = ("token", "feature", "none")
 ACTIVATIONS = ("softmax", "identity")
 
 
@@ -37,6 +37,11 @@ class Spec(NamedTuple):
     def with_normal_eps(self, dtype: torch.dtype) -> Spec:
         """With an eps that `dtype`, of sums, does not round to 0."""
         return self._replace(eps=max(float(self.eps), torch.finfo(dtype).tiny))
+
+    @property
+    def fused(self) -> bool:
+        """Whether the kernels of xfa compute it; else it is composed of gram and channel_mix."""
+        return self.norm != "none"
 
     @property
     def softmax(self) -> bool:
