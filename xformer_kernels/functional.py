@@ -36,15 +36,18 @@ def xfa(
 
         norm="token"      q^[n,i] = q[n,i] / max(||q[:,i]||, eps)     one norm per feature, over the tokens (default)
         norm="feature"    q^[n,i] = q[n,i] / max(||q[n,:]||, eps)     one norm per token, over the features
+        norm="none"       q^ = q                                      the temperature is all that scales the map
         map="query_key"   A = act(temperature * q^T k^)               out[n,i] = sum_j A[i,j] v[n,j]     (default)
         map="key_value"   M = temperature * k^T v                     out[n,j] = sum_i q^[n,i] M[i,j]
 
     ``act`` is the softmax over the key features j, or the identity; it applies to ``map="query_key"`` only. The default
     is XCiT's XCA (arXiv 2106.09681), EdgeNeXt's cross-covariance attention (arXiv 2206.10589) and Restormer's MDTA
-    (arXiv 2111.09881). ``key_value`` is our reading of the abstract of XFormer (arXiv 2207.07268), whose formula is not
-    public. The rule for eps is that of :func:`torch.nn.functional.normalize`, gradient included (a norm equal to eps
-    counts as clamped, as it does since torch 2.14); an eps below the smallest normal number of the accumulate dtype
-    (1.2e-38 for float32) is taken as that.
+    (arXiv 2111.09881). Without norms, ``xfa(k, v, q, D**-0.5)`` is the channel attention of DaViT (arXiv 2204.03645),
+    and ``xfa(q, k, v, N**-0.5)`` that of Florence-2's image encoder. ``key_value`` is our reading of the abstract of
+    XFormer (arXiv 2207.07268), whose formula is not public. The rule for eps is that of
+    :func:`torch.nn.functional.normalize`, gradient included (a norm equal to eps counts as clamped, as it does since
+    torch 2.14); an eps below the smallest
+    normal number of the accumulate dtype (1.2e-38 for float32) is taken as that.
 
     Args:
         q, k, v: (B, H, N, D), one dtype of float32, float64, bfloat16, float16 and one device, of any strides (views
@@ -71,8 +74,8 @@ def xfa(
     Derivatives are of any order: the first by the kernels, higher ones through the reference. The reference also
     computes what only PyTorch's own operators have rules for, whichever backend is asked for: the transforms of
     ``torch.func``, forward-mode AD, and tensor subclasses with a ``__torch_dispatch__`` of their own. With ``map_fn``
-    or ``dropout_p`` the call is composed of :func:`gram`, the map and :func:`channel_mix`; norms that no Gram matrix
-    gives are then taken in eager PyTorch.
+    or ``dropout_p`` the call is composed of :func:`gram`, the map and :func:`channel_mix`, and so is ``norm="none"`` on
+    a GPU; norms that no Gram matrix gives are then taken in eager PyTorch.
 
     Raises:
         TypeError: an argument of another type or dtype.
@@ -103,8 +106,8 @@ class Arguments(NamedTuple):
         return self.q, self.k, self.v, self.temperature
 
     @property
-    def fused(self) -> bool:
-        """Whether one op computes it; else it is composed."""
+    def fusible(self) -> bool:
+        """Whether an op of a backend that has this Spec computes it; else it is composed."""
         return self.map_fn is None and self.dropout_p == 0
 
     @property
@@ -117,11 +120,11 @@ def prepared(a: Arguments, backend: str) -> Callable[[], Sequence[Tensor]]:
     """What computes :func:`xfa`: out (B, N, H, D) comes first."""
     if a.promotes:
         return partial(_rounded, a, backend)
-    q, tensors, fused = a.q, a.tensors, a.fused
-    first = dispatch.first_asked(q, a.spec) if fused else None
+    q, tensors, fusible = a.q, a.tensors, a.fusible
+    first = dispatch.first_asked(q, a.spec) if fusible else None
     name = backend_of(backend, tensors, (q.dtype, a.temperature.dtype), head_dims(q), first)
     spec = a.spec.with_normal_eps(reference.accumulate_dtype(q.dtype))
-    if fused and name != "reference":
+    if fusible and name != "reference" and dispatch.fuses(name, spec):
         return partial(ops.call, "xfa_forward", name, tensors, a.token_mask, spec)
     a = a._replace(spec=spec)
     return partial(_reference, a) if name == "reference" else partial(composed, a, name)
@@ -279,7 +282,7 @@ def explain(
     a = Arguments(q, k, v, temperature, spec, token_mask, dropout_p, map_fn)
     if ops.torch_only(*a.tensors):
         return dispatch.explain_reference(backend, TORCH_ONLY)
-    first = dispatch.first_asked(q, spec) if a.fused and not a.promotes else None
+    first = dispatch.first_asked(q, spec) if a.fusible and not a.promotes else None
     dtypes = (torch.float64 if a.promotes else q.dtype, temperature.dtype)
     return dispatch.explain(backend, q.device.type, dtypes, head_dims(q), first, {"q": q, "k": k, "v": v})
 

@@ -37,10 +37,11 @@ def xfa(
 ) -> Tensor:
     """See :func:`xformer_kernels.xfa`; written as timm's ``XCA`` writes it, in the dtype of the inputs."""
     q, k, v = (masked(x, token_mask) for x in (q, k, v))
-    dim = -2 if norm == "token" else -1
-    # an eps that the dtype rounds to 0 would make NaN of a zero norm
-    eps = max(eps, torch.finfo(q.dtype).smallest_normal * torch.finfo(q.dtype).eps)
-    q, k = F.normalize(q, dim=dim, eps=eps), F.normalize(k, dim=dim, eps=eps)
+    if norm != "none":
+        dim = -2 if norm == "token" else -1
+        # an eps that the dtype rounds to 0 would make NaN of a zero norm
+        eps = max(eps, torch.finfo(q.dtype).smallest_normal * torch.finfo(q.dtype).eps)
+        q, k = F.normalize(q, dim=dim, eps=eps), F.normalize(k, dim=dim, eps=eps)
     left, right = (q, k) if map == "query_key" else (k, v)
     S = (left.transpose(-2, -1) @ right) * temperature.reshape(-1, 1, 1)
     A = map_fn(S.to(accumulate_dtype(q.dtype))) if map_fn is not None else activate(S, Spec(map, norm, activation))

@@ -10,7 +10,7 @@ import torch
 from xformer_kernels import validate
 
 MAPS = ("query_key", "key_value")
-NORMS = ("token", "feature")
+NORMS = ("token", "feature", "none")
 ACTIVATIONS = ("softmax", "identity")
 
 

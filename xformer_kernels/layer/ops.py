@@ -66,7 +66,7 @@ class Choices(NamedTuple):
 
     @property
     def rule(self) -> algebra.Rule:
-        return algebra.Rule(self.spec.map, self.spec.activation, self.spec.eps)
+        return algebra.Rule(self.spec.map, self.spec.activation, self.spec.eps, self.spec.norm == "token")
 
 
 def _weights(o: Operands) -> algebra.Weights:
