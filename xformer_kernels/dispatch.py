@@ -145,7 +145,6 @@ def explain_reference(backend: str, reason: str) -> Explanation:
     return Explanation("reference", {name: [reason] * (name != "reference") for name in names()}, _asked(backend)[1])
 
 
-@torch.compiler.assume_constant_result
 def fuses(backend: str, spec: Spec) -> bool:
     """Whether the ``xfa_forward`` of a backend computes `spec`; else it is composed of gram and channel_mix."""
     found, _ = (None, "") if backend == "reference" else backends.load(backend)
