@@ -62,7 +62,7 @@ sanitize: setup
 	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  XFORMER_KERNELS_EXPECTED_LOCATION=$(SANITIZED) XFORMER_KERNELS_REQUIRE_EXTENSION=1 PYTHONPATH=$(SANITIZED) \
-	  $(BIN)/pytest -q -n $(JOBS) -k "not reference and not triton and not cuda" $(SANITIZED_TESTS)
+	  $(BIN)/pytest -q -n $(JOBS) --dist worksteal -k "not reference and not triton and not cuda" $(SANITIZED_TESTS)
 
 # The emulated CUDA kernels likewise, under all tests that run them; too long for each change.
 EMULATED_TESTS := cuda and not gpu and not packaging and not test_shim and not test_tsan and not test_resources \

@@ -37,6 +37,8 @@ def saved_bytes(function, inputs) -> tuple[int, torch.Tensor]:
 @pytest.mark.parametrize("D", [8, 256])
 def test_saved_statistics_do_not_grow_with_the_tokens(D, config, masked, kernel, device, ran, slow):
     saved = []
+    if slow:
+        D = min(D, 130)  # still too many for one launch
     for N in (30, 90) if slow else (300, 3000):
         p = make_problem((2, N, 2, D), config, masked=masked, device=device)
         mask = p.token_mask

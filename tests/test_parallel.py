@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import subprocess
@@ -60,18 +61,28 @@ class Ranks(list):
         return [outcome["result"] for outcome in outcomes]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def outcomes(tmp_path_factory):
-    """``outcomes(count)``: what so many ranks came to, run once."""
+    """``outcomes(count)``: what so many ranks came to, run once for all processes that test."""
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent  # which they share
 
     @cache
     def run(count):
-        folder = tmp_path_factory.mktemp(f"ranks{count}")
+        folder = base / f"ranks{count}"
         script = str(ROOT / "tests" / "ranks.py")
-        try:
-            run_ranks(count, lambda rank: [sys.executable, script, str(rank), str(count), str(folder)])
-        except (AssertionError, subprocess.TimeoutExpired) as error:
-            return error
+        failure = folder / "failure.txt"
+        with open(base / f"ranks{count}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not folder.exists():
+                folder.mkdir()
+                try:
+                    run_ranks(count, lambda rank: [sys.executable, script, str(rank), str(count), str(folder)])
+                except (AssertionError, subprocess.TimeoutExpired) as error:
+                    failure.write_text(str(error))
+        if failure.exists():
+            return RuntimeError(failure.read_text())
         return Ranks(torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(count))
 
     def run_once(count):

@@ -28,11 +28,7 @@ ONE_ROW = EVERY_ROW if THOROUGH else ("--features", "128", "--maps", "query_key-
 OTHERS = ("--maps", "query_key-feature,key_value-token,key_value-feature", "--masked")
 CASES = {
     # the table has rows for 2 and for 4 bytes, which 16-bit dtypes share
-    **{
-        f"{arch}-{dtype}": (arch, dtype, EVERY_ROW if arch in ("sm_90", "gfx942") else ONE_ROW)
-        for arch in SHARED
-        for dtype in ("bfloat16", "float32")
-    },
+    **{arch: (arch, "bfloat16,float32", EVERY_ROW if arch in ("sm_90", "gfx942") else ONE_ROW) for arch in SHARED},
     "sm_90-float16": ("sm_90", "float16", ONE_ROW),
     "sm_90-tf32": ("sm_90", "float32", (*ONE_ROW, "--tf32")),
     "sm_90-others": ("sm_90", "bfloat16", ("--features", "24,64,256" if THOROUGH else "24", *OTHERS)),
@@ -43,10 +39,10 @@ CASES = {
 NO_PRODUCT = ("map_backward",)
 
 
-def compiled(name, arch, dtype, arguments):
+def compiled(name, arch, dtypes, arguments):
     """Rows of the table; the interpreter's variable, which the tests set, must not be seen by the compiler."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, HERE / "aot.py", "--arch", arch, "--dtype", dtype, *arguments, "--json", "--jobs", "1"]
+    command = [sys.executable, HERE / "aot.py", "--arch", arch, "--dtype", dtypes, *arguments, "--json", "--jobs", "1"]
     command += ["--out", ARTEFACTS / f"{name}.csv"]
     done = subprocess.run([str(x) for x in command], env=environment, capture_output=True, text=True)
     rows = [json.loads(line) for line in done.stdout.splitlines()]
@@ -56,10 +52,10 @@ def compiled(name, arch, dtype, arguments):
 
 @pytest.mark.parametrize("name", CASES)
 def test_resources(name):
-    arch, dtype, arguments = CASES[name]
+    arch, dtypes, arguments = CASES[name]
     faults = []
-    for row in compiled(name, arch, dtype, arguments):
-        what = f"{row['kernel']} of {row['features']} features, {row['map']}"
+    for row in compiled(name, arch, dtypes, arguments):
+        what = f"{row['kernel']} of {row['features']} features, {row['map']}, {row['dtype']}"
         if "error" in row:
             faults.append(f"{what}: {row['error']}")
             continue
@@ -69,7 +65,7 @@ def test_resources(name):
             faults.append(f"{what}: {row['shared']} bytes of shared memory")
         multiplies = row["kernel"] not in NO_PRODUCT
         cut = "tf32" in row["dtype"] and row["kernel"] != "gram, symmetric"  # which norms come of
-        if multiplies and not row["tensor_core"] and (dtype != "float32" or cut):
+        if multiplies and not row["tensor_core"] and (row["dtype"] != "float32" or cut):
             faults.append(f"{what}: no tensor core")
         if multiplies and arch.startswith("sm_") and not any("128" in found for found in row["instructions"]):
             faults.append(f"{what}: no load of 128 bits: {row['instructions']}")

@@ -291,7 +291,7 @@ ROWS = [
     (dtype, arch, D)
     for dtype in (torch.float32, torch.bfloat16, torch.float64)
     for arch in ("sm_90", "gfx942")
-    for D in (16, 24, 50, 100, 200)
+    for D in (16, 24, 50, 100, 130)
     if arch == "sm_90" or blocks(arch, dtype, D) != blocks("sm_90", dtype, D)
 ]
 

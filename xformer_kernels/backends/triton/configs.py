@@ -60,6 +60,8 @@ KERNELS = ("gram", "gram_normalised", "apply", "forward", "map_backward", "gradi
 BLOCKS = (16, 32, 64, 128, 256)
 REGISTERS = 65536
 """Of a multiprocessor."""
+WIDEST_INTERPRETED = 64
+"""Features that the interpreter takes at a time, if the table does not say more."""
 
 
 def block(features: int) -> int:
@@ -74,8 +76,9 @@ def shipped(key: Key, arch: str) -> Config:
     rows = _TABLE[key.kernel, key.dtype.itemsize]
     config = Config(*rows.get((d, arch), rows[d]))
     if arch == "interpreter":
-        # its time goes by operations, whatever their size
-        return config._replace(block_n=128)
+        # its time goes by operations, whatever their size; wide tokens are still cut
+        o, k = (x and max(x, min(d, WIDEST_INTERPRETED)) for x in (config.block_o, config.block_k))
+        return config._replace(block_n=128, block_o=o, block_k=k)
     if arch.startswith("gfx"):
         # half the shared memory, and loops that are pipelined through registers
         return config._replace(stages=min(config.stages, 2), registers=0)
