@@ -20,6 +20,7 @@ class Replaced(NamedTuple):
     family: str
     form: str
     backend: str
+    names: tuple[str, ...] = ()  # of the inputs of the class's forward
 
 
 def how_replaced(module: nn.Module) -> Replaced | None:

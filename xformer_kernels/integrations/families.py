@@ -1,8 +1,8 @@
 """What :func:`replace_attention` serves: one table of families, and when the fused forward of one may run.
 
 A family is recognised by class or by its parts, and then tried: the fused forward must give what the module's own
-class computes, for small random numbers in float64. It runs where everything that torch would have run inside the
-module is the class and state that it reproduces; otherwise the forward of the module's class runs.
+class computes, for small random numbers in float64 (:mod:`.trial`). It runs where everything that torch would have run
+inside the module is the class and state that it reproduces; otherwise the forward of the module's class runs.
 """
 
 from __future__ import annotations
@@ -14,17 +14,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from xformer_kernels import ops, validate
+from xformer_kernels import ops
+from xformer_kernels.integrations import images, tokens, trial
 from xformer_kernels.integrations.blocks import edgenext_block, xca, xcit_block
 from xformer_kernels.integrations.bound import Replaced, bound_forward, how_replaced
-from xformer_kernels.integrations.mdta import is_mdta_shaped, mdta
+from xformer_kernels.integrations.mdta import is_mdta_shaped, mdta, mdta_trial, serves_mdta
+from xformer_kernels.integrations.parts import serves_tensor
 from xformer_kernels.layer.functional import Call
 from xformer_kernels.modules import dropout_p, has_global_hooks, runs_forward_of
 from xformer_kernels.nn import may_fuse
 
 
 class Family(NamedTuple):
-    """Modules of one class of timm's, or of MDTA's parts."""
+    """Modules of one class of timm's, or of certain parts."""
 
     fused: Callable[..., Tensor]  # (module, call, *inputs)
     serves: Callable[..., bool]  # (module, *inputs): whether it reproduces what the module would run
@@ -33,6 +35,9 @@ class Family(NamedTuple):
     arguments: dict[str, Any] = {}  # noqa: RUF012  of a small module to try
     inputs: tuple[Any, ...] = ((),)  # of that: the shape of x, and the rest
     whole_block: bool = False  # around a layer which is counted itself
+    shaped: Callable[[nn.Module], bool] | None = None  # whether a module has the parts, if these make the family
+    trial: Callable[[nn.Module], tuple[Any, ...]] | None = None  # as `inputs`, for one of these modules
+    args: int = 1  # how many inputs there are
 
     @property
     def original(self) -> Any:
@@ -45,12 +50,8 @@ class Family(NamedTuple):
         return original is not None and isinstance(module, original) and type(module).forward is original.forward
 
 
-def _is_served_tensor(x: Any, dims: int) -> bool:
-    return isinstance(x, Tensor) and x.dim() == dims and x.dtype in validate.DTYPES and not ops.torch_only(x)
-
-
 def _serves_xca(module: Any, x: Any) -> bool:
-    return _is_served_tensor(x, 3) and _is_xca(module) and dropout_p(module.attn_drop) is not None
+    return serves_tensor(x, 3) and _is_xca(module) and dropout_p(module.attn_drop) is not None
 
 
 def _is_xca(module: Any) -> bool:
@@ -80,16 +81,11 @@ def _serves_half_block(attn: Any, norm: Any, layer_scale: Any) -> bool:
 
 
 def _serves_xcit_block(module: Any, x: Any, H: Any, W: Any) -> bool:
-    return _is_served_tensor(x, 3) and _serves_half_block(module.attn, module.norm1, module.gamma1)
+    return serves_tensor(x, 3) and _serves_half_block(module.attn, module.norm1, module.gamma1)
 
 
 def _serves_edgenext_block(module: Any, x: Any) -> bool:
-    return _is_served_tensor(x, 4) and _serves_half_block(module.xca, module.norm_xca, module.gamma_xca)
-
-
-def _serves_mdta(module: Any, x: Any) -> bool:
-    t = module.temperature
-    return _is_served_tensor(x, 4) and t.shape == (module.num_heads, 1, 1) and not ops.torch_only(t)
+    return serves_tensor(x, 4) and _serves_half_block(module.xca, module.norm_xca, module.gamma_xca)
 
 
 FAMILIES: dict[str, Family] = {
@@ -99,34 +95,70 @@ FAMILIES: dict[str, Family] = {
     ),
     "XCABlock": Family(
         xcit_block, _serves_xcit_block, "timm.models.xcit", "XCABlock", {"dim": 8, "num_heads": 2},
-        ((2, 6, 8), 2, 3), whole_block=True,
+        ((2, 6, 8), 2, 3), whole_block=True, args=3,
     ),
     "SplitTransposeBlock": Family(
         edgenext_block, _serves_edgenext_block, "timm.models.edgenext", "SplitTransposeBlock",
         {"dim": 8, "num_heads": 2, "num_scales": 3, "ls_init_value": 0.5}, ((2, 8, 2, 3),), whole_block=True,
     ),
-    "MDTA": Family(mdta, _serves_mdta),
+    "MDTA": Family(mdta, serves_mdta, shaped=is_mdta_shaped, trial=mdta_trial),
+    "XCA copy": Family(xca, _serves_xca, shaped=tokens.is_xca_shaped, trial=tokens.xca_trial),
+    "XCAttention": Family(
+        tokens.vit_xca, tokens.serves_vit_xca, shaped=tokens.is_vit_xca_shaped, trial=tokens.vit_xca_trial
+    ),
+    "FastChannelAttention": Family(
+        tokens.fdat, tokens.serves_fdat, shaped=tokens.is_fdat_shaped, trial=tokens.fdat_trial, args=3
+    ),
+    "Adaptive_Channel_Attention": Family(
+        tokens.dat, tokens.serves_dat, shaped=tokens.is_dat_shaped, trial=tokens.dat_trial, args=3
+    ),
+    "ISA": Family(tokens.isa, tokens.serves_isa, shaped=tokens.is_isa_shaped, trial=tokens.isa_trial),
+    "CAB": Family(
+        images.cross_mdta, images.serves_cross_mdta,
+        shaped=images.is_cross_mdta_shaped, trial=images.cross_mdta_trial, args=2,
+    ),
+    "IG_MSA": Family(
+        images.ig_msa, images.serves_ig_msa, shaped=images.is_ig_msa_shaped, trial=images.ig_msa_trial, args=2
+    ),
 }  # fmt: skip
 
 
-def family_of(module: nn.Module) -> str | None:
-    """The family to replace `module` by; None for modules of none, or which compute something else."""
-    if "forward" in module.__dict__:  # set on the instance: what it computes is not the class's to say
-        return None
+class Found(NamedTuple):
+    """What a module is: its family, if it is to be replaced; else why not, if it is like one."""
+
+    family: str | None
+    why: str = ""
+
+
+def look(module: nn.Module) -> Found:
+    """Which family to replace `module` by."""
     for name, family in FAMILIES.items():
         if family.holds(module):
-            return None if agrees(name) is False else name
-    return "MDTA" if is_mdta_shaped(module) and _agrees_mdta(module) else None
+            if "forward" in module.__dict__:  # set on the instance: what it computes is not the class's to say
+                return Found(None, f"{name}, but a forward is set on the instance")
+            changed = agrees(name) is False
+            return Found(None, f"{name}, but the installed class computes something else") if changed else Found(name)
+    for name, family in FAMILIES.items():
+        if family.shaped is not None and family.trial is not None and family.shaped(module):
+            if "forward" in module.__dict__:
+                return Found(None, f"has the parts of {name}, but a forward is set on the instance")
+            tried = trial.run(lambda: module, _by_reference(name), family.trial(module), thorough=True)
+            return Found(name) if tried.agrees else Found(None, f"has the parts of {name}, but {tried.why}")
+    scaled = any(isinstance(getattr(module, name, None), Tensor) for name in ("temperature", "temp", "rescale"))
+    return Found(None, "has a temperature, but not the parts of a family" if scaled else "")
 
 
 def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """What a replaced module runs: the fused forward of its family where that is the same, else its class's own."""
     replaced = how_replaced(module)
-    if replaced is not None and not kwargs:
+    if replaced is not None:
         family = FAMILIES[replaced.family]
-        served = len(args) == len(family.inputs) and family.serves(module, *args)
-        if served and (not family.name or agrees(replaced.family)):
-            return family.fused(module, _call(replaced), *args)
+        names = replaced.names[len(args) : family.args]
+        if kwargs.keys() == set(names):
+            given = (*args, *[kwargs[name] for name in names])
+            served = len(given) == family.args and family.serves(module, *given)
+            if served and (not family.name or agrees(replaced.family)):
+                return family.fused(module, _call(replaced), *given)
     return type(module).forward(module, *args, **kwargs)
 
 
@@ -134,7 +166,11 @@ def _call(replaced: Replaced) -> Call:
     return Call("query_key", "token", "softmax", 1e-12, None, 0.0, replaced.form, None, replaced.backend)
 
 
-# --------------------------------------------------------------------------------------------------------------- trials
+def _by_reference(name: str) -> Callable[..., Tensor]:
+    """The fused forward; the formula is tried, whatever backend the environment asks for."""
+    call = _call(Replaced(name, "direct", "reference"))
+    return lambda module, *args: FAMILIES[name].fused(module, call, *args)
+
 
 _verdicts: dict[Any, bool] = {}
 """By the forward of the original class, which a user may have changed."""
@@ -147,52 +183,10 @@ def agrees(name: str) -> bool | None:
     None where that cannot be tried now: under fake tensors, meta devices and global module hooks. Then it is tried
     again when next asked.
     """
-    original = FAMILIES[name].original
-    verdict = _verdicts.get(original.forward)
+    family = FAMILIES[name]
+    verdict = _verdicts.get(family.original.forward)
     if verdict is None and not has_global_hooks():
-        verdict = _try(lambda: original(**FAMILIES[name].arguments), name)
+        verdict = trial.run(lambda: family.original(**family.arguments), _by_reference(name), family.inputs).agrees
         if verdict is not None:
-            _verdicts[original.forward] = verdict
+            _verdicts[family.original.forward] = verdict
     return verdict
-
-
-def _agrees_mdta(module: nn.Module) -> bool:
-    """Whether the module's forward is MDTA's formula: tried with its shapes, and random weights."""
-    x = (2, module.qkv.in_channels, 3, 5)  # type: ignore[union-attr]
-    return _try(lambda: module, "MDTA", (x,)) or False
-
-
-@torch.no_grad()
-def _try(make: Callable[[], nn.Module], name: str, inputs: tuple[Any, ...] | None = None) -> bool | None:
-    shape, *rest = inputs or FAMILIES[name].inputs
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-        return None
-    numbers = torch.Generator().manual_seed(0)
-    # by the reference: the formula is tried, whatever backend the environment asks for
-    call = _call(Replaced(name, "direct", "reference"))
-    try:
-        with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.autocast("cpu", enabled=False):
-            module = _for_trial(make(), numbers).eval()
-            x = torch.randn(shape, generator=numbers, dtype=torch.float64)
-            expected = type(module).forward(module, x, *rest)
-            got = FAMILIES[name].fused(module, call, x, *rest)
-    except Exception:  # another signature or other parts: a module that is not known
-        return False
-    if expected.is_meta or got.is_meta:
-        return None
-    return expected.shape == got.shape and bool(torch.allclose(got, expected, rtol=1e-9, atol=1e-9))
-
-
-def _for_trial(module: nn.Module, numbers: torch.Generator) -> nn.Module:
-    """A copy on the CPU with random weights in float64 that shares none with `module`, and calls no hooks."""
-
-    def drawn(p: Tensor) -> nn.Parameter:
-        return nn.Parameter(torch.randn(p.shape, generator=numbers, dtype=torch.float64) / 2)
-
-    parameters = {key: None if p is None else drawn(p) for key, p in module._parameters.items()}
-    buffers = {key: None if b is None else b.double() for key, b in module._buffers.items()}
-    children = {key: None if m is None else _for_trial(m, numbers) for key, m in module._modules.items()}
-    cls = type(module)
-    copied: nn.Module = object.__new__(type(cls.__name__, (cls,), {"__call__": cls.forward}))
-    copied.__dict__.update(module.__dict__, _parameters=parameters, _buffers=buffers, _modules=children)
-    return copied

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from torch import nn
 
 from xformer_kernels import dispatch, validate
 from xformer_kernels.integrations.bound import Replaced, bind, how_replaced, release
-from xformer_kernels.integrations.families import FAMILIES, family_of, forward
+from xformer_kernels.integrations.families import FAMILIES, Found, forward, look
 from xformer_kernels.layer.functional import FORMS
 
 
-def replace_attention(model: nn.Module, *, form: str = "auto", backend: str = "auto") -> int:
+def replace_attention(model: nn.Module, *, form: str = "auto", backend: str = "auto", verbose: bool = False) -> int:
     """Makes the cross feature attention layers of a model compute with our kernels; returns how many there were.
 
-    Served are timm's XCiT (``XCA``), timm's EdgeNeXt (``CrossCovarianceAttn``), and every module of the shape of
-    Restormer's MDTA whose forward is that formula (it is tried with random weights). The model itself may be such a
-    layer. Classes derived from these with a forward of their own are left alone, and so are modules whose instance has
-    a ``forward`` of its own (accelerate's offload: call this function first).
+    Served are timm's XCiT (``XCA``), timm's EdgeNeXt (``CrossCovarianceAttn``), and modules that have the parts of one of
+    these, and whose forward is its formula (outputs and gradients are tried with random weights): XCA of other packages,
+    vit-pytorch's ``XCAttention``, Restormer's MDTA and MONAI's ``CABlock`` (in 2 and 3 dimensions), HVI-CIDNet's ``CAB``,
+    Retinexformer's ``IG_MSA``, DAT's ``Adaptive_Channel_Attention``, FDAT's ``FastChannelAttention``, DITN's ``ISA``. The
+    model itself may be such a layer. Classes derived from these with another formula are left alone, and so are modules
+    whose instance has a ``forward`` of its own (accelerate's offload: call this function first).
 
     Blocks of timm's XCiT and EdgeNeXt around such a layer compute layer norm, attention, layer scale and residual as
     one, see :func:`xformer_kernels.xfa_block`.
@@ -32,8 +35,11 @@ def replace_attention(model: nn.Module, *, form: str = "auto", backend: str = "a
 
     Args:
         model: any module.
-        form: as in :func:`xformer_kernels.xfa_layer`; MDTA, which convolves q, k and v, has no other than its own.
+        form: as in :func:`xformer_kernels.xfa_layer`; where q, k and v are convolved, multiplied or used again, it is
+            always the direct one.
         backend: as in :func:`xformer_kernels.xfa`.
+        verbose: prints a line for every module that is replaced, and for every module that is like these and left, with
+            the reason.
 
     Raises:
         TypeError: model is not a torch.nn.Module.
@@ -43,11 +49,15 @@ def replace_attention(model: nn.Module, *, form: str = "auto", backend: str = "a
     validate.choice("form", form, FORMS)
     dispatch.check_name(backend)
     layers = 0
-    for module in model.modules():
-        family = None if is_replaced(module) else family_of(module)
-        if family is not None:
-            bind(module, forward, Replaced(family, form, backend))
-            layers += not FAMILIES[family].whole_block
+    for path, module in model.named_modules():
+        found = Found(None, "is replaced already") if is_replaced(module) else look(module)
+        if found.family is not None:
+            names = tuple(inspect.signature(type(module).forward).parameters)[1:]
+            bind(module, forward, Replaced(found.family, form, backend, names))
+            layers += not FAMILIES[found.family].whole_block
+        if verbose and (found.family or found.why):
+            outcome = f"replaced ({found.family})" if found.family else f"left: {found.why}"
+            print(f"{path or '(the model)'}: {type(module).__name__}, {outcome}")
     return layers
 
 

@@ -1,0 +1,64 @@
+"""What the parts of a module are, for the families that are recognised by them."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from xformer_kernels import ops, validate
+
+Kinds = type[nn.Module] | tuple[type[nn.Module], ...]
+_STATE = (bool, int, float, str, torch.dtype, torch.device, type(None))
+
+
+def has_parts(module: nn.Module, **kinds: Kinds) -> bool:
+    """Whether the children have exactly these names, and are of these classes or derived ones.
+
+    The module may hold no buffers and, beside its parameters, nothing but numbers, names and its own methods: shapes of
+    windows and functions that were set on it are signs of another formula for other inputs.
+    """
+    children = dict(module.named_children())
+    return (
+        children.keys() == kinds.keys()
+        and all(isinstance(children[name], kind) for name, kind in kinds.items())
+        and not list(module.named_buffers(recurse=False))
+        and all(_is_plain(module, name, value) for name, value in module.__dict__.items())
+    )
+
+
+def _is_plain(module: nn.Module, name: str, value: Any) -> bool:
+    if inspect.ismethod(value):
+        return value.__self__ is module
+    return isinstance(value, _STATE) or (name.startswith("_") and not callable(value))
+
+
+def has_heads(module: nn.Module, heads: str, temperature: str, dim: Any) -> bool:
+    """Whether the attributes of these names are a number of heads that divides `dim`, and one temperature of each."""
+    H, t = getattr(module, heads, None), getattr(module, temperature, None)
+    return isinstance(H, int) and H > 0 and dim % H == 0 and isinstance(t, Tensor) and t.shape == (H, 1, 1)
+
+
+def serves_tensor(x: Any, dims: int) -> bool:
+    return isinstance(x, Tensor) and x.dim() == dims and x.dtype in validate.DTYPES and not ops.torch_only(x)
+
+
+def serves_temperature(t: Any, heads: Any) -> bool:
+    return isinstance(t, Tensor) and t.shape == (heads, 1, 1) and t.dtype in validate.DTYPES and not ops.torch_only(t)
+
+
+def convolution(module: Any) -> Any:
+    """The convolution that a module is, or is a sequence of (as MONAI's ``Convolution``); None if it is no such."""
+    while isinstance(module, nn.Sequential) and len(module) == 1:
+        module = module[0]
+    return module if isinstance(module, (nn.Conv2d, nn.Conv3d)) else None
+
+
+def as_image(out: Tensor, sizes: Any, like: Tensor) -> Tensor:
+    """(B, H, N, D), in (B, N, H, D) memory, to (B, C, *sizes): a view if `like` is channels_last, else one copy."""
+    pixels = out.transpose(-2, -1).flatten(1, 2).unflatten(-1, sizes)
+    channels_last = torch.channels_last if like.dim() == 4 else torch.channels_last_3d
+    last = like.is_contiguous(memory_format=channels_last) and not like.is_contiguous()
+    return pixels.contiguous(memory_format=channels_last if last else torch.contiguous_format)

@@ -1,0 +1,105 @@
+"""Whether a fused forward gives what a module's own class computes, for small random numbers in float64."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from types import MethodType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class Trial(NamedTuple):
+    """What a trial has found. ``agrees`` is None where it was not possible: under fake tensors and meta devices."""
+
+    agrees: bool | None
+    why: str = ""
+
+
+def run(
+    make: Callable[[], nn.Module], fused: Callable[..., Tensor], inputs: tuple[Any, ...], thorough: bool = False
+) -> Trial:
+    """Tries ``fused(module, *inputs)`` on a copy of the module that `make` returns.
+
+    inputs: a shape for every tensor, and other arguments as they are. thorough: in both modes (without dropout), and
+    the gradients too.
+    """
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return Trial(None, "it cannot be tried while tensors are traced or fake")
+    numbers = torch.Generator().manual_seed(0)
+    try:
+        with (
+            torch.inference_mode(False),
+            torch.set_grad_enabled(thorough),
+            torch.random.fork_rng(devices=[]),
+            torch.device("cpu"),
+            torch.autocast("cpu", enabled=False),
+        ):
+            module = _copy(make(), numbers)
+            args = tuple(_drawn(a, numbers).requires_grad_() if isinstance(a, tuple) else a for a in inputs)
+            for training in (False, True)[: 1 + thorough]:
+                module.train(training)
+                expected = _outcome(module, type(module).forward, args, numbers, thorough)
+                got = _outcome(module, fused, args, numbers, thorough)
+                if any(t is not None and t.is_meta for t in (*expected, *got)):
+                    return Trial(None, "it cannot be tried on the meta device")
+                for what, a, b in zip(("outputs", *["gradients"] * len(got)), expected, got):
+                    if not _close(a, b):
+                        return Trial(False, f"it computes something else ({what} differ)")
+    except Exception as error:  # another signature or other parts: a module that is not known
+        return Trial(False, f"it could not be tried ({type(error).__name__}: {_first_line(error)})")
+    return Trial(True)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+def _outcome(
+    module: nn.Module, forward: Callable[..., Tensor], args: tuple[Any, ...], numbers: torch.Generator, gradients: bool
+) -> list[Tensor | None]:
+    y = forward(module, *args)
+    if not gradients or y.is_meta:
+        return [y]
+    leaves = [a for a in args if isinstance(a, Tensor)] + list(module.parameters())
+    dy = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).reshape(y.shape).sin()
+    return [y.detach(), *torch.autograd.grad(y, leaves, dy, allow_unused=True)]
+
+
+def _close(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    return a.shape == b.shape and bool(torch.allclose(a, b, rtol=1e-9, atol=1e-9))
+
+
+def _drawn(shape: Any, numbers: torch.Generator) -> Tensor:
+    return torch.randn(shape, generator=numbers, dtype=torch.float64)
+
+
+def _copy(module: nn.Module, numbers: torch.Generator) -> nn.Module:
+    """On the CPU with random weights and buffers in float64 that shares none with `module`, and calls no hooks."""
+
+    def buffer(b: Tensor) -> Tensor:
+        if b.is_floating_point():  # such as variances
+            return torch.rand(b.shape, generator=numbers, dtype=torch.float64) + 0.5
+        return torch.zeros(b.shape, dtype=b.dtype) if b.is_meta else b.to("cpu", copy=True)
+
+    def parameter(p: Tensor) -> nn.Parameter:
+        return nn.Parameter(_drawn(p.shape, numbers) / 2)
+
+    cls = type(module)
+    copied: nn.Module = object.__new__(type(cls.__name__, (cls,), {"__call__": cls.forward}))
+    copied.__dict__.update(
+        module.__dict__,
+        _parameters={key: None if p is None else parameter(p) for key, p in module._parameters.items()},
+        _buffers={key: None if b is None else buffer(b) for key, b in module._buffers.items()},
+        _modules={key: None if m is None else _copy(m, numbers) for key, m in module._modules.items()},
+    )
+    if isinstance(copied, nn.modules.dropout._DropoutNd):
+        copied.p = 0.0
+    for name, value in module.__dict__.items():
+        if inspect.ismethod(value) and value.__self__ is module:
+            copied.__dict__[name] = MethodType(value.__func__, copied)
+    return copied
