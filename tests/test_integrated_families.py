@@ -82,7 +82,7 @@ CASES = {
     "M3SNet": Case(
         "spandrel_extra_arches.architectures.M3SNet.__arch.M3SNet", "Attention", (48, 2, True), ((2, 48, 7, 9),), "qkv"
     ),
-    "KBNet": Case(f"{SPANDREL}.KBNet.__arch.kbnet_l", "MDTA", (48, 2, True), ((2, 48, 7, 9),), "qkv"),
+    "KBNet": Case(f"{SPANDREL}.KBNet.__arch.kbnet_l", "TransAttention", (48, 2, True), ((2, 48, 7, 9),), "qkv"),
     "HVI-CIDNet": Case(f"{SPANDREL}.HVICIDNet.__arch.LCA", "CAB", (48, 4, True), ((2, 48, 7, 9),) * 2, "kv"),
     "Retinexformer": Case(
         f"{SPANDREL}.RetinexFormer.__arch.retinexformer_arch", "IG_MSA", (48, 24, 2), ((2, 7, 9, 48),) * 2, "to_v"

@@ -38,6 +38,10 @@ def mdta(module: Any, call: Call, x: Tensor) -> Tensor:
     return y
 
 
+def mdta_by_reference(module: Any, x: Tensor) -> Tensor:
+    return mdta(module, Call("query_key", "token", "softmax", 1e-12, None, 0.0, "direct", None, "reference"), x)
+
+
 def is_mdta_shaped(module: nn.Module) -> bool:
     """Whether the module has MDTA's parts, in 2 or 3 dimensions; what its forward computes is for a trial to find."""
     if not has_parts(module, qkv=_CONVOLUTIONS, qkv_dwconv=_CONVOLUTIONS, project_out=_CONVOLUTIONS):

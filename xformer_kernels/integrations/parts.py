@@ -18,14 +18,15 @@ def has_parts(module: nn.Module, **kinds: Kinds) -> bool:
     """Whether the children have exactly these names, and are of these classes or derived ones.
 
     The module may hold no buffers and, beside its parameters, nothing but numbers, names and its own methods: shapes of
-    windows and functions that were set on it are signs of another formula for other inputs.
+    windows and functions that were set on it are signs of another formula for other inputs. A ``forward`` that was set
+    is for the caller to see.
     """
     children = dict(module.named_children())
     return (
         children.keys() == kinds.keys()
         and all(isinstance(children[name], kind) for name, kind in kinds.items())
         and not list(module.named_buffers(recurse=False))
-        and all(_is_plain(module, name, value) for name, value in module.__dict__.items())
+        and all(_is_plain(module, *item) for item in module.__dict__.items() if item[0] != "forward")
     )
 
 

@@ -16,12 +16,13 @@ from xformer_kernels.layer.functional import FORMS
 def replace_attention(model: nn.Module, *, form: str = "auto", backend: str = "auto", verbose: bool = False) -> int:
     """Makes the cross feature attention layers of a model compute with our kernels; returns how many there were.
 
-    Served are timm's XCiT (``XCA``), timm's EdgeNeXt (``CrossCovarianceAttn``), and modules that have the parts of one of
-    these, and whose forward is its formula (outputs and gradients are tried with random weights): XCA of other packages,
-    vit-pytorch's ``XCAttention``, Restormer's MDTA and MONAI's ``CABlock`` (in 2 and 3 dimensions), HVI-CIDNet's ``CAB``,
-    Retinexformer's ``IG_MSA``, DAT's ``Adaptive_Channel_Attention``, FDAT's ``FastChannelAttention``, DITN's ``ISA``. The
-    model itself may be such a layer. Classes derived from these with another formula are left alone, and so are modules
-    whose instance has a ``forward`` of its own (accelerate's offload: call this function first).
+    Served are timm's XCiT (``XCA``), timm's EdgeNeXt (``CrossCovarianceAttn``), and modules that have the parts of one
+    of these and whose forward is its formula (outputs and gradients are tried with random weights): XCA of other
+    packages, vit-pytorch's ``XCAttention``, Restormer's MDTA and MONAI's ``CABlock`` (in 2 and 3 dimensions),
+    HVI-CIDNet's ``CAB``, Retinexformer's ``IG_MSA``, DAT's ``Adaptive_Channel_Attention``, FDAT's
+    ``FastChannelAttention`` and DITN's ``ISA``. The model itself may be such a layer. Classes derived from these with
+    another formula are left alone, and so are modules whose instance has a ``forward`` of its own (accelerate's
+    offload: call this function first).
 
     Blocks of timm's XCiT and EdgeNeXt around such a layer compute layer norm, attention, layer scale and residual as
     one, see :func:`xformer_kernels.xfa_block`.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable
 from types import MethodType
 from typing import Any, NamedTuple
@@ -31,22 +32,25 @@ def run(
     numbers = torch.Generator().manual_seed(0)
     try:
         with (
+            warnings.catch_warnings(),
             torch.inference_mode(False),
             torch.set_grad_enabled(thorough),
             torch.random.fork_rng(devices=[]),
             torch.device("cpu"),
             torch.autocast("cpu", enabled=False),
         ):
+            warnings.simplefilter("ignore")
             module = _copy(make(), numbers)
             args = tuple(_drawn(a, numbers).requires_grad_() if isinstance(a, tuple) else a for a in inputs)
             for training in (False, True)[: 1 + thorough]:
                 module.train(training)
-                expected = _outcome(module, type(module).forward, args, numbers, thorough)
-                got = _outcome(module, fused, args, numbers, thorough)
+                expected = _outcome(module, type(module).forward, args, thorough)
+                got = _outcome(module, fused, args, thorough)
                 if any(t is not None and t.is_meta for t in (*expected, *got)):
                     return Trial(None, "it cannot be tried on the meta device")
-                for what, a, b in zip(("outputs", *["gradients"] * len(got)), expected, got):
+                for i, (a, b) in enumerate(zip(expected, got, strict=True)):
                     if not _close(a, b):
+                        what = "gradients" if i else "outputs"
                         return Trial(False, f"it computes something else ({what} differ)")
     except Exception as error:  # another signature or other parts: a module that is not known
         return Trial(False, f"it could not be tried ({type(error).__name__}: {_first_line(error)})")
@@ -58,8 +62,9 @@ def _first_line(error: Exception) -> str:
 
 
 def _outcome(
-    module: nn.Module, forward: Callable[..., Tensor], args: tuple[Any, ...], numbers: torch.Generator, gradients: bool
+    module: nn.Module, forward: Callable[..., Tensor], args: tuple[Any, ...], gradients: bool
 ) -> list[Tensor | None]:
+    """The output, and the gradients of inputs and parameters; None of what takes no part."""
     y = forward(module, *args)
     if not gradients or y.is_meta:
         return [y]
