@@ -79,10 +79,6 @@ def _parts(module: Any) -> _Parts:
     replaced = how_replaced(module)
     if not (replaced.family == "MDTA" if replaced else is_mdta_shaped(module)):
         raise ValueError(f"module must have the parts of Restormer's MDTA, got {type(module).__name__}")
-    if not replaced:
-        tried = trial.run(lambda: module, mdta_by_reference, mdta_trial(module), thorough=True)
-        if tried.agrees is False:
-            raise ValueError(f"module must compute Restormer's MDTA; of {type(module).__name__}, {tried.why}")
     found = {}
     for name in ("qkv", "qkv_dwconv", "project_out"):
         part = getattr(module, name)
@@ -94,6 +90,10 @@ def _parts(module: Any) -> _Parts:
         padding = same if conv.padding == "same" else conv.padding
         if conv.stride != (1, 1) or padding != same or not odd or conv.padding_mode != "zeros":
             raise ValueError(f"module.{name} must keep the size of images, by zero padding, got {conv}")
+    if not replaced:
+        tried = trial.run(lambda: module, mdta_by_reference, mdta_trial(module), thorough=True)
+        if tried.agrees is False:
+            raise ValueError(f"module must compute Restormer's MDTA; of {type(module).__name__}, {tried.why}")
     return _Parts(found["qkv"], found["qkv_dwconv"], found["project_out"], module.temperature)  # type: ignore[arg-type]
 
 
