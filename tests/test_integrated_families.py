@@ -51,15 +51,16 @@ class Case:
     linear: str = ""  # a part to hook
     op: str = "xfa_forward"
 
-    def make(self, dtype: torch.dtype = torch.float32) -> nn.Module:
+    def cls(self) -> Any:
         if not self.where:
-            cls: Any = globals()[self.name]
-        else:
-            package = self.where.split(".")[0]
-            pytest.importorskip(package, reason=f"{package}, whose {self.name} is converted, is not installed")
-            pytest.importorskip("einops", reason=f"{package}'s {self.name} needs einops")
-            cls = getattr(importlib.import_module(self.where), self.name)
-        model = randomize(cls(*self.arguments))
+            return globals()[self.name]
+        package = self.where.split(".")[0]
+        pytest.importorskip(package, reason=f"{package}, whose {self.name} is converted, is not installed")
+        pytest.importorskip("einops", reason=f"{package}'s {self.name} needs einops")
+        return getattr(importlib.import_module(self.where), self.name)
+
+    def make(self, dtype: torch.dtype = torch.float32) -> nn.Module:
+        model = randomize(self.cls()(*self.arguments))
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if name.rpartition(".")[2] in ("temp", "rescale"):
