@@ -1,4 +1,4 @@
-"""What is done to attention layers of other packages, before and after they are replaced, as in test_replaced_models."""
+"""What is done to layers of other packages, before and after they are replaced, as in test_replaced_models."""
 
 from __future__ import annotations
 

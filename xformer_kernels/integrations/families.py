@@ -68,7 +68,7 @@ def _is_xca(module: Any) -> bool:
 def _serves_half_block(attn: Any, norm: Any, layer_scale: Any) -> bool:
     """Whether `attn` is replaced, runs nothing but our forward, and can be fused with what is around it."""
     replaced = how_replaced(attn)
-    if replaced is None or not agrees(replaced.family):
+    if replaced is None or not FAMILIES[replaced.family].name or not agrees(replaced.family):
         return False
     family, forward = FAMILIES[replaced.family], bound_forward(attn)
     return (
