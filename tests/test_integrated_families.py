@@ -237,6 +237,22 @@ def test_compiled(case):
         torch.testing.assert_close(other, value, rtol=1e-8, atol=1e-8, msg=lambda m, n=name: f"{n}: {m}")
 
 
+def test_a_compiled_module_is_replaced(case):
+    """By module.compile(), before and after."""
+    theirs = case.make(torch.float64).eval()
+    args = case.args(torch.float64)
+    for first in ("compile", "replace"):
+        torch._dynamo.reset()
+        ours = copy.deepcopy(theirs)
+        for step in (first, "replace" if first == "compile" else "compile"):
+            if step == "compile":
+                ours.compile(backend="eager")
+            else:
+                assert replace_attention(ours) == 1
+        with torch.no_grad():
+            torch.testing.assert_close(ours(*args), theirs(*args), rtol=1e-8, atol=1e-8)
+
+
 def test_inputs_by_name():
     """As Retinexformer calls its attention."""
     case = CASES["Retinexformer"]

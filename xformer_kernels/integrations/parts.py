@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from xformer_kernels import ops, validate
 
 Kinds = type[nn.Module] | tuple[type[nn.Module], ...]
+_CALLED = ("forward", "_compiled_call_impl")  # set on the instance by others, and by module.compile()
 _STATE = (bool, int, float, str, torch.dtype, torch.device, type(None))
 
 
@@ -26,7 +27,7 @@ def has_parts(module: nn.Module, **kinds: Kinds) -> bool:
         children.keys() == kinds.keys()
         and all(isinstance(children[name], kind) for name, kind in kinds.items())
         and not list(module.named_buffers(recurse=False))
-        and all(_is_plain(module, *item) for item in module.__dict__.items() if item[0] != "forward")
+        and all(_is_plain(module, *item) for item in module.__dict__.items() if item[0] not in _CALLED)
     )
 
 

@@ -24,8 +24,8 @@ def run(
 ) -> Trial:
     """Tries ``fused(module, *inputs)`` on a copy of the module that `make` returns.
 
-    inputs: a shape for every tensor, and other arguments as they are. thorough: in both modes (without dropout), and
-    the gradients too.
+    inputs: a shape for every tensor, and other arguments as they are. thorough: in training too, without dropout and
+    with the gradients.
     """
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return Trial(None, "it cannot be tried while tensors are traced or fake")
@@ -44,8 +44,8 @@ def run(
             args = tuple(_drawn(a, numbers).requires_grad_() if isinstance(a, tuple) else a for a in inputs)
             for training in (False, True)[: 1 + thorough]:
                 module.train(training)
-                expected = _outcome(module, type(module).forward, args, thorough)
-                got = _outcome(module, fused, args, thorough)
+                expected = _outcome(module, type(module).forward, args, training)
+                got = _outcome(module, fused, args, training)
                 if any(t is not None and t.is_meta for t in (*expected, *got)):
                     return Trial(None, "it cannot be tried on the meta device")
                 for i, (a, b) in enumerate(zip(expected, got, strict=True)):
