@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from xformer_kernels import ops, validate
 
 Kinds = type[nn.Module] | tuple[type[nn.Module], ...]
-_CALLED = ("forward", "_compiled_call_impl")  # set on the instance by others, and by module.compile()
+# attributes of every module, of module.compile(), and the forward that others set
+_OF_TORCH = {*nn.Module().__dict__, "_compiled_call_impl", "forward"}
 _STATE = (bool, int, float, str, torch.dtype, torch.device, type(None))
+_FILLED = (list, dict, set, Tensor)
 
 
 def has_parts(module: nn.Module, **kinds: Kinds) -> bool:
@@ -27,14 +29,17 @@ def has_parts(module: nn.Module, **kinds: Kinds) -> bool:
         children.keys() == kinds.keys()
         and all(isinstance(children[name], kind) for name, kind in kinds.items())
         and not list(module.named_buffers(recurse=False))
-        and all(_is_plain(module, *item) for item in module.__dict__.items() if item[0] not in _CALLED)
+        and all(_is_plain(module, *item) for item in module.__dict__.items())
     )
 
 
 def _is_plain(module: nn.Module, name: str, value: Any) -> bool:
+    if name in _OF_TORCH or isinstance(value, _STATE):
+        return True
     if inspect.ismethod(value):
         return value.__self__ is module
-    return isinstance(value, _STATE) or (name.startswith("_") and not callable(value))
+    # what wrappers of torch and others note about the module, and nothing that its forward would fill or call
+    return name.startswith("_") and not callable(value) and (name[:2] == "__" or not isinstance(value, _FILLED))
 
 
 def has_heads(module: nn.Module, heads: str, temperature: str, dim: Any) -> bool:

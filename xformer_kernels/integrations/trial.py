@@ -44,7 +44,10 @@ def run(
             args = tuple(_drawn(a, numbers).requires_grad_() if isinstance(a, tuple) else a for a in inputs)
             for training in (False, True)[: 1 + thorough]:
                 module.train(training)
+                before = _state(module)
                 expected = _outcome(module, type(module).forward, args, training)
+                if _state(module) != before:
+                    return Trial(False, "its forward sets attributes")
                 got = _outcome(module, fused, args, training)
                 if any(t is not None and t.is_meta for t in (*expected, *got)):
                     return Trial(None, "it cannot be tried on the meta device")
@@ -55,6 +58,11 @@ def run(
     except Exception as error:  # another signature or other parts: a module that is not known
         return Trial(False, f"it could not be tried ({type(error).__name__}: {_first_line(error)})")
     return Trial(True)
+
+
+def _state(module: nn.Module) -> dict[str, int]:
+    """Which object every attribute of the module is."""
+    return {name: id(value) for name, value in (*module.__dict__.items(), *module._buffers.items())}
 
 
 def _first_line(error: Exception) -> str:
