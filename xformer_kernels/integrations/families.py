@@ -23,6 +23,7 @@ from xformer_kernels.integrations.parts import serves_tensor
 from xformer_kernels.layer.functional import Call
 from xformer_kernels.modules import dropout_p, has_global_hooks, runs_forward_of
 from xformer_kernels.nn import may_fuse
+from xformer_kernels.spec import Spec
 
 
 class Family(NamedTuple):
@@ -163,7 +164,7 @@ def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def _call(replaced: Replaced) -> Call:
-    return Call("query_key", "token", "softmax", 1e-12, None, 0.0, replaced.form, None, replaced.backend)
+    return Call(Spec(), None, 0.0, replaced.form, None, replaced.backend)
 
 
 def _by_reference(name: str) -> Callable[..., Tensor]:

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from xformer_kernels import torch_internals
+
 
 class Trial(NamedTuple):
     """What a trial has found. ``agrees`` is None where it was not possible: under fake tensors and meta devices."""
@@ -27,7 +29,7 @@ def run(
     inputs: a shape for every tensor, and other arguments as they are. thorough: in training too, without dropout and
     with the gradients.
     """
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+    if torch.compiler.is_compiling() or torch_internals.dispatch_modes():
         return Trial(None, "it cannot be tried while tensors are traced or fake")
     numbers = torch.Generator().manual_seed(0)
     try:
