@@ -20,7 +20,7 @@ from bench.workloads import BlockShape, LayerShape, ModelShape
 from xformer_kernels import dispatch
 from xformer_kernels.integrations import is_replaced, replace_attention
 
-KERNELS = tuple(name for name in dispatch.BACKENDS if name != "reference")
+KERNELS = tuple(name for name in dispatch.names() if name != "reference")
 FORMS = ("gram", "direct")
 SDPA_MAP = 2**26
 """Numbers of the map of softmax attention that the check of its gradients holds in float64; above it is left out."""

@@ -22,23 +22,25 @@ def calls(shape: LayerShape) -> dict[str, dict[str, measure.Call]]:
     x, dy = (torch.randn(shape.B, shape.N, shape.C, generator=numbers) for _ in range(2))
     M, R = (torch.randn(shape.B, shape.C, shape.C, generator=numbers) for _ in range(2))
     m = torch.randn(shape.B, shape.C, generator=numbers)
-    common = (None, None, None)
+    gram, mix = passes.of("cpp")
+    heads, dheads = passes.with_head(x, dy)
+    none = (None, None, None)
     return {
         "x^T x": {
             "torch": lambda: x.mT @ x,
-            "cpp": lambda: passes.gram(None, x, *common, "cpp")[0],
+            "cpp": lambda: gram(heads, heads, True, *none)[0],
         },
         "dy^T x": {
             "torch": lambda: dy.mT @ x,
-            "cpp": lambda: passes.gram(dy, x, *common, "cpp")[0],
+            "cpp": lambda: gram(dheads, heads, False, *none)[0],
         },
         "M x + m": {
             "torch": lambda: torch.baddbmm(m.unsqueeze(1), x, M.mT),
-            "cpp": lambda: passes.mix(x, M, m, None, None, None, None, None, False, "cpp"),
+            "cpp": lambda: mix(*passes.with_head(x, M, m, *none), None, None, False),
         },
         "M^T dy + R x + m": {
             "torch": lambda: torch.baddbmm(m.unsqueeze(1), dy, M).baddbmm_(x, R),
-            "cpp": lambda: passes.mix(dy, M.mT, m, None, x, R.mT, None, None, True, "cpp"),
+            "cpp": lambda: mix(*passes.with_head(dy, M.mT, m, None, x, R.mT), None, None, True),
         },
     }
 

@@ -114,7 +114,7 @@ def op_cases(shape: OpShape, dtype: torch.dtype, device: str, wanted: set[str]) 
         yield case("eager", reference.xfa)
     if "compile" in wanted:
         yield case("compile", compiled(reference.xfa))
-    for name in dispatch.BACKENDS:
+    for name in dispatch.names():
         if name in wanted and name != "reference" and not dispatch.reasons_against(name, device, (dtype,), (shape.D,)):
             yield case(name, lambda *x, name=name: xk.xfa(*x, backend=name))  # type: ignore[misc]
     if device == "cuda" and shape.B == 1:

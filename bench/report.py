@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from bench.terminal import Line, Terminal
-from xformer_kernels.backends import ORDER as KERNELS
+from xformer_kernels.backends import PATHS
+
+KERNELS = tuple(PATHS)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from xformer_kernels import reference
+from xformer_kernels.spec import Spec
 from xformer_kernels.testing import assert_close, gradient_terms
 
 THOROUGH = os.environ.get("XFORMER_KERNELS_THOROUGH", "0") not in ("", "0")
@@ -47,6 +48,10 @@ class Config:
     norm: str = "token"
     activation: str = "softmax"
     eps: float = 1e-12
+
+    @property
+    def spec(self) -> Spec:
+        return Spec(self.map, self.norm, self.activation, self.eps)
 
     def kwargs(self) -> dict[str, Any]:
         return {"map": self.map, "norm": self.norm, "activation": self.activation, "eps": self.eps}

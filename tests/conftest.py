@@ -30,7 +30,7 @@ import emulated  # noqa: E402
 from xformer_kernels import backends, dispatch  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
-KERNELS = backends.ORDER
+KERNELS = tuple(backends.PATHS)
 REQUIRED = os.environ.get("XFORMER_KERNELS_REQUIRE_EXTENSION", "0") not in ("", "0")
 EXPECTED = os.environ.get("XFORMER_KERNELS_EXPECTED_LOCATION")
 if EXPECTED and not Path(backends.__file__).resolve().is_relative_to(Path(EXPECTED).resolve()):
@@ -125,7 +125,7 @@ def pytest_generate_tests(metafunc):
     asked = [name for name in ("backend", "kernel", "device") if name in metafunc.fixturenames]
     if not asked:
         return
-    names = KERNELS if "kernel" in asked else dispatch.BACKENDS
+    names = KERNELS if "kernel" in asked else dispatch.names()
     pairs = [(name, device) for name in names for device in devices_of(name)]
     if "device" not in asked:
         pairs = [(name, device) for name, device in pairs if device == "cpu"]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import xformer_kernels as xk
 from xformer_kernels import reference
+from xformer_kernels.spec import Spec
 
 LAYER_WEIGHTS = ("qkv_weight", "qkv_bias", "temperature", "proj_weight", "proj_bias")
 BLOCK_WEIGHTS = (*LAYER_WEIGHTS, "ln_weight", "ln_bias", "layer_scale")
@@ -105,7 +106,7 @@ class Case:
             D = self.C // self.H
             wide = reference.accumulate_dtype(self.dtype)
             keep = F.dropout(torch.ones(self.B, self.H, D, D, dtype=wide), self.dropout_p)
-            choices["map_fn"] = lambda S: reference.activate(S, self.map, self.activation) * keep
+            choices["map_fn"] = lambda S: reference.activate(S, Spec(self.map, self.norm, self.activation)) * keep
         function = reference.xfa_block if self.block else reference.xfa_layer
         out = function(x, *cast.values(), **choices)
         grads = torch.autograd.grad(out, (x, *leaves.values()), dout)

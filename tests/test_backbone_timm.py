@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 import xformer
+from xformer.weights import Card, build_model
 
 NAMES = tuple(xformer.VARIANTS)
 
@@ -36,8 +38,7 @@ def test_same_model_with_and_without_timm(timm):
     torch.manual_seed(0)
     one = timm.create_model("xformer_xs").state_dict()
     torch.manual_seed(0)
-    other = xformer.xformer_xs().state_dict()
-    assert list(one) == list(other) and all(torch.equal(one[name], other[name]) for name in one)
+    same(one, xformer.xformer_xs().state_dict())
 
 
 def test_features_only(timm):
@@ -101,3 +102,39 @@ def test_without_timm_and_fvcore():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0 and "[2, 3]" in result.stdout, result.stderr
+
+
+def test_saved_for_the_hub(timm, tmp_path):
+    """Files of timm's own function, in both formats, are a model of timm again."""
+    pytest.importorskip("huggingface_hub")
+    torch.manual_seed(0)
+    model = timm.create_model("xformer_xxs", num_classes=5)
+    timm.models.save_for_hf(model, tmp_path, safe_serialization="both")
+    for file in ("model.safetensors", "pytorch_model.bin"):
+        other = timm.create_model("xformer_xxs", num_classes=5, checkpoint_path=str(tmp_path / file))
+        same(model.state_dict(), other.state_dict())
+    assert json.loads((tmp_path / "config.json").read_text())["architecture"] == "xformer_xxs"
+
+
+def same(one, other):
+    assert list(one) == list(other) and all(torch.equal(one[name], other[name]) for name in one)
+
+
+MODELS = {
+    "classify": xformer.XFormer,
+    "features": xformer.XFormerFeatures,
+    "se": lambda variant: xformer.XFormer(variant, se=True),
+    "fused": lambda variant: xformer.fuse_for_inference(xformer.XFormer(variant)),
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("kind", [*MODELS, "segment", "detect"])
+def test_state_dicts_are_contiguous(kind, name, tmp_path):
+    """So that safetensors' own function saves them."""
+    safetensors = pytest.importorskip("safetensors.torch")
+    model = MODELS[kind](xformer.VARIANTS[name]) if kind in MODELS else build_model(Card(name, 3, task=kind))
+    assert all(value.is_contiguous() for value in model.state_dict().values())
+    safetensors.save_file(model.state_dict(), tmp_path / "m.safetensors")
+    read = safetensors.load_file(tmp_path / "m.safetensors")
+    same(model.state_dict(), {key: read[key] for key in model.state_dict()})

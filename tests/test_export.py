@@ -18,6 +18,7 @@ from xformer import export as exporting
 from xformer.backbone import VARIANTS, Stage, Variant
 from xformer.errors import UsageError
 from xformer.export import Differs, export
+from xformer.preprocessing import Preprocessed
 from xformer.weights import Card, build_model, save_weights
 
 CARD = Card("xformer_xxs", 5, image_size=32, classes=["ant", "bee", "cat", "døg", 'e"l'], mean=(0.4, 0.5, 0.6))
@@ -218,6 +219,19 @@ def test_aoti(tmp_path):
     assert max(foreign("aoti", result.path, model, [(1, 3, 32, 32), (5, 3, 32, 32)], tmp_path)) < 1e-5
 
 
+@pytest.mark.skipif(not shutil.which("g++"), reason="AOTInductor needs a C++ compiler")
+def test_aoti_with_preprocessing(tmp_path):
+    model = trained(variant=Variant((Stage(8, (2,), 3, 32, 1, 1),), 16))
+    with torch._inductor.config.patch("aot_inductor.compile_wrapper_opt_level", "O0"):
+        result = export(model, CARD, tmp_path / "m.pt2", "aoti", preprocessing=True)
+    loaded = torch._inductor.aoti_load_package(str(result.path))
+    for sides in ((45, 70), (90, 31), (32, 32)):  # in width first, in height first, and as they are
+        images = torch.randint(0, 256, (2, *sides, 3), dtype=torch.uint8)
+        with torch.no_grad():
+            expected = Preprocessed(model, CARD)(images)
+        torch.testing.assert_close(loaded(images), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_aoti_without_a_compiler(tmp_path):
     without = torch._inductor.config.patch("cpp.cxx", ("no-such-compiler",))
     with without, pytest.raises(UsageError, match=r"aoti needs a C\+\+ compiler"):
@@ -282,6 +296,29 @@ def test_command(tmp_path):
     images = torch.randn(4, 3, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(torch.export.load(to).module()(images), model.eval()(images), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_command_in_the_home_folder(terminal, tmp_path, monkeypatch, capsys):
+    """Also an ending in upper case; a terminal is told what is done."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    model = xformer.xformer_xxs(num_classes=5, attention="none")
+    save_weights(tmp_path / "w.safetensors", model.state_dict(), replace(CARD, options={"attention": "none"}))
+    assert command.main(["export", "--weights", "~/w.safetensors", "--to", "~/new/m.PT2"]) == 0
+    printed = capsys.readouterr()
+    assert f"{tmp_path / 'new' / 'm.PT2'}: pt2" in printed.out
+    said = [line.partition(" in ")[0] for line in printed.err.splitlines() if " in " in line and line.endswith(" s")]
+    assert said == ["traced", "written", "compared"] * terminal
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["m.PT2"]
+    assert torch.export.load(tmp_path / "new" / "m.PT2").module()(torch.zeros(2, 3, 32, 32)).shape == (2, 5)
+
+
+def test_onnx_ending_in_upper_case(tmp_path):
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    result = export(trained("none"), CARD, tmp_path / "m.ONNX")
+    assert result.format == "onnx" and runtime.InferenceSession(str(result.path)).get_outputs()[0].name == "logits"
 
 
 def test_command_says_what_is_wrong(tmp_path, capsys):

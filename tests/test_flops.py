@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import xformer_kernels as xk
 from xformer_kernels.layer import ops as layer_ops
+from xformer_kernels.spec import Spec
 
 B, H, N, D = 2, 3, 40, 8
 C = H * D
@@ -55,7 +56,8 @@ def test_layer_counts_what_its_passes_and_its_algebra_multiply(map):
     x, dy = randn(B, N, C, seed=1), randn(B, N, C, seed=2)
     args = layer_ops.Operands(x, *module.weights())
     args = args._replace(temperature=args.temperature.reshape(-1))
-    choices = (map, "softmax", 1e-12, None, False, "", "reference")
+    choices = layer_ops.Choices(None, None, Spec(map), None, False, "")
+    as_in_schemas = (*choices._replace(spec=choices.spec.text), "reference")
 
     def total(function):
         """Products with vectors, of means and biases, are linear in C and not part of the formulas."""
@@ -64,10 +66,10 @@ def test_layer_counts_what_its_passes_and_its_algebra_multiply(map):
         return counter.get_total_flops(), result
 
     with torch.no_grad():
-        eager, (_, *saved) = total(lambda: layer_ops._forward(*args, *choices))
-        eager_backward, _ = total(lambda: layer_ops._backward(dy, *args, *saved, *choices))
-        ours = 2 * xk.flops.MACS["layer_forward"](*shapes(args), *choices)
-        ours_backward = 2 * xk.flops.MACS["layer_backward"](*shapes((dy, *args)), *shapes(saved), *choices)
+        eager, (_, *saved) = total(lambda: layer_ops._forward("reference", *args, *choices))
+        eager_backward, _ = total(lambda: layer_ops._backward("reference", dy, *args, *saved, *choices))
+        ours = 2 * xk.flops.MACS["layer_forward"](*shapes(args), *as_in_schemas)
+        ours_backward = 2 * xk.flops.MACS["layer_backward"](*shapes((dy, *args)), *shapes(saved), *as_in_schemas)
     vectors = 2 * B * C * C
     assert 0 <= eager - ours - B * N * C * (C - 1) <= 8 * vectors
     assert 0 <= eager_backward - ours_backward <= 20 * vectors

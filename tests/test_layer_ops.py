@@ -15,6 +15,7 @@ import xformer_kernels as xk
 from xformer_kernels import backends, dispatch
 from xformer_kernels.layer import algebra, passes
 from xformer_kernels.layer import ops as layer_ops
+from xformer_kernels.spec import Spec
 from xformer_kernels.testing import assert_bitwise
 
 _ops = torch.ops.xformer_kernels
@@ -29,7 +30,7 @@ def small(device):
 
 def arguments(layer, backend, keep=None):
     tensors = [t if t is None else t.detach() for t in layer.tensors]
-    return (*tensors, keep, layer.token_mask, "query_key", "softmax", 1e-12, layer.ln_eps, True, "", backend)
+    return layer_ops.Operands(*tensors), (keep, layer.token_mask, Spec().text, layer.ln_eps, True, "", backend)
 
 
 @pytest.mark.parametrize("block", [False, True], ids=["layer", "block"])
@@ -37,13 +38,13 @@ def test_opcheck(block, kernel, device, slow):
     """Schemas, fakes and autograd; what AOTAutograd makes of them does not depend on the backend."""
     tests = ("test_schema", "test_faketensor") if slow else ALL
     layer = make_layer((2, 20, 12, 3), block=block, masked=block, bias=block, device=device)
-    given = arguments(layer, kernel)
-    leaves = [t.requires_grad_() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in given]
-    opcheck(_ops.layer_forward.default, tuple(leaves), test_utils=tests)
+    operands, choices = arguments(layer, kernel)
+    leaves = [t if t is None else t.requires_grad_() for t in operands]
+    opcheck(_ops.layer_forward.default, (*leaves, *choices), test_utils=tests)
     with torch.no_grad():
-        _, *saved = _ops.layer_forward(*given)
+        _, *saved = _ops.layer_forward(*operands, *choices)
     dy = layer.dy.clone().requires_grad_()
-    opcheck(_ops.layer_backward.default, (dy, *leaves[:11], *saved, *given[11:]), test_utils=tests)
+    opcheck(_ops.layer_backward.default, (dy, *leaves, *saved, *choices), test_utils=tests)
 
 
 @pytest.mark.parametrize("form", (*FORMS, "auto"))
@@ -225,7 +226,7 @@ def test_a_backend_asked_for_by_name_takes_the_form_that_it_can(ran_backend, nee
 
 def test_auto_takes_no_form_of_the_reference_where_the_other_has_kernels(monkeypatch, need_backend, ran_backend):
     """Each backend says for itself how many features it takes: those of x in the Gram form, of a head in the other."""
-    cpp = need_backend("cpp") or backends.load("cpp")[0]
+    cpp = need_backend("cpp") or backends.load("cpp")[0].module
     layer = make_layer((1, 1800, 96, 8))
     for widest, form, op in ((96, "gram", "layer_forward"), (95, "direct", "xfa_forward")):
         monkeypatch.setattr(cpp, "_WIDEST", widest)
@@ -245,7 +246,7 @@ def test_auto_takes_no_form_of_the_reference_where_the_other_has_kernels(monkeyp
 
 @pytest.mark.parametrize("form", ["gram", "direct", "auto"])
 def test_a_compiled_graph_asks_for_its_features_too(form, monkeypatch, need_backend):
-    cpp = need_backend("cpp") or backends.load("cpp")[0]
+    cpp = need_backend("cpp") or backends.load("cpp")[0].module
     monkeypatch.setattr(cpp, "_WIDEST", 2)
     monkeypatch.setattr(dispatch, "_chosen", {})
     layer = make_layer((1, 300, 24, 3))
@@ -278,7 +279,8 @@ def test_tf32_is_kept_from_what_norms_come_of(tf32, map, monkeypatch):
         x, W, P = torch.empty(2, 700, 24), torch.empty(30, 24), torch.empty(7, 10)
         w = layer_ops._weights(layer_ops.Operands(x, W, None, torch.empty(2), P, None))
         with Products() as seen:
-            S, _, s = passes.gram(None, x, None, None, None, "reference")
+            one = x.unsqueeze(1)
+            S, _, s = (t.squeeze(1) for t in passes.of("reference").gram(one, one, True, None, None, None))
             assert S.dtype == s.dtype == torch.float32
             sums = algebra.Sums(S, s, torch.empty(2, 1), torch.empty(2, 24))
             algebra.forward(sums, w, None, algebra.Rule(map, "softmax", 1e-12))

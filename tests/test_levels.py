@@ -38,7 +38,8 @@ for shape in ((2, 17, 10, 2), (1, 131, 48, 4), (1, 40, 130, 1)):
 from test_inference_kernels import SHAPES, batch_norm, check, depthwise, depthwise_plainly, linear, linear_plainly
 from xformer_kernels import backends, inference
 from xformer_kernels.inference import LayerNorm
-inference.KERNELS = backends.load("cpp")[0]  # at every level, also those at which they do not serve by themselves
+# at every level, also those at which they do not serve by themselves
+inference.KERNELS = backends.load("cpp")[0].module
 torch.manual_seed(0)
 with torch.no_grad():
     for N, I, O in SHAPES:

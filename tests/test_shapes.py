@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from xformer import __main__ as command
 from xformer.data import shapes
 from xformer.errors import UsageError
 
@@ -105,3 +106,22 @@ def test_what_is_refused(root, tmp_path):
     ):
         with pytest.raises(UsageError, match=message):
             shapes.make_shapes(**arguments)
+
+
+def test_command(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    call = ["make-shapes", "~/made", "--images", "2", "--held-out", "1", "--size", "64", "64"]
+    assert command.main([*call, "--seed", "-1"]) == 2
+    assert capsys.readouterr().err == "error: seed must be 0 or more, got -1\n" and not list(tmp_path.iterdir())
+    assert command.main(call) == 0
+    assert capsys.readouterr().err == ""  # no terminal
+    assert len(list((tmp_path / "made" / "coco" / "train2017").iterdir())) == 2
+
+
+def test_progress_on_a_terminal(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("rich")
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes it for a terminal
+    call = ["make-shapes", str(tmp_path / "made"), "--images", "2", "--held-out", "1", "--size", "64", "64"]
+    assert command.main(call) == 0
+    said = capsys.readouterr().err
+    assert "train" in said and "val" in said and "100%" in said

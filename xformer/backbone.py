@@ -227,7 +227,6 @@ class XFormer(Trunk):
         self.head_drop = nn.Dropout(drop_rate)
         self.reset_classifier(num_classes, global_pool)
         init_weights(self)
-        self.to(memory_format=torch.channels_last)
 
     def get_classifier(self) -> nn.Module:
         return self.classifier
@@ -307,7 +306,6 @@ class XFormerFeatures(Trunk):
         self.stages = self.stages[: max(self.out_indices) + 1]
         self.feature_info = FeatureInfo(self.feature_info[i] for i in self.out_indices)
         init_weights(self)
-        self.to(memory_format=torch.channels_last)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         found = list(self.walk(x))

@@ -81,7 +81,7 @@ def count(model: nn.Module, size: int | tuple[int, int] = SIZE, form: str = "dir
     parameters = sum(p.numel() for p in model.parameters())
     model = copy.deepcopy(model).eval().requires_grad_(False)
     for name, module in list(model.named_modules()):
-        if isinstance(module, XFA) and not (form == "gram" and module.norm == "feature"):
+        if isinstance(module, XFA) and not (form == "gram" and module.spec.norm == "feature"):
             module.form = form
         if isinstance(module, (XFA, XFABlock)) and name:
             parent, _, last = name.rpartition(".")

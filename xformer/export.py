@@ -16,27 +16,26 @@ import json
 import os
 import sys
 import tempfile
-import warnings
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.export import Dim, ExportedProgram
 from torch.utils._pytree import tree_leaves
 
 from xformer.errors import UsageError
+from xformer.export_files import FORMATS, LOADERS, OPSET, WRITERS, Run
 from xformer.fuse import fuse_for_inference
-from xformer.weights import KEY, Card, build_model, load_model, preparation
+from xformer.preprocessing import Preprocessed
+from xformer.weights import Card, build_model, load_model, preparation
 from xformer_kernels import XFA
 
-FORMATS = {"pt2": ".pt2", "aoti": ".pt2", "onnx": ".onnx"}
-OPSET = 18
 TOLERANCE = 1e-4
 """Of the largest output, between a file's outputs and eager ones."""
-Run = Callable[[Tensor], list[Tensor]]
 
 
 class Differs(RuntimeError):
@@ -71,6 +70,9 @@ def export(
     batch: int | str = "dynamic",
     fuse: bool = True,
     ops: str = "standard",
+    preprocessing: bool = False,
+    input_size: tuple[int, int] | str = "dynamic",
+    say: Callable[[str], None] = lambda text: None,
 ) -> Exported:
     """Write a model in eval mode as a file, and compare what the file computes with the model itself.
 
@@ -83,43 +85,116 @@ def export(
         batch: how many images, or "dynamic".
         fuse: whether batch norms of this package's layers are folded first.
         ops: "standard", or "fused": attention stays the op of xformer_kernels, in pt2 alone.
+        preprocessing: whether what the card says of images is in the file, which then takes (B, H, W, 3) uint8, RGB
+            (:class:`xformer.preprocessing.Preprocessed`). `size` is then what these are resized to.
+        input_size: (H, W) of images before that, or "dynamic"; of segmenters, which do not resize, `size` says it.
+        say: is told what is done, with its seconds.
 
     Raises:
-        UsageError: other values; a model that torch.export does not take so; no C++ compiler for aoti.
+        UsageError: other values; preprocessing that the card does not allow; a model that torch.export does not take
+            so; no C++ compiler for aoti.
         Differs: outputs differ by more than 1e-4 of their largest. No file is written.
     """
-    to = Path(to)
-    format = format or next((name for name, ending in FORMATS.items() if ending == to.suffix), "")
+    to = Path(os.path.expanduser(to))
+    format = format or next((name for name, ending in FORMATS.items() if ending == to.suffix.lower()), "")
     _check(to, format, size, batch, ops)
     height, width = _sizes(size, card)
     card = replace(card, image_size=height) if height == width and size != "dynamic" else card
-    step = _reduction(model)
-    # a batch of 1 or equal sides would be taken for fixed
-    shape = (2 if batch == "dynamic" else int(batch), card.in_chans, height, width + step * (size == "dynamic"))
-    dims: dict[int, Any] = {} if batch != "dynamic" else {0: Dim("batch", min=1)}
-    if size == "dynamic":
-        dims |= {2: Dim("height", min=step + 1), 3: Dim("width", min=step + 1)}
-    program = _trace(_prepared(model, fuse, ops), shape, dims, card.model)
+    traced, expected = _prepared(model, fuse, ops), copy.deepcopy(model).eval()
+    if preprocessing:
+        _check_preprocessing(card, size, input_size)
+        traced, expected = Preprocessed(traced, card), Preprocessed(expected, card)
+    elif input_size != "dynamic":
+        raise UsageError(f"input-size needs preprocessing in the file, got {input_size} without it")
+    shapes = _shapes(model, card, size, batch, input_size if preprocessing else None)
+    say = _timed(say)
+    program = _trace(traced, shapes, card.model)
+    say("traced")
     outputs = _names(model, len(program.graph_signature.user_outputs))
 
-    images = tuple(dims[i].__name__ if i in dims else n for i, n in enumerate(shape))
-    said = json.dumps(asdict(card) | {"input": images, "outputs": outputs})
+    said = json.dumps(asdict(card) | {"input": shapes.said, "preprocessing": preprocessing, "outputs": outputs})
     # under its own name, which goes into archives
     with tempfile.TemporaryDirectory(dir=to.parent, prefix=f".{to.stem}.") as folder:
-        part = Path(folder) / to.name
-        WRITERS[format](program, part, said, dims, outputs)
-        difference, largest = _compare(model, LOADERS[format](part), _others(shape, dims, step))
+        part = Path(folder) / f"{to.stem}{FORMATS[format]}"
+        WRITERS[format](program, part, said, shapes.dims, outputs)
+        say("written")
+        difference, largest = _compare(expected, LOADERS[format](part), shapes)
+        say("compared")
         if not difference <= TOLERANCE * largest:
             raise Differs(
                 f"{to} is not written: its outputs differ from the model's by {difference:.2g}, "
                 f"and the largest of them is {largest:.2g}"
             )
         os.replace(part, to)
-    return Exported(to, format, images, difference, largest)
+    return Exported(to, format, shapes.said, difference, largest)
+
+
+class Shapes(NamedTuple):
+    """Of images: what is traced, which sides are open, other shapes to compare on, and their dtype."""
+
+    traced: tuple[int, ...]
+    dims: dict[int, Any]
+    others: list[tuple[int, ...]]
+    dtype: torch.dtype
+
+    @property
+    def said(self) -> tuple[int | str, ...]:
+        """Names of sides where they are open."""
+        return tuple(self.dims[i].__name__ if i in self.dims else n for i, n in enumerate(self.traced))
+
+
+def _shapes(
+    model: nn.Module, card: Card, size: Any, batch: int | str, input_size: tuple[int, int] | str | None
+) -> Shapes:
+    """`input_size`: None without preprocessing."""
+    (height, width), step = _sizes(size, card), _reduction(model)
+    pixels, least, is_open = input_size is not None, step + 1, size == "dynamic"
+    if input_size is not None and card.task != "segment":
+        least, is_open = 2, input_size == "dynamic"
+        height, width = (height + 7, width + 30) if isinstance(input_size, str) else input_size
+    # a batch of 1 or equal sides would be taken for fixed
+    images, width = (2 if batch == "dynamic" else int(batch)), width + step * is_open
+    dims: dict[int, Any] = {} if batch != "dynamic" else {0: Dim("batch", min=1)}
+    rows = 1 if pixels else 2
+    if is_open:
+        dims |= {rows: Dim("height", min=least), rows + 1: Dim("width", min=least)}
+
+    def shape(count: int, *sides: int) -> tuple[int, ...]:
+        return (count, *sides, 3) if pixels else (count, card.in_chans, *sides)
+
+    other = (height + 2 * step + 1, width + step) if is_open else (height, width)
+    others = [shape(count, *other) for count in ((3, 1) if 0 in dims else (images,))]
+    return Shapes(shape(images, height, width), dims, others, torch.uint8 if pixels else torch.float32)
+
+
+def _timed(say: Callable[[str], None]) -> Callable[[str], None]:
+    """What says the seconds since it was called last."""
+    last = time.perf_counter()
+
+    def timed(text: str) -> None:
+        nonlocal last
+        now = time.perf_counter()
+        say(f"{text} in {now - last:.1f} s")
+        last = now
+
+    return timed
+
+
+def _check_preprocessing(card: Card, size: Any, input_size: Any) -> None:
+    fixed = not isinstance(input_size, str)
+    if input_size != "dynamic" and not (
+        fixed and len(input_size) == 2 and all(isinstance(side, int) and side > 1 for side in input_size)
+    ):
+        raise UsageError(f"input-size must be dynamic or H W, two numbers above 1, got {input_size}")
+    if card.task == "segment":
+        if fixed:
+            raise UsageError(f"input-size is of models that resize: a segmenter's is its size, got {input_size}")
+    elif size == "dynamic" or (not isinstance(size, int) and len(set(size)) > 1):
+        raise UsageError(f"size must be one number where images are resized to it in the file, got {size}")
 
 
 def _check(to: Path, format: str, size: Any, batch: Any, ops: str) -> None:
-    if format not in FORMATS or to.suffix != FORMATS[format]:
+    if format not in FORMATS or to.suffix.lower() != FORMATS[format]:
         endings = ", ".join(f"{ending} for {name}" for name, ending in FORMATS.items())
         raise UsageError(f"to must end with {endings}, got {to}{format and f' for {format}'}")
     if batch != "dynamic" and not (isinstance(batch, int) and batch > 0):
@@ -169,10 +244,12 @@ def _prepared(model: nn.Module, fuse: bool, ops: str) -> nn.Module:
     return model.requires_grad_(False)
 
 
-def _trace(model: nn.Module, shape: tuple[int, ...], dims: dict[int, Any], name: str) -> ExportedProgram:
+def _trace(model: nn.Module, shapes: Shapes, name: str) -> ExportedProgram:
+    dims = shapes.dims
     try:
         with torch.no_grad():
-            program = torch.export.export(model, (torch.zeros(shape),), dynamic_shapes=(dims,))
+            images = torch.zeros(shapes.traced, dtype=shapes.dtype)
+            program = torch.export.export(model, (images,), dynamic_shapes=(dims,))
     except Exception as error:  # of many kinds: the model's own, and those of every stage of tracing
         fixed = [what for what, at in (("batch", 0), ("size", 2)) if at in dims]
         advice = f" with {' and '.join(fixed)} dynamic: fix one of them" if fixed else ""
@@ -183,81 +260,21 @@ def _trace(model: nn.Module, shape: tuple[int, ...], dims: dict[int, Any], name:
     return program
 
 
-def _others(shape: tuple[int, ...], dims: dict[int, Any], step: int) -> list[tuple[int, ...]]:
-    """Shapes to compare on: other ones than traced where they are dynamic."""
-    B, C, H, W = shape
-    if 2 in dims:
-        H, W = H + 2 * step + 1, W + step
-    return [(b, C, H, W) for b in ((3, 1) if 0 in dims else (B,))]
-
-
 @torch.no_grad()
-def _compare(model: nn.Module, run: Run, shapes: Sequence[tuple[int, ...]]) -> tuple[float, float]:
+def _compare(model: nn.Module, run: Run, shapes: Shapes) -> tuple[float, float]:
     """The largest difference of outputs on random images, and the largest output."""
     difference = largest = torch.zeros(())
     generator = torch.Generator().manual_seed(0)
-    model = copy.deepcopy(model).eval()
-    for shape in shapes:
+    for shape in shapes.others:
         images = torch.randn(shape, generator=generator)
+        if shapes.dtype is torch.uint8:
+            images = (60 * images + 128).clamp(0, 255).byte()
         for expected, got in zip(tree_leaves(model(images)), run(images), strict=True):
             if expected.shape != got.shape:
                 raise Differs(f"outputs are {tuple(got.shape)}, the model's {tuple(expected.shape)}")
             difference = torch.maximum(difference, (got - expected).abs().max())  # of nan: nan
             largest = torch.maximum(largest, expected.abs().max())
     return difference.item(), largest.item()
-
-
-def _write_pt2(program: ExportedProgram, path: Path, card: str, dims: dict[int, Any], names: list[str]) -> None:
-    with warnings.catch_warnings():
-        # weights in channels_last memory are whole
-        warnings.filterwarnings("ignore", "No complete tensor found")
-        torch.export.save(program, path, extra_files={KEY: card})
-
-
-def _load_pt2(path: Path) -> Run:
-    module = torch.export.load(path).module()
-    return lambda images: tree_leaves(module(images))
-
-
-def _write_aoti(program: ExportedProgram, path: Path, card: str, dims: dict[int, Any], names: list[str]) -> None:
-    metadata = {"aot_inductor.metadata": {KEY: card}}
-    torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=metadata)
-
-
-def _load_aoti(path: Path) -> Run:
-    loaded = torch._inductor.aoti_load_package(str(path))
-    return lambda images: tree_leaves(loaded(images))
-
-
-def _write_onnx(program: ExportedProgram, path: Path, card: str, dims: dict[int, Any], names: list[str]) -> None:
-    import onnx
-
-    written = torch.onnx.export(
-        program,
-        dynamo=True,
-        opset_version=OPSET,
-        dynamic_shapes=(dims,),
-        input_names=["images"],
-        output_names=names,
-        verbose=False,
-    )
-    assert written is not None
-    for node in written.model.graph:
-        node.metadata_props.clear()
-    written.model.metadata_props[KEY] = card
-    written.save(path)
-    onnx.checker.check_model(str(path), full_check=True)
-
-
-def _load_onnx(path: Path) -> Run:
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    return lambda images: [torch.from_numpy(out) for out in session.run(None, {"images": images.numpy()})]
-
-
-WRITERS = {"pt2": _write_pt2, "aoti": _write_aoti, "onnx": _write_onnx}
-LOADERS = {"pt2": _load_pt2, "aoti": _load_aoti, "onnx": _load_onnx}
 
 
 def add_parser(commands: Any) -> None:
@@ -282,6 +299,14 @@ def add_parser(commands: Any) -> None:
         help="torch's operators (default), or attention as this package's op: pt2 only, and such a file loads "
         "after `import xformer_kernels`",
     )  # fmt: skip
+    parser.add_argument(
+        "--with-preprocessing", action="store_true",
+        help="resize, crop and normalisation of the card go into the file, which takes (B, H, W, 3) uint8, RGB",
+    )  # fmt: skip
+    parser.add_argument(
+        "--input-size", nargs="+", default=["dynamic"], metavar="N",
+        help="H W of images before preprocessing, or dynamic (default)",
+    )  # fmt: skip
     parser.set_defaults(run=run)
 
 
@@ -289,10 +314,13 @@ def run(options: argparse.Namespace) -> int:
     """Export and say how the file compares; 1 if it does not compute what the model does."""
     model, card = _model(options)
     size: Any = [_number(text) for text in options.size]
+    input_size: Any = tuple(_number(text) for text in options.input_size)
     try:
         result = export(
             model, card, options.to, options.format, size="dynamic" if size == ["dynamic"] else size or 0,
             batch=_number(options.batch), fuse=options.fuse, ops=options.ops,
+            preprocessing=options.with_preprocessing,
+            input_size="dynamic" if input_size == ("dynamic",) else input_size, say=_say,
         )  # fmt: skip
     except Differs as error:
         print(f"error: {error}", file=sys.stderr)
@@ -303,6 +331,11 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
+def _say(text: str) -> None:
+    if sys.stderr.isatty():
+        print(text, file=sys.stderr, flush=True)
+
+
 def _model(options: argparse.Namespace) -> tuple[nn.Module, Card]:
     from xformer.recipe import pairs
 
@@ -310,7 +343,7 @@ def _model(options: argparse.Namespace) -> tuple[nn.Module, Card]:
     if options.num_classes:
         changes["num_classes"] = options.num_classes
     if options.weights:
-        return load_model(options.weights, options.model, **changes)
+        return load_model(os.path.expanduser(options.weights), options.model, **changes)
     if not options.model:
         raise UsageError("weights: give a safetensors file, or --model for a model with random weights")
     card = Card(options.model, **{"num_classes": 1000, **changes})

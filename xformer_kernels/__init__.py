@@ -2,6 +2,7 @@
 
     xfa(q, k, v, temperature)        the operator, see its docstring for the formulas
     gram, channel_mix                the two passes it is made of
+    linear_attention                 with a feature map of q and k, normalised or not
     xfa_layer, xfa_block             with projections; and with layer norm and residual: two passes over x
     XFA, XFABlock                    the same as modules; XFA has the state dict of timm's XCA
     integrations.replace_attention   the same for whole models
@@ -15,6 +16,7 @@
 from xformer_kernels import flops, inference, integrations
 from xformer_kernels.functional import channel_mix, explain, gram, xfa
 from xformer_kernels.layer import explain_layer, xfa_block, xfa_layer
+from xformer_kernels.linear_attention import linear_attention
 from xformer_kernels.nn import XFA, XFABlock
 
 __version__ = "0.1.0"
@@ -28,6 +30,7 @@ __all__ = [
     "gram",
     "inference",
     "integrations",
+    "linear_attention",
     "xfa",
     "xfa_block",
     "xfa_layer",

@@ -12,10 +12,16 @@ from typing import Any
 import torch
 
 from xformer_kernels import backends
+from xformer_kernels.spec import Spec
 
-BACKENDS = (*backends.ORDER, "reference")
 ENVIRONMENT = "XFORMER_KERNELS_BACKEND"
 """Environment variable that replaces ``backend="auto"``; read at every call."""
+
+
+def names() -> tuple[str, ...]:
+    """The backends in the order in which auto asks them, and the reference."""
+    return (*backends.PATHS, "reference")
+
 
 _chosen: dict[tuple[Any, ...], str] = {}
 _records: list[list[tuple[str, str]]] = []
@@ -53,11 +59,10 @@ def reasons_against(
     """Every reason why backend `name` cannot serve a call; empty when it can."""
     if name == "reference":
         return []
-    module, cause = backends.load(name)
-    if module is None:
+    backend, cause = backends.load(name)
+    if backend is None:
         return [f"xformer_kernels.backends.{name} cannot be imported ({cause}); see python -m xformer_kernels.info"]
-    reasons: list[str] = module.unsupported(device_type, dtypes, head_dims)
-    return reasons
+    return backend.reasons(device_type, dtypes, head_dims)
 
 
 def _against_auto(
@@ -65,16 +70,15 @@ def _against_auto(
 ) -> list[str]:
     """Every reason why ``backend="auto"`` passes over backend `name`."""
     reasons = reasons_against(name, device_type, dtypes, head_dims)
-    module = None if name == "reference" else backends.load(name)[0]
-    only_by_name: str = getattr(module, "ONLY_BY_NAME", "")
-    return [*reasons, only_by_name] if only_by_name else reasons
+    backend = None if name == "reference" else backends.load(name)[0]
+    return [*reasons, backend.only_by_name] if backend is not None and backend.only_by_name else reasons
 
 
 def _asked(backend: str) -> tuple[str, str]:
     """The backend to look for, and how to name the wish in messages."""
     if backend == "auto":
         value = os.environ.get(ENVIRONMENT) or "auto"
-        if value != "auto" and value not in BACKENDS:
+        if value != "auto" and value not in names():
             raise ValueError(f"{ENVIRONMENT} is {value!r}; it must be one of {_names()}")
         return value, f"{ENVIRONMENT}={value}" if value != "auto" else "auto"
     return backend, backend
@@ -86,18 +90,32 @@ def asked(backend: str) -> str:
 
 
 def _names() -> str:
-    return ", ".join(repr(name) for name in ("auto", *BACKENDS))
+    return ", ".join(repr(name) for name in ("auto", *names()))
 
 
 def check_name(backend: str) -> None:
     """Raises ValueError unless `backend` is "auto" or the name of a backend."""
-    if backend != "auto" and backend not in BACKENDS:
+    if backend != "auto" and backend not in names():
         raise ValueError(f"backend must be one of {_names()}, got {backend!r}")
 
 
 def _walk(first: str | None) -> tuple[str, ...]:
     """The backends in the order in which auto asks them."""
-    return BACKENDS if first is None else (first, *(name for name in BACKENDS if name != first))
+    return names() if first is None else (first, *(name for name in names() if name != first))
+
+
+def first_asked(q: torch.Tensor, spec: Spec) -> str | None:
+    """The backend that auto asks before all others, for (B, H, N, D) tokens; None for the usual order.
+
+    In a graph that is compiled for any length the sizes are unknown, and the usual order stands.
+    """
+    if not q.is_cuda or torch.compiler.is_compiling():
+        return None
+    for name in backends.PATHS:
+        backend, _ = backends.load(name)
+        if backend is not None and backend.comes_first(q, spec):
+            return name
+    return None
 
 
 def explain(
@@ -117,14 +135,14 @@ def explain(
         wanted = next(name for name in reasons if not reasons[name])
     elif reasons[wanted]:
         raise RuntimeError(f"backend {how} cannot serve this call:\n" + "\n".join(f"- {r}" for r in reasons[wanted]))
-    decide = None if wanted == "reference" else getattr(backends.load(wanted)[0], "decisions", None)
-    return Explanation(wanted, reasons, how, tuple(decide(tokens)) if decide is not None and tokens else ())
+    serving = None if wanted == "reference" else backends.load(wanted)[0]
+    return Explanation(wanted, reasons, how, serving.decisions(tokens) if serving is not None and tokens else ())
 
 
 def explain_reference(backend: str, reason: str) -> Explanation:
     """The reference serves, for one reason that every kernel has against the call."""
     check_name(backend)
-    return Explanation("reference", {name: [reason] * (name != "reference") for name in BACKENDS}, _asked(backend)[1])
+    return Explanation("reference", {name: [reason] * (name != "reference") for name in names()}, _asked(backend)[1])
 
 
 @torch.compiler.assume_constant_result
@@ -180,12 +198,13 @@ def _warn_of_slow_path(explanation: Explanation) -> None:
 
 def kernel(backend: str, op: str) -> Callable[..., Any]:
     """The function of a backend that computes `op`."""
-    module, cause = backends.load(backend)
-    if module is None:
+    found, cause = backends.load(backend)
+    if found is None:
         raise RuntimeError(f"backend {backend} cannot be imported: {cause}")
     if _records:
         note(backend, op)
-    function: Callable[..., Any] = getattr(module, op)
+    function = found.function(op)
+    assert function is not None, f"backend {backend} has no {op}"
     return function
 
 

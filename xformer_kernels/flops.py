@@ -7,6 +7,7 @@ torch two. Norms, softmax, layer norm, biases and residuals are not counted.
     xfa_forward       q^T k, A v                                      2 B N I D
     xfa_backward      gradients of A, v, q and k                      4 B N I D
     gram              a^T b; half of it and the diagonal if symmetric
+    gram_and_sum      a^T b, as linear attention needs it
     channel_mix       weight x, weight2 x2
     layer_forward     x^T x, half and the diagonal; M x               B N (C (C + 1) / 2 + C O), and per image
                       W_q S, W_k S, G, A W_v, W_o (A W_v)             B C I (2 C + 2 D + O)
@@ -25,7 +26,9 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from xformer_kernels import layer  # noqa: F401 - defines the ops
+from xformer_kernels import linear_ops, ops  # noqa: F401 - linear_ops defines an op
+from xformer_kernels.layer.ops import Choices, Operands, Saved
+from xformer_kernels.spec import Spec
 
 Shape = Any
 
@@ -51,19 +54,21 @@ def _channel_mix(
     return B * H * N * weight[-2] * (I + (0 if x2 is None else x2[-1]))
 
 
-def _layer(operands: tuple[Any, ...], map: str) -> tuple[int, ...]:
+def _layer(o: Operands, spec: str) -> tuple[int, ...]:
     """B, N, C, I, D, O, and of how many of q, k and v the Gram matrix is made, or the map's features."""
-    (B, N, C), temperature, (O, I) = operands[0], operands[3], operands[4]  # noqa: E741
-    return B, N, C, I, I // temperature[0], O, 3 if map == "key_value" else 2
+    (B, N, C), (H, *_), (O, I) = o.x, o.temperature, o.proj_weight  # type: ignore[misc]  # noqa: E741
+    return B, N, C, I, I // H, O, 3 if Spec.of_text(spec).map == "key_value" else 2
 
 
 def _layer_forward(*args: Any) -> int:
-    B, N, C, I, D, O, rows = _layer(args, args[11])  # noqa: E741
+    o, choices, _ = ops.records(args, Operands, Choices)
+    B, N, C, I, D, O, rows = _layer(o, choices.spec)  # noqa: E741
     return B * (N * (C * (C + 1) // 2 + C * O) + C * I * (rows * C + 2 * D + O))
 
 
-def _layer_backward(*args: Any) -> int:
-    B, N, C, I, D, O, rows = _layer(args[1:], args[16])  # noqa: E741
+def _layer_backward(dy: Shape, *args: Any) -> int:
+    o, _, choices, _ = ops.records(args, Operands, Saved, Choices)
+    B, N, C, I, D, O, rows = _layer(o, choices.spec)  # noqa: E741
     return B * (N * (2 * C * O + C * C) + C * I * (2 * rows * C + 5 * D + 2 * O))
 
 
@@ -71,6 +76,7 @@ MACS: dict[str, Callable[..., int]] = {
     "xfa_forward": _xfa_forward,
     "xfa_backward": _xfa_backward,
     "gram": _gram,
+    "gram_and_sum": lambda a, b, *_: _gram(a, b, False),
     "channel_mix": _channel_mix,
     "layer_forward": _layer_forward,
     "layer_backward": _layer_backward,

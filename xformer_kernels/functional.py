@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xformer_kernels import dispatch, ops, parallel, preference, reference, validate
+from xformer_kernels import dispatch, ops, parallel, reference, validate
+from xformer_kernels.spec import Spec
 
 
 def xfa(
@@ -77,45 +79,66 @@ def xfa(
         ValueError: an argument of another shape, device or value; an unknown backend.
         RuntimeError: a backend asked for by name cannot serve the call; the message has every reason.
     """
-    q, k, v, temperature = _prepare(q, k, v, temperature, map, norm, activation, eps, token_mask, dropout_p, map_fn)
-    return checked_xfa(q, k, v, temperature, map, norm, activation, eps, token_mask, dropout_p, map_fn, backend)
+    spec = Spec(map, norm, activation, eps).check()
+    q, k, v, temperature = _prepare(q, k, v, temperature, token_mask, dropout_p, map_fn)
+    out: Tensor = prepared(q, k, v, temperature, spec, token_mask, dropout_p, map_fn, backend)()[0]
+    return out.transpose(1, 2)
 
 
-def checked_xfa(
+def prepared(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     temperature: Tensor,
-    map: str,
-    norm: str,
-    activation: str,
-    eps: float,
+    spec: Spec,
     token_mask: Tensor | None,
     dropout_p: float,
     map_fn: Callable[[Tensor], Tensor] | None,
     backend: str,
-) -> Tensor:
-    """:func:`xfa` of arguments that are known to be right, with the temperature as (H,)."""
+) -> Callable[[], Sequence[Tensor]]:
+    """What computes :func:`xfa`: out (B, N, H, D) comes first.
+
+    Arguments are known to be right, and the temperature is (H,).
+    """
     if _promotes(q, temperature):
-        wide = checked_xfa(
-            q.double(), k.double(), v.double(), temperature, map, norm, activation, eps, token_mask, dropout_p, map_fn,
-            backend,
-        )  # fmt: skip
-        return wide.to(q.dtype)
+        tokens = (q.double(), k.double(), v.double())
+        return partial(_rounded, q.dtype, *tokens, temperature, spec, token_mask, dropout_p, map_fn, backend)
     fused = map_fn is None and dropout_p == 0
-    first = preference.first_asked(q, norm) if fused else None
-    name = _backend(backend, (q, k, v, temperature), (q.dtype, temperature.dtype), head_dims(q), first)
-    eps = max(float(eps), torch.finfo(reference.accumulate_dtype(q.dtype)).tiny)
-    if name != "reference":
-        if fused:
-            return ops.xfa(q, k, v, temperature, token_mask, map, norm, activation, eps, name)
-        return composed(q, k, v, temperature, map, norm, activation, eps, token_mask, dropout_p, map_fn, name)
-    _note_reference("xfa")
+    first = dispatch.first_asked(q, spec) if fused else None
+    name = backend_of(backend, (q, k, v, temperature), (q.dtype, temperature.dtype), head_dims(q), first)
+    spec = spec.with_normal_eps(reference.accumulate_dtype(q.dtype))
+    if name == "reference":
+        return partial(_reference, q, k, v, temperature, spec, token_mask, dropout_p, map_fn)
+    if fused:
+        return partial(ops.call, "xfa_forward", name, (q, k, v, temperature), token_mask, spec)
+    return partial(_composed, q, k, v, temperature, spec, token_mask, dropout_p, map_fn, name)
+
+
+def _rounded(dtype: torch.dtype, *args: Any) -> tuple[Tensor]:
+    return (prepared(*args)()[0].to(dtype),)
+
+
+def _composed(*args: Any) -> tuple[Tensor]:
+    return (composed(*args).transpose(1, 2),)
+
+
+def _reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    temperature: Tensor,
+    spec: Spec,
+    token_mask: Tensor | None,
+    dropout_p: float,
+    map_fn: Callable[[Tensor], Tensor] | None,
+) -> tuple[Tensor]:
+    note_reference("xfa")
     with ops.without_autocast(q):
-        return reference.xfa(
-            q, k, v, temperature, map=map, norm=norm, activation=activation, eps=eps, token_mask=token_mask,
-            dropout_p=dropout_p, map_fn=None if map_fn is None else _checked_result(map_fn),
+        out = reference.xfa(
+            q, k, v, temperature, **spec._asdict(), token_mask=token_mask, dropout_p=dropout_p,
+            map_fn=None if map_fn is None else _checked_result(map_fn),
         )  # fmt: skip
+    return (out.transpose(1, 2),)
 
 
 def gram(
@@ -124,24 +147,27 @@ def gram(
     *,
     symmetric: bool = False,
     token_mask: Tensor | None = None,
+    sums: bool = False,
     backend: str = "auto",
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Gram matrix over the tokens, and the sums of squares of every feature, in one pass.
 
     ::
 
         G[i,j] = sum_n a[n,i] b[n,j]        ssq_a[i] = sum_n a[n,i]^2        ssq_b[j] = sum_n b[n,j]^2
+                                            sum_a[i] = sum_n a[n,i]          sum_b[j] = sum_n b[n,j]
 
     Args:
         a, b: (B, H, N, Da) and (B, H, N, Db), or (B, N, Da) and (B, N, Db); dtypes, strides and device as in
         :func:`xfa`.
         symmetric: ``b`` is ``a`` itself: half the work, and G is symmetric to the bit.
         token_mask: (B, N) bool; False tokens take no part.
+        sums: whether to return the sums of every feature too, by PyTorch's ``sum``.
         backend: see :func:`xfa`.
 
     Returns:
-        G (B, H, Da, Db), ssq_a (B, H, Da), ssq_b (B, H, Db) in float32 (float64 for float64); without H for 3-D input.
-        Differentiable to any order.
+        G (B, H, Da, Db), ssq_a (B, H, Da), ssq_b (B, H, Db), and with ``sums`` sum_a (B, H, Da), sum_b (B, H, Db), in
+        float32 (float64 for float64); without H for 3-D input. Differentiable to any order.
 
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`xfa`; ValueError if ``symmetric`` and ``b`` is not ``a``.
@@ -149,21 +175,24 @@ def gram(
     if isinstance(a, Tensor):
         a, b = ops.autocast(a) * 2 if a is b else ops.autocast(a, b)  # type: ignore[assignment]
     validate.gram(a, b, symmetric, token_mask)
-    name = _backend(backend, (a, b), (a.dtype,), head_dims(a, b))
+    if not isinstance(sums, bool):
+        raise TypeError(f"sums must be True or False, got {type(sums).__name__}: {sums!r}")
+    name = backend_of(backend, (a, b), (a.dtype,), head_dims(a, b))
     single = a.dim() == 3
     if single:
         same = a is b
         a = a.unsqueeze(1)
         b = a if same else b.unsqueeze(1)
     if name == "reference":
-        _note_reference("gram")
+        note_reference("gram")
         with ops.without_autocast(a):
-            result = reference.gram(a, b, symmetric=symmetric, token_mask=token_mask)
+            result: tuple[Tensor, ...] = reference.gram(a, b, symmetric=symmetric, token_mask=token_mask)
     else:
-        result = ops.gram(a, b, bool(symmetric), token_mask, name)
-    if single:
-        return result[0].squeeze(1), result[1].squeeze(1), result[2].squeeze(1)
-    return result
+        result = ops.call("gram", name, (a, b), bool(symmetric), token_mask)
+    if sums:
+        sum_a = reference.column_sums(a, token_mask)
+        result = (*result, sum_a, sum_a if a is b else reference.column_sums(b, token_mask))
+    return tuple(t.squeeze(1) for t in result) if single else result
 
 
 def channel_mix(
@@ -212,16 +241,16 @@ def channel_mix(
     add_scale = None if add_scale is None else _broadcast("add_scale", add_scale, x, heads, (O,))
     operands = (x, weight, bias, add, add_scale, x2, weight2)
     dims = head_dims(x, weight, weight.transpose(-2, -1), x if x2 is None else x2)
-    name = _backend(backend, operands, (x.dtype,), dims)
+    name = backend_of(backend, operands, (x.dtype,), dims)
     single = x.dim() == 3
     if single:
         x, add, x2 = (None if t is None else t.unsqueeze(1) for t in (x, add, x2))  # type: ignore[assignment]
     if name == "reference":
-        _note_reference("channel_mix")
+        note_reference("channel_mix")
         with ops.without_autocast(x):
             y = reference.channel_mix(x, weight, bias=bias, add=add, add_scale=add_scale, x2=x2, weight2=weight2)
     else:
-        y = ops.channel_mix(x, weight, bias, add, add_scale, x2, weight2, backend=name)
+        y = ops.call("channel_mix", name, (x, weight, bias, add, add_scale, x2, weight2)).transpose(1, 2)
     return y.squeeze(1) if single else y
 
 
@@ -244,11 +273,12 @@ def explain(
 
     Computes nothing. Raises what :func:`xfa` would raise for the same arguments.
     """
-    q, k, v, temperature = _prepare(q, k, v, temperature, map, norm, activation, eps, token_mask, dropout_p, map_fn)
+    spec = Spec(map, norm, activation, eps).check()
+    q, k, v, temperature = _prepare(q, k, v, temperature, token_mask, dropout_p, map_fn)
     if ops.torch_only(q, k, v, temperature):
         return dispatch.explain_reference(backend, TORCH_ONLY)
     promotes = _promotes(q, temperature)
-    first = preference.first_asked(q, norm) if map_fn is None and dropout_p == 0 and not promotes else None
+    first = dispatch.first_asked(q, spec) if map_fn is None and dropout_p == 0 and not promotes else None
     dtypes = (torch.float64 if promotes else q.dtype, temperature.dtype)
     return dispatch.explain(backend, q.device.type, dtypes, head_dims(q), first, {"q": q, "k": k, "v": v})
 
@@ -263,7 +293,7 @@ def _promotes(q: Tensor, temperature: Tensor) -> bool:
     return temperature.dtype is torch.float64 and q.dtype is not torch.float64
 
 
-def _backend(
+def backend_of(
     asked: str,
     tensors: tuple[Tensor | None, ...],
     dtypes: tuple[torch.dtype, ...],
@@ -278,11 +308,11 @@ def _backend(
     return dispatch.choose(asked, device_type, dtypes, dims, first)
 
 
-def _prepare(q: Any, k: Any, v: Any, temperature: Any, *choices: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _prepare(q: Any, k: Any, v: Any, temperature: Any, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Autocast and checked arguments, with the temperature as (H,)."""
     if isinstance(q, Tensor):
         q, k, v = ops.autocast(q, k, v)
-    validate.xfa(q, k, v, temperature, *choices)
+    validate.xfa(q, k, v, temperature, *others)
     if temperature.dim() != 1:
         temperature = temperature.reshape(-1)
     if temperature.shape[0] != q.shape[1]:
@@ -302,7 +332,7 @@ def head_dims(*tensors: Tensor) -> tuple[int, ...]:
     return tuple(operator.index(t.shape[-1]) for t in tensors)
 
 
-def _note_reference(op: str) -> None:
+def note_reference(op: str) -> None:
     if not torch.compiler.is_compiling():
         dispatch.note("reference", op)
 
@@ -336,10 +366,7 @@ def composed(
     k: Tensor,
     v: Tensor,
     temperature: Tensor,
-    map: str,
-    norm: str,
-    activation: str,
-    eps: float,
+    spec: Spec,
     token_mask: Tensor | None,
     dropout_p: float,
     map_fn: Callable[[Tensor], Tensor] | None,
@@ -350,26 +377,28 @@ def composed(
     if token_mask is not None:
         # v too: its gradient's Gram matrix would meet what masked tokens hold
         q, k, v = (torch.where(token_mask[:, None, :, None], x, 0) for x in (q, k, v))
-    if norm == "feature":
+    eps = spec.eps
+    if spec.norm == "feature":
         # an eps that the dtype rounds to 0 would make NaN of a zero norm
         eps = max(eps, torch.finfo(q.dtype).smallest_normal * torch.finfo(q.dtype).eps)
         q, k = F.normalize(q, dim=-1, eps=eps), F.normalize(k, dim=-1, eps=eps)
-    left, right = (q, k) if map == "query_key" else (k, v)
+    of_qk = spec.map == "query_key"
+    left, right = (q, k) if of_qk else (k, v)
     S, ssq_left, ssq_right = gram(left, right, backend=backend)
-    if map == "key_value" and norm == "token":
+    if not of_qk and spec.norm == "token":
         ssq_right = q.to(S.dtype).square().sum(-2)
     S, ssq_left, ssq_right = parallel.differentiable_total(group, S, ssq_left, ssq_right)
-    if norm == "token":
+    if spec.norm == "token":
         S = S / _norm(ssq_left, eps).unsqueeze(-1)
-        if map == "query_key":
+        if of_qk:
             S = S / _norm(ssq_right, eps).unsqueeze(-2)
         else:
             q = (q / _norm(ssq_right, eps).unsqueeze(-2)).to(q.dtype)
     S = S * temperature.to(S.dtype).view(-1, 1, 1)
-    A = reference.activate(S, map, activation) if map_fn is None else _checked_result(map_fn)(S).to(S.dtype)
+    A = reference.activate(S, spec) if map_fn is None else _checked_result(map_fn)(S).to(S.dtype)
     if dropout_p:
         A = A * parallel.same(group, F.dropout(torch.ones_like(A), dropout_p))
-    x, weight = (v, A) if map == "query_key" else (q, A.transpose(-2, -1))
+    x, weight = (v, A) if of_qk else (q, A.transpose(-2, -1))
     out = channel_mix(x, weight, backend=backend)
     return out if token_mask is None else torch.where(token_mask[:, None, :, None], out, 0)
 

@@ -45,7 +45,8 @@ class LayerNorm(NamedTuple):
 
 
 def _kernels() -> Any:
-    module = backends.load("cpp")[0]
+    cpp = backends.load("cpp")[0]
+    module = None if cpp is None else cpp.module
     return module if module is not None and module.LEVEL in LEVELS else None
 
 

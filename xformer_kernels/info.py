@@ -37,9 +37,7 @@ def collect() -> dict[str, Any]:
         "platform": {"system": platform.platform(), "processor": processor_name(), "threads": torch.get_num_threads()},
         "extension": _compiled("_C", "_no_extension.txt"),
         "cuda extension": _compiled("_cuda", "_no_cuda.txt"),
-        "backends": {
-            name: dispatch.reasons_against(name, "cpu", (torch.float32,), (32,)) for name in dispatch.BACKENDS
-        },
+        "backends": {name: dispatch.reasons_against(name, "cpu", (torch.float32,), (32,)) for name in dispatch.names()},
         "auto": dispatch.choose("auto", "cpu", (torch.float32,), (32,)),
         "gpu": _gpu(),
         "environment": {key: value for key, value in sorted(os.environ.items()) if key.startswith("XFORMER_KERNELS_")},
@@ -57,7 +55,7 @@ def _gpu() -> dict[str, Any]:
     """The GPU that torch sees, and the backends for it, or that there is none."""
     if not torch.cuda.is_available():
         return {"device": "none that torch sees"}
-    reasons = {name: dispatch.reasons_against(name, "cuda", (torch.float32,), (32,)) for name in dispatch.BACKENDS}
+    reasons = {name: dispatch.reasons_against(name, "cuda", (torch.float32,), (32,)) for name in dispatch.names()}
     return {
         "device": torch.cuda.get_device_name(),
         "auto": dispatch.choose("auto", "cuda", (torch.float32,), (32,)),

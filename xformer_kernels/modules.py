@@ -10,11 +10,9 @@ import sys
 from typing import Any
 
 from torch import nn
-from torch.nn.modules import module as _torch
 from torch.utils.module_tracker import ModuleTracker
 
-_forward, _forward_pre = _torch._global_forward_hooks, _torch._global_forward_pre_hooks
-_backward, _backward_pre = _torch._global_backward_hooks, _torch._global_backward_pre_hooks
+from xformer_kernels.torch_internals import GLOBAL_HOOKS, calls_more_than_forward
 
 
 def has_global_hooks() -> bool:
@@ -23,11 +21,11 @@ def has_global_hooks() -> bool:
     Those of :class:`torch.utils.module_tracker.ModuleTracker` do not count: they only note names, so that
     ``FlopCounterMode`` counts what runs without it.
     """
-    if not (_forward or _forward_pre or _backward or _backward_pre):
+    if not any(GLOBAL_HOOKS):
         return False
     return any(
         not isinstance(getattr(hook, "__self__", None), ModuleTracker)
-        for hooks in (_forward, _forward_pre, _backward, _backward_pre)
+        for hooks in GLOBAL_HOOKS
         for hook in hooks.values()
     )
 
@@ -41,10 +39,7 @@ def runs_forward_of(module: Any, *kinds: type[nn.Module], forward: Any = None) -
     return (
         type(module) in kinds
         and module.__dict__.get("forward") is forward
-        and not (
-            module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-        )
-        and module._compiled_call_impl is None
+        and not calls_more_than_forward(module)
         and not has_global_hooks()
     )
 

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from xformer_kernels import dispatch, ops, parallel, reference, validate
 from xformer_kernels.functional import shared, xfa
 from xformer_kernels.layer import xfa_block, xfa_layer
-from xformer_kernels.layer.functional import FORMS, Call, Projections, run
+from xformer_kernels.layer.functional import FORMS, Call, Projections, prepared
 from xformer_kernels.layer.ops import Operands
 from xformer_kernels.modules import dropout_p, runs_forward_of
+from xformer_kernels.spec import Spec
 
 torch.fx.wrap("xfa_layer")  # a node of its own in the graphs of torch.fx.symbolic_trace
 
@@ -70,15 +71,13 @@ class XFA(nn.Module):
         validate.integer("num_heads", num_heads)
         if dim % num_heads:
             raise ValueError(f"dim must be a multiple of num_heads, got dim={dim}, num_heads={num_heads}")
-        validate.choice("map", map, validate.MAPS)
-        validate.choice("norm", norm, validate.NORMS)
-        validate.choice("activation", activation, validate.ACTIVATIONS)
+        self.spec = Spec(map, norm, activation).check()
         validate.choice("form", form, FORMS)
         validate.probability("attn_drop", attn_drop)
         validate.probability("proj_drop", proj_drop)
         dispatch.check_name(backend)
         self.num_heads = num_heads
-        self.map, self.norm, self.activation, self.form, self.backend = map, norm, activation, form, backend
+        self.form, self.backend = form, backend
         where: dict[str, Any] = {"device": device, "dtype": dtype}
         self.temperature = nn.Parameter(torch.ones(num_heads, 1, 1, **where))
         self.qkv = nn.Linear(dim, dim * 3, bias=qkv_bias, **where)
@@ -104,10 +103,7 @@ class XFA(nn.Module):
 
     def call(self, token_mask: Tensor | None = None, group: Any = None) -> Call:
         """The choices of the constructor as :func:`attend` takes them."""
-        return Call(
-            self.map, self.norm, self.activation, 1e-12, token_mask, 0.0, self.form, group, self.backend,
-            self.projections,
-        )  # fmt: skip
+        return Call(self.spec, token_mask, 0.0, self.form, group, self.backend, self.projections)
 
     def _traced_call(self, token_mask: Tensor | None, group: Any) -> Call:
         """For torch.fx, whose graph calls xfa_layer; what it must not leave out cannot be traced."""
@@ -124,8 +120,8 @@ class XFA(nn.Module):
 
     def extra_repr(self) -> str:
         return (
-            f"num_heads={self.num_heads}, map={self.map!r}, norm={self.norm!r}, "
-            f"activation={self.activation!r}, form={self.form!r}, backend={self.backend!r}"
+            f"num_heads={self.num_heads}, map={self.spec.map!r}, norm={self.spec.norm!r}, "
+            f"activation={self.spec.activation!r}, form={self.form!r}, backend={self.backend!r}"
         )
 
 
@@ -208,7 +204,7 @@ def attend(layer: Any, x: Tensor, call: Call) -> Tensor:
     call = call._replace(dropout_p=p)
     if _may_skip_checks(layer, x, call):
         (x,) = ops.autocast(x)  # type: ignore[assignment]
-        return run(call, Operands(x, *weights(layer)), None, False)
+        return prepared(call, Operands(x, *weights(layer)))()[0]
     return xfa_layer(x, *weights(layer), **call.keywords())
 
 
@@ -231,7 +227,7 @@ def _may_skip_checks(layer: Any, x: Any, call: Call) -> bool:
         and x.dim() == 3
         and (x.shape[-1], x.dtype, x.device) == (weight.shape[1], weight.dtype, weight.device)
         and layer.temperature.shape == (layer.num_heads, 1, 1)
-        and (call.form, call.norm) != ("gram", "feature")
+        and (call.form, call.spec.norm) != ("gram", "feature")
     )
 
 
@@ -248,11 +244,11 @@ def _through_modules(layer: Any, x: Tensor, call: Call, p: float | None) -> Tens
     q, k, v = (t.transpose(1, 2) for t in layer.qkv(x).unflatten(-1, (3, layer.num_heads, -1)).unbind(2))
 
     def dropped_map(S: Tensor) -> Tensor:
-        A: Tensor = layer.attn_drop(reference.activate(S, call.map, call.activation).to(q.dtype))
+        A: Tensor = layer.attn_drop(reference.activate(S, call.spec).to(q.dtype))
         return A
 
     out = xfa(
-        q, k, v, layer.temperature, map=call.map, norm=call.norm, activation=call.activation,
+        q, k, v, layer.temperature, **call.spec._asdict(),
         token_mask=call.token_mask, dropout_p=p or 0.0, map_fn=dropped_map if p is None else None, backend=call.backend,
     )  # fmt: skip
     y: Tensor = layer.proj(out.transpose(1, 2).flatten(2))
@@ -305,7 +301,7 @@ def fused_half_block(
     call = call._replace(dropout_p=dropout_p(attn.attn_drop) or 0.0)
     if _may_skip_checks(attn, x, call):
         o = Operands(x, *weights(attn), norm.weight, norm.bias, layer_scale)
-        y = run(call, o, norm.eps, residual)
+        y = prepared(call, o, norm.eps, residual)()[0]
     else:
         y = xfa_block(
             x, norm.weight, norm.bias, norm.eps, *weights(attn), layer_scale=layer_scale, residual=residual,

@@ -1,23 +1,26 @@
-"""The ops as torch sees them: schemas, kernels, fakes, autograd and autocast.
+"""The ops as torch sees them: schemas, kernels, fakes, autograd and autocast; and :func:`call`, which runs one.
 
     xfa_forward  -> (out, stats)             xfa_backward -> (dqkv, dtemperature)
     gram         -> (G, ssq_a, ssq_b)        channel_mix  -> y
 
 Tokens are (B, H, N, D) of any strides, temperature is (H,), token_mask (B, N) bool, weights (B, H, O, I), bias and
-add_scale (B, H, O). ``out`` and ``y`` are contiguous (B, N, H, D): the functions below transpose them outside of the
+add_scale (B, H, O). ``out`` and ``y`` are contiguous (B, N, H, D): callers transpose them outside of the
 autograd.Function, whose results may be modified in place only if they are no views. ``stats`` is one
 (B, H, D * D + 2 * D) tensor in the accumulate dtype, meant for the same backend's backward: nothing of size N is saved.
 ``dqkv`` is one (3, B, N, H, D) tensor: allocators reuse one large buffer where they give three back to the system.
-``backend`` names a kernel backend; the reference is not behind an op.
+``spec`` is the text of a :class:`xformer_kernels.spec.Spec`. ``backend`` names a kernel backend; the reference is not
+behind an op.
 
-The functions ``xfa``, ``gram`` and ``channel_mix`` below are how :mod:`xformer_kernels.functional` calls the ops. In
-plain eager mode they take the same autograd.Function or backend function that the dispatcher would reach, without the
-trip: a trip through a Python-registered op costs as much as the whole kernel does on a small tensor.
+The arguments of an op are its operands (the tensors that may have gradients), then what else there is, then the
+backend. A backend's function takes the first two, with the Spec itself; an autograd.Function takes the backend first.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -25,16 +28,17 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from xformer_kernels import dispatch, reference
+from xformer_kernels import torch_internals as internals
+from xformer_kernels.spec import Spec
 
 library = torch.library.Library("xformer_kernels", "DEF")
-_CHOICES = "str map, str norm, str activation, float eps, str backend"
 library.define(
-    f"xfa_forward(Tensor q, Tensor k, Tensor v, Tensor temperature, Tensor? token_mask, {_CHOICES})"
+    "xfa_forward(Tensor q, Tensor k, Tensor v, Tensor temperature, Tensor? token_mask, str spec, str backend)"
     " -> (Tensor out, Tensor stats)"
 )
 library.define(
     "xfa_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor temperature, Tensor stats, Tensor? token_mask,"
-    f" {_CHOICES}) -> (Tensor dqkv, Tensor dtemperature)"
+    " str spec, str backend) -> (Tensor dqkv, Tensor dtemperature)"
 )
 library.define(
     "gram(Tensor a, Tensor b, bool symmetric, Tensor? token_mask, str backend)"
@@ -50,13 +54,6 @@ _ops = torch.ops.xformer_kernels
 # ------------------------------------------------------------------------------------------------- eager without a trip
 
 _PLAIN = (Tensor, Parameter)
-_length_of_dispatch_stack = torch._C._len_torch_dispatch_stack
-_length_of_function_stack = torch._C._len_torch_function_stack
-_functorch = torch._C._functorch.peek_interpreter_stack
-
-
-_is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
-_profiler = torch.autograd.profiler
 
 
 def plain(*tensors: Tensor | None) -> bool:
@@ -66,13 +63,15 @@ def plain(*tensors: Tensor | None) -> bool:
     """
     return (
         not torch.compiler.is_compiling()
-        and not _length_of_dispatch_stack()
-        and not _length_of_function_stack()
-        and _functorch() is None
-        and torch._C._get_tracing_state() is None
-        and torch.autograd.forward_ad._current_level < 0
+        and not internals.dispatch_modes()
+        and not internals.function_modes()
+        and internals.transform() is None
+        and internals.tracing_state() is None
+        and not internals.forward_ad_is_on()
         # gradients that torch.autograd.grad batches (is_grads_batched) have the type Tensor too
-        and all(t is None or (type(t) in _PLAIN and not t.is_neg() and not _is_legacy_batched(t)) for t in tensors)
+        and all(
+            t is None or (type(t) in _PLAIN and not t.is_neg() and not internals.is_legacy_batched(t)) for t in tensors
+        )
     )
 
 
@@ -85,9 +84,7 @@ def torch_only(*tensors: Tensor | None) -> bool:
     for t in tensors:
         if t is not None and type(t) not in _PLAIN and _dispatches(type(t)):
             return True
-    return not torch.compiler.is_compiling() and (
-        _functorch() is not None or torch.autograd.forward_ad._current_level >= 0
-    )
+    return not torch.compiler.is_compiling() and (internals.transform() is not None or internals.forward_ad_is_on())
 
 
 def _dispatches(kind: type[Tensor]) -> bool:
@@ -96,49 +93,54 @@ def _dispatches(kind: type[Tensor]) -> bool:
     return own and not kind.__module__.startswith("torch._subclasses.")
 
 
-def _implementation(op: str, args: tuple[Any, ...]) -> Any:
-    """What the op computes: the kernel of the backend, which is the last argument, or a function of several kernels."""
+def wants_grad(*tensors: Any) -> bool:
+    """Whether autograd records a call of these; what is no tensor counts as one without a gradient."""
+    return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
+
+
+def records(args: Sequence[Any], *kinds: Any) -> Any:
+    """Arguments as NamedTuples `kinds`, each of as many as it has fields, and the rest, if any, as a list."""
+    rest = iter(args)
+    found = [kind(*islice(rest, len(kind._fields))) for kind in kinds]
+    left = list(rest)
+    return (*found, left) if left else tuple(found)
+
+
+_functions: dict[str, type[torch.autograd.Function]] = {}
+_composed: dict[str, Callable[..., Any]] = {}
+
+
+def call(op: str, backend: str, operands: tuple[Tensor | None, ...], *others: Any) -> Any:
+    """Runs an op: by the backend's function or its autograd.Function in plain eager mode, else by the dispatcher.
+
+    A trip through a Python-registered op costs as much as the whole kernel does on a small tensor.
+    """
+    if plain(*operands) and not internals.profiler_is_on():  # a profiler sees what the dispatcher calls
+        if wants_grad(*operands):
+            return _functions[op].apply(backend, *operands, *others)
+        return _kernel(op, backend)(*operands, *others)
+    return _dispatched(op, backend)(*operands, *others)
+
+
+def below_autograd(op: str, backend: str, *operands: Tensor | None) -> Callable[..., Any]:
+    """What an autograd.Function computes: the kernel, or in any other than plain eager mode the op below autograd."""
+    return _kernel(op, backend) if plain(*operands) else partial(_op_below_autograd, op, backend)
+
+
+def _op_below_autograd(op: str, backend: str, *args: Any) -> Any:
+    with internals.below_autograd():
+        return _dispatched(op, backend)(*args)
+
+
+def _kernel(op: str, backend: str) -> Callable[..., Any]:
+    """The kernel of the backend, or a function of several kernels."""
     if op in _composed:
-        return _composed[op](*args)
-    return dispatch.kernel(args[-1], op)(*args[:-1])
-
-
-_composed: dict[str, Any] = {}
-
-
-def wants_grad(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
-def run(op: str, function: type[torch.autograd.Function], operands: tuple[Tensor | None, ...], *args: Any) -> Any:
-    """Calls `op` on `args` (the last one is the backend); `operands` are its differentiable tensors."""
-    if plain(*operands) and not _profiler._is_profiler_enabled:  # a profiler sees what the dispatcher calls
-        return function.apply(*args) if wants_grad(*operands) else _implementation(op, args)
-    return getattr(_ops, op)(*args)
-
-
-def below_autograd(op: str, *args: Any) -> Any:
-    """What the autograd.Functions compute: the kernel, or in any other than plain eager mode the op below autograd."""
-    if plain(*(x for x in args if isinstance(x, Tensor))):
-        return _implementation(op, args)
-    with torch._C._AutoDispatchBelowAutograd():
-        return getattr(_ops, op)(*args)
-
-
-def xfa(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor, *choices: Any) -> Tensor:
-    """(B, H, N, D); `choices` are token_mask, map, norm, activation, eps, backend."""
-    out: Tensor = run("xfa_forward", _Xfa, (q, k, v, temperature), q, k, v, temperature, *choices)[0]
-    return out.transpose(1, 2)
-
-
-def gram(
-    a: Tensor, b: Tensor, symmetric: bool, token_mask: Tensor | None, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    result: tuple[Tensor, Tensor, Tensor] = run("gram", _Gram, (a, b), a, b, symmetric, token_mask, backend)
-    return result
+        return partial(_composed[op], backend)
+    return dispatch.kernel(backend, op)
 
 
 def channel_mix(
+    backend: str,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
@@ -146,13 +148,14 @@ def channel_mix(
     add_scale: Tensor | None = None,
     x2: Tensor | None = None,
     weight2: Tensor | None = None,
-    *,
-    backend: str,
 ) -> Tensor:
-    """(B, H, N, O)."""
-    operands = (x, weight, bias, add, add_scale, x2, weight2)
-    y: Tensor = run("channel_mix", _ChannelMix, operands, *operands, backend)
+    """(B, H, N, O), a view of what the op gives."""
+    y: Tensor = call("channel_mix", backend, (x, weight, bias, add, add_scale, x2, weight2))
     return y.transpose(1, 2)
+
+
+def _dispatched(op: str, backend: str) -> Callable[..., Any]:
+    return lambda *args: getattr(_ops, op)(*(x.text if isinstance(x, Spec) else x for x in args), backend)
 
 
 # ------------------------------------------------------------------------------------------------------------- autograd
@@ -160,10 +163,14 @@ def channel_mix(
 
 class _Xfa(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, temperature: Tensor, *choices: Any) -> tuple[Tensor, Tensor]:
-        out, stats = below_autograd("xfa_forward", q, k, v, temperature, *choices)
-        ctx.save_for_backward(q, k, v, temperature, stats, choices[0])
-        ctx.choices = choices[1:]
+    def forward(
+        ctx: Any, backend: str, q: Tensor, k: Tensor, v: Tensor, temperature: Tensor, token_mask: Tensor | None,
+        spec: Spec,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        kernel = below_autograd("xfa_forward", backend, q, k, v, temperature)
+        out, stats = kernel(q, k, v, temperature, token_mask, spec)
+        ctx.save_for_backward(q, k, v, temperature, stats, token_mask)
+        ctx.backend, ctx.spec = backend, spec
         ctx.mark_non_differentiable(stats)
         ctx.set_materialize_grads(False)
         return out, stats
@@ -171,43 +178,47 @@ class _Xfa(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         if dout is None:
-            return (None,) * 10
-        args = (dout.transpose(1, 2), *ctx.saved_tensors)
-        dqkv, dtemperature = run("xfa_backward", _XfaBackward, args[:5], *args, *ctx.choices)
+            return (None,) * 7
+        q, k, v, temperature, stats, token_mask = ctx.saved_tensors
+        operands = (dout.transpose(1, 2), q, k, v, temperature)
+        dqkv, dtemperature = call("xfa_backward", ctx.backend, operands, stats, token_mask, ctx.spec)
         # views that may be modified in place, which those of unbind may not
         dqkv = dqkv.transpose(2, 3)
-        return (dqkv.select(0, 0), dqkv.select(0, 1), dqkv.select(0, 2), dtemperature, *(None,) * 6)
+        return None, dqkv.select(0, 0), dqkv.select(0, 1), dqkv.select(0, 2), dtemperature, None, None
 
 
 class _XfaBackward(torch.autograd.Function):
     """Its own backward is autograd's, of the reference in the accumulate dtype: right to any order."""
 
     @staticmethod
-    def forward(ctx: Any, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, temperature: Tensor, *rest: Any) -> Any:
-        ctx.save_for_backward(dout, q, k, v, temperature, rest[1])
-        ctx.choices = rest[2:]
+    def forward(
+        ctx: Any, backend: str, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, temperature: Tensor, stats: Tensor,
+        token_mask: Tensor | None, spec: Spec,
+    ) -> Any:  # fmt: skip
+        ctx.save_for_backward(dout, q, k, v, temperature, token_mask)
+        ctx.spec = spec
         ctx.set_materialize_grads(False)
-        return below_autograd("xfa_backward", dout, q, k, v, temperature, *rest)
+        kernel = below_autograd("xfa_backward", backend, dout, q, k, v, temperature)
+        return kernel(dout, q, k, v, temperature, stats, token_mask, spec)
 
     @staticmethod
     def backward(ctx: Any, ddqkv: Tensor | None, ddtemperature: Tensor | None) -> tuple[Tensor | None, ...]:
         grads = (*((None,) * 3 if ddqkv is None else ddqkv.transpose(2, 3).unbind(0)), ddtemperature)
         *tensors, token_mask = ctx.saved_tensors
-        map, norm, activation, eps, _ = ctx.choices
         dtype = reference.accumulate_dtype(tensors[1].dtype)
         again = torch.is_grad_enabled()
         with torch.enable_grad(), without_autocast(tensors[1]):
             # new points to differentiate at, connected to the old ones in case the result is differentiated too
             points = [x.to(dtype).view_as(x) if x.requires_grad else x.detach().to(dtype) for x in tensors]
             dout, *inputs = (x if x.requires_grad else x.requires_grad_() for x in points)
-            out = reference.xfa(*inputs, map=map, norm=norm, activation=activation, eps=eps, token_mask=token_mask)
+            out = reference.xfa(*inputs, **ctx.spec._asdict(), token_mask=token_mask)
             first = torch.autograd.grad(out, inputs, dout, create_graph=True)
             pairs = [(x, g.to(dtype)) for x, g in zip(first, grads, strict=True) if g is not None]
             second = torch.autograd.grad(
                 [x for x, _ in pairs], [dout, *inputs], [g for _, g in pairs], allow_unused=True, create_graph=again
             )
         result = (None if g is None else g.to(x.dtype) for x, g in zip(tensors, second, strict=True))
-        return (*result, *(None,) * 7)
+        return None, *result, None, None, None
 
 
 def _masked(x: Tensor, token_mask: Tensor | None) -> Tensor:
@@ -219,50 +230,49 @@ class _Gram(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, a: Tensor, b: Tensor, symmetric: bool, token_mask: Tensor | None, backend: str
+        ctx: Any, backend: str, a: Tensor, b: Tensor, symmetric: bool, token_mask: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(a, b, token_mask)
         ctx.symmetric, ctx.backend = symmetric, backend
-        result: tuple[Tensor, Tensor, Tensor] = below_autograd("gram", a, b, symmetric, token_mask, backend)
+        result: tuple[Tensor, Tensor, Tensor] = below_autograd("gram", backend, a, b)(a, b, symmetric, token_mask)
         return result
 
     @staticmethod
     def backward(ctx: Any, dG: Tensor, dssq_a: Tensor, dssq_b: Tensor) -> tuple[Tensor | None, ...]:
         a, b, token_mask = ctx.saved_tensors
         a, b = _masked(a, token_mask), _masked(b, token_mask)
-        da = db = None
+        mix, da, db = partial(channel_mix, ctx.backend), None, None
         if ctx.symmetric:
-            weight, scale = dG + dG.transpose(-2, -1), 2 * (dssq_a + dssq_b)
-            da = channel_mix(a, weight, add=a, add_scale=scale, backend=ctx.backend)
+            da = mix(a, dG + dG.transpose(-2, -1), add=a, add_scale=2 * (dssq_a + dssq_b))
         else:
-            if ctx.needs_input_grad[0]:
-                da = channel_mix(b, dG, add=a, add_scale=2 * dssq_a, backend=ctx.backend)
-            if ctx.needs_input_grad[1]:
-                db = channel_mix(a, dG.transpose(-2, -1), add=b, add_scale=2 * dssq_b, backend=ctx.backend)
-        return da, db, None, None, None
+            _, a_wanted, b_wanted, *_ = ctx.needs_input_grad
+            da = mix(b, dG, add=a, add_scale=2 * dssq_a) if a_wanted else None
+            db = mix(a, dG.transpose(-2, -1), add=b, add_scale=2 * dssq_b) if b_wanted else None
+        return None, da, db, None, None
 
 
 class _ChannelMix(torch.autograd.Function):
     """dx = channel_mix(dy, weight^T) and dweight = gram(dy, x): differentiable to any order."""
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> Tensor:
-        *operands, backend = args
+    def forward(ctx: Any, backend: str, *operands: Tensor | None) -> Tensor:
         ctx.save_for_backward(*operands)
         ctx.backend = backend
-        y: Tensor = below_autograd("channel_mix", *args)
+        y: Tensor = below_autograd("channel_mix", backend, *operands)(*operands)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, add, add_scale, x2, weight2 = ctx.saved_tensors
-        needed, dy = ctx.needs_input_grad, dy.transpose(1, 2)
+        _, *needed = ctx.needs_input_grad
+        dy = dy.transpose(1, 2)
 
         def of_tokens(weight: Tensor) -> Tensor:
-            return channel_mix(dy, weight.transpose(-2, -1), backend=ctx.backend)
+            return channel_mix(ctx.backend, dy, weight.transpose(-2, -1))
 
         def of_weight(x: Tensor, weight: Tensor) -> Tensor:
-            return gram(dy, x, False, None, ctx.backend)[0].to(weight.dtype)
+            G: Tensor = call("gram", ctx.backend, (dy, x), False, None)[0]
+            return G.to(weight.dtype)
 
         def of_vector(product: Tensor, vector: Tensor) -> Tensor:
             return product.sum(-2, dtype=reference.accumulate_dtype(dy.dtype)).to(vector.dtype)
@@ -271,6 +281,7 @@ class _ChannelMix(torch.autograd.Function):
         if needed[3]:
             dadd = dy if add_scale is None else (dy * add_scale.unsqueeze(-2)).to(dy.dtype)
         return (
+            None,
             of_tokens(weight) if needed[0] else None,
             of_weight(x, weight) if needed[1] else None,
             of_vector(dy, bias) if needed[2] else None,
@@ -278,7 +289,6 @@ class _ChannelMix(torch.autograd.Function):
             of_vector(dy.to(add_scale.dtype) * add, add_scale) if needed[4] else None,
             of_tokens(weight2) if needed[5] else None,
             of_weight(x2, weight2) if needed[6] else None,
-            None,
         )
 
 
@@ -349,31 +359,38 @@ def register(
     op: str,
     fake: Any,
     function: type[torch.autograd.Function],
-    operands: slice,
-    tokens: tuple[int, ...],
-    composed: Any = None,
+    tokens: tuple[str, ...] = (),
+    composed: Callable[..., Any] | None = None,
 ) -> None:
-    """`operands`: the differentiable arguments; `tokens`: the arguments that autocast casts.
+    """`tokens`: names of the arguments that autocast casts.
 
-    `composed` computes an op that is no kernel of a backend, from all its arguments.
+    `composed` computes an op that is no kernel of a backend: from the backend's name and the other arguments.
     """
+    _functions[op] = function
     if composed is not None:
         _composed[op] = composed
     overload = getattr(_ops, op).default
+    names = [argument.name for argument in overload._schema.arguments]
+
+    def with_spec(args: tuple[Any, ...]) -> list[Any]:
+        return [Spec.of_text(x) if name == "spec" else x for name, x in zip(names, args, strict=True)]
 
     def kernel(*args: Any) -> Any:
-        return _implementation(op, args)
+        *given, backend = with_spec(args)
+        return _kernel(op, backend)(*given)
 
     def autograd(*args: Any) -> Any:
-        if wants_grad(*args[operands]) or torch.autograd.forward_ad._current_level >= 0:
-            return function.apply(*args)
-        with torch._C._AutoDispatchBelowAutograd():
+        if wants_grad(*args) or internals.forward_ad_is_on():
+            *given, backend = with_spec(args)
+            return function.apply(backend, *given)
+        with internals.below_autograd():
             return overload(*args)
 
     def under_autocast(*args: Any) -> Any:
-        cast = dict(zip(tokens, autocast(*(args[i] for i in tokens)), strict=True))
-        with torch._C._DisableAutocast():
-            return overload(*(cast.get(i, arg) for i, arg in enumerate(args)))
+        given = dict(zip(names, args, strict=True))
+        given |= zip(tokens, autocast(*(given[name] for name in tokens)), strict=True)
+        with internals.without_autocast_key():
+            return overload(*given.values())
 
     library.impl(op, kernel, "CompositeExplicitAutograd")
     library.impl(op, autograd, "Autograd")
@@ -383,7 +400,7 @@ def register(
     torch.library.register_fake(f"xformer_kernels::{op}", fake, lib=library)
 
 
-register("xfa_forward", _fake_xfa_forward, _Xfa, slice(0, 4), (0, 1, 2))
-register("xfa_backward", _fake_xfa_backward, _XfaBackward, slice(0, 5), ())
-register("gram", _fake_gram, _Gram, slice(0, 2), (0, 1))
-register("channel_mix", _fake_channel_mix, _ChannelMix, slice(0, 7), (0, 3, 5))
+register("xfa_forward", _fake_xfa_forward, _Xfa, ("q", "k", "v"))
+register("xfa_backward", _fake_xfa_backward, _XfaBackward)
+register("gram", _fake_gram, _Gram, ("a", "b"))
+register("channel_mix", _fake_channel_mix, _ChannelMix, ("x", "add", "x2"))

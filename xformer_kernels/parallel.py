@@ -17,17 +17,15 @@ own tokens is whole.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import wraps
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-P = ParamSpec("P")
-R = TypeVar("R")
+from xformer_kernels import torch_internals
 
 # What ranks must have alike: numbers that are shown, then codes of what no number says.
 _SHOWN = ("the number of images B", "C", "the number of heads", "I", "O")
@@ -87,23 +85,13 @@ def size(group: str) -> int:
 
 
 def _group(name: str) -> Any:
-    resolve: Any = dist.distributed_c10d._resolve_process_group  # type: ignore[attr-defined]
-    return resolve(name)
+    return torch_internals.process_group(name)
 
 
-def outside_graphs(function: Callable[P, R]) -> Callable[P, R]:
-    """`function`, which torch.compile leaves out of its graphs when it is given a group: ranks compare at run time."""
-    eager: Callable[P, R] = torch.compiler.disable(
-        function, reason="group=: ranks compare their arguments at run time, which no graph holds"
-    )
-
-    @wraps(function)
-    def chosen(*args: P.args, **kwargs: P.kwargs) -> R:
-        if kwargs.get("group") is None or not torch.compiler.is_compiling():
-            return function(*args, **kwargs)
-        return eager(*args, **kwargs)
-
-    return chosen
+outside_graphs = torch.compiler.disable(
+    reason="group=: ranks compare their arguments at run time, which no graph holds"
+)
+"""Decorates what torch.compile leaves out of its graphs."""
 
 
 class Exchange:
@@ -163,7 +151,7 @@ def _meeting_place(group: Any, x: Any) -> torch.device:
     if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
         outside = "; this process is not one of its ranks" if _is_nobody(group) else ""
         raise TypeError(f"group must be a torch.distributed.ProcessGroup or None, got {type(group).__name__}{outside}")
-    kinds = _kinds(group)
+    kinds = torch_internals.device_types(group)
     if "cpu" in kinds:
         return torch.device("cpu")
     if isinstance(x, Tensor) and x.device.type in kinds[:1]:
@@ -173,13 +161,9 @@ def _meeting_place(group: Any, x: Any) -> torch.device:
     return torch.device(kinds[0], torch.get_device_module(kinds[0]).current_device())
 
 
-def _kinds(group: Any) -> list[str]:
-    return sorted(device.type for device in group._device_types)
-
-
 def _wrong_backend(group: Any, x: Any) -> str:
     where = f"x is on {x.device.type}" if isinstance(x, Tensor) else f"x is of type {type(x).__name__}"
-    kinds = " and ".join(_kinds(group)) or "no device"
+    kinds = " and ".join(torch_internals.device_types(group)) or "no device"
     return f"group has the backend {dist.get_backend(group)!r}, for tensors on {kinds}, and {where}"
 
 
@@ -190,7 +174,7 @@ def _is_nobody(group: Any) -> bool:
 def _check(group: Any, x: Any) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
-    if x.device.type not in _kinds(group):
+    if x.device.type not in torch_internals.device_types(group):
         raise ValueError(_wrong_backend(group, x))
 
 

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from xformer_kernels.spec import Spec
+
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of sums, norms and maps: float64 for float64, float32 for everything else."""
@@ -43,7 +45,7 @@ def xfa(
     q, k = F.normalize(q, dim=dim, eps=eps), F.normalize(k, dim=dim, eps=eps)
     left, right = (q, k) if map == "query_key" else (k, v)
     S = (left.transpose(-2, -1) @ right) * temperature.reshape(-1, 1, 1)
-    A = map_fn(S.to(accumulate_dtype(q.dtype))) if map_fn is not None else activate(S, map, activation)
+    A = map_fn(S.to(accumulate_dtype(q.dtype))) if map_fn is not None else activate(S, Spec(map, norm, activation))
     A = F.dropout(A, dropout_p).to(v.dtype)
     out = A @ v.transpose(-2, -1) if map == "query_key" else A.transpose(-2, -1) @ q.transpose(-2, -1)
     # (B, H, D, N) to the (B, N, H, D) memory that is promised
@@ -91,9 +93,65 @@ def xfa_block(
     return x + y if residual else y
 
 
-def activate(S: Tensor, map: str, activation: str) -> Tensor:
+def activate(S: Tensor, spec: Spec) -> Tensor:
     """The map A from the scaled map S: softmax over the key features, or S itself."""
-    return S.softmax(-1) if map == "query_key" and activation == "softmax" else S
+    return S.softmax(-1) if spec.softmax else S
+
+
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    feature_map: str | tuple[str, str] = "relu",
+    normalize: bool = True,
+    scale: float = 1.0,
+    eps: float = 1e-6,
+    query_mask: Tensor | None = None,
+    token_mask: Tensor | None = None,
+) -> Tensor:
+    """See :func:`xformer_kernels.linear_attention`; in the accumulate dtype, as its models write it."""
+    dtype, wide = q.dtype, accumulate_dtype(q.dtype)
+    of_q, of_k = feature_maps(feature_map)
+    q = features(masked(q, query_mask).to(wide), of_q)
+    k, v = (masked(x, token_mask).to(wide) for x in (k, v))
+    if of_k == "softmax_tokens" and token_mask is not None:
+        # finite, for a softmax over masked tokens alone to have a gradient
+        k = torch.where(token_mask[:, None, :, None], k, torch.finfo(wide).min)
+    k = masked(features(k, of_k), token_mask)
+    out = scale * (q @ (k.transpose(-2, -1) @ v))
+    if normalize:
+        out = out / (q @ k.sum(-2).unsqueeze(-1) + eps)
+    out = out.to(dtype).transpose(1, 2).contiguous().transpose(1, 2)
+    return masked(out, query_mask)
+
+
+def feature_maps(feature_map: str | tuple[str, str]) -> tuple[str, str]:
+    """The feature maps of q and of k."""
+    if isinstance(feature_map, tuple):
+        return feature_map
+    return "softmax_features" if feature_map == "softmax_tokens" else feature_map, feature_map
+
+
+def features(x: Tensor, feature_map: str) -> Tensor:
+    """The feature map of (B, H, N, D) tokens."""
+    if feature_map == "relu":
+        return x.relu()
+    if feature_map == "elu1":
+        return F.elu(x) + 1
+    if feature_map == "softmax_features":
+        return x.softmax(-1)
+    return x.softmax(-2) if feature_map == "softmax_tokens" else x
+
+
+def masked(x: Tensor, mask: Tensor | None) -> Tensor:
+    """(B, H, N, D) tokens with zeros where the (B, N) mask is False."""
+    return x if mask is None else torch.where(mask[:, None, :, None], x, 0)
+
+
+def column_sums(x: Tensor, token_mask: Tensor | None) -> Tensor:
+    """Sums over the tokens of (B, H, N, D), in the accumulate dtype: (B, H, D)."""
+    return masked(x, token_mask).sum(-2, dtype=accumulate_dtype(x.dtype))
 
 
 def gram(

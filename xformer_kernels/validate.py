@@ -9,9 +9,6 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-MAPS = ("query_key", "key_value")
-NORMS = ("token", "feature")
-ACTIVATIONS = ("softmax", "identity")
 
 
 def tensor(name: str, x: Any) -> None:
@@ -94,15 +91,11 @@ def xfa(
     k: Any,
     v: Any,
     temperature: Any,
-    map: Any,
-    norm: Any,
-    activation: Any,
-    eps: Any,
     mask: Any,
     dropout_p: Any,
     map_fn: Callable[[Tensor], Tensor] | None,
 ) -> None:
-    """Every argument of xfa, less the backend."""
+    """Every argument of xfa, less the backend and those of its Spec."""
     tensor("q", q)
     if q.dim() != 4:
         raise ValueError(f"q must have 4 dimensions, (B, H, N, D), got {q.dim()}: {_dims(q.shape)}")
@@ -120,20 +113,11 @@ def xfa(
             f"got {_dims(temperature.shape)}"
         )
     same_device("temperature", temperature, "q", q)
-    choices(map, norm, activation, eps, dropout_p)
+    probability("dropout_p", dropout_p)
     if mask is not None:
         token_mask(mask, q, "q")
     if map_fn is not None and not callable(map_fn):
         raise TypeError(f"map_fn must be callable, (B, H, D, D) to (B, H, D, D), got {type(map_fn).__name__}")
-
-
-def choices(map: Any, norm: Any, activation: Any, eps: Any, dropout_p: Any) -> None:
-    """What xfa and the layer are told beside tensors."""
-    choice("map", map, MAPS)
-    choice("norm", norm, NORMS)
-    choice("activation", activation, ACTIVATIONS)
-    positive("eps", eps)
-    probability("dropout_p", dropout_p)
 
 
 def layer(

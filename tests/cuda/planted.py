@@ -59,7 +59,7 @@ def xfa_cases(path: str) -> tuple[list[Case], list[Case]]:
             problem = make_problem(shape, config, masked=config.map == "key_value")
             eager, oracle, terms = problem.eager(), problem.oracle(), problem.terms()
             inputs = (problem.q, problem.k, problem.v, problem.temperature)
-            options = (problem.token_mask, *config.kwargs().values())
+            options = (problem.token_mask, config.spec)
 
             def judge(names, results, eager=eager, oracle=oracle, terms=terms):
                 for name, result in zip(names, results, strict=True):

@@ -11,8 +11,8 @@ import torch
 from cases import CONFIGS, LOW_PRECISION, RESULTS, Config, Problem, make_problem, randn, random_mask
 
 import xformer_kernels as xk
-from xformer_kernels import backends, preference, reference
-from xformer_kernels.backends import arguments
+from xformer_kernels import backends, reference
+from xformer_kernels.backends import arguments, cuda_first
 from xformer_kernels.testing import assert_bitwise, assert_close
 
 PATHS = ("one launch", "two passes")
@@ -22,7 +22,7 @@ PATHS = ("one launch", "two passes")
 def cuda(need_backend, monkeypatch):
     """The backend, whose kernels are emulated."""
     need_backend("cuda")
-    module = backends.load("cuda")[0]
+    module = backends.load("cuda")[0].module
     if not module.EMULATED:
         pytest.skip("the kernels run on a GPU here")
     monkeypatch.setattr(module, "path", "any")
@@ -30,14 +30,14 @@ def cuda(need_backend, monkeypatch):
 
 
 def forward(cuda, problem):
-    options = (problem.token_mask, *problem.config.kwargs().values())
+    options = (problem.token_mask, problem.config.spec)
     out, stats = cuda.xfa_forward(problem.q, problem.k, problem.v, problem.temperature, *options)
     return out.transpose(1, 2), stats
 
 
 def kernels(cuda, problem):
     """Those of forward and those of backward, which also are right."""
-    options = (problem.token_mask, *problem.config.kwargs().values())
+    options = (problem.token_mask, problem.config.spec)
     inputs = (problem.q, problem.k, problem.v, problem.temperature)
     out, stats = cuda.xfa_forward(*inputs, *options)
     first = cuda._cuda.launched()
@@ -216,15 +216,15 @@ def test_other_devices(cuda, on_device, capability):
                 assert kernels(cuda, make_problem(shape, config, dtype=dtype, masked=True)) == expected
 
 
-@pytest.mark.parametrize("rule", preference.CUDA_FIRST, ids=str)
+@pytest.mark.parametrize("rule", cuda_first.CUDA_FIRST, ids=str)
 def test_what_auto_takes_is_one_launch(cuda, on_device, rule):
     """At the bounds of the table, forward and backward fit into the shared memory of the devices it is for."""
     on_device(f"{rule.first // 10}.{rule.first % 10}")
     for dtype in (torch.float32, torch.bfloat16):
         for features in {1, 32, rule.features}:
-            tokens = rule.head_bytes // (preference.padded(features) * dtype.itemsize)
-            assert preference.cuda_first(rule.first, 1, tokens, features, dtype.itemsize)
-            assert not preference.cuda_first(rule.first, 1, tokens + 1, features, dtype.itemsize)
+            tokens = rule.head_bytes // (cuda_first.padded(features) * dtype.itemsize)
+            assert cuda_first.cuda_first(rule.first, 1, tokens, features, dtype.itemsize)
+            assert not cuda_first.cuda_first(rule.first, 1, tokens + 1, features, dtype.itemsize)
             assert kernels(cuda, make_problem((1, tokens, 1, features), dtype=dtype)) == FUSED, (dtype, features)
 
 

@@ -29,6 +29,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from xformer_kernels.backends.triton import configs, launch, ops
+from xformer_kernels.spec import Spec
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 MAPS = ("query_key-token", "query_key-feature", "key_value-token", "key_value-feature")
@@ -84,7 +85,7 @@ def launches(job: Job) -> dict[str, Launch]:
     """Every kernel of xfa, forward in one launch and in two, and of the primitives, by name."""
     D, dtype = job.features, job.dtype
     map, norm = job.map.split("-")
-    choices = (map, norm, "softmax", 1e-12)
+    spec = Spec(map, norm)
     found: dict[str, Launch] = {}
     matmul = torch.backends.cuda.matmul
     before, matmul.allow_tf32 = matmul.allow_tf32, job.tf32
@@ -93,9 +94,9 @@ def launches(job: Job) -> dict[str, Launch]:
             q, k, v = torch.empty(B, 4096, 3, 4, D, dtype=dtype, device="meta").permute(2, 0, 3, 1, 4).unbind(0)
             temperature = torch.empty(4, device="meta")
             mask = torch.empty(B, 4096, dtype=torch.bool, device="meta") if job.masked else None
-            out, stats = ops.xfa_forward(q, k, v, temperature, mask, *choices)
+            out, stats = ops.xfa_forward(q, k, v, temperature, mask, spec)
             if B == 1:
-                ops.xfa_backward(out, q, k, v, temperature, stats, mask, *choices)
+                ops.xfa_backward(out, q, k, v, temperature, stats, mask, spec)
         names = ("gram", "apply", "gram of dout", "map_backward", "gradients", "forward")
         found.update(zip(names, recorded, strict=len(recorded) == len(names)))
         if len(recorded) > len(names):
@@ -109,7 +110,7 @@ def launches(job: Job) -> dict[str, Launch]:
             ops.gram(v, v, True, mask)
             found.update(zip(("channel_mix", "channel_mix, wide", "gram, symmetric"), recorded, strict=True))
             recorded.clear()
-            ops.xfa_forward(*(x[:1] for x in (q, k, v)), temperature, None, map, "feature", *choices[2:])
+            ops.xfa_forward(*(x[:1] for x in (q, k, v)), temperature, None, Spec(map, "feature"))
             found["gram, normalised"] = recorded[0]
     matmul.allow_tf32 = before
     return found

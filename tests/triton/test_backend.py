@@ -111,6 +111,7 @@ RECORDED = """
     sys.path.insert(0, {tests!r})
     import torch, aot
     from xformer_kernels.backends.triton import ops
+    from xformer_kernels.spec import Spec
 
     def variants(B, N, H, layout):
         shape = (B, N, 3, H, 32)
@@ -118,10 +119,10 @@ RECORDED = """
         if layout == "contiguous":
             qkv = torch.empty((3, B, H, N, 32), device="meta", dtype=torch.bfloat16)
         q, k, v = qkv.unbind(0)
-        t, choices = torch.empty(H, device="meta"), ("query_key", "token", "softmax", 1e-12)
+        t, spec = torch.empty(H, device="meta"), Spec()
         with aot.recording("sm_90") as recorded:
-            out, stats = ops.xfa_forward(q, k, v, t, None, *choices)
-            ops.xfa_backward(out, q, k, v, t, stats, None, *choices)
+            out, stats = ops.xfa_forward(q, k, v, t, None, spec)
+            ops.xfa_backward(out, q, k, v, t, stats, None, spec)
         return {{
             (x.kernel.__name__, tuple(sorted(aot.signature(x).items())), str(sorted(x.constants.items())), x.config)
             for x in recorded
@@ -170,6 +171,7 @@ BY_NUMBER = """
     sys.path.insert(0, {tests!r})
     import torch, aot
     from xformer_kernels.backends.triton import ops
+    from xformer_kernels.spec import Spec
 
     def facts(function, *args):
         with aot.recording("sm_90") as recorded:
@@ -181,10 +183,10 @@ BY_NUMBER = """
     ones = torch.ones((), device="meta").expand(q.shape)  # the gradient of a sum
     t, W = torch.empty(4, device="meta"), torch.empty(2, 4, 32, 32, device="meta")
     for map in ("query_key", "key_value"):
-        choices = (map, "token", "softmax", 1e-12)
+        spec = Spec(map)
         with aot.recording("sm_90"):
-            _, stats = ops.xfa_forward(q, k, v, t, None, *choices)
-        gram, gradients = (x for x in facts(ops.xfa_backward, ones, q, k, v, t, stats, None, *choices) if x)
+            _, stats = ops.xfa_forward(q, k, v, t, None, spec)
+        gram, gradients = (x for x in facts(ops.xfa_backward, ones, q, k, v, t, stats, None, spec) if x)
         assert gram == {{"A": 4, "B": 0, "C": 4}}, gram
         assert gradients == {{"Q": 4, "K": 4, "V": 4, "G": 0}}, gradients
     for gram in (facts(ops.gram, ones, q, False, None), facts(ops.gram, q, ones, False, None)):

@@ -13,6 +13,7 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 
 from xformer_kernels.backends.triton import configs, launch, ops, traffic  # noqa: E402
 from xformer_kernels.reference import accumulate_dtype  # noqa: E402
+from xformer_kernels.spec import Spec  # noqa: E402
 
 pytestmark = [
     pytest.mark.skipif(not launch.INTERPRETING, reason="counts what Triton's interpreter does"),
@@ -62,12 +63,12 @@ def counting(tensors):
 def run(D, dtype, map, norm):
     """Counts of forward, counts of backward; features and tokens are whole blocks, so that nothing is padded."""
     inputs = {name: randn(B, H, N, D, seed=i, dtype=dtype) for i, name in enumerate(("q", "k", "v", "dout"))}
-    t, choices = torch.ones(H), (map, norm, "softmax", 1e-12)
+    t, spec = torch.ones(H), Spec(map, norm)
     q, k, v, dout = inputs.values()
     with counting(inputs) as forward:
-        _, stats = ops.xfa_forward(q, k, v, t, None, *choices)
+        _, stats = ops.xfa_forward(q, k, v, t, None, spec)
     with counting(inputs) as backward:
-        ops.xfa_backward(dout, q, k, v, t, stats, None, *choices)
+        ops.xfa_backward(dout, q, k, v, t, stats, None, spec)
     return inputs, forward, backward
 
 
@@ -118,9 +119,9 @@ def test_results_are_written_once():
     ops._empty = remembering
     try:
         with counting(results) as (_, stores, _):
-            choices = ("query_key", "token", "softmax", 1e-12)
-            _, stats = ops.xfa_forward(q, k, v, torch.ones(3), None, *choices)
-            ops.xfa_backward(dout, q, k, v, torch.ones(3), stats, None, *choices)
+            spec = Spec()
+            _, stats = ops.xfa_forward(q, k, v, torch.ones(3), None, spec)
+            ops.xfa_backward(dout, q, k, v, torch.ones(3), stats, None, spec)
     finally:
         ops._empty = empty
     large = {name: tensor for name, tensor in results.items() if tensor.numel() >= q.numel()}
@@ -144,12 +145,12 @@ def test_launches(monkeypatch):
     run = ops._run
     monkeypatch.setattr(ops, "_run", lambda kernel, *args, **kw: (launched.append(kernel), run(kernel, *args, **kw)))
     for config in (Config(), Config("key_value", "feature")):
-        choices = (config.map, config.norm, config.activation, config.eps)
+        spec = config.spec
         for shape, launches in (((1, 1, 513, 16), 2), ((2, 4, 513, 16), 1), ((1, 1, 30, 16), 1), ((1, 1, 30, 200), 2)):
             q, k, v, dout = (randn(*shape, seed=i) for i in range(4))
             launched.clear()
-            _, stats = ops.xfa_forward(q, k, v, torch.ones(shape[1]), None, *choices)
+            _, stats = ops.xfa_forward(q, k, v, torch.ones(shape[1]), None, spec)
             assert len(launched) == launches
             launched.clear()
-            ops.xfa_backward(dout, q, k, v, torch.ones(shape[1]), stats, None, *choices)
+            ops.xfa_backward(dout, q, k, v, torch.ones(shape[1]), stats, None, spec)
             assert len(launched) == 3

@@ -16,6 +16,8 @@ from __future__ import annotations
 import argparse
 import colorsys
 import json
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -223,14 +225,21 @@ def annotation(thing: Thing, number: int, image: int) -> dict[str, Any]:
 
 
 def make_shapes(
-    folder: str | Path, images: int = 900, held_out: int = 100, size: tuple[int, int] = (256, 256), seed: int = 0
+    folder: str | Path,
+    images: int = 900,
+    held_out: int = 100,
+    size: tuple[int, int] = (256, 256),
+    seed: int = 0,
+    progress: bool = False,
 ) -> None:
     """Write `images` scenes for training and `held_out` others, of (height, width) `size`, in both layouts.
+
+    `progress`: whether a terminal shows how many are done; needs rich.
 
     Raises:
         UsageError: no images, sides below 64, a seed below 0, or a folder that holds such files already.
     """
-    root = Path(folder)
+    root = Path(os.path.expanduser(folder))
     if images < 1 or held_out < 1:
         raise UsageError(f"images and held-out must be 1 or more, got {images} and {held_out}")
     if min(size) < 64:
@@ -241,10 +250,28 @@ def make_shapes(
         raise UsageError(f"folder: {root} holds coco or cityscapes already: name another one")
     (root / "coco" / "annotations").mkdir(parents=True)
     for index, (split, count) in enumerate(zip(SPLITS, (images, held_out), strict=True)):
-        write_split(root, split, count, size, np.random.SeedSequence((seed, index)))
+        write_split(root, split, count, size, np.random.SeedSequence((seed, index)), progress)
 
 
-def write_split(root: Path, split: str, count: int, size: tuple[int, int], seed: np.random.SeedSequence) -> None:
+def shown(seeds: Sequence[np.random.SeedSequence], what: str) -> Iterator[np.random.SeedSequence]:
+    """The same, with a bar on stderr that says how far they are, on a terminal and where rich is installed."""
+    try:
+        from rich.console import Console
+        from rich.progress import track
+    except ImportError:
+        return iter(seeds)
+    console = Console(stderr=True)
+    return iter(track(seeds, what, console=console, disable=not console.is_terminal))
+
+
+def write_split(
+    root: Path,
+    split: str,
+    count: int,
+    size: tuple[int, int],
+    seed: np.random.SeedSequence,
+    progress: bool = False,
+) -> None:
     pictures = root / "coco" / f"{split}2017"
     city = [root / "cityscapes" / kind / split / "shapes" for kind in ("leftImg8bit", "gtFine")]
     for path in (pictures, *city):
@@ -254,7 +281,8 @@ def write_split(root: Path, split: str, count: int, size: tuple[int, int], seed:
         "annotations": [],
         "categories": [{"id": kind.category, "name": kind.name, "supercategory": "shape"} for kind in KINDS],
     }
-    for number, child in enumerate(seed.spawn(count), 1):
+    seeds = seed.spawn(count)
+    for number, child in enumerate(shown(seeds, split) if progress else seeds, 1):
         scene = make_scene(np.random.default_rng(child), *size)
         name = f"{number:012d}.jpg"
         Image.fromarray(scene.image).save(pictures / name, quality=92)
@@ -280,5 +308,5 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    make_shapes(options.folder, options.images, options.held_out, tuple(options.size), options.seed)
+    make_shapes(options.folder, options.images, options.held_out, tuple(options.size), options.seed, progress=True)
     print(f"{options.folder}: {options.images} scenes of training and {options.held_out} of evaluation")

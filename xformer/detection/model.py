@@ -117,7 +117,6 @@ class Detector(nn.Module):
         )
         self.laterals = nn.ModuleList(ConvNorm(above, width) for width, above in pairwise(widths))
         self._init()
-        self.to(memory_format=torch.channels_last)
 
     @torch.no_grad()
     def _init(self) -> None:

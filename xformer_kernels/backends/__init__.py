@@ -3,32 +3,77 @@
 A backend offers the ops' functions (``xfa_forward``, ``xfa_backward``, ``gram``, ``channel_mix``) with the schemas of
 :mod:`xformer_kernels.ops` less the ``backend`` argument, and ``unsupported(device_type, dtypes, head_dims)``: every
 reason why it cannot serve a call. If it has a text ``ONLY_BY_NAME``, ``backend="auto"`` passes over it for that reason.
-It may have ``layer_gram`` and ``layer_mix`` (see :mod:`xformer_kernels.layer.passes`), and ``decisions(tokens)``: how
-it would compute a call of these tokens, by name, where settings or strides decide that.
+It may have ``layer_gram`` and ``layer_mix`` (see :mod:`xformer_kernels.layer.passes`), ``comes_first(q, spec)`` and
+``decisions(tokens)`` (see :class:`Backend`). A new one is a module and a line of :data:`PATHS`.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable
-from functools import cache
-from types import ModuleType
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 
+from xformer_kernels.spec import Spec
 from xformer_kernels.validate import DTYPES
 
-ORDER = ("cpp", "triton", "cuda")
-"""The order in which ``backend="auto"`` asks. The reference comes after all of them and is not a backend module."""
+PATHS: dict[str, Any] = {
+    "cpp": "xformer_kernels.backends.cpp",
+    "triton": "xformer_kernels.backends.triton",
+    "cuda": "xformer_kernels.backends.cuda",
+}
+"""The backends, in the order in which ``backend="auto"`` asks them: a module by its name, or what is like one.
+
+The reference comes after all of them and is none of them.
+"""
 
 
-@cache
-def load(name: str) -> tuple[ModuleType | None, str]:
-    """The backend's module, or None and why it cannot be imported."""
-    try:
-        return importlib.import_module(f"{__name__}.{name}"), ""
-    except ImportError as error:
-        return None, f"{type(error).__name__}: {error}"
+class Backend:
+    """A backend as the dispatcher sees it: what its module says, or defaults."""
+
+    def __init__(self, name: str, module: Any) -> None:
+        self.name, self.module = name, module
+
+    def reasons(self, device_type: str, dtypes: Iterable[torch.dtype], head_dims: Iterable[int]) -> list[str]:
+        """Every reason why it cannot serve a call; empty when it can."""
+        reasons: list[str] = self.module.unsupported(device_type, dtypes, head_dims)
+        return reasons
+
+    @property
+    def only_by_name(self) -> str:
+        """Why auto passes over it, or nothing."""
+        return getattr(self.module, "ONLY_BY_NAME", "")
+
+    def comes_first(self, q: torch.Tensor, spec: Spec) -> bool:
+        """Whether auto asks it before all others for a call of xfa."""
+        first = getattr(self.module, "comes_first", None)
+        return first is not None and bool(first(q, spec))
+
+    def decisions(self, tokens: dict[str, torch.Tensor]) -> tuple[str, ...]:
+        """How it would compute a call of these tokens, by name, where settings or strides decide that."""
+        decide = getattr(self.module, "decisions", None)
+        return () if decide is None else tuple(decide(tokens))
+
+    def function(self, name: str) -> Callable[..., Any] | None:
+        """Of an op, or of the layer's passes; None if it has none."""
+        return getattr(self.module, name, None)
+
+
+_loaded: dict[str, tuple[Backend | None, str]] = {}
+
+
+def load(name: str) -> tuple[Backend | None, str]:
+    """The backend, or None and why its module cannot be imported."""
+    found = _loaded.get(name)
+    if found is None:
+        where = PATHS[name]
+        try:
+            found = Backend(name, importlib.import_module(where) if isinstance(where, str) else where), ""
+        except ImportError as error:
+            found = None, f"{type(error).__name__}: {error}"
+        _loaded[name] = found
+    return found
 
 
 def unsupported_numbers(dtypes: Iterable[torch.dtype], head_dims: Iterable[int], widest: int) -> list[str]:

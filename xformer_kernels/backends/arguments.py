@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from xformer_kernels.reference import accumulate_dtype
+from xformer_kernels.spec import Spec
 
 Empty = Callable[[tuple[int, ...], torch.dtype], Tensor]
 """Gives a tensor of a size and dtype on the device of the call."""
@@ -86,14 +87,11 @@ def _xfa(
     temperature: Tensor,
     stats: Tensor,
     token_mask: Tensor | None,
-    map: str,
-    norm: str,
-    activation: str,
-    eps: float,
+    spec: Spec,
 ) -> tuple[Any, ...]:
     """What forward and backward have in common."""
     return (
-        q.shape, _DTYPES[q.dtype], _MAPS[map], _NORMS[norm], _ACTIVATIONS[activation], eps,
+        q.shape, _DTYPES[q.dtype], _MAPS[spec.map], _NORMS[spec.norm], _ACTIVATIONS[spec.activation], spec.eps,
         q.data_ptr(), q.stride(), k.data_ptr(), k.stride(), v.data_ptr(), v.stride(),
         temperature.data_ptr(), temperature.stride(0), _DTYPES[temperature.dtype], *_mask(token_mask),
         stats.data_ptr(),
@@ -101,23 +99,29 @@ def _xfa(
 
 
 def xfa_forward(
-    empty: Empty, q: Tensor, k: Tensor, v: Tensor, temperature: Tensor, *choices: Any
+    empty: Empty, q: Tensor, k: Tensor, v: Tensor, temperature: Tensor, token_mask: Tensor | None, spec: Spec
 ) -> tuple[tuple[Any, ...], tuple[Tensor, Tensor]]:
-    """`choices` are token_mask, map, norm, activation, eps."""
     B, H, N, D = q.shape
     out = empty((B, N, H, D), q.dtype)
     stats = empty((B, H, D * D + 2 * D), accumulate_dtype(q.dtype))
-    return (*_xfa(q, k, v, temperature, stats, *choices), out.data_ptr(), _heads_first(out)), (out, stats)
+    return (*_xfa(q, k, v, temperature, stats, token_mask, spec), out.data_ptr(), _heads_first(out)), (out, stats)
 
 
 def xfa_backward(
-    empty: Empty, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, temperature: Tensor, stats: Tensor, *choices: Any
+    empty: Empty,
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    temperature: Tensor,
+    stats: Tensor,
+    token_mask: Tensor | None,
+    spec: Spec,
 ) -> tuple[tuple[Any, ...], tuple[Tensor, Tensor]]:
-    """`choices` are token_mask, map, norm, activation, eps."""
     B, H, N, D = q.shape
     dqkv = empty((3, B, N, H, D), q.dtype)
     dq, dk, dv = dqkv.transpose(2, 3).unbind(0)
     dtemperature = empty((H,), temperature.dtype)
     gradients = (dq.data_ptr(), dk.data_ptr(), dv.data_ptr(), dq.stride(), dtemperature.data_ptr())
-    shared = _xfa(q, k, v, temperature, stats, *choices)
+    shared = _xfa(q, k, v, temperature, stats, token_mask, spec)
     return (*shared, dout.data_ptr(), dout.stride(), *gradients), (dqkv, dtemperature)

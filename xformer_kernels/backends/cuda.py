@@ -18,6 +18,7 @@ from torch import Tensor
 
 from xformer_kernels import _cuda
 from xformer_kernels.backends import arguments, precision_of_products, tf32_allowed, unsupported_numbers
+from xformer_kernels.backends.cuda_first import comes_first as comes_first
 
 NAME = "cuda"
 _BUILD = _cuda.build_info()

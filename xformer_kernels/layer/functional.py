@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor
 from xformer_kernels import dispatch, functional, ops, parallel, reference, validate
 from xformer_kernels.inference import LayerNorm
 from xformer_kernels.layer import cost
-from xformer_kernels.layer.ops import OPERANDS, Operands, layer
+from xformer_kernels.layer.ops import Choices, Operands
+from xformer_kernels.spec import Spec
 
 FORMS = ("auto", "gram", "direct")
 
@@ -28,7 +30,6 @@ class Projections(NamedTuple):
     machine: str  # of cost.MACHINES, where it does
 
 
-@parallel.outside_graphs
 def xfa_layer(
     x: Tensor,
     qkv_weight: Tensor,
@@ -93,15 +94,14 @@ def xfa_layer(
     """
     if isinstance(x, Tensor):
         (x,) = ops.autocast(x)  # type: ignore[assignment]
-    call = Call(map, norm, activation, eps, token_mask, dropout_p, form, group, backend)
+    call = Call(Spec(map, norm, activation, eps), token_mask, dropout_p, form, group, backend)
     o = _as_autocast(Operands(x, qkv_weight, qkv_bias, temperature, proj_weight, proj_bias))
-    with parallel.together(group, x) as ranks:
-        call.check(o)
-        call.tell(ranks, o)
-    return run(call.agreed(ranks, o), o, None, False)
+    if group is not None:
+        return among_ranks(call, o)
+    call.check(o)
+    return prepared(call, o)()[0]
 
 
-@parallel.outside_graphs
 def xfa_block(
     x: Tensor,
     ln_weight: Tensor | None,
@@ -143,19 +143,13 @@ def xfa_block(
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`xfa_layer`.
     """
-    call = Call(map, norm, activation, eps, token_mask, dropout_p, form, group, backend)
+    call = Call(Spec(map, norm, activation, eps), token_mask, dropout_p, form, group, backend)
     o = Operands(x, qkv_weight, qkv_bias, temperature, proj_weight, proj_bias, ln_weight, ln_bias, layer_scale)
     o = _as_autocast(o)
-    with parallel.together(group, x) as ranks:
-        call.check(o)
-        validate.not_negative("ln_eps", ln_eps)
-        if residual and proj_weight.shape[0] != x.shape[-1]:
-            raise ValueError(
-                f"proj_weight must have shape (C, I) with C = {x.shape[-1]} where x is added, "
-                f"got {tuple(proj_weight.shape)}"
-            )
-        call.tell(ranks, o, float(ln_eps), bool(residual))
-    return run(call.agreed(ranks, o), o, float(ln_eps), bool(residual))
+    if group is not None:
+        return among_ranks(call, o, ln_eps, residual)
+    call.check(o, ln_eps, residual)
+    return prepared(call, o, ln_eps, residual)()[0]
 
 
 class LayerExplanation(NamedTuple):
@@ -205,12 +199,12 @@ def explain_layer(
     """
     if isinstance(x, Tensor):
         (x,) = ops.autocast(x)  # type: ignore[assignment]
-    call = Call(map, norm, activation, eps, token_mask, dropout_p, form, group, backend)
+    call = Call(Spec(map, norm, activation, eps), token_mask, dropout_p, form, group, backend)
     o = _as_autocast(Operands(x, qkv_weight, qkv_bias, temperature, proj_weight, proj_bias))
     call.check(o)
     chosen = call.choose(o)
     dims = (x.shape[-1],) if chosen == "gram" else (proj_weight.shape[1] // temperature.numel(),)
-    if ops.torch_only(*o[:OPERANDS]):
+    if ops.torch_only(*o):
         served = dispatch.explain_reference(backend, functional.TORCH_ONLY)
     else:
         served = dispatch.explain(backend, x.device.type, (x.dtype,), dims, tokens={"x": x})
@@ -220,10 +214,7 @@ def explain_layer(
 class Call(NamedTuple):
     """What a call says beside its tensors."""
 
-    map: str
-    norm: str
-    activation: str
-    eps: float
+    spec: Spec
     token_mask: Tensor | None
     dropout_p: float
     form: str
@@ -233,11 +224,14 @@ class Call(NamedTuple):
 
     def keywords(self) -> dict[str, Any]:
         """As :func:`xfa_layer` and :func:`xfa_block` take them."""
-        return {name: value for name, value in self._asdict().items() if name != "projections"}
+        others = {name: value for name, value in self._asdict().items() if name not in ("spec", "projections")}
+        return {**self.spec._asdict(), **others}
 
-    def check(self, o: Operands) -> None:
-        validate.layer(*o[:OPERANDS])
-        validate.choices(self.map, self.norm, self.activation, self.eps, self.dropout_p)
+    def check(self, o: Operands, *block: Any) -> None:
+        """`block`: ln_eps and residual of a half block."""
+        validate.layer(*o)
+        self.spec.check()
+        validate.probability("dropout_p", self.dropout_p)
         validate.choice("form", self.form, FORMS)
         dispatch.check_name(self.backend)
         if self.token_mask is not None:
@@ -245,21 +239,32 @@ class Call(NamedTuple):
         if self.form == "gram" and self.no_gram_form():
             raise ValueError(f"form='gram' is not possible: {self.no_gram_form()}; take 'auto' or 'direct'")
 
+        if block:
+            self._check_block(o, *block)
+
+    def _check_block(self, o: Operands, ln_eps: Any, residual: Any) -> None:
+        validate.not_negative("ln_eps", ln_eps)
+        if residual and o.proj_weight.shape[0] != o.x.shape[-1]:
+            raise ValueError(
+                f"proj_weight must have shape (C, I) with C = {o.x.shape[-1]} where x is added, "
+                f"got {tuple(o.proj_weight.shape)}"
+            )
+
     def tell(self, ranks: parallel.Exchange, o: Operands, *block: Any) -> None:
         """What the ranks of a group must have alike, for all to send each other the same sums in the same order."""
         if self.group is None:
             return
-        absent = [t is None for t in o[:OPERANDS]]
-        choices = (self.map, self.norm, self.activation, float(self.eps), float(self.dropout_p), self.form)
+        absent = [t is None for t in o]
+        choices = (self.spec.text, float(self.dropout_p), self.form)
         # of anything, as the Gram form goes backward for, and of q and k, as the direct form does
         of_qk = (o.x, o.qkv_weight, o.qkv_bias, o.ln_weight, o.ln_bias)
-        wanted = [ops.wants_grad(*o[:OPERANDS]), ops.wants_grad(*of_qk)]
+        wanted = [ops.wants_grad(*o), ops.wants_grad(*of_qk)]
         O, I = o.proj_weight.shape  # noqa: E741
         H = o.temperature.numel()
         served: Any = self.narrow(o)
         if dispatch.asked(self.backend) != "auto":
             served = [self._served(o, features) for features in (o.x.shape[-1], I // H)]
-        ranks.alike = parallel.describe(o.x, H, I, O, (*choices, *absent, *block), wanted, served)
+        ranks.alike = parallel.describe(o.x, H, I, O, (*choices, *absent, *map(float, block)), wanted, served)
         ranks.tokens = o.x.shape[1]
 
     def agreed(self, ranks: parallel.Exchange, o: Operands) -> Call:
@@ -270,13 +275,13 @@ class Call(NamedTuple):
 
     def no_gram_form(self) -> str:
         """Why there is no Gram form, or nothing."""
-        if self.norm == "feature":
+        if self.spec.norm == "feature":
             return "norm='feature' divides each token of q and k by a norm of its own, so no sum over x knows them"
         return ""
 
     def always_direct(self, o: Operands) -> str:
         """Why the form is direct whichever is asked for, or nothing."""
-        if ops.torch_only(*o[:OPERANDS]):
+        if ops.torch_only(*o):
             return functional.TORCH_ONLY
         if o.temperature.dtype is torch.float64 and o.x.dtype is not torch.float64:
             return f"a float64 temperature promotes tokens of {o.x.dtype}"
@@ -314,7 +319,7 @@ class Call(NamedTuple):
         O, I = o.proj_weight.shape  # noqa: E741
         B, N, C = o.x.shape
         N = N if tokens is None else tokens
-        training = ops.wants_grad(*o[:OPERANDS])
+        training = ops.wants_grad(*o)
         return cost.Shape(B, N, C, o.temperature.numel(), I, O, o.x.element_size(), training)
 
     def choose(self, o: Operands, tokens: int | None = None) -> str:
@@ -329,52 +334,67 @@ class Call(NamedTuple):
         return cost.cheaper(shape, device) if torch.compiler.is_compiling() else cost.cached(shape, device)
 
 
-def run(call: Call, o: Operands, ln_eps: float | None, residual: bool) -> Tensor:
-    """:func:`xfa_layer`, or with an ``ln_eps`` :func:`xfa_block`, of arguments that are known to be right."""
-    o = o._replace(temperature=o.temperature.reshape(-1), token_mask=call.token_mask)
+@parallel.outside_graphs
+def among_ranks(call: Call, o: Operands, *block: Any) -> Tensor:
+    """A layer or half block whose tokens are split over the ranks of the call's group."""
+    with parallel.together(call.group, o.x) as ranks:
+        call.check(o, *block)
+        call.tell(ranks, o, *block)
+    return prepared(call.agreed(ranks, o), o, *block)()[0]
+
+
+def prepared(
+    call: Call, o: Operands, ln_eps: float | None = None, residual: bool = False
+) -> Callable[[], Sequence[Tensor]]:
+    """What computes a layer, or with an ``ln_eps`` a half block, in the form that the call takes: y comes first.
+
+    Arguments are known to be right.
+    """
+    ln_eps, residual = None if ln_eps is None else float(ln_eps), bool(residual)
+    o = o._replace(temperature=o.temperature.reshape(-1))
     if call.choose(o) == "direct":
-        return _direct(call, o, ln_eps, residual)
-    x, dtype = o.x, reference.accumulate_dtype(o.x.dtype)
+        return partial(_direct, call, o, ln_eps, residual)
+    x, dtype, keep = o.x, reference.accumulate_dtype(o.x.dtype), None
     backend = dispatch.choose(call.backend, x.device.type, (x.dtype,), functional.head_dims(x))
     if call.dropout_p:
         H = o.temperature.shape[0]
         D = o.proj_weight.shape[1] // H
         kept = F.dropout(x.new_ones((x.shape[0], H, D, D), dtype=dtype), call.dropout_p)
-        o = o._replace(keep=parallel.same(call.group, kept))
-    eps = max(float(call.eps), torch.finfo(dtype).tiny)
-    return layer(*o, call.map, call.activation, eps, ln_eps, residual, parallel.name(call.group), backend)
+        keep = parallel.same(call.group, kept)
+    spec, group = call.spec.with_normal_eps(dtype), parallel.name(call.group)
+    return partial(
+        ops.call, "layer_forward", backend, o, *Choices(keep, call.token_mask, spec, ln_eps, residual, group)
+    )
 
 
-def _direct(call: Call, o: Operands, ln_eps: float | None, residual: bool) -> Tensor:
+def _direct(call: Call, o: Operands, ln_eps: float | None, residual: bool) -> tuple[Tensor]:
     x, u = o.x, o.x
     linear = _linear if call.projections is None else call.projections.linear
-    if o.token_mask is not None:  # the gradients of weights would meet what masked tokens hold
+    if call.token_mask is not None:  # the gradients of weights would meet what masked tokens hold
         # layer norm with an eps of 0 needs features that differ
         instead: Any = 0 if ln_eps is None else torch.arange(x.shape[-1], device=x.device).remainder(2).to(x.dtype)
-        u = torch.where(o.token_mask.unsqueeze(-1), x, instead)
+        u = torch.where(call.token_mask.unsqueeze(-1), x, instead)
     norm = LayerNorm(_as(o.ln_weight, x), _as(o.ln_bias, x), ln_eps) if ln_eps is not None else None
     # split along dim 2: autograd then joins dq, dk and dv into the projection's gradient with one copy
     qkv = linear(u, _as(o.qkv_weight, u), _as(o.qkv_bias, u), layer_norm=norm)
     heads = qkv.unflatten(-1, (3, o.temperature.shape[0], -1))
     q, k, v = (t.transpose(1, 2) for t in heads.unbind(2))
     if call.group is None:
-        out = functional.checked_xfa(
-            q, k, v, o.temperature, call.map, call.norm, call.activation, call.eps, o.token_mask, call.dropout_p, None,
-            call.backend,
-        )  # fmt: skip
+        out: Tensor = functional.prepared(
+            q, k, v, o.temperature, call.spec, call.token_mask, call.dropout_p, None, call.backend
+        )()[0]
     else:
         dtypes = (q.dtype, o.temperature.dtype)
         backend = dispatch.choose(call.backend, x.device.type, dtypes, functional.head_dims(q))
         out = functional.composed(
-            q, k, v, o.temperature, call.map, call.norm, call.activation, call.eps, o.token_mask, call.dropout_p, None,
-            backend, call.group,
-        )  # fmt: skip
-    out = out.transpose(1, 2).flatten(2)
+            q, k, v, o.temperature, call.spec, call.token_mask, call.dropout_p, None, backend, call.group
+        ).transpose(1, 2)
+    out = out.flatten(2)
     add = x if residual and o.layer_scale is None and out.dtype == x.dtype else None
     y = linear(out, _as(o.proj_weight, out), _as(o.proj_bias, out), add=add)
     if o.layer_scale is not None:
         y = y * _as(o.layer_scale, y)
-    return y if add is not None or not residual else _as(x + y, x)
+    return (y if add is not None or not residual else _as(x + y, x),)
 
 
 def _linear(

@@ -14,25 +14,24 @@ from torch import Tensor
 from xformer_kernels import dispatch, ops, parallel, reference
 from xformer_kernels.layer import algebra, passes
 from xformer_kernels.reference import accumulate_dtype
+from xformer_kernels.spec import Spec
 
-OPERANDS = 9
-_TENSORS = (
+_OPERANDS = (
     "Tensor x, Tensor qkv_weight, Tensor? qkv_bias, Tensor temperature, Tensor proj_weight, Tensor? proj_bias,"
-    " Tensor? ln_weight, Tensor? ln_bias, Tensor? layer_scale, Tensor? keep, Tensor? token_mask"
+    " Tensor? ln_weight, Tensor? ln_bias, Tensor? layer_scale"
 )
-_CHOICES = "str map, str activation, float eps, float? ln_eps, bool residual, str group, str backend"
+_SAVED = "Tensor S, Tensor M, Tensor cos, Tensor vectors"
+_CHOICES = "Tensor? keep, Tensor? token_mask, str spec, float? ln_eps, bool residual, str group, str backend"
+ops.library.define(f"layer_forward({_OPERANDS}, {_CHOICES}) -> (Tensor y, {_SAVED})")
 ops.library.define(
-    f"layer_forward({_TENSORS}, {_CHOICES}) -> (Tensor y, Tensor S, Tensor M, Tensor cos, Tensor vectors)"
-)
-ops.library.define(
-    f"layer_backward(Tensor dy, {_TENSORS}, Tensor S, Tensor M, Tensor cos, Tensor vectors, {_CHOICES})"
+    f"layer_backward(Tensor dy, {_OPERANDS}, {_SAVED}, {_CHOICES})"
     " -> (Tensor dx, Tensor dqkv_weight, Tensor dqkv_bias, Tensor dtemperature, Tensor dproj_weight,"
     " Tensor dproj_bias, Tensor dln_weight, Tensor dln_bias, Tensor dlayer_scale)"
 )
 
 
 class Operands(NamedTuple):
-    """The tensors of a call, in the order of the schema. ``keep`` (B, H, D, D) scales the map."""
+    """The tensors of a call that may have gradients, in the order of the schema."""
 
     x: Tensor
     qkv_weight: Tensor
@@ -43,30 +42,31 @@ class Operands(NamedTuple):
     ln_weight: Tensor | None = None
     ln_bias: Tensor | None = None
     layer_scale: Tensor | None = None
-    keep: Tensor | None = None
-    token_mask: Tensor | None = None
+
+
+class Saved(NamedTuple):
+    """What forward keeps for backward beside the operands."""
+
+    S: Tensor
+    M: Tensor
+    cos: Tensor
+    vectors: Tensor
 
 
 class Choices(NamedTuple):
-    """``ln_eps`` None: without layer norm; ``residual``: x is added; ``group``: name of a process group, or nothing."""
+    """``keep`` (B, H, D, D) scales the map. ``ln_eps`` None: without layer norm; ``residual``: x is added; ``group``:
+    name of a process group, or nothing."""
 
-    map: str
-    activation: str
-    eps: float
+    keep: Tensor | None
+    token_mask: Tensor | None
+    spec: Spec
     ln_eps: float | None
     residual: bool
     group: str
-    backend: str
 
     @property
     def rule(self) -> algebra.Rule:
-        return algebra.Rule(self.map, self.activation, self.eps)
-
-
-def layer(*args: Any) -> Tensor:
-    """y; the arguments are those of Operands and Choices."""
-    y: Tensor = ops.run("layer_forward", _Layer, args[:OPERANDS], *args)[0]
-    return y
+        return algebra.Rule(self.spec.map, self.spec.activation, self.spec.eps)
 
 
 def _weights(o: Operands) -> algebra.Weights:
@@ -118,43 +118,46 @@ def _gradients(o: Operands, g: algebra.Gradients) -> tuple[Tensor, ...]:
     )
 
 
-def _forward(*args: Any) -> tuple[Tensor, ...]:
-    o, choices = Operands(*args[:11]), Choices(*args[11:])
-    dispatch.note(choices.backend, "layer_forward")
-    x, mask, backend = o.x, o.token_mask, choices.backend
+def _forward(backend: str, *args: Any) -> tuple[Tensor, ...]:
+    o, choices = ops.records(args, Operands, Choices)
+    dispatch.note(backend, "layer_forward")
+    x, mask, (gram, mix) = o.x, choices.token_mask, passes.of(backend)
+    heads = x.unsqueeze(1)
     with ops.without_autocast(x):
         w = _weights(o)
         around, count = parallel.total(choices.group, *passes.sample(x, mask, choices.ln_eps))
         c = (around / count.clamp_min(1)).contiguous()  # kernels read it by address
-        S, _, s = passes.gram(None, x, mask, c, choices.ln_eps, backend)
+        S, _, s = (t.squeeze(1) for t in gram(heads, heads, True, mask, c, choices.ln_eps))
         n = s.new_full((x.shape[0], 1), x.shape[1]) if mask is None else mask.sum(1, keepdim=True).to(s.dtype)
         S, s, n = parallel.total(choices.group, S, s, n)
-        m, statistics = algebra.forward(algebra.Sums(S, s, n, c), w, o.keep, choices.rule)
-        y = passes.mix(
-            x, statistics.M, m, x if choices.residual else None, None, None, c, choices.ln_eps, False, backend
-        )
+        m, statistics = algebra.forward(algebra.Sums(S, s, n, c), w, choices.keep, choices.rule)
+        operands = passes.with_head(x, statistics.M, m, x if choices.residual else None, None, None)
+        y = passes.without_head(mix(*operands, c, choices.ln_eps, False))
         if mask is not None:
             masked = w.proj_bias.to(x.dtype) + x if choices.residual else w.proj_bias.to(x.dtype)
             y = torch.where(mask.unsqueeze(-1), y, masked)
         vectors = torch.cat((s, n, c, statistics.norms.flatten(1)), 1)
-    return y, S, statistics.M, statistics.cos, vectors
+    return y, *Saved(S, statistics.M, statistics.cos, vectors)
 
 
-def _backward(*args: Any) -> tuple[Tensor, ...]:
-    dy, o, (S, M, cos, vectors), choices = args[0], Operands(*args[1:12]), args[12:16], Choices(*args[16:])
-    dispatch.note(choices.backend, "layer_backward")
-    x, mask, backend = o.x, o.token_mask, choices.backend
+def _backward(backend: str, dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    o, saved, choices = ops.records(args, Operands, Saved, Choices)
+    dispatch.note(backend, "layer_backward")
+    x, mask, (gram, mix) = o.x, choices.token_mask, passes.of(backend)
     with ops.without_autocast(x):
         w = _weights(o)
-        C, heads = x.shape[-1], w.qkv.shape[1:3]
-        s, n, c, norms = vectors.split((C, 1, C, 2 * heads[0] * heads[1]), 1)
+        C, (H, D) = x.shape[-1], w.qkv.shape[1:3]
+        s, n, c, norms = saved.vectors.split((C, 1, C, 2 * H * D), 1)
         c = c.contiguous()
-        sums, statistics = algebra.Sums(S, s, n, c), algebra.Statistics(M, cos, norms.unflatten(1, (2, *heads)))
-        dM, dm, _ = passes.gram(dy, x, mask, c, choices.ln_eps, backend)
+        sums = algebra.Sums(saved.S, s, n, c)
+        statistics = algebra.Statistics(saved.M, saved.cos, norms.unflatten(1, (2, H, D)))
+        tokens = (dy.unsqueeze(1), x.unsqueeze(1))
+        dM, dm, _ = (t.squeeze(1) for t in gram(*tokens, False, mask, c, choices.ln_eps))
         dM, dm = parallel.total(choices.group, dM, dm)
-        R, r, g = algebra.backward(dM, dm, sums, w, o.keep, choices.rule, statistics)
+        R, r, g = algebra.backward(dM, dm, sums, w, choices.keep, choices.rule, statistics)
         add = dy if choices.residual else None
-        dx = passes.mix(dy, M.transpose(-2, -1), r, add, x, R, c, choices.ln_eps, True, backend)
+        operands = passes.with_head(dy, saved.M.transpose(-2, -1), r, add, x, R)
+        dx = passes.without_head(mix(*operands, c, choices.ln_eps, True))
         g = algebra.Gradients(*(t / parallel.size(choices.group) for t in g)) if choices.group else g
         if mask is not None:
             keep = mask.unsqueeze(-1)
@@ -169,82 +172,77 @@ def _backward(*args: Any) -> tuple[Tensor, ...]:
 
 class _Layer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-        y, *saved = ops.below_autograd("layer_forward", *args)
-        ctx.save_for_backward(*args[:11], *saved)
-        ctx.choices = args[11:]
+    def forward(ctx: Any, backend: str, *args: Any) -> tuple[Tensor, ...]:
+        o, choices = ops.records(args, Operands, Choices)
+        y, *saved = ops.below_autograd("layer_forward", backend, *o)(*args)
+        ctx.save_for_backward(*o, *saved, choices.keep, choices.token_mask)
+        ctx.backend, ctx.choices = backend, choices._replace(keep=None, token_mask=None)
         ctx.mark_non_differentiable(*saved)
         ctx.set_materialize_grads(False)
         return y, *saved
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        operands = ctx.saved_tensors
+        o, saved, (keep, token_mask) = ops.records(ctx.saved_tensors, Operands, Saved)
+        none = (None,) * len(Choices._fields)
         if dy is None:
-            return (None,) * 18
-        args = (dy, *operands, *ctx.choices)
-        grads = ops.run("layer_backward", _LayerBackward, args[: OPERANDS + 1], *args)
-        present = (g if o is not None else None for g, o in zip(grads, operands, strict=False))
-        return (*present, *(None,) * 9)
+            return None, *((None,) * len(o)), *none
+        choices = ctx.choices._replace(keep=keep, token_mask=token_mask)
+        grads = ops.call("layer_backward", ctx.backend, (dy, *o), *saved, *choices)
+        return None, *(None if t is None else g for g, t in zip(grads, o, strict=True)), *none
 
 
 class _LayerBackward(torch.autograd.Function):
     """Its own backward is autograd's, of the reference in the accumulate dtype: right to any order."""
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> Any:
-        ctx.save_for_backward(*args[:12])
-        ctx.choices = args[16:]
+    def forward(ctx: Any, backend: str, dy: Tensor, *args: Any) -> Any:
+        o, _, choices = ops.records(args, Operands, Saved, Choices)
+        ctx.save_for_backward(dy, *o, choices.keep, choices.token_mask)
+        ctx.choices = choices._replace(keep=None, token_mask=None)
         ctx.set_materialize_grads(False)
+        grads = ops.below_autograd("layer_backward", backend, dy, *o)(dy, *args)
         # results that are no views may be modified in place
-        return tuple(g.clone() if g._is_view() else g for g in ops.below_autograd("layer_backward", *args))
+        return tuple(g.clone() if g._is_view() else g for g in grads)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        tensors, choices = ctx.saved_tensors, Choices(*ctx.choices)
+        *tensors, keep, token_mask = ctx.saved_tensors
+        choices = ctx.choices._replace(keep=keep, token_mask=token_mask)
         if choices.group:
             raise NotImplementedError("second derivatives of a layer whose tokens are split over ranks (group=...)")
         dtype = accumulate_dtype(tensors[1].dtype)
         again = torch.is_grad_enabled()
         with torch.enable_grad(), ops.without_autocast(tensors[1]):
             # new points to differentiate at, connected to the old ones in case the result is differentiated too
-            points = {
-                i: x.to(dtype).view_as(x) if x.requires_grad else x.detach().to(dtype).requires_grad_()
-                for i, x in enumerate(tensors[: OPERANDS + 1])
-                if x is not None
-            }
-            operands: list[Any] = [points.get(i) for i in range(1, OPERANDS + 1)]
-            y = _reference(Operands(*operands, *tensors[OPERANDS + 1 :]), choices)
-            there = [i for i in points if i > 0]
-            first = torch.autograd.grad(y, [points[i] for i in there], points[0], create_graph=True)
-            given = [(x, grads[i - 1]) for x, i in zip(first, there, strict=True)]
-            pairs = [(x, g.to(dtype)) for x, g in given if g is not None]
+            points = [
+                None if x is None else x.to(dtype).view_as(x) if x.requires_grad else x.detach().to(dtype)
+                for x in tensors
+            ]
+            dy, *operands = (x if x is None or x.requires_grad else x.requires_grad_() for x in points)
+            y = _reference(Operands(*operands), choices)  # type: ignore[arg-type]
+            there = [x for x in operands if x is not None]
+            first = torch.autograd.grad(y, there, dy, create_graph=True)
+            wanted = [g for x, g in zip(operands, grads, strict=True) if x is not None]
+            pairs = [(x, g.to(dtype)) for x, g in zip(first, wanted, strict=True) if g is not None]
             second = torch.autograd.grad(
-                [x for x, _ in pairs],
-                list(points.values()),
-                [g for _, g in pairs],
-                allow_unused=True,
-                create_graph=again,
+                [x for x, _ in pairs], [dy, *there], [g for _, g in pairs], allow_unused=True, create_graph=again
             )
-        result: list[Tensor | None] = [None] * 23
-        for i, g in zip(points, second, strict=True):
-            result[i] = None if g is None else g.to(tensors[i].dtype)
-        return tuple(result)
+        found = iter(second)
+        result = [None if x is None else next(found) for x in tensors]
+        result = [None if g is None else g.to(x.dtype) for x, g in zip(tensors, result, strict=True)]
+        return None, *result, *((None,) * (len(Saved._fields) + len(Choices._fields)))
 
 
 def _reference(o: Operands, choices: Choices) -> Tensor:
-    dropped = o.keep
+    dropped, spec = choices.keep, choices.spec
     return reference.xfa_block(
-        *o[:9],
+        *o,
         ln_eps=choices.ln_eps,
         residual=choices.residual,
-        map=choices.map,
-        activation=choices.activation,
-        eps=choices.eps,
-        token_mask=o.token_mask,
-        map_fn=None
-        if dropped is None
-        else lambda scaled: reference.activate(scaled, choices.map, choices.activation) * dropped,
+        **spec._asdict(),
+        token_mask=choices.token_mask,
+        map_fn=None if dropped is None else lambda scaled: reference.activate(scaled, spec) * dropped,
     )
 
 
@@ -252,22 +250,23 @@ def _reference(o: Operands, choices: Choices) -> Tensor:
 
 
 def _fake_forward(*args: Any) -> tuple[Tensor, ...]:
-    o = Operands(*args[:11])
+    o, _ = ops.records(args, Operands)
     B, N, C = o.x.shape
     H, inner, O = o.temperature.shape[0], o.qkv_weight.shape[0] // 3, o.proj_weight.shape[0]  # noqa: E741
     D, dtype = inner // H, accumulate_dtype(o.x.dtype)
-    sizes = ((B, C, C), (B, O, C), (B, H, D, D), (B, 2 * C + 1 + 2 * inner))
+    sizes = Saved((B, C, C), (B, O, C), (B, H, D, D), (B, 2 * C + 1 + 2 * inner))  # type: ignore[arg-type]
     return o.x.new_empty(B, N, O), *(o.x.new_empty(size, dtype=dtype) for size in sizes)
 
 
 def _fake_backward(_: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    o = Operands(*args[:11])
-    dtype = accumulate_dtype(o.x.dtype)
-    return o.x.new_empty(o.x.shape), *(
-        o.x.new_empty(0, dtype=dtype) if t is None else torch.empty_like(t, memory_format=torch.contiguous_format)
-        for t in o[1:OPERANDS]
+    o, _ = ops.records(args, Operands)
+    x, *weights = o
+    dtype = accumulate_dtype(x.dtype)
+    return x.new_empty(x.shape), *(
+        x.new_empty(0, dtype=dtype) if t is None else torch.empty_like(t, memory_format=torch.contiguous_format)
+        for t in weights
     )
 
 
-ops.register("layer_forward", _fake_forward, _Layer, slice(0, OPERANDS), (), _forward)
-ops.register("layer_backward", _fake_backward, _LayerBackward, slice(0, OPERANDS + 1), (), _backward)
+ops.register("layer_forward", _fake_forward, _Layer, composed=_forward)
+ops.register("layer_backward", _fake_backward, _LayerBackward, composed=_backward)

@@ -1,14 +1,21 @@
 """The two passes over tokens that the layer is made of: by a backend that has them, or out of gram and channel_mix.
 
-    gram  G = sum_n a u^T, sum_n a, sum_n u          mix  y = weight x + weight2 u + bias + add
+    gram(a, x, symmetric, token_mask, center, layer_norm_eps)
+        G = sum_n a u^T (B, 1, Ca, C), sum_n a (B, 1, Ca), sum_n u (B, 1, C), in the accumulate dtype
+    mix(x, weight, bias, add, x2, weight2, center, layer_norm_eps, differentiate)
+        y = weight x + weight2 u + bias + add, (B, N, 1, O) in the dtype of x
 
-u is made of its tokens while they are read: layer-normalised unless ``layer_norm_eps`` is None, less ``center`` (B, C)
-if there is one (contiguous). A backend has them as ``layer_gram`` and ``layer_mix``, with tokens of (B, 1, N, C).
+u is made of x, in mix of x2 if there is one, while tokens are read: layer-normalised unless ``layer_norm_eps`` is None,
+less ``center`` (B, C) if there is one (contiguous). Tokens are (B, 1, N, C), weights (B, 1, O, C), bias (B, 1, O).
+symmetric: `a` is x, and u takes its place. differentiate: the sum without ``add`` is a gradient with regard to u, and y
+is the one with regard to what u is made of, and ``add``. A backend has them as ``layer_gram`` and ``layer_mix``.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -50,64 +57,70 @@ def sample(x: Tensor, token_mask: Tensor | None, layer_norm_eps: float | None) -
     return torch.where(token_mask.unsqueeze(-1), few, 0).sum(1), token_mask.sum(1, keepdim=True).to(few.dtype)
 
 
-def gram(
-    a: Tensor | None,
+class Passes(NamedTuple):
+    """The two functions, of a backend."""
+
+    gram: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    mix: Callable[..., Tensor]
+
+
+def of(backend: str) -> Passes:
+    """A backend's own passes, or those that are composed of its gram and channel_mix."""
+    found = None if backend == "reference" else backends.load(backend)[0]
+    gram, mix = (None if found is None else found.function(name) for name in ("layer_gram", "layer_mix"))
+    return Passes(gram or partial(_gram, backend), mix or partial(_mix, backend))
+
+
+def with_head(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Each with a dimension of heads, of one, behind that of images."""
+    return [None if t is None else t.unsqueeze(1) for t in tensors]
+
+
+def without_head(y: Tensor) -> Tensor:
+    """(B, N, 1, O) as (B, N, O), and no view to autograd, for the op's result to be modifiable in place."""
+    result: Tensor = torch.ops.aten._unsafe_view(y, (*y.shape[:2], y.shape[3]))
+    return result
+
+
+def _gram(
+    backend: str,
+    a: Tensor,
     x: Tensor,
+    symmetric: bool,
     token_mask: Tensor | None,
     center: Tensor | None,
     layer_norm_eps: float | None,
-    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """G (B, Ca, C), sum_a (B, Ca), sum_u (B, C) in the accumulate dtype; without `a`, u takes its place."""
-    fused = _function(backend, "layer_gram")
-    x4 = x.unsqueeze(1)
-    if fused is not None:
-        a4 = x4 if a is None else a.unsqueeze(1)
-        result = fused(a4, x4, a is None, token_mask, center, layer_norm_eps)
-    else:
-        u = x if center is None and layer_norm_eps is None else tokens(x, center, layer_norm_eps)
-        left = u if a is None else a
-        G = _kernel(backend, "gram")(left.unsqueeze(1), u.unsqueeze(1), a is None, token_mask)[0]
-        result = G, *(_sum(t, token_mask).unsqueeze(1) for t in (left, u))
-    return result[0].squeeze(1), result[1].squeeze(1), result[2].squeeze(1)
+    if center is not None or layer_norm_eps is not None:
+        x = tokens(x.squeeze(1), center, layer_norm_eps).unsqueeze(1)
+    a = x if symmetric else a
+    G = _kernel(backend, "gram")(a, x, symmetric, token_mask)[0]
+    return G, _sum(a, token_mask), _sum(x, token_mask)
 
 
-def mix(
+def _mix(
+    backend: str,
     x: Tensor,
     weight: Tensor,
-    bias: Tensor,
+    bias: Tensor | None,
     add: Tensor | None,
     x2: Tensor | None,
     weight2: Tensor | None,
     center: Tensor | None,
     layer_norm_eps: float | None,
     differentiate: bool,
-    backend: str,
 ) -> Tensor:
-    """y (B, N, O) in the dtype of x. u is made of x2, or of x if there is none; weights are (B, O, C), bias (B, O).
-
-    differentiate: the sum without `add` is a gradient with regard to u, and y is the one with regard to x2, and `add`.
-    """
-    fused = _function(backend, "layer_mix")
-    inputs = [None if t is None else t.unsqueeze(1) for t in (x, weight, bias, add, x2, weight2)]
-    if fused is not None:
-        return _tokens_of(fused(*inputs, center, layer_norm_eps, differentiate))
+    made_of = x if x2 is None else x2
     if center is not None or layer_norm_eps is not None:
-        last = 0 if x2 is None else 4
-        inputs[last] = tokens(x if x2 is None else x2, center, layer_norm_eps).unsqueeze(1)
-    X, W, b, added, X2, W2 = inputs
+        u = tokens(made_of.squeeze(1), center, layer_norm_eps).unsqueeze(1)
+        x, x2 = (u, None) if x2 is None else (x, u)
     through = layer_norm_eps if differentiate else None
-    y = _tokens_of(_kernel(backend, "channel_mix")(X, W, b, added if through is None else None, None, X2, W2))
+    mix = _kernel(backend, "channel_mix")
+    y: Tensor = mix(x, weight, bias, add if through is None else None, None, x2, weight2)
     if through is None:
         return y
-    y = _layer_norm_backward(y, x if x2 is None else x2, through)
-    return y if add is None else y + add
-
-
-def _tokens_of(y: Tensor) -> Tensor:
-    """(B, N, 1, O) as (B, N, O), and no view to autograd, for the op's result to be modifiable in place."""
-    result: Tensor = torch.ops.aten._unsafe_view(y, (*y.shape[:2], y.shape[3]))
-    return result
+    y = _layer_norm_backward(y.squeeze(2), made_of.squeeze(1), through).unsqueeze(2)
+    return y if add is None else y + add.transpose(1, 2)
 
 
 def _layer_norm_backward(grad: Tensor, x: Tensor, eps: float) -> Tensor:
@@ -122,8 +135,9 @@ def _layer_norm_backward(grad: Tensor, x: Tensor, eps: float) -> Tensor:
 
 
 def _sum(x: Tensor, token_mask: Tensor | None) -> Tensor:
-    x = x if token_mask is None else torch.where(token_mask.unsqueeze(-1), x, 0)
-    return x.sum(1, dtype=accumulate_dtype(x.dtype))
+    """Over the tokens of (B, 1, N, C)."""
+    x = x if token_mask is None else torch.where(token_mask[:, None, :, None], x, 0)
+    return x.sum(2, dtype=accumulate_dtype(x.dtype))
 
 
 def _reference_gram(a: Tensor, b: Tensor, symmetric: bool, token_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -132,10 +146,6 @@ def _reference_gram(a: Tensor, b: Tensor, symmetric: bool, token_mask: Tensor | 
         a = b = uncut(a)
     G, ssq_a, ssq_b = reference.gram(a, b, symmetric=symmetric, token_mask=token_mask)
     return G.to(dtype), ssq_a.to(dtype), ssq_b.to(dtype)
-
-
-def _function(backend: str, name: str) -> Any:
-    return None if backend == "reference" else getattr(backends.load(backend)[0], name, None)
 
 
 def _kernel(backend: str, op: str) -> Any:

@@ -16,6 +16,7 @@ from xformer_kernels.backends.triton.kernels.forward import apply_kernel, forwar
 from xformer_kernels.backends.triton.kernels.gram import gram_kernel
 from xformer_kernels.backends.triton.kernels.mix import channel_mix_kernel
 from xformer_kernels.reference import accumulate_dtype
+from xformer_kernels.spec import Spec
 
 _ACC = {torch.float32: tl.float32, torch.float64: tl.float64}
 # Triton's interpreter keeps the program's index in a global.
@@ -52,9 +53,8 @@ def _gram_key(dtype: torch.dtype, D: int, choices: Choices, norm: bool, suffix: 
     return configs.Key("gram", dtype, D, choices.name + suffix)
 
 
-def _choices(map: str, norm: str, activation: str, eps: float) -> Choices:
-    key_value = map == "key_value"
-    return Choices(key_value, norm == "token", activation == "softmax" and not key_value, eps)
+def _choices(spec: Spec) -> Choices:
+    return Choices(spec.map == "key_value", spec.norm == "token", spec.softmax, spec.eps)
 
 
 def _empty(size: tuple[int, ...], dtype: torch.dtype, like: Tensor) -> Tensor:
@@ -195,10 +195,7 @@ def xfa_forward(
     v: Tensor,
     temperature: Tensor,
     token_mask: Tensor | None,
-    map: str,
-    norm: str,
-    activation: str,
-    eps: float,
+    spec: Spec,
 ) -> tuple[Tensor, Tensor]:
     """out, and stats: per (b, h) the sums k^T q (for key_value k^T v), |k|^2 and |q|^2 over the tokens."""
     B, H, N, D = q.shape
@@ -206,7 +203,7 @@ def xfa_forward(
     stats = _empty((B, H, D * D + 2 * D), accumulate_dtype(q.dtype), q)
     if B * H == 0:
         return out, stats
-    choices = _choices(map, norm, activation, eps)
+    choices = _choices(spec)
     split = _split(q, D, _gram_key(q.dtype, D, choices, not choices.TOKEN_NORM))
     with launch.on_device(q.device):
         if split.parts == 1 and plan.fits_one_launch(D, stats.element_size()):
@@ -314,17 +311,14 @@ def xfa_backward(
     temperature: Tensor,
     stats: Tensor,
     token_mask: Tensor | None,
-    map: str,
-    norm: str,
-    activation: str,
-    eps: float,
+    spec: Spec,
 ) -> tuple[Tensor, Tensor]:
     B, H, N, D = q.shape
     dqkv = _empty((3, B, N, H, D), q.dtype, q)
     dtemperature = _empty((H,), temperature.dtype, q)
     if B * H == 0:
         return dqkv, dtemperature.zero_()
-    choices = _choices(map, norm, activation, eps)
+    choices = _choices(spec)
     x = q if choices.KEY_VALUE else v
     norm_x = choices.KEY_VALUE and not choices.TOKEN_NORM
     key = _gram_key(q.dtype, D, choices, norm_x, "-backward")

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from xformer_kernels.spec import Spec
+
 
 class Rule(NamedTuple):
     """CUDA comes first on devices from `first` to `last`, for at most so many heads of so many features and bytes."""
@@ -48,15 +50,10 @@ def cuda_first(capability: int, heads: int, tokens: int, features: int, itemsize
     )
 
 
-def first_asked(q: Tensor, norm: str) -> str | None:
-    """The backend that auto asks before all others, for (B, H, N, D) tokens; None for the usual order.
-
-    In a graph that is compiled for any length the sizes are unknown, and the usual order stands.
-    """
-    if not q.is_cuda or norm != "token" or q.dtype is torch.float64 or torch.compiler.is_compiling():
-        return None
+def comes_first(q: Tensor, spec: Spec) -> bool:
+    """Whether auto asks the CUDA kernels before all others, for (B, H, N, D) tokens."""
+    if not q.is_cuda or spec.norm != "token" or q.dtype is torch.float64 or torch.version.hip is not None:
+        return False
     B, H, N, D = q.shape
-    if torch.version.hip is not None:
-        return None
     major, minor = torch.cuda.get_device_capability(q.device)
-    return "cuda" if cuda_first(10 * major + minor, B * H, N, D, q.element_size()) else None
+    return cuda_first(10 * major + minor, B * H, N, D, q.element_size())

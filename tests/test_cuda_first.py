@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from xformer_kernels import backends, dispatch, preference
+from xformer_kernels import backends, dispatch
+from xformer_kernels.backends import cuda_first
+from xformer_kernels.spec import Spec
 
 
 @pytest.mark.parametrize(
@@ -31,15 +33,16 @@ from xformer_kernels import backends, dispatch, preference
 )
 def test_few_heads_whose_tokens_fit_are_for_cuda(capability, heads, tokens, features, first):
     """Of 16 bits."""
-    assert preference.cuda_first(capability, heads, tokens, features, 2) is first
+    assert cuda_first.cuda_first(capability, heads, tokens, features, 2) is first
 
 
 def test_first_asked_goes_before_the_others():
     text = str(dispatch.explain("auto", "meta", (torch.float32,), (32,), "cuda"))
     assert text.index("  cuda:") < text.index("  cpp:") < text.index("  triton:")
     explained = dispatch.explain("auto", "meta", (torch.float32,), (32,))
-    assert list(explained.reasons) == [*backends.ORDER, "reference"]
+    assert list(explained.reasons) == [*backends.PATHS, "reference"]
 
 
 def test_tensors_on_the_cpu_have_the_usual_order():
-    assert preference.first_asked(torch.empty(1, 4, 196, 32), "token") is None
+    q = torch.empty(1, 4, 196, 32)
+    assert dispatch.first_asked(q, Spec()) is None and not cuda_first.comes_first(q, Spec())

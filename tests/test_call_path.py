@@ -1,0 +1,136 @@
+"""From a public function to a kernel: how many frames, what is checked where, and what a backend is."""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from cases import CONFIGS, make_problem, randn
+
+import xformer_kernels as xk
+from xformer_kernels import backends, dispatch, reference
+from xformer_kernels.spec import Spec
+
+
+def frames(monkeypatch, call, name):
+    """Names of Python's frames from a public function to the backend's function `name`, both included."""
+    module, found = backends.load("cpp")[0].module, []
+    kernel = getattr(module, name)
+
+    def spy(*args):
+        frame, names = sys._getframe(1), [name]
+        while frame.f_code is not here:
+            names.append(frame.f_code.co_name)
+            frame = frame.f_back
+        found.append(names[::-1])
+        return kernel(*args)
+
+    here = sys._getframe().f_code
+    monkeypatch.setattr(module, name, spy)
+    call()
+    monkeypatch.setattr(module, name, kernel)
+    return found[0]
+
+
+def test_few_frames_lie_between_a_function_and_its_kernel(monkeypatch, need_backend):
+    need_backend("cpp")
+    q, k, v = (randn(1, 2, 9, 4, seed=i).requires_grad_() for i in range(3))
+    t, x = torch.ones(2), randn(1, 9, 8, seed=4).requires_grad_()
+    layer = xk.XFA(8, 2)
+
+    def of(function, *args, **choices):
+        return lambda: function(*args, **choices, backend="cpp")
+
+    xfa = frames(monkeypatch, of(xk.xfa, q, k, v, t), "xfa_forward")
+    assert xfa[0] == "<lambda>" and xfa[1:] == ["xfa", "call", "forward", "xfa_forward"]
+    gram = frames(monkeypatch, of(xk.gram, q, k), "gram")
+    assert len(gram[1:]) <= 4
+    mix = frames(monkeypatch, of(xk.channel_mix, q, torch.ones(4, 4)), "channel_mix")
+    assert len(mix[1:]) <= 4
+    in_gram_form = frames(monkeypatch, of(xk.xfa_layer, x, *layer.weights(), form="gram"), "layer_gram")
+    assert in_gram_form[1] == "xfa_layer" and len(in_gram_form[1:]) <= 5
+
+
+def test_a_spec_is_checked_by_name_and_has_a_text():
+    for config in CONFIGS:
+        spec = config.spec.check()
+        assert Spec.of_text(spec.text) == spec and hash(spec) == hash(config.spec)
+    assert Spec.of_text(Spec(eps=1e-300).text).eps == 1e-300
+    for wrong, error, said in (
+        (Spec(map="key_query"), ValueError, "map must be one of 'query_key', 'key_value', got 'key_query'"),
+        (Spec(norm=None), ValueError, "norm must be one of"),
+        (Spec(activation=["softmax"]), ValueError, "activation must be one of"),
+        (Spec(eps=0.0), ValueError, "eps must be a finite number above 0, got 0.0"),
+        (Spec(eps="1"), TypeError, "eps must be a number above 0, got str"),
+    ):
+        with pytest.raises(error, match=said):
+            wrong.check()
+
+
+# ------------------------------------------------------------------------------- a backend of thirty lines, in one line
+
+
+def unsupported(device_type, dtypes, head_dims):
+    return [] if device_type == "cpu" and max(head_dims) <= 8 else ["it is for small maps on the CPU"]
+
+
+def gram(a, b, symmetric, token_mask):
+    return reference.gram(a, b, symmetric=symmetric, token_mask=token_mask)
+
+
+def channel_mix(x, weight, bias, add, add_scale, x2, weight2):
+    y = reference.channel_mix(x, weight, bias=bias, add=add, add_scale=add_scale, x2=x2, weight2=weight2)
+    return y.transpose(1, 2)
+
+
+def xfa_forward(q, k, v, temperature, token_mask, spec):
+    B, H, _, D = q.shape
+    out = reference.xfa(q, k, v, temperature, **spec._asdict(), token_mask=token_mask)
+    return out.transpose(1, 2).contiguous(), q.new_empty(B, H, D * D + 2 * D)
+
+
+def xfa_backward(dout, q, k, v, temperature, stats, token_mask, spec):
+    with torch.enable_grad():
+        inputs = [x.detach().requires_grad_() for x in (q, k, v, temperature)]
+        out = reference.xfa(*inputs, **spec._asdict(), token_mask=token_mask)
+        *dqkv, dtemperature = torch.autograd.grad(out, inputs, dout)
+    return torch.stack([x.transpose(1, 2) for x in dqkv]), dtemperature
+
+
+@pytest.fixture
+def slate(monkeypatch):
+    functions = (unsupported, gram, channel_mix, xfa_forward, xfa_backward)
+    monkeypatch.setitem(backends.PATHS, "slate", SimpleNamespace(**{f.__name__: f for f in functions}))
+    yield "slate"
+    backends._loaded.pop("slate", None)
+    dispatch._chosen.clear()
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_a_backend_is_a_module_and_a_line(config, slate):
+    """It serves all of the package, of any order of derivatives, and says why not."""
+    problem = make_problem((2, 13, 2, 4), config, masked=True)
+    with dispatch.record() as ran:
+        problem.check(problem.run(xk.xfa, backend=slate))
+    assert ran == [(slate, "xfa_forward"), (slate, "xfa_backward")]
+    x = randn(1, 40, 6, seed=1, dtype=torch.float64).requires_grad_()
+    layer = xk.XFA(6, 2, backend=slate, form="gram").double()
+    with dispatch.record() as ran:
+        torch.autograd.gradgradcheck(lambda x: layer(x), (x,))
+    assert (slate, "layer_forward") in ran and (slate, "gram") in ran
+    assert "slate serves this call" in str(
+        xk.explain(problem.q, problem.k, problem.v, problem.temperature, backend=slate)
+    )
+    with pytest.raises(RuntimeError, match="it is for small maps on the CPU"):
+        xk.gram(torch.ones(1, 1, 5, 9), torch.ones(1, 1, 5, 9), backend=slate)
+
+
+def test_a_backend_may_ask_to_come_first(slate, monkeypatch):
+    monkeypatch.setattr(backends.PATHS[slate], "comes_first", lambda q, spec: spec.norm == "token", raising=False)
+    backend, _ = backends.load(slate)
+    assert backend.comes_first(torch.empty(1, 1, 1, 1), Spec())
+    assert not backend.comes_first(torch.empty(1, 1, 1, 1), Spec(norm="feature"))
+    others = [backends.load(name)[0] for name in backends.PATHS if name != slate]
+    assert not any(other.comes_first(torch.empty(1, 1, 1, 1), Spec()) for other in others if other is not None)

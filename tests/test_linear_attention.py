@@ -1,0 +1,385 @@
+"""Linear attention by every backend against its formula in float64, and against what models write."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import DTYPES, LAYOUTS, LOW_PRECISION, randn, random_mask
+from torch.autograd import gradcheck, gradgradcheck
+from torch.utils.flop_counter import FlopCounterMode
+
+import xformer_kernels as xk
+from xformer_kernels import reference
+from xformer_kernels.testing import assert_bitwise, assert_close
+
+MAPS = ("identity", "relu", "elu1", "softmax_features", "softmax_tokens")
+PAIRS = (("relu", "identity"), ("identity", "softmax_tokens"), ("elu1", "relu"))
+NAMES = ("out", "dq", "dk", "dv")
+# (B, H, N, M, D, Dv)
+SHAPES = (
+    (1, 1, 1, 1, 1, 1),
+    (2, 3, 17, 7, 5, 9),
+    (2, 1, 1, 131, 33, 2),
+    (1, 2, 67, 1, 13, 31),
+    (1, 2, 300, 211, 48, 32),
+    (1, 1, 40, 29, 130, 127),
+)
+EMPTY = ((0, 2, 5, 3, 4, 4), (2, 0, 5, 3, 4, 4), (2, 2, 0, 3, 4, 4), (2, 2, 5, 0, 4, 3), (1, 1, 0, 0, 1, 1))
+
+
+def inputs(shape, dtype=torch.float32, device="cpu", positive=False, seed=0):
+    """q, k, v and dout, of unlike spreads by feature; `positive`: of denominators that are not near zero."""
+    B, H, N, M, D, Dv = shape
+    made = []
+    for i, (tokens, features) in enumerate(((N, D), (M, D), (M, Dv), (N, Dv))):
+        x = randn(B, H, tokens, features, seed=10 * seed + i, dtype=torch.float64)
+        x = x * torch.linspace(0.5, 2.0, features, dtype=torch.float64)
+        made.append((x.abs() + 0.1 if positive and i < 2 else x).to(device, dtype))
+    return made
+
+
+def run(function, tensors, **kwargs):
+    *leaves, dout = tensors
+    leaves = [x.detach().requires_grad_() for x in leaves]
+    out = function(*leaves, **kwargs)
+    assert out.dtype == leaves[0].dtype
+    return dict(zip(NAMES, (out.detach(), *torch.autograd.grad(out, leaves, dout)), strict=True))
+
+
+def gradient_terms(q, k, v, dout, feature_map="relu", normalize=True, scale=1.0, query_mask=None, token_mask=None):
+    """What the subtractions in the gradients start from: of float64 tokens."""
+    of_q, of_k = reference.feature_maps(feature_map)
+    q, dout = (reference.masked(x, query_mask) for x in (q, dout))
+    k, v = (reference.masked(x, token_mask) for x in (k, v))
+    q, k = reference.features(q, of_q), reference.masked(reference.features(k, of_k), token_mask)
+    if normalize:
+        dout = dout / ((q * k.sum(2, keepdim=True)).sum(3, keepdim=True) + 1e-6)
+    dq, dk = scale * dout @ (v.transpose(2, 3) @ k), scale * v @ (dout.transpose(2, 3) @ q)
+    return {
+        "dq": q * dq if of_q.startswith("softmax") else dq,
+        "dk": k * dk if of_k.startswith("softmax") else dk,
+    }
+
+
+def check(tensors, ran, backend, **kwargs):
+    with ran("channel_mix"):
+        ours = run(xk.linear_attention, tensors, backend=backend, **kwargs)
+    eager = run(reference.linear_attention, tensors, **kwargs)
+    exact = [x.double() for x in tensors]
+    oracle, terms = run(reference.linear_attention, exact, **kwargs), gradient_terms(*exact, **kwargs)
+    for name in NAMES:
+        assert_close(ours[name], eager[name], oracle[name], name, terms.get(name))
+    return ours
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("normalize", [True, False], ids=["normalize", "plain"])
+@pytest.mark.parametrize("feature_map", [*MAPS, *PAIRS], ids=str)
+def test_feature_maps(feature_map, normalize, dtype, backend, device, ran):
+    tensors = inputs((2, 2, 53, 71, 12, 20), dtype, device, positive="identity" in feature_map)
+    check(tensors, ran, backend, feature_map=feature_map, normalize=normalize, scale=0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_shapes(shape, dtype, backend, device, ran):
+    tensors = inputs(shape, dtype, device)
+    for feature_map in ("relu", "elu1"):
+        out = check(tensors, ran, backend, feature_map=feature_map)["out"]
+        assert out.transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.parametrize("shape", EMPTY, ids=str)
+@pytest.mark.parametrize("feature_map", MAPS)
+def test_empty(feature_map, shape, backend, device, ran):
+    """Without keys the sums are zero, and so is the output."""
+    for normalize in (True, False):
+        out = check(inputs(shape, device=device), ran, backend, feature_map=feature_map, normalize=normalize)["out"]
+        assert out.shape == (*shape[:3], shape[5]) and not out.any()
+
+
+@pytest.mark.filterwarnings("ignore:no kernel of xformer_kernels")
+@pytest.mark.parametrize(("D", "Dv"), [(0, 4), (4, 0), (4, 512), (513, 2)])
+def test_features_that_no_kernel_takes(D, Dv):
+    """The denominator is one feature more."""
+    q, k, v, _ = inputs((1, 2, 5, 6, D, Dv))
+    for normalize in (True, False):
+        out = xk.linear_attention(q, k, v, normalize=normalize)
+        torch.testing.assert_close(out, reference.linear_attention(q, k, v, normalize=normalize), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(layout, backend, device, ran):
+    tensors = [LAYOUTS[layout](x) for x in inputs((2, 3, 37, 41, 9, 7), device=device)]
+    for feature_map in ("relu", "softmax_tokens"):
+        check(tensors, ran, backend, feature_map=feature_map)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("feature_map", MAPS)
+def test_masked_tokens_take_no_part(feature_map, dtype, backend, device, ran):
+    """Whatever they hold: the results are those of the tokens that are kept, and 0 elsewhere."""
+    q, k, v, dout = inputs((2, 2, 23, 31, 8, 6), dtype, device, positive=feature_map == "identity")
+    query_mask, token_mask = random_mask(2, 23, 1, device), random_mask(2, 31, 2, device)
+    token_mask[0] = False
+    masks = {"query_mask": query_mask, "token_mask": token_mask}
+    clean = check([q, k, v, dout], ran, backend, feature_map=feature_map, **masks)
+    for garbage in (float("nan"), float("inf"), float("-inf")):
+        dirty = [torch.where(query_mask[:, None, :, None], x, garbage) for x in (q, dout)]
+        dirty[1:1] = [torch.where(token_mask[:, None, :, None], x, garbage) for x in (k, v)]
+        ours = run(xk.linear_attention, dirty, feature_map=feature_map, backend=backend, **masks)
+        theirs = run(reference.linear_attention, dirty, feature_map=feature_map, **masks)
+        for name in NAMES:
+            assert_bitwise(ours[name], clean[name], f"{name} with {garbage}")
+            assert theirs[name].isfinite().all()
+    for name, mask in (("out", query_mask), ("dq", query_mask), ("dk", token_mask), ("dv", token_mask)):
+        assert not clean[name].transpose(1, 2)[~mask].any(), name
+    assert not clean["out"][0].any() and clean["out"].transpose(1, 2).is_contiguous()
+    kept = [q[1:, :, query_mask[1]], *(x[1:, :, token_mask[1]] for x in (k, v)), dout[1:, :, query_mask[1]]]
+    alone = run(xk.linear_attention, kept, feature_map=feature_map, backend=backend)
+    tolerance = {"rtol": 1e-2, "atol": 1e-2} if dtype in LOW_PRECISION else {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(clean["out"][1:, :, query_mask[1]], alone["out"], **tolerance)
+
+
+@pytest.mark.parametrize("normalize", [True, False], ids=["normalize", "plain"])
+@pytest.mark.parametrize("feature_map", MAPS)
+def test_derivatives(feature_map, normalize, backend, device, ran, slow):
+    """Of any order: the passes and the quotient are made of what can be differentiated again."""
+    q, k, v, _ = inputs((1, 1 if slow else 2, 3, 4, 2, 2), torch.float64, device, positive=True)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    token_mask = torch.tensor([[True, True, False, True]], device=device)
+
+    def function(*leaves):
+        return xk.linear_attention(
+            *leaves, feature_map=feature_map, normalize=normalize, token_mask=token_mask, backend=backend
+        )
+
+    def gradient(*leaves):
+        return torch.autograd.grad(function(*leaves).sin().sum(), leaves, create_graph=True)
+
+    with ran("channel_mix"):
+        assert gradcheck(function, leaves, fast_mode=slow)
+        assert gradgradcheck(function, leaves, fast_mode=slow)
+    if normalize and not slow:
+        assert gradgradcheck(gradient, leaves, fast_mode=True)
+
+
+def test_zero_denominators(backend, device):
+    """0 / (0 + eps) is 0: queries or keys that relu leaves nothing of."""
+    q, k, v, dout = inputs((1, 2, 5, 7, 4, 3), device=device)
+    for tensors in ((-q.abs(), k, v, dout), (q, -k.abs(), v, dout)):
+        ours = run(xk.linear_attention, tensors, backend=backend)
+        assert not ours["out"].any()
+        assert all(ours[name].isfinite().all() for name in NAMES)
+
+
+@pytest.mark.parametrize("normalize", [True, False], ids=["normalize", "plain"])
+def test_range_of_float16(normalize, backend, device, slow):
+    """Sums over 16384 tokens far beyond 65504; the outputs are not."""
+    M = 2048 if slow else 16384
+    q, k, v, dout = inputs((1, 2, 40, M, 16, 16), torch.float64, device, positive=True)
+    q, k, v = (8 * x if normalize else x for x in (q, k, v + 3))
+    scale = 1.0 if normalize else 1e-4
+    tensors = [x.half() for x in (q, k, v, dout)]
+    assert slow or (k.transpose(2, 3) @ v).abs().max() > 65504
+    kwargs = {"normalize": normalize, "scale": scale}
+    ours = run(xk.linear_attention, tensors, backend=backend, **kwargs)
+    eager = run(reference.linear_attention, tensors, **kwargs)
+    oracle = run(reference.linear_attention, [x.double() for x in tensors], **kwargs)
+    for name in NAMES:
+        assert ours[name].isfinite().all()
+        assert_close(ours[name], eager[name], oracle[name], name)
+
+
+@pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)
+def test_softmax_over_many_tokens(dtype, kernel, device, ran, slow):
+    """Each has a weight near the smallest number of float16."""
+    tensors = inputs((1, 1, 40, 1000 if slow else 16384, 8, 8), dtype, device)
+    check(tensors, ran, kernel, feature_map="softmax_tokens")
+
+
+def test_softmax_of_large_numbers(backend, device):
+    q, k, v, _ = inputs((1, 2, 5, 7, 4, 3), torch.float64, device)
+    out = xk.linear_attention(q, 1000 * k, v, feature_map="softmax_tokens", backend=backend)
+    expected = q.softmax(-1) @ ((1000 * k).softmax(-2).transpose(2, 3) @ v) / (1 + 1e-6)
+    torch.testing.assert_close(out, expected)
+
+
+# ------------------------------------------------------------------------------------------------- what models write
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *LOW_PRECISION], ids=str)
+def test_timm_lite_mla(dtype, device):
+    """EfficientViT: relu, eps 1e-5, products in float32."""
+    mit = pytest.importorskip("timm.models.efficientvit_mit")
+    layer = mit.LiteMLA(32, 32, dim=16).to(device)
+    q, k, v, dout = inputs((2, 2, 50, 50, 16, 16), dtype, device)
+
+    def original(q, k, v):
+        return layer._attn(layer.kernel_func(q), layer.kernel_func(k), F.pad(v, (0, 1), mode="constant", value=1.0))
+
+    theirs = run(original, (q, k, v, dout))
+    ours = run(lambda *x: xk.linear_attention(*x, eps=layer.eps), (q, k, v, dout))
+    oracle = run(lambda *x: reference.linear_attention(*x, eps=layer.eps), [x.double() for x in (q, k, v, dout)])
+    for name in NAMES:
+        assert_close(ours[name], theirs[name], oracle[name], name)
+
+
+def loftr(q, k, v, q_mask=None, kv_mask=None, eps=1e-6):
+    """LinearAttention of LoFTR (and of kornia), of (N, L, H, D) tokens."""
+    Q, K = F.elu(q) + 1, F.elu(k) + 1
+    if q_mask is not None:
+        Q = Q * q_mask[:, :, None, None]
+    if kv_mask is not None:
+        K = K * kv_mask[:, :, None, None]
+        v = v * kv_mask[:, :, None, None]
+    length = v.size(1)
+    KV = torch.einsum("nshd,nshv->nhdv", K, v / length)
+    Z = 1 / (torch.einsum("nlhd,nhd->nlh", Q, K.sum(dim=1)) + eps)
+    return torch.einsum("nlhd,nhdv,nlh->nlhv", Q, KV, Z) * length
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
+def test_loftr(masked, device):
+    tensors = inputs((2, 8, 30, 47, 32, 32), torch.float64, device)
+    q_mask, kv_mask = (random_mask(2, n, n, device) if masked else None for n in (30, 47))
+
+    def original(*x):
+        return loftr(*(t.transpose(1, 2) for t in x), q_mask, kv_mask).transpose(1, 2)
+
+    def ours(*x):
+        return xk.linear_attention(*x, feature_map="elu1", query_mask=q_mask, token_mask=kv_mask)
+
+    results = run(ours, tensors), run(original, tensors)
+    for name in NAMES:
+        torch.testing.assert_close(results[0][name], results[1][name], rtol=1e-9, atol=1e-12)
+
+
+def test_efficient_attention(device):
+    """softmax(q) over features, softmax(k) over tokens, no denominator; CoaT has q alone, with a scale."""
+    q, k, v, _ = inputs((2, 3, 40, 40, 8, 8), torch.float64, device)
+    context = torch.einsum("bhnk,bhnv->bhkv", k.softmax(dim=2), v)
+    out = xk.linear_attention(q, k, v, feature_map="softmax_tokens", normalize=False)
+    torch.testing.assert_close(out, torch.einsum("bhnk,bhkv->bhnv", q.softmax(dim=3), context))
+    out = xk.linear_attention(q, k, v, feature_map=("identity", "softmax_tokens"), normalize=False, scale=8**-0.5)
+    torch.testing.assert_close(out, 8**-0.5 * torch.einsum("bhnk,bhkv->bhnv", q, context))
+
+
+# ------------------------------------------------------------------------------------------- compilers and transforms
+
+
+@pytest.mark.parametrize("normalize", [True, False], ids=["normalize", "plain"])
+@pytest.mark.parametrize("feature_map", ["relu", "elu1", "softmax_tokens"])
+def test_compile(feature_map, normalize, ran_auto):
+    tensors = inputs((2, 2, 19, 23, 8, 8))
+    mask = random_mask(2, 23)
+
+    def function(q, k, v):
+        return xk.linear_attention(q, k, v, feature_map=feature_map, normalize=normalize, token_mask=mask)
+
+    with ran_auto("channel_mix"):
+        ours = run(torch.compile(function, fullgraph=True, backend="aot_eager"), tensors)
+    eager = run(function, tensors)
+    for name in NAMES:
+        torch.testing.assert_close(ours[name], eager[name], rtol=1e-5, atol=1e-6)
+
+
+def test_inductor():
+    tensors = inputs((2, 2, 19, 23, 8, 8))
+    torch._dynamo.reset()
+    ours = run(torch.compile(xk.linear_attention, fullgraph=True), tensors)
+    eager = run(xk.linear_attention, tensors)
+    for name in NAMES:
+        torch.testing.assert_close(ours[name], eager[name], rtol=1e-5, atol=1e-6)
+
+
+def test_export():
+    class Attention(torch.nn.Module):
+        def forward(self, q, k, v):
+            return xk.linear_attention(q, k, v)
+
+    q, k, v, _ = inputs((2, 2, 19, 23, 8, 8))
+    tokens = {2: torch.export.Dim("M", min=2)}
+    program = torch.export.export(
+        Attention(), (q, k, v), dynamic_shapes=({2: torch.export.Dim("N", min=2)}, tokens, tokens)
+    )
+    q, k, v, _ = inputs((2, 2, 29, 11, 8, 8))
+    torch.testing.assert_close(program.module()(q, k, v), xk.linear_attention(q, k, v))
+
+
+def test_transforms_of_functions():
+    q, k, v, _ = inputs((2, 2, 5, 7, 4, 4), positive=True)
+    out = torch.func.vmap(lambda *x: xk.linear_attention(*(t[None] for t in x))[0])(q, k, v)
+    torch.testing.assert_close(out, xk.linear_attention(q, k, v))
+    gradient = torch.func.grad(lambda q: xk.linear_attention(q, k, v).square().sum())(q)
+    leaf = q.requires_grad_()
+    (expected,) = torch.autograd.grad(xk.linear_attention(leaf, k, v).square().sum(), leaf)
+    torch.testing.assert_close(gradient, expected)
+    _, tangent = torch.func.jvp(lambda v: xk.linear_attention(q.detach(), k, v), (v,), (v,))
+    torch.testing.assert_close(tangent, xk.linear_attention(q.detach(), k, v))
+
+
+def test_flops():
+    B, H, N, M, D, Dv = 2, 3, 17, 7, 5, 9
+    q, k, v, _ = inputs((B, H, N, M, D, Dv))
+    with FlopCounterMode(display=False) as counter:
+        xk.linear_attention(q, k, v)
+    assert counter.get_total_flops() == 2 * B * H * D * (M * Dv + N * (Dv + 1))
+
+
+@pytest.mark.parametrize("normalize", [True, False], ids=["normalize", "plain"])
+def test_autocast(normalize, backend):
+    """As if q, k and v came in the dtype of autocast; nothing within is cast."""
+    q, k, v, _ = inputs((2, 2, 19, 23, 8, 8))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = xk.linear_attention(q, k, v, normalize=normalize, backend=backend)
+    expected = xk.linear_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), normalize=normalize, backend=backend)
+    assert_bitwise(out, expected, "autocast")
+
+
+def test_result_may_be_modified_in_place(backend):
+    q, k, v, _ = inputs((1, 2, 5, 7, 4, 3))
+    for normalize in (True, False):
+        grads = []
+        for double in (lambda out: out.mul_(2), lambda out: 2 * out):
+            leaf = q.detach().requires_grad_()
+            grads += torch.autograd.grad(
+                double(xk.linear_attention(leaf, k, v, normalize=normalize, backend=backend)).sum(), leaf
+            )
+        assert_bitwise(*grads, "dq")
+
+
+# ------------------------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"q": 1}, TypeError, "q must be a torch.Tensor, got int"),
+        ({"q": torch.ones(2, 3, 4)}, ValueError, r"q must have 4 dimensions, \(B, H, N, D\), got 3"),
+        ({"k": torch.ones(2, 3, 7, 5)}, ValueError, r"k must have shape \(B, H, M, D\) with B = 2, H = 3 and D = 4"),
+        ({"k": torch.ones(2, 3, 7, 4).double()}, TypeError, "k must have the dtype of q, torch.float32"),
+        ({"v": torch.ones(2, 3, 8, 6)}, ValueError, r"v must have shape \(B, H, M, Dv\) .* M = 7 as k has"),
+        ({"feature_map": "elu"}, ValueError, "feature_map of k must be one of 'identity', .*, got 'elu'"),
+        ({"feature_map": ("relu", 1)}, ValueError, "feature_map of k must be one of .*, got 1"),
+        ({"feature_map": ("softmax_tokens", "relu")}, ValueError, "feature_map of q .*got 'softmax_tokens'"),
+        ({"feature_map": ("relu",)}, ValueError, "feature_map must be a name or a pair of names"),
+        ({"normalize": 1}, TypeError, "normalize must be True or False, got int: 1"),
+        ({"scale": "1"}, TypeError, "scale must be a finite number, got str"),
+        ({"scale": float("inf")}, ValueError, "scale must be a finite number, got inf"),
+        ({"eps": 0}, ValueError, "eps must be a finite number above 0, got 0"),
+        (
+            {"query_mask": torch.ones(2, 7, dtype=torch.bool)},
+            ValueError,
+            r"query_mask must have shape \(B, N\) = \(2, 5\)",
+        ),
+        ({"token_mask": torch.ones(2, 7)}, TypeError, "token_mask must have dtype torch.bool"),
+        ({"token_mask": [True]}, TypeError, "token_mask must be a torch.Tensor of bool, got list"),
+        ({"backend": "fast"}, ValueError, "backend must be one of 'auto'"),
+    ],
+)
+def test_wrong_arguments(changes, error, message):
+    call = {"q": torch.ones(2, 3, 5, 4), "k": torch.ones(2, 3, 7, 4), "v": torch.ones(2, 3, 7, 6), **changes}
+    with pytest.raises(error, match=message):
+        xk.linear_attention(**call)

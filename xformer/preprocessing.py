@@ -1,0 +1,145 @@
+"""What a card says of images as a part of the model: pixels of 8 bits in, the outputs of the model out.
+
+A resize is two matrix products whose matrices follow from the sizes, which may be dynamic. Matrices have Pillow's
+coefficients, multiples of 2^-22, and what comes of each product is rounded to 8 bits as there. In float64 nothing else
+is rounded: every runtime finds the same pixels, in whatever order it adds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from xformer.errors import UsageError
+from xformer.weights import Card
+
+
+def bilinear(x: Tensor) -> Tensor:
+    """Weight of a pixel at a distance of x >= 0."""
+    return (1 - x).clamp(min=0)
+
+
+def bicubic(x: Tensor) -> Tensor:
+    """As :func:`bilinear`; Pillow's, whose parameter is -0.5."""
+    near = (1.5 * x - 2.5) * x * x + 1
+    far = (((x - 5) * x + 8) * x - 4) * -0.5
+    return torch.where(x < 1, near, torch.where(x < 2, far, torch.zeros_like(x)))
+
+
+BITS = 22
+"""Of Pillow's coefficients, behind the point."""
+FILTERS: dict[str, Callable[[Tensor], Tensor]] = {"bilinear": bilinear, "bicubic": bicubic}
+
+
+def resize_matrix(
+    filter: Callable[[Tensor], Tensor], pixels: int, resized: Tensor, first: Tensor | int, count: int
+) -> Tensor:
+    """(count, pixels) float64: from a line of pixels to `count` of the `resized` ones of its resized line.
+
+    Args:
+        filter: one of FILTERS. pixels: of the line. resized: pixels that it is to have, a float64 scalar.
+        first: the first one that is computed; those beyond `resized` are 0.
+    """
+    at = torch.arange(count, dtype=torch.float64) + first
+    scale = torch.full((), pixels, dtype=torch.float64) / resized
+    centres = ((at + 0.5) * scale)[:, None]
+    distances = (torch.arange(pixels, dtype=torch.float64) - centres + 0.5) * (1 / scale.clamp(min=1))
+    weights = filter(distances.abs())
+    weights = 2**BITS * (weights / weights.sum(1, keepdim=True))
+    weights = torch.sign(weights) * torch.floor(weights.abs() + 0.5) / 2**BITS
+    return torch.where((at < resized)[:, None], weights, torch.zeros_like(weights))
+
+
+def to_bytes(x: Tensor) -> Tensor:
+    """Rounded to whole numbers from 0 to 255, of the same dtype."""
+    return torch.floor(x + 0.5).clamp(0, 255)
+
+
+def height_first(height: Tensor, width: Tensor, resized_height: Tensor, resized_width: Tensor) -> Tensor:
+    """Whether Pillow resizes in height before it does in width: tall images, from Pillow 13 on."""
+    less = height - resized_height
+    return (less > 0) & (less > 2 * (width - resized_width))
+
+
+def resize(images: Tensor, rows: Tensor, columns: Tensor, rows_first: Tensor) -> Tensor:
+    """(B, H, W, C) uint8 by the matrices (h, H) and (w, W), in either order, to whole numbers (B, C, h, w) float64."""
+
+    def planes(images: Tensor) -> Tensor:
+        # in the branches: a view of another order comes into those of an aoti file with wrong strides
+        return images.permute(0, 3, 1, 2).double().contiguous()
+
+    def one(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        return to_bytes(to_bytes(rows @ planes(images)) @ columns.T)
+
+    def other(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        return to_bytes(rows @ to_bytes(planes(images) @ columns.T))
+
+    if torch.compiler.is_exporting():
+        either: Tensor = torch.cond(rows_first, one, other, (images, rows, columns))
+        return either
+    return (one if rows_first else other)(images, rows, columns)
+
+
+class Preprocessed(nn.Module):
+    """A model behind what its card says of images: (B, H, W, 3) uint8, RGB, to the outputs of the model.
+
+    Of classifiers images are resized and cropped as in :func:`xformer.data.transforms.eval_transform`, of detectors
+    resized and padded as in :func:`xformer.detection.data.letterbox`; of segmenters they keep their size.
+
+    Raises:
+        UsageError: a card of other than three channels, of a filter that is not of FILTERS, or whose crop is larger
+            than the resized image.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, model: nn.Module, card: Card) -> None:
+        super().__init__()
+        if card.in_chans != 3:
+            raise UsageError(f"preprocessing is of images with 3 channels, got a model of {card.in_chans}")
+        if card.task == "classify" and card.interpolation not in FILTERS:
+            raise UsageError(f"interpolation must be {' or '.join(FILTERS)} in a file, got {card.interpolation}")
+        if card.task == "classify" and not 0 < card.crop_pct <= 1:
+            raise UsageError(f"crop_pct must be above 0 and at most 1 in a file, got {card.crop_pct}")
+        self.model = model
+        self.task, self.size = card.task, card.image_size
+        self.shorter = int(card.image_size / card.crop_pct)
+        self.filter = FILTERS[card.interpolation if card.task == "classify" else "bilinear"]
+        for name, values in (("mean", card.mean), ("std", card.std)):
+            self.register_buffer(name, torch.tensor(values, dtype=torch.float32).view(-1, 1, 1), persistent=False)
+
+    @property
+    def resizes(self) -> bool:
+        return self.task in ("classify", "detect")
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """(B, 3, size, size) float32, or (B, 3, H, W) of segmenters."""
+        if not self.resizes:
+            return self._normalised(images.permute(0, 3, 1, 2))
+        height, width = images.shape[1:3]
+        sides = [torch.full((), side, dtype=torch.float64) for side in (height, width)]
+        inside = torch.ones((), dtype=torch.bool)
+        if self.task == "classify":
+            resized = [torch.floor(self.shorter * side / torch.minimum(*sides)) for side in sides]
+            firsts = [torch.round((side - self.size) / 2) for side in resized]
+        else:
+            factor = self.size / torch.maximum(*sides)
+            resized = [torch.round(side * factor).clamp(min=1) for side in sides]
+            firsts = [torch.zeros((), dtype=torch.float64)] * 2
+            at = torch.arange(self.size)
+            inside = (at < resized[0])[:, None] & (at < resized[1])
+        rows, columns = (
+            resize_matrix(self.filter, *line, self.size) for line in zip((height, width), resized, firsts, strict=True)
+        )
+        x = resize(images, rows, columns, height_first(*sides, *resized))
+        return torch.where(inside, self._normalised(x), torch.zeros(()))
+
+    def _normalised(self, pixels: Tensor) -> Tensor:
+        return (pixels.float() / 255 - self.mean) / self.std
+
+    def forward(self, images: Tensor) -> Tensor | list[Tensor]:
+        outputs: Tensor | list[Tensor] = self.model(self.prepare(images))
+        return outputs

@@ -1,0 +1,189 @@
+"""Linear attention with a feature map and an optional denominator, made of the passes over tokens of a backend."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from xformer_kernels import functional, linear_ops, ops, reference, validate
+
+FEATURE_MAPS = ("identity", "relu", "elu1", "softmax_features", "softmax_tokens")
+
+
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    feature_map: str | tuple[str, str] = "relu",
+    normalize: bool = True,
+    scale: float = 1.0,
+    eps: float = 1e-6,
+    query_mask: Tensor | None = None,
+    token_mask: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Linear attention: a feature map of queries and keys in place of the softmax over tokens, and a D x Dv matrix.
+
+    ::
+
+        S[i,j] = sum_m phi_k(k)[m,i] v[m,j]                z[i] = sum_m phi_k(k)[m,i]
+
+        out[n,j] = scale * sum_i phi_q(q)[n,i] S[i,j] / (sum_i phi_q(q)[n,i] z[i] + eps)      normalize=True (default)
+        out[n,j] = scale * sum_i phi_q(q)[n,i] S[i,j]                                         normalize=False
+
+        "identity"            phi(x) = x
+        "relu"                phi(x) = max(x, 0)                       EfficientViT's LiteMLA, Sana, DC-AE
+        "elu1"                phi(x) = elu(x) + 1                      LoFTR
+        "softmax_features"    phi(x)[n,i] = exp(x[n,i]) / sum_j exp(x[n,j])
+        "softmax_tokens"      phi(x)[n,i] = exp(x[n,i]) / sum_m exp(x[m,i]), of k only
+
+    Args:
+        q: (B, H, N, D).
+        k, v: (B, H, M, D) and (B, H, M, Dv). One dtype of float32, float64, bfloat16, float16 and one device with q, of
+            any strides.
+        feature_map: the name of phi_q and phi_k, or the pair of both. "softmax_tokens" is short for
+            ("softmax_features", "softmax_tokens"), as in Efficient Attention (arXiv 1812.01243).
+        normalize: whether to divide.
+        scale: a factor of the output. The denominator is without it.
+        eps: above 0, added to the denominator. An eps below the smallest normal number of the accumulate dtype (1.2e-38
+            for float32) is taken as that.
+        query_mask: (B, N) bool. The output and the gradient of q are 0 where it is False, whatever q holds there.
+        token_mask: (B, M) bool. False tokens of k and v take no part, whatever they hold: their gradients are 0.
+        backend: see :func:`xfa`.
+
+    Returns:
+        (B, H, N, Dv) in the dtype of q: a view of (B, N, H, Dv) memory. Numerators, denominators, S and z are float32
+        (float64 for float64); feature maps of 16-bit keys are rounded to their dtype.
+
+    Derivatives are of any order. Autocast, the transforms of ``torch.func`` and tensor subclasses are treated as by
+    :func:`xfa`.
+
+    Raises:
+        TypeError: an argument of another type or dtype.
+        ValueError: an argument of another shape, device or value; an unknown backend or feature map.
+        RuntimeError: a backend asked for by name cannot serve the call; the message has every reason.
+    """
+    if isinstance(q, Tensor):
+        q, k, v = ops.autocast(q, k, v)  # type: ignore[assignment]
+    _validate(q, k, v, feature_map, normalize, scale, eps, query_mask, token_mask)
+    maps = reference.feature_maps(feature_map)
+    wide = reference.accumulate_dtype(q.dtype)
+    eps = max(float(eps), torch.finfo(wide).tiny)
+    D, Dv = functional.head_dims(q, v)
+    name = functional.backend_of(backend, (q, k, v), (q.dtype,), (D, Dv, Dv + normalize))
+    with ops.without_autocast(q):
+        if name == "reference":
+            functional.note_reference("linear_attention")
+            return reference.linear_attention(
+                q, k, v, feature_map=maps, normalize=normalize, scale=scale, eps=eps, query_mask=query_mask,
+                token_mask=token_mask,
+            )  # fmt: skip
+        return _composed(q, k, v, maps, normalize, float(scale), eps, query_mask, token_mask, name)
+
+
+def _composed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    maps: tuple[str, str],
+    normalize: bool,
+    scale: float,
+    eps: float,
+    query_mask: Tensor | None,
+    token_mask: Tensor | None,
+    backend: str,
+) -> Tensor:
+    dtype, wide = q.dtype, reference.accumulate_dtype(q.dtype)
+    q = reference.masked(q, query_mask)
+    k, v = reference.masked(k, token_mask), reference.masked(v, token_mask)
+    if maps[1] == "softmax_tokens":
+        features = _exponentials(k, token_mask)
+    else:
+        features = _features(k, maps[1], dtype)
+        if maps[1] not in ("identity", "relu"):  # which keep the zeros of masked tokens
+            features = reference.masked(features, token_mask)
+    S, z = linear_ops.gram_and_sum(features, v, backend)
+    if maps[1] == "softmax_tokens":
+        some = z != 0
+        S, z = S / torch.where(some, z, 1).unsqueeze(-1), some.to(z.dtype)
+    weight = (S if scale == 1 else S * scale).transpose(-2, -1)
+    if normalize:
+        # one feature more, the denominator; wide, as a float16 numerator overflows where the quotient does not
+        weight = torch.cat((weight, z.unsqueeze(-2)), -2)
+        bias = F.pad(z.new_full((1,), eps), (v.shape[-1], 0)).expand(weight.shape[:-1])
+        both = ops.channel_mix(backend, _features(q, maps[0], wide), weight, bias)
+        out = linear_ops.quotient(both).to(dtype)
+    else:
+        out = ops.channel_mix(backend, _features(q, maps[0], dtype), weight)
+    return reference.masked(out, query_mask)
+
+
+def _features(x: Tensor, name: str, dtype: torch.dtype) -> Tensor:
+    """phi(x) in `dtype`, rounded once."""
+    wide = reference.accumulate_dtype(x.dtype)
+    if name == "relu":
+        x = x.relu()
+    elif name == "elu1":
+        x = F.elu(x.to(wide)).add_(1)
+    elif name == "softmax_features":
+        x = x.softmax(-1, dtype=wide)
+    return x.to(dtype)
+
+
+def _exponentials(k: Tensor, token_mask: Tensor | None) -> Tensor:
+    """The softmax over tokens before its division, which would leave less than float16 holds of each of many tokens."""
+    wide = k.to(reference.accumulate_dtype(k.dtype))
+    if token_mask is not None:
+        wide = torch.where(token_mask[:, None, :, None], wide, float("-inf"))
+    if k.shape[2]:
+        wide = wide - wide.detach().amax(-2, keepdim=True).clamp_min(torch.finfo(wide.dtype).min)
+    return wide.exp().to(k.dtype)
+
+
+def _validate(
+    q: Any, k: Any, v: Any, feature_map: Any, normalize: Any, scale: Any, eps: Any, query_mask: Any, token_mask: Any
+) -> None:
+    """Every argument of linear_attention, less the backend."""
+    validate.tensor("q", q)
+    if q.dim() != 4:
+        raise ValueError(f"q must have 4 dimensions, (B, H, N, D), got {q.dim()}: {tuple(q.shape)}")
+    B, H, _, D = q.shape
+    validate.like("k", k, "q", q)
+    if k.dim() != 4 or (k.shape[0], k.shape[1], k.shape[3]) != (B, H, D):
+        raise ValueError(
+            f"k must have shape (B, H, M, D) with B = {B}, H = {H} and D = {D} as q has, got {tuple(k.shape)}"
+        )
+    validate.like("v", v, "q", q)
+    if v.dim() != 4 or v.shape[:3] != k.shape[:3]:
+        raise ValueError(
+            f"v must have shape (B, H, M, Dv) with B = {B}, H = {H} and M = {k.shape[2]} as k has, got {tuple(v.shape)}"
+        )
+    names = feature_map if isinstance(feature_map, tuple) else (feature_map, feature_map)
+    if len(names) != 2:
+        raise ValueError(f"feature_map must be a name or a pair of names, of q and of k, got {feature_map!r}")
+    validate.choice("feature_map of k", names[1], FEATURE_MAPS)
+    validate.choice("feature_map of q", names[0], FEATURE_MAPS[:-1] if isinstance(feature_map, tuple) else FEATURE_MAPS)
+    if not isinstance(normalize, bool):
+        raise TypeError(f"normalize must be True or False, got {type(normalize).__name__}: {normalize!r}")
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise TypeError(f"scale must be a finite number, got {type(scale).__name__}: {scale!r}")
+    if not math.isfinite(scale):
+        raise ValueError(f"scale must be a finite number, got {scale}")
+    validate.positive("eps", eps)
+    for name, mask, x, meaning in (("query_mask", query_mask, q, "(B, N)"), ("token_mask", token_mask, k, "(B, M)")):
+        if mask is not None:
+            _mask(name, mask, x, meaning)
+
+
+def _mask(name: str, mask: Any, x: Tensor, meaning: str) -> None:
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor of bool, got {type(mask).__name__}: {mask!r}")
+    if mask.dtype != torch.bool:
+        raise TypeError(f"{name} must have dtype torch.bool (False: takes no part), got {mask.dtype}")
+    validate.shape(name, mask, (x.shape[0], x.shape[2]), meaning)
+    validate.same_device(name, mask, "q", x)
