@@ -295,3 +295,21 @@ def test_budget():
     assert counts.macs <= 41e9
     known = ("hardswish", "add", "mul", "unflatten", "feature_dropout")
     assert set(counts.unknown) <= {f"aten::{op}" for op in known}
+
+
+def test_what_a_training_image_keeps_for_the_backward_pass():
+    """In docs/segmentation.md: 16 images of 768 x 768 fit a GPU of 24 GB."""
+    model, kept = Segmenter("xformer_s").train(), {}
+
+    def pack(t):
+        storage = t.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        logits = upsample(model(torch.randn(1, 3, 768, 768)), 4, (768, 768))
+        rows = logits.movedim(1, -1).flatten(0, 2)
+        loss = F.cross_entropy(rows, torch.zeros(len(rows), dtype=torch.long))
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    assert loss > 0
+    assert 0.3 * 2**30 < sum(size for address, size in kept.items() if address not in weights) <= 0.75 * 2**30

@@ -119,6 +119,8 @@ def test_an_evaluation_without_a_result_is_an_error(weights, images, monkeypatch
     ({"crop_pct": -1}, "crop_pct must be a number above 0, got -1"),
     ({"mean": 0.5}, "mean must be a list of finite numbers, got 0.5"),
     ({"std": [0.2, 0, 0.2]}, "std must be a list of numbers above 0"),
+    ({"mean": [0.5]}, "mean must be three numbers for three channels, got [0.5]"),
+    ({"std": [10**400] * 3}, "std must be a list of numbers above 0"),
     ({"classes": ["a", "b"]}, "there are 2 classes of 3 classes"),
     ({"classes": "abc"}, "classes must be a list of names, got 'abc'"),
     ({"options": []}, "options must be values by name, got []"),

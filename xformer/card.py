@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import inspect
 import json
-import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from xformer.checks import is_integer, is_number
 from xformer.errors import UsageError
 from xformer.files import to_json
 from xformer.registry import MEAN, STD, default_cfgs
@@ -52,40 +52,28 @@ class Card:
         return f"{self.image_size} pixels, {normalised}" if self.task == "detect" else f"any size, {normalised}"
 
 
-def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _list(value: Any, accepted: Callable[[Any], bool]) -> bool:
     return isinstance(value, list) and all(map(accepted, value))
 
 
-def _name(value: Any) -> bool:
+def _text(value: Any) -> bool:
     return isinstance(value, str)
 
 
-def _settings(value: Any) -> bool:
-    return isinstance(value, dict)
-
-
 ACCEPTED: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
-    "text": (_name, ("model", "task", "interpolation")),
-    "an integer of 1 or more": (lambda v: _whole(v) and v >= 1, ("num_classes", "in_chans", "image_size")),
-    "an integer of 0 or more": (lambda v: _whole(v) and v >= 0, ("step",)),
-    "a number above 0": (lambda v: _number(v) and v > 0, ("crop_pct",)),
-    "a list of finite numbers": (lambda v: _list(v, _number) and v, ("mean",)),
-    "a list of numbers above 0": (lambda v: _list(v, lambda x: _number(x) and x > 0) and v, ("std",)),
-    "a list of names": (lambda v: _list(v, _name), ("classes",)),
-    "a list of integers": (lambda v: _list(v, _whole), ("class_ids",)),
+    "text": (_text, ("model", "task", "interpolation")),
+    "an integer of 1 or more": (lambda v: is_integer(v) and v >= 1, ("num_classes", "in_chans", "image_size")),
+    "an integer of 0 or more": (lambda v: is_integer(v) and v >= 0, ("step",)),
+    "a number above 0": (lambda v: is_number(v) and v > 0, ("crop_pct",)),
+    "a list of finite numbers": (lambda v: _list(v, is_number) and v, ("mean",)),
+    "a list of numbers above 0": (lambda v: _list(v, lambda x: is_number(x) and x > 0) and v, ("std",)),
+    "a list of names": (lambda v: _list(v, _text), ("classes",)),
+    "a list of integers": (lambda v: _list(v, is_integer), ("class_ids",)),
     "a list of three bytes each": (
-        lambda v: _list(v, lambda c: _list(c, lambda x: _whole(x) and 0 <= x < 256) and len(c) == 3),
+        lambda v: _list(v, lambda c: _list(c, lambda x: is_integer(x) and 0 <= x < 256) and len(c) == 3),
         ("colours",),
     ),
-    "values by name": (_settings, ("options", "metrics")),
+    "values by name": (lambda v: isinstance(v, dict), ("options", "metrics")),
 }  # fmt: skip
 """What a card's fields must be, in words."""
 
@@ -111,6 +99,9 @@ def read_card(text: str, path: object) -> Card:
             if name in said and not right(said[name]):
                 raise UsageError(f"{where}: {name} must be {accepted}, got {said[name]!r}")
     card = Card(**{entry.name: said[entry.name] for entry in fields(Card) if entry.name in said})
+    for name in ("mean", "std"):
+        if card.in_chans == 3 != len(getattr(card, name)):
+            raise UsageError(f"{where}: {name} must be three numbers for three channels, got {getattr(card, name)}")
     for name in ("classes", "class_ids", "colours"):
         if len(getattr(card, name)) not in (0, card.num_classes):
             raise UsageError(f"{where}: there are {len(getattr(card, name))} {name} of {card.num_classes} classes")

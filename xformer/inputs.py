@@ -51,16 +51,12 @@ def _of_folder(folder: str) -> list[str]:
 
 
 def _of_pattern(pattern: str) -> list[str]:
-    from xformer.data.files import MORE_EXTENSIONS, SYSTEM
+    from xformer.data.files import SYSTEM, image_extensions
 
     ending = os.path.splitext(os.path.basename(pattern))[1]
     any_file = bool(ending) and not glob.has_magic(ending)
     unasked = set(SYSTEM) - set(Path(pattern).parts)
-    try:
-        from torchvision.datasets.folder import IMG_EXTENSIONS
-    except ImportError as error:
-        raise UsageError("patterns need torchvision: pip install 'xformer-kernels[models]'") from error
-    extensions = IMG_EXTENSIONS + MORE_EXTENSIONS
+    extensions = image_extensions()
     paths: list[str] = []
     for path in sorted(glob.glob(pattern, recursive=True)):
         if unasked & set(Path(path).parts):

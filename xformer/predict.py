@@ -99,7 +99,7 @@ def predictor_class(task: str) -> type[Predictor]:
 
 def predict(predictor: Predictor, images: Sequence[str | Path]) -> Iterator[Prediction]:
     """One prediction for every image file, in their order, prepared as in the evaluation."""
-    from xformer.data.images import Unreadable, open_image
+    from xformer.data.images import TURNED, Unreadable, open_image
 
     for start in range(0, len(images), predictor.batch_size):
         results = [Prediction(str(path)) for path in images[start : start + predictor.batch_size]]
@@ -115,15 +115,15 @@ def predict(predictor: Predictor, images: Sequence[str | Path]) -> Iterator[Pred
         if read:
             with torch.inference_mode():
                 answers = _answers(predictor, [image for _, image in read])
-            for (result, _), answer in zip(read, answers, strict=True):
+            for (result, image), answer in zip(read, answers, strict=True):
                 if isinstance(answer, Unreadable):
                     result.error = f"image: {result.image} cannot be read: {answer}"
                 elif answer is None:
                     result.error = f"image: {result.image}: {NOT_FINITE}"
                 else:
                     result.found, result.drawn = answer
-                    if "width" in result.found and (turned := orientation(result.image)) != 1:
-                        result.found["exif_orientation"] = turned
+                    if "width" in result.found and image.info[TURNED] != 1:
+                        result.found["exif_orientation"] = image.info[TURNED]
         yield from results
 
 
@@ -135,20 +135,6 @@ def _answers(predictor: Predictor, images: Sequence[Image.Image]) -> list[Any]:
         return predictor(images)
     except Unreadable as error:  # of one of them: the others are predicted without it
         return [error] if len(images) == 1 else [answer for image in images for answer in _answers(predictor, [image])]
-
-
-def orientation(path: str | Path) -> int:
-    """EXIF's number of how an image was turned before it was predicted; 1: it was not."""
-    from PIL import Image
-
-    from xformer.data.images import ORIENTATION
-
-    try:
-        with Image.open(path) as image:
-            number = image.getexif().get(ORIENTATION, 1)
-    except Exception:  # EXIF that does not parse says nothing about the image
-        return 1
-    return number if number in range(1, 9) else 1
 
 
 def class_names(card: Card, labels: str | Path = "") -> list[str]:

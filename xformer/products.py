@@ -19,7 +19,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from xformer_kernels import inference, ops
 from xformer_kernels.inference import BatchNorm, LayerNorm
-from xformer_kernels.layer.functional import Projections
+from xformer_kernels.layer.call import Projections
 
 
 def has_onednn() -> bool:

@@ -146,6 +146,13 @@ def explain_reference(backend: str, reason: str) -> Explanation:
 
 
 @torch.compiler.assume_constant_result
+def fuses(backend: str, spec: Spec) -> bool:
+    """Whether the ``xfa_forward`` of a backend computes `spec`; else it is composed of gram and channel_mix."""
+    found, _ = backends.load(backend)
+    return found is not None and found.fuses(spec)
+
+
+@torch.compiler.assume_constant_result
 def may_serve(backend: str, device_type: str, dtypes: tuple[torch.dtype, ...], head_dims: tuple[int, ...]) -> bool:
     """Whether a backend asked for by name, or by the environment, can serve a call; for auto, whether a kernel does."""
     name = asked(backend)

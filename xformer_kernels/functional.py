@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -36,15 +36,18 @@ def xfa(
 
         norm="token"      q^[n,i] = q[n,i] / max(||q[:,i]||, eps)     one norm per feature, over the tokens (default)
         norm="feature"    q^[n,i] = q[n,i] / max(||q[n,:]||, eps)     one norm per token, over the features
+        norm="none"       q^ = q                                      the temperature is all that scales the map
         map="query_key"   A = act(temperature * q^T k^)               out[n,i] = sum_j A[i,j] v[n,j]     (default)
         map="key_value"   M = temperature * k^T v                     out[n,j] = sum_i q^[n,i] M[i,j]
 
     ``act`` is the softmax over the key features j, or the identity; it applies to ``map="query_key"`` only. The default
     is XCiT's XCA (arXiv 2106.09681), EdgeNeXt's cross-covariance attention (arXiv 2206.10589) and Restormer's MDTA
-    (arXiv 2111.09881). ``key_value`` is our reading of the abstract of XFormer (arXiv 2207.07268), whose formula is not
-    public. The rule for eps is that of :func:`torch.nn.functional.normalize`, gradient included (a norm equal to eps
-    counts as clamped, as it does since torch 2.14); an eps below the smallest normal number of the accumulate dtype
-    (1.2e-38 for float32) is taken as that.
+    (arXiv 2111.09881). Without norms, ``xfa(k, v, q, D**-0.5)`` is the channel attention of DaViT (arXiv 2204.03645),
+    and ``xfa(q, k, v, N**-0.5)`` that of Florence-2's image encoder. ``key_value`` is our reading of the abstract of
+    XFormer (arXiv 2207.07268), whose formula is not public. The rule for eps is that of
+    :func:`torch.nn.functional.normalize`, gradient included (a norm equal to eps counts as clamped, as it does since
+    torch 2.14); an eps below the smallest
+    normal number of the accumulate dtype (1.2e-38 for float32) is taken as that.
 
     Args:
         q, k, v: (B, H, N, D), one dtype of float32, float64, bfloat16, float16 and one device, of any strides (views
@@ -71,8 +74,8 @@ def xfa(
     Derivatives are of any order: the first by the kernels, higher ones through the reference. The reference also
     computes what only PyTorch's own operators have rules for, whichever backend is asked for: the transforms of
     ``torch.func``, forward-mode AD, and tensor subclasses with a ``__torch_dispatch__`` of their own. With ``map_fn``
-    or ``dropout_p`` the call is composed of :func:`gram`, the map and :func:`channel_mix`; norms that no Gram matrix
-    gives are then taken in eager PyTorch.
+    or ``dropout_p`` the call is composed of :func:`gram`, the map and :func:`channel_mix`, and so is ``norm="none"`` on
+    a GPU; norms that no Gram matrix gives are then taken in eager PyTorch.
 
     Raises:
         TypeError: an argument of another type or dtype.
@@ -81,63 +84,64 @@ def xfa(
     """
     spec = Spec(map, norm, activation, eps).check()
     q, k, v, temperature = _prepare(q, k, v, temperature, token_mask, dropout_p, map_fn)
-    out: Tensor = prepared(q, k, v, temperature, spec, token_mask, dropout_p, map_fn, backend)()[0]
+    arguments = Arguments(q, k, v, temperature, spec, token_mask, dropout_p, map_fn)
+    out: Tensor = prepared(arguments, backend)()[0]
     return out.transpose(1, 2)
 
 
-def prepared(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    temperature: Tensor,
-    spec: Spec,
-    token_mask: Tensor | None,
-    dropout_p: float,
-    map_fn: Callable[[Tensor], Tensor] | None,
-    backend: str,
-) -> Callable[[], Sequence[Tensor]]:
-    """What computes :func:`xfa`: out (B, N, H, D) comes first.
+class Arguments(NamedTuple):
+    """Those of :func:`xfa`, known to be right, with the temperature as (H,)."""
 
-    Arguments are known to be right, and the temperature is (H,).
-    """
-    if _promotes(q, temperature):
-        tokens = (q.double(), k.double(), v.double())
-        return partial(_rounded, q.dtype, *tokens, temperature, spec, token_mask, dropout_p, map_fn, backend)
-    fused = map_fn is None and dropout_p == 0
-    first = dispatch.first_asked(q, spec) if fused else None
-    name = backend_of(backend, (q, k, v, temperature), (q.dtype, temperature.dtype), head_dims(q), first)
-    spec = spec.with_normal_eps(reference.accumulate_dtype(q.dtype))
-    if name == "reference":
-        return partial(_reference, q, k, v, temperature, spec, token_mask, dropout_p, map_fn)
-    if fused:
-        return partial(ops.call, "xfa_forward", name, (q, k, v, temperature), token_mask, spec)
-    return partial(_composed, q, k, v, temperature, spec, token_mask, dropout_p, map_fn, name)
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    temperature: Tensor
+    spec: Spec
+    token_mask: Tensor | None = None
+    dropout_p: float = 0.0
+    map_fn: Callable[[Tensor], Tensor] | None = None
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.q, self.k, self.v, self.temperature
+
+    @property
+    def fusible(self) -> bool:
+        """Whether an op of a backend that has this Spec computes it; else it is composed."""
+        return self.map_fn is None and self.dropout_p == 0
+
+    @property
+    def promotes(self) -> bool:
+        """Whether a float64 temperature makes float64 of the tokens."""
+        return self.temperature.dtype is torch.float64 and self.q.dtype is not torch.float64
 
 
-def _rounded(dtype: torch.dtype, *args: Any) -> tuple[Tensor]:
-    return (prepared(*args)()[0].to(dtype),)
+def prepared(a: Arguments, backend: str) -> Callable[[], Sequence[Tensor]]:
+    """What computes :func:`xfa`: out (B, N, H, D) comes first."""
+    if a.promotes:
+        return partial(_rounded, a, backend)
+    q, tensors, fusible = a.q, a.tensors, a.fusible
+    first = dispatch.first_asked(q, a.spec) if fusible else None
+    name = backend_of(backend, tensors, (q.dtype, a.temperature.dtype), head_dims(q), first)
+    spec = a.spec.with_normal_eps(reference.accumulate_dtype(q.dtype))
+    if fusible and name != "reference" and dispatch.fuses(name, spec):
+        return partial(ops.call, "xfa_forward", name, tensors, a.token_mask, spec)
+    a = a._replace(spec=spec)
+    return partial(_reference, a) if name == "reference" else partial(composed, a, name)
 
 
-def _composed(*args: Any) -> tuple[Tensor]:
-    return (composed(*args).transpose(1, 2),)
+def _rounded(a: Arguments, backend: str) -> tuple[Tensor]:
+    wide = a._replace(q=a.q.double(), k=a.k.double(), v=a.v.double())
+    return (prepared(wide, backend)()[0].to(a.q.dtype),)
 
 
-def _reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    temperature: Tensor,
-    spec: Spec,
-    token_mask: Tensor | None,
-    dropout_p: float,
-    map_fn: Callable[[Tensor], Tensor] | None,
-) -> tuple[Tensor]:
+def _reference(a: Arguments) -> tuple[Tensor]:
     note_reference("xfa")
-    with ops.without_autocast(q):
+    map_fn = None if a.map_fn is None else _checked_result(a.map_fn)
+    with ops.without_autocast(a.q):
         out = reference.xfa(
-            q, k, v, temperature, **spec._asdict(), token_mask=token_mask, dropout_p=dropout_p,
-            map_fn=None if map_fn is None else _checked_result(map_fn),
-        )  # fmt: skip
+            *a.tensors, **a.spec._asdict(), token_mask=a.token_mask, dropout_p=a.dropout_p, map_fn=map_fn
+        )
     return (out.transpose(1, 2),)
 
 
@@ -275,11 +279,11 @@ def explain(
     """
     spec = Spec(map, norm, activation, eps).check()
     q, k, v, temperature = _prepare(q, k, v, temperature, token_mask, dropout_p, map_fn)
-    if ops.torch_only(q, k, v, temperature):
+    a = Arguments(q, k, v, temperature, spec, token_mask, dropout_p, map_fn)
+    if ops.torch_only(*a.tensors):
         return dispatch.explain_reference(backend, TORCH_ONLY)
-    promotes = _promotes(q, temperature)
-    first = dispatch.first_asked(q, spec) if map_fn is None and dropout_p == 0 and not promotes else None
-    dtypes = (torch.float64 if promotes else q.dtype, temperature.dtype)
+    first = dispatch.first_asked(q, spec) if a.fusible and not a.promotes else None
+    dtypes = (torch.float64 if a.promotes else q.dtype, temperature.dtype)
     return dispatch.explain(backend, q.device.type, dtypes, head_dims(q), first, {"q": q, "k": k, "v": v})
 
 
@@ -287,10 +291,6 @@ TORCH_ONLY = (
     "a transform of torch.func, forward-mode AD or a tensor subclass with a __torch_dispatch__ of its own, for which "
     "PyTorch's operators alone have rules"
 )
-
-
-def _promotes(q: Tensor, temperature: Tensor) -> bool:
-    return temperature.dtype is torch.float64 and q.dtype is not torch.float64
 
 
 def backend_of(
@@ -361,22 +361,14 @@ def _checked_result(map_fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Te
     return checked
 
 
-def composed(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    temperature: Tensor,
-    spec: Spec,
-    token_mask: Tensor | None,
-    dropout_p: float,
-    map_fn: Callable[[Tensor], Tensor] | None,
-    backend: str,
-    group: Any = None,
-) -> Tensor:
-    """xfa out of the two primitives, with the map between them in eager PyTorch; tokens may be split over a group."""
-    if token_mask is not None:
-        # v too: its gradient's Gram matrix would meet what masked tokens hold
-        q, k, v = (torch.where(token_mask[:, None, :, None], x, 0) for x in (q, k, v))
+def composed(a: Arguments, backend: str, group: Any = None) -> tuple[Tensor]:
+    """out (B, N, H, D) by the two primitives, with the map between them in eager PyTorch.
+
+    Tokens may be split over a group.
+    """
+    spec, mask = a.spec, a.token_mask
+    # v too: its gradient's Gram matrix would meet what masked tokens hold
+    q, k, v = (reference.masked(x, mask) for x in (a.q, a.k, a.v))
     eps = spec.eps
     if spec.norm == "feature":
         # an eps that the dtype rounds to 0 would make NaN of a zero norm
@@ -394,13 +386,13 @@ def composed(
             S = S / _norm(ssq_right, eps).unsqueeze(-2)
         else:
             q = (q / _norm(ssq_right, eps).unsqueeze(-2)).to(q.dtype)
-    S = S * temperature.to(S.dtype).view(-1, 1, 1)
-    A = reference.activate(S, spec) if map_fn is None else _checked_result(map_fn)(S).to(S.dtype)
-    if dropout_p:
-        A = A * parallel.same(group, F.dropout(torch.ones_like(A), dropout_p))
+    S = S * a.temperature.to(S.dtype).view(-1, 1, 1)
+    A = reference.activate(S, spec) if a.map_fn is None else _checked_result(a.map_fn)(S).to(S.dtype)
+    if a.dropout_p:
+        A = A * parallel.same(group, F.dropout(torch.ones_like(A), a.dropout_p))
     x, weight = (v, A) if of_qk else (q, A.transpose(-2, -1))
     out = channel_mix(x, weight, backend=backend)
-    return out if token_mask is None else torch.where(token_mask[:, None, :, None], out, 0)
+    return (reference.masked(out, mask).transpose(1, 2),)
 
 
 def _norm(ssq: Tensor, eps: float) -> Tensor:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from xformer_kernels import dispatch, ops, parallel, reference, validate
 from xformer_kernels.functional import shared, xfa
 from xformer_kernels.layer import xfa_block, xfa_layer
-from xformer_kernels.layer.functional import FORMS, Call, Projections, prepared
+from xformer_kernels.layer.call import FORMS, Call, Projections
+from xformer_kernels.layer.functional import prepared
 from xformer_kernels.layer.ops import Operands
 from xformer_kernels.modules import dropout_p, runs_forward_of
 from xformer_kernels.spec import Spec

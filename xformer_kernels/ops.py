@@ -98,12 +98,10 @@ def wants_grad(*tensors: Any) -> bool:
     return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
 
 
-def records(args: Sequence[Any], *kinds: Any) -> Any:
-    """Arguments as NamedTuples `kinds`, each of as many as it has fields, and the rest, if any, as a list."""
+def records(args: Sequence[Any], *kinds: Any) -> list[Any]:
+    """Arguments as NamedTuples `kinds`, each of as many as it has fields, and the list of those that are left."""
     rest = iter(args)
-    found = [kind(*islice(rest, len(kind._fields))) for kind in kinds]
-    left = list(rest)
-    return (*found, left) if left else tuple(found)
+    return [*(kind(*islice(rest, len(kind._fields))) for kind in kinds), list(rest)]
 
 
 _functions: dict[str, type[torch.autograd.Function]] = {}
@@ -221,10 +219,6 @@ class _XfaBackward(torch.autograd.Function):
         return None, *result, None, None, None
 
 
-def _masked(x: Tensor, token_mask: Tensor | None) -> Tensor:
-    return x if token_mask is None else torch.where(token_mask[:, None, :, None], x, 0)
-
-
 class _Gram(torch.autograd.Function):
     """da = b dG^T + 2 dssq_a a and db = a dG + 2 dssq_b b, each one channel_mix: differentiable to any order."""
 
@@ -240,7 +234,7 @@ class _Gram(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dG: Tensor, dssq_a: Tensor, dssq_b: Tensor) -> tuple[Tensor | None, ...]:
         a, b, token_mask = ctx.saved_tensors
-        a, b = _masked(a, token_mask), _masked(b, token_mask)
+        a, b = (reference.masked(x, token_mask) for x in (a, b))
         mix, da, db = partial(channel_mix, ctx.backend), None, None
         if ctx.symmetric:
             da = mix(a, dG + dG.transpose(-2, -1), add=a, add_scale=2 * (dssq_a + dssq_b))

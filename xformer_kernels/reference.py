@@ -36,13 +36,12 @@ def xfa(
     map_fn: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """See :func:`xformer_kernels.xfa`; written as timm's ``XCA`` writes it, in the dtype of the inputs."""
-    keep = None if token_mask is None else token_mask[:, None, :, None]
-    if keep is not None:
-        q, k, v = (torch.where(keep, x, 0) for x in (q, k, v))
-    dim = -2 if norm == "token" else -1
-    # an eps that the dtype rounds to 0 would make NaN of a zero norm
-    eps = max(eps, torch.finfo(q.dtype).smallest_normal * torch.finfo(q.dtype).eps)
-    q, k = F.normalize(q, dim=dim, eps=eps), F.normalize(k, dim=dim, eps=eps)
+    q, k, v = (masked(x, token_mask) for x in (q, k, v))
+    if norm != "none":
+        dim = -2 if norm == "token" else -1
+        # an eps that the dtype rounds to 0 would make NaN of a zero norm
+        eps = max(eps, torch.finfo(q.dtype).smallest_normal * torch.finfo(q.dtype).eps)
+        q, k = F.normalize(q, dim=dim, eps=eps), F.normalize(k, dim=dim, eps=eps)
     left, right = (q, k) if map == "query_key" else (k, v)
     S = (left.transpose(-2, -1) @ right) * temperature.reshape(-1, 1, 1)
     A = map_fn(S.to(accumulate_dtype(q.dtype))) if map_fn is not None else activate(S, Spec(map, norm, activation))
@@ -50,7 +49,7 @@ def xfa(
     out = A @ v.transpose(-2, -1) if map == "query_key" else A.transpose(-2, -1) @ q.transpose(-2, -1)
     # (B, H, D, N) to the (B, N, H, D) memory that is promised
     out = out.permute(0, 3, 1, 2).contiguous().transpose(1, 2)
-    return out if keep is None else torch.where(keep, out, 0)
+    return masked(out, token_mask)
 
 
 def xfa_layer(
@@ -159,9 +158,7 @@ def gram(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`xformer_kernels.gram`; (B, H, N, D) operands."""
     dtype = accumulate_dtype(a.dtype)
-    a, b = a.to(dtype), b.to(dtype)
-    if token_mask is not None:
-        a, b = (torch.where(token_mask[:, None, :, None], x, 0) for x in (a, b))
+    a, b = (masked(x.to(dtype), token_mask) for x in (a, b))
     return a.transpose(-2, -1) @ b, a.square().sum(-2), b.square().sum(-2)
 
 

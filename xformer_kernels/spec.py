@@ -10,8 +10,12 @@ import torch
 from xformer_kernels import validate
 
 MAPS = ("query_key", "key_value")
-NORMS = ("token", "feature")
+NORMS = ("token", "feature", "none")
 ACTIVATIONS = ("softmax", "identity")
+
+
+LEAST = torch.finfo(torch.float32).tiny
+"""An eps that is normal in every dtype of sums."""
 
 
 class Spec(NamedTuple):
@@ -36,6 +40,8 @@ class Spec(NamedTuple):
 
     def with_normal_eps(self, dtype: torch.dtype) -> Spec:
         """With an eps that `dtype`, of sums, does not round to 0."""
+        if isinstance(self.eps, float) and self.eps >= LEAST:  # as good as always, and without a copy
+            return self
         return self._replace(eps=max(float(self.eps), torch.finfo(dtype).tiny))
 
     @property

@@ -83,7 +83,9 @@ def gradient_terms(
     dim = 2 if norm == "token" else 3
     if token_mask is not None:
         q, k, v, dout = (torch.where(token_mask[:, None, :, None], x, 0) for x in (q, k, v, dout))
-    norm_q, norm_k = (x.norm(dim=dim, keepdim=True).clamp_min(eps) for x in (q, k))
+    norm_q, norm_k = (
+        x.norm(dim=dim, keepdim=True).clamp_min(eps) if norm != "none" else x.new_ones(()) for x in (q, k)
+    )
     q, k, t = q / norm_q, k / norm_k, temperature.view(1, -1, 1, 1)
     if map == "query_key":
         cos = q.transpose(2, 3) @ k

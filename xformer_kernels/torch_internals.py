@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.autograd import forward_ad as _forward_ad
+from torch.autograd import profiler as _profiler
 from torch.nn.modules import module as _module
 
 # Whether a TorchDispatchMode or TorchFunctionMode, a transform of torch.func or torch.jit.trace has to see a call.
@@ -44,12 +46,12 @@ def calls_more_than_forward(module: Any) -> bool:
 
 def forward_ad_is_on() -> bool:
     """Whether code runs under ``torch.autograd.forward_ad.dual_level``, which has no public question."""
-    return torch.autograd.forward_ad._current_level >= 0
+    return _forward_ad._current_level >= 0
 
 
 def profiler_is_on() -> bool:
     """Whether torch.profiler records: it sees only what the dispatcher calls."""
-    return torch.autograd.profiler._is_profiler_enabled
+    return _profiler._is_profiler_enabled
 
 
 def process_group(name: str) -> Any:

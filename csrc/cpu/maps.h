@@ -21,7 +21,7 @@ struct Head {
   T* norm_q() const { return stats + (ptrdiff_t)dim * dim; }
   T* norm_k() const { return norm_q() + dim; }
   T clamped(T norm) const { return norm < eps ? eps : norm; }
-  // 1 / max(|q_i|, eps) for token norm, 1 where rows are normalised token by token.
+  // 1 / max(|q_i|, eps) for token norm, else 1.
   void inverse_norms(const T* norms, T* inverse) const {
     for (int i = 0; i < ld; ++i) inverse[i] = token_norm && i < dim ? 1 / clamped(norms[i]) : T(1);
   }

@@ -26,7 +26,7 @@ template <class T>
 struct Xfa {
   const xk_xfa_args& p;
   int dim, ld, block;
-  bool key_value, token_norm, pairs;
+  bool key_value, token_norm, feature_norm, pairs;
   size_t matrix, sums_size, scratch;
   Plan plan;
 
@@ -37,7 +37,8 @@ struct Xfa {
         block(block_tokens<T>(dim)),
         key_value(p.map == XK_KEY_VALUE),
         token_norm(p.norm == XK_TOKEN_NORM),
-        pairs(kPairs && p.q.dtype == XK_BF16 && token_norm && dim % 2 == 0 && !p.mask.data && pairable(p.q) &&
+        feature_norm(p.norm == XK_FEATURE_NORM),
+        pairs(kPairs && p.q.dtype == XK_BF16 && !feature_norm && dim % 2 == 0 && !p.mask.data && pairable(p.q) &&
               pairable(p.k) && pairable(p.v) && pairable(p.dout)),
         matrix((size_t)dim * ld),
         sums_size(matrix + 2 * ld),
@@ -59,7 +60,7 @@ struct Xfa {
     return pass;
   }
   Operand in(const xk_tensor& t, int64_t b, int64_t h, bool normalised) const {
-    return operand(t, b, h, dim, normalised && !token_norm);
+    return operand(t, b, h, dim, normalised && feature_norm);
   }
 
   // Gram of k with q (query_key) or with v (key_value), and the sums of squares of q and k.
@@ -128,7 +129,7 @@ struct Xfa {
     if (token_norm) {
       dq.add = 0, dq.scale = scale_q;
       dk.add = 1, dk.scale = scale_k;
-    } else {
+    } else if (feature_norm) {
       dq.unit = 0;
       dk.unit = 1;
     }

@@ -144,16 +144,22 @@ def _files(folder: Path, classes: list[str], shard: Shard) -> Files:
     return Files(folder, paths, np.array([label for _, label in found], dtype=np.int64))
 
 
+def image_extensions() -> tuple[str, ...]:
+    """Of the files that count as images, with their dots: torchvision's and MORE_EXTENSIONS."""
+    try:
+        from torchvision.datasets.folder import IMG_EXTENSIONS
+    except ImportError as error:
+        raise UsageError("folders need torchvision: pip install 'xformer-kernels[models]'") from error
+    extensions: tuple[str, ...] = IMG_EXTENSIONS + MORE_EXTENSIONS
+    return extensions
+
+
 def images_in(folder: Path, left_out: Counter[str]) -> list[str]:
     """Paths of a class, also in folders within, in torchvision's order. Adds to `left_out` what else there is, by kind.
 
     Hidden folders and files are left out, and links to folders that were seen already or that this one is in.
     """
-    try:
-        from torchvision.datasets.folder import IMG_EXTENSIONS
-    except ImportError as error:
-        raise UsageError("folders need torchvision: pip install 'xformer-kernels[models]'") from error
-    extensions = IMG_EXTENSIONS + MORE_EXTENSIONS
+    extensions = image_extensions()
     above = folder.parent.resolve()
     seen = {_identity(parent) for parent in (above, *above.parents, *folder.resolve().parents)}
     found: list[tuple[str, str]] = []

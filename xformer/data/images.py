@@ -17,6 +17,8 @@ SIXTEEN_BITS = ("PNG", "PPM", "JPEG2000")
 """Formats whose integers are of 16 bits; others, such as TIFF, have 32."""
 ORIENTATION = 0x0112
 """EXIF's tag of how a camera was held."""
+TURNED = "turned"
+"""Key of an image's ``info``."""
 
 
 class Unreadable(Exception):
@@ -66,6 +68,7 @@ def notice(shard: Shard, text: str, *values: object) -> None:
 def open_image(source: str | Path | bytes) -> Image.Image:
     """A file or its bytes as an RGB image, upright as EXIF says. Alpha is dropped, 16 bits become their upper 8.
 
+    ``info[TURNED]`` of the image is EXIF's number of how it was turned; 1: it was not.
     Integers of 32 bits are taken as 8 or as 16 bits, and floats as of 0 to 1 or of 0 to 255, by their largest value.
 
     Raises:
@@ -76,7 +79,10 @@ def open_image(source: str | Path | bytes) -> Image.Image:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             image.load()
             deep = image.mode.startswith("I;16") or (image.mode == "I" and image.format in SIXTEEN_BITS)
-            return to_rgb(_upright(image), deep)
+            upright, turned = _upright(image)
+            rgb = to_rgb(upright, deep)
+            rgb.info[TURNED] = turned
+            return rgb
     except Image.UnidentifiedImageError as error:
         raise Unreadable("no image, or of an unknown format") from error
     except Unreadable:
@@ -117,9 +123,10 @@ def _bytes(values: np.ndarray, deep: bool) -> np.ndarray:
     return np.round(values * (255 if most <= 1 else 1)).clip(0, 255).astype(np.uint8)
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def _upright(image: Image.Image) -> tuple[Image.Image, int]:
+    """An image as EXIF says, and EXIF's number from 1 to 8 of how it was turned; 1: it was not."""
     try:
-        turned = image.getexif().get(ORIENTATION, 1) != 1
-        return ImageOps.exif_transpose(image) if turned else image
+        number = image.getexif().get(ORIENTATION, 1)
+        return (ImageOps.exif_transpose(image), number) if number in range(2, 9) else (image, 1)
     except Exception:  # EXIF that does not parse says nothing about the image
-        return image
+        return image, 1

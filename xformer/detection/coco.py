@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from xformer.checks import is_integer, is_number
 from xformer.errors import UsageError
 
 
@@ -37,15 +38,8 @@ class Annotations:
     root: str = ""
 
 
-LARGEST = np.finfo(np.float64).max.item()
-
-
-def _integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 def _id(value: Any) -> bool:
-    return _integer(value) and -(2**63) <= value < 2**63
+    return is_integer(value) and -(2**63) <= value < 2**63
 
 
 def _file_name(value: Any) -> bool:
@@ -55,19 +49,15 @@ def _file_name(value: Any) -> bool:
         return False
 
 
-def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= LARGEST
-
-
 ACCEPTED: dict[str, Callable[[Any], bool]] = {
-    "an integer": _integer,
+    "an integer": is_integer,
     "an integer of 64 bits": _id,
-    "from 1 to 2^31": lambda value: _integer(value) and 1 <= value < 2**31,
+    "from 1 to 2^31": lambda value: is_integer(value) and 1 <= value < 2**31,
     "a name that a file can have": _file_name,
     "0 or 1": lambda value: isinstance(value, int) and value in (0, 1),
     "text": lambda value: isinstance(value, str),
-    "a finite number": _number,
-    "four finite numbers": lambda value: isinstance(value, list) and len(value) == 4 and all(map(_number, value)),
+    "a finite number": is_number,
+    "four finite numbers": lambda value: isinstance(value, list) and len(value) == 4 and all(map(is_number, value)),
 }
 
 
@@ -111,6 +101,20 @@ class Records:
         return others[other]
 
 
+def read_json(path: Path) -> Any:
+    """What a file of annotations holds.
+
+    Raises:
+        UsageError: no such file, or not JSON.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except OSError as error:
+        raise UsageError(f"annotations: cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise UsageError(f"annotations: {path} is not JSON: {error}") from error
+
+
 def read_annotations(path: Path, truth: bool = False) -> Annotations:
     """A file of COCO's instances. Where a record of an object has no ``iscrowd`` it is 0; no ``area``: that of its box.
 
@@ -120,12 +124,7 @@ def read_annotations(path: Path, truth: bool = False) -> Annotations:
     Raises:
         UsageError: no such file, or one that is not of this form, by the id of the record that is not.
     """
-    try:
-        content = json.loads(path.read_bytes())
-    except OSError as error:
-        raise UsageError(f"annotations: cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise UsageError(f"annotations: {path} is not JSON: {error}") from error
+    content = read_json(path)
     found = Records(path, content, "categories", "category")
     categories = {number: found.get(number, "name", "text") for number in sorted(found.by_id)}
     images = Records(path, content, "images", "image")

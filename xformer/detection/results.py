@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from xformer.detection.coco import Records
+from xformer.detection.coco import Records, read_json
 from xformer.errors import UsageError
 from xformer.weights import Card
 
@@ -59,13 +58,7 @@ def _number(stem: str) -> int | None:
 
 
 def _by_file_name(path: Path) -> dict[str, int]:
-    try:
-        content = json.loads(path.read_bytes())
-    except OSError as error:
-        raise UsageError(f"annotations: cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise UsageError(f"annotations: {path} is not JSON: {error}") from error
-    records = Records(path, content, "images", "image")
+    records = Records(path, read_json(path), "images", "image")
     found: dict[str, int] = {}
     for number in records.by_id:
         name = records.get(number, "file_name", "a name that a file can have")

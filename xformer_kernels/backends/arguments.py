@@ -19,7 +19,7 @@ Empty = Callable[[tuple[int, ...], torch.dtype], Tensor]
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _MAPS = {"query_key": 0, "key_value": 1}
-_NORMS = {"token": 0, "feature": 1}
+_NORMS = {"token": 0, "feature": 1, "none": 2}
 _ACTIVATIONS = {"softmax": 0, "identity": 1}
 _NO_STRIDES = (0, 0, 0, 0)
 

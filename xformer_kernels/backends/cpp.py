@@ -14,6 +14,7 @@ from torch import Tensor
 
 from xformer_kernels import _C
 from xformer_kernels.backends import arguments, unsupported_numbers
+from xformer_kernels.spec import Spec
 
 NAME = "cpp"
 
@@ -36,6 +37,11 @@ def unsupported(device_type: str, dtypes: Iterable[torch.dtype], head_dims: Iter
     if device_type != "cpu":
         reasons.append(f"tensors are on {device_type}, the kernels run on cpu")
     return reasons + unsupported_numbers(dtypes, head_dims, _WIDEST)
+
+
+def fuses(spec: Spec) -> bool:
+    """Whether xfa_forward and xfa_backward compute `spec`."""
+    return True
 
 
 def _empty(size: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from xformer_kernels import _cuda
-from xformer_kernels.backends import arguments, precision_of_products, tf32_allowed, unsupported_numbers
-from xformer_kernels.backends.cuda_first import comes_first as comes_first
+from xformer_kernels.backends import arguments, cuda_first, precision_of_products, tf32_allowed, unsupported_numbers
 
 NAME = "cuda"
+comes_first = cuda_first.comes_first
 _BUILD = _cuda.build_info()
 EMULATED: bool = _BUILD["emulated"]
 """Whether this is the build for tests whose kernels run on the CPU."""

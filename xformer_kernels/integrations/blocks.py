@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xformer_kernels.layer.functional import Call
+from xformer_kernels.layer.call import Call
 from xformer_kernels.modules import drops_no_path
 from xformer_kernels.nn import attend, fused_half_block, has_plain_projections
 

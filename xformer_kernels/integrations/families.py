@@ -20,7 +20,7 @@ from xformer_kernels.integrations.blocks import edgenext_block, xca, xcit_block
 from xformer_kernels.integrations.bound import Replaced, bound_forward, how_replaced
 from xformer_kernels.integrations.mdta import is_mdta_shaped, mdta, mdta_trial, serves_mdta
 from xformer_kernels.integrations.parts import serves_tensor
-from xformer_kernels.layer.functional import Call
+from xformer_kernels.layer.call import Call
 from xformer_kernels.modules import dropout_p, has_global_hooks, runs_forward_of
 from xformer_kernels.nn import may_fuse
 from xformer_kernels.spec import Spec

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from xformer_kernels.functional import xfa
 from xformer_kernels.integrations.parts import as_image, has_heads, has_parts, serves_temperature, serves_tensor
-from xformer_kernels.layer.functional import Call
+from xformer_kernels.layer.call import Call
 
 
 def cross_mdta(module: Any, call: Call, x: Tensor, y: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from xformer_kernels.integrations.parts import (
     serves_temperature,
     serves_tensor,
 )
-from xformer_kernels.layer.functional import Call
+from xformer_kernels.layer.call import Call
 from xformer_kernels.spec import Spec
 
 _CONVOLUTIONS = (nn.Conv2d, nn.Conv3d, nn.Sequential)

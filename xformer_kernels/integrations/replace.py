@@ -10,7 +10,7 @@ from torch import nn
 from xformer_kernels import dispatch, validate
 from xformer_kernels.integrations.bound import Replaced, bind, how_replaced, release
 from xformer_kernels.integrations.families import FAMILIES, Found, forward, look
-from xformer_kernels.layer.functional import FORMS
+from xformer_kernels.layer.call import FORMS
 
 
 def replace_attention(model: nn.Module, *, form: str = "auto", backend: str = "auto", verbose: bool = False) -> int:

@@ -50,6 +50,7 @@ class Rule(NamedTuple):
     map: str
     activation: str
     eps: float
+    normalised: bool = True  # else all norms are taken as 1
 
     @property
     def pair(self) -> tuple[int, int]:
@@ -93,8 +94,8 @@ def _apply(weight: Tensor, x: Tensor) -> Tensor:
     return (uncut(x) @ uncut(weight.flatten(0, 2)).T).to(x.dtype).unflatten(1, weight.shape[:3])
 
 
-def _inverse(norms: Tensor, eps: float) -> Tensor:
-    return 1 / norms.clamp_min(eps)
+def _inverse(norms: Tensor, rule: Rule) -> Tensor:
+    return 1 / norms.clamp_min(rule.eps) if rule.normalised else norms
 
 
 def _map(cos: Tensor, w: Weights, keep: Tensor | None, rule: Rule) -> tuple[Tensor, Tensor]:
@@ -123,8 +124,8 @@ def forward(sums: Sums, w: Weights, keep: Tensor | None, rule: Rule) -> tuple[Te
     G = G + c64[:, left].unsqueeze(-1) * (s64[:, right] + n64 * c64[:, right]).unsqueeze(-2)
     squares = (rows[:VALUE] * P[:, :VALUE]).sum(-1).double()
     squares = squares + c64[:, :VALUE] * (2 * s64[:, :VALUE] + n64.unsqueeze(-1) * c64[:, :VALUE])
-    norms = squares.clamp_min(0).sqrt()
-    inverse = _inverse(norms, rule.eps)
+    norms = squares.clamp_min(0).sqrt() if rule.normalised else torch.ones_like(squares)
+    inverse = _inverse(norms, rule)
     cos = G * inverse[:, left].unsqueeze(-1)
     if right == KEY:
         cos = cos * inverse[:, KEY].unsqueeze(-2)
@@ -144,7 +145,7 @@ def backward(
     """
     (left, right), mixed = rule.pair, rule.mixed
     cos, norms = statistics.cos.double(), statistics.norms.double()
-    c, inverse = _shifted(w, sums.c), _inverse(norms, rule.eps)
+    c, inverse = _shifted(w, sums.c), _inverse(norms, rule)
     A, kept = _map(cos, w, keep, rule)
     E, z = _mixing(kept, inverse, rule).to(c.dtype), w.qkv[mixed]
     heads = z.shape[:2]
@@ -177,7 +178,8 @@ def backward(
     if right == KEY:
         dsquares[KEY] = dsquares[KEY] - dnorms.sum(-2) * inverse[:, KEY].square() / 2
         dG = dG * inverse[:, KEY].unsqueeze(-2)
-    clamped, dG = norms <= rule.eps, dG.to(c.dtype)
+    clamped = norms <= rule.eps if rule.normalised else torch.ones_like(norms, dtype=torch.bool)
+    dG = dG.to(c.dtype)
 
     # Of G = [W_q c_q] [S s; s^T n] [W_k c_k]^T and of the norms: X, x are the gradients' products with the right side
     rows = w.qkv[: rule.rows]

@@ -66,7 +66,7 @@ class Choices(NamedTuple):
 
     @property
     def rule(self) -> algebra.Rule:
-        return algebra.Rule(self.spec.map, self.spec.activation, self.spec.eps)
+        return algebra.Rule(self.spec.map, self.spec.activation, self.spec.eps, self.spec.norm == "token")
 
 
 def _weights(o: Operands) -> algebra.Weights:
@@ -119,7 +119,7 @@ def _gradients(o: Operands, g: algebra.Gradients) -> tuple[Tensor, ...]:
 
 
 def _forward(backend: str, *args: Any) -> tuple[Tensor, ...]:
-    o, choices = ops.records(args, Operands, Choices)
+    o, choices, _ = ops.records(args, Operands, Choices)
     dispatch.note(backend, "layer_forward")
     x, mask, (gram, mix) = o.x, choices.token_mask, passes.of(backend)
     heads = x.unsqueeze(1)
@@ -141,7 +141,7 @@ def _forward(backend: str, *args: Any) -> tuple[Tensor, ...]:
 
 
 def _backward(backend: str, dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    o, saved, choices = ops.records(args, Operands, Saved, Choices)
+    o, saved, choices, _ = ops.records(args, Operands, Saved, Choices)
     dispatch.note(backend, "layer_backward")
     x, mask, (gram, mix) = o.x, choices.token_mask, passes.of(backend)
     with ops.without_autocast(x):
@@ -173,7 +173,7 @@ def _backward(backend: str, dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
 class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, backend: str, *args: Any) -> tuple[Tensor, ...]:
-        o, choices = ops.records(args, Operands, Choices)
+        o, choices, _ = ops.records(args, Operands, Choices)
         y, *saved = ops.below_autograd("layer_forward", backend, *o)(*args)
         ctx.save_for_backward(*o, *saved, choices.keep, choices.token_mask)
         ctx.backend, ctx.choices = backend, choices._replace(keep=None, token_mask=None)
@@ -197,7 +197,7 @@ class _LayerBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, backend: str, dy: Tensor, *args: Any) -> Any:
-        o, _, choices = ops.records(args, Operands, Saved, Choices)
+        o, _, choices, _ = ops.records(args, Operands, Saved, Choices)
         ctx.save_for_backward(dy, *o, choices.keep, choices.token_mask)
         ctx.choices = choices._replace(keep=None, token_mask=None)
         ctx.set_materialize_grads(False)

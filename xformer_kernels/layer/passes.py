@@ -95,7 +95,7 @@ def _gram(
         x = tokens(x.squeeze(1), center, layer_norm_eps).unsqueeze(1)
     a = x if symmetric else a
     G = _kernel(backend, "gram")(a, x, symmetric, token_mask)[0]
-    return G, _sum(a, token_mask), _sum(x, token_mask)
+    return G, reference.column_sums(a, token_mask), reference.column_sums(x, token_mask)
 
 
 def _mix(
@@ -132,12 +132,6 @@ def _layer_norm_backward(grad: Tensor, x: Tensor, eps: float) -> Tensor:
         grad.to(dtype), wide, x.shape[-1:], mean, inverse, None, None, wanted
     )[0]
     return dx.to(x.dtype)
-
-
-def _sum(x: Tensor, token_mask: Tensor | None) -> Tensor:
-    """Over the tokens of (B, 1, N, C)."""
-    x = x if token_mask is None else torch.where(token_mask[:, None, :, None], x, 0)
-    return x.sum(2, dtype=accumulate_dtype(x.dtype))
 
 
 def _reference_gram(a: Tensor, b: Tensor, symmetric: bool, token_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

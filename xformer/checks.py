@@ -1,0 +1,15 @@
+"""What values of JSON are."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+
+def is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a finite number, integers within the range of floats included."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max

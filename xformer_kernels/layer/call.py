@@ -1,0 +1,150 @@
+"""What a call of the layer says beside its tensors: checks, what ranks compare, and which form it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from xformer_kernels import dispatch, functional, ops, parallel, validate
+from xformer_kernels.layer import cost
+from xformer_kernels.layer.ops import Operands
+from xformer_kernels.spec import Spec
+
+FORMS = ("auto", "gram", "direct")
+
+
+class Projections(NamedTuple):
+    """Who projects in the direct form in the place of torch's linear layers, and what that costs.
+
+    ``linear(x, weight, bias, layer_norm=, add=)`` also does the layer norm before it and the sum behind it.
+    """
+
+    linear: Callable[..., Tensor]
+    takes: Callable[[Tensor, Tensor], bool]  # whether it makes a product of x and a weight other than torch
+    machine: str  # of cost.MACHINES, where it does
+
+
+class Call(NamedTuple):
+    """What a call says beside its tensors."""
+
+    spec: Spec
+    token_mask: Tensor | None
+    dropout_p: float
+    form: str
+    group: Any
+    backend: str
+    projections: Projections | None = None
+
+    def keywords(self) -> dict[str, Any]:
+        """As :func:`xfa_layer` and :func:`xfa_block` take them."""
+        others = {name: value for name, value in self._asdict().items() if name not in ("spec", "projections")}
+        return {**self.spec._asdict(), **others}
+
+    def check(self, o: Operands, *block: Any) -> None:
+        """`block`: ln_eps and residual of a half block."""
+        validate.layer(*o)
+        self.spec.check()
+        validate.probability("dropout_p", self.dropout_p)
+        validate.choice("form", self.form, FORMS)
+        dispatch.check_name(self.backend)
+        if self.token_mask is not None:
+            validate.token_mask(self.token_mask, o.x, "x")
+        if self.form == "gram" and self.no_gram_form():
+            raise ValueError(f"form='gram' is not possible: {self.no_gram_form()}; take 'auto' or 'direct'")
+
+        if block:
+            self._check_block(o, *block)
+
+    def _check_block(self, o: Operands, ln_eps: Any, residual: Any) -> None:
+        validate.not_negative("ln_eps", ln_eps)
+        if residual and o.proj_weight.shape[0] != o.x.shape[-1]:
+            raise ValueError(
+                f"proj_weight must have shape (C, I) with C = {o.x.shape[-1]} where x is added, "
+                f"got {tuple(o.proj_weight.shape)}"
+            )
+
+    def tell(self, ranks: parallel.Exchange, o: Operands, *block: Any) -> None:
+        """What the ranks of a group must have alike, for all to send each other the same sums in the same order."""
+        if self.group is None:
+            return
+        absent = [t is None for t in o]
+        choices = (self.spec.text, float(self.dropout_p), self.form)
+        # of anything, as the Gram form goes backward for, and of q and k, as the direct form does
+        of_qk = (o.x, o.qkv_weight, o.qkv_bias, o.ln_weight, o.ln_bias)
+        wanted = [ops.wants_grad(*o), ops.wants_grad(*of_qk)]
+        O, I = o.proj_weight.shape  # noqa: E741
+        H = o.temperature.numel()
+        served: Any = self.narrow(o)
+        if dispatch.asked(self.backend) != "auto":
+            served = [self._served(o, features) for features in (o.x.shape[-1], I // H)]
+        ranks.alike = parallel.describe(o.x, H, I, O, (*choices, *absent, *map(float, block)), wanted, served)
+        ranks.tokens = o.x.shape[1]
+
+    def agreed(self, ranks: parallel.Exchange, o: Operands) -> Call:
+        """The call with the form that all ranks of its group take, which is decided by the most tokens that one has."""
+        if self.group is None:
+            return self
+        return self._replace(form=self.choose(o, tokens=ranks.most_tokens))
+
+    def no_gram_form(self) -> str:
+        """Why there is no Gram form, or nothing."""
+        if self.spec.norm == "feature":
+            return "norm='feature' divides each token of q and k by a norm of its own, so no sum over x knows them"
+        return ""
+
+    def always_direct(self, o: Operands) -> str:
+        """Why the form is direct whichever is asked for, or nothing."""
+        if ops.torch_only(*o):
+            return functional.TORCH_ONLY
+        if o.temperature.dtype is torch.float64 and o.x.dtype is not torch.float64:
+            return f"a float64 temperature promotes tokens of {o.x.dtype}"
+        return ""
+
+    def against_gram(self, o: Operands) -> str:
+        """Why auto takes the direct form whatever both cost, or nothing."""
+        reason = self.always_direct(o) or self.no_gram_form()
+        if not reason and torch.compiler.is_exporting():
+            return "an exported program has the direct form"
+        if not reason and self.narrow(o):
+            return f"no kernel takes the {o.x.shape[-1]} features of x at a time"
+        return reason
+
+    def narrow(self, o: Operands) -> bool:
+        """Whether kernels serve the direct form, of a head's features at a time, and not the Gram form, of x's.
+
+        Without kernels for either, torch's products make up both, and the costs decide.
+        """
+        C, inner = functional.head_dims(o.x, o.proj_weight)
+        return not self._served(o, C) and (
+            dispatch.asked(self.backend) != "auto" or self._served(o, inner // o.temperature.numel())
+        )
+
+    def _served(self, o: Operands, features: int) -> bool:
+        return dispatch.may_serve(self.backend, o.x.device.type, (o.x.dtype,), (features,))
+
+    def costs(self, o: Operands) -> tuple[cost.Cost, cost.Cost]:
+        """Of the Gram form, and of the direct one."""
+        shape, device = self._shape(o), o.x.device.type
+        return cost.gram(shape, device), cost.direct(shape, device)
+
+    def _shape(self, o: Operands, tokens: int | None = None) -> cost.Shape:
+        """`tokens`: as if x had so many."""
+        O, I = o.proj_weight.shape  # noqa: E741
+        B, N, C = o.x.shape
+        N = N if tokens is None else tokens
+        training = ops.wants_grad(*o)
+        return cost.Shape(B, N, C, o.temperature.numel(), I, O, o.x.element_size(), training)
+
+    def choose(self, o: Operands, tokens: int | None = None) -> str:
+        """The form; `tokens`: as if x had so many."""
+        if self.form != "auto":
+            return "direct" if self.always_direct(o) else self.form
+        if self.against_gram(o):
+            return "direct"
+        shape, device = self._shape(o, tokens), o.x.device.type
+        if self.projections is not None and self.projections.takes(o.x, o.qkv_weight):
+            device = self.projections.machine
+        return cost.cheaper(shape, device) if torch.compiler.is_compiling() else cost.cached(shape, device)
