@@ -6,6 +6,7 @@ forward is still there for what the bound one does not reproduce.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,11 +21,24 @@ class Replaced(NamedTuple):
     family: str
     form: str
     backend: str
-    names: tuple[str, ...] = ()  # of the inputs of the class's forward
+    names: tuple[str, ...] = ()  # of the inputs of the class's forward, or of its processor
+
+
+class Processor:
+    """Stands where diffusers keeps what an attention module computes, ``module.processor``, in the place of another."""
+
+    def __init__(self, compute: Callable[..., Any], replaced: Replaced, original: Any) -> None:
+        self.compute, self.replaced, self.original = compute, replaced, original
+
+    def __call__(self, attn: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return self.compute(attn, self.replaced, self.original, args, kwargs)
 
 
 def how_replaced(module: nn.Module) -> Replaced | None:
     """None for modules that are not replaced (any more)."""
+    processor = module.__dict__.get("processor")
+    if isinstance(processor, Processor):
+        return processor.replaced
     replaced: Replaced | None = module.__dict__.get(_REPLACED)
     return replaced
 
@@ -45,7 +59,11 @@ def bound_forward(module: nn.Module) -> Any:
 
 
 def release(module: nn.Module) -> Replaced | None:
-    """Undoes :func:`bind`; a forward that was set since, around ours, then calls that of the class."""
+    """Undoes what replaced a module; a forward that was set since, around ours, then calls that of the class."""
+    processor = module.__dict__.get("processor")
+    if isinstance(processor, Processor):
+        module.__dict__["processor"] = processor.original
+        return processor.replaced
     forward = bound_forward(module)
     replaced: Replaced | None = module.__dict__.pop(_REPLACED, None)
     if forward is not None:

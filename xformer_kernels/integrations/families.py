@@ -7,6 +7,7 @@ inside the module is the class and state that it reproduces; otherwise the forwa
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -15,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from xformer_kernels import ops
-from xformer_kernels.integrations import images, tokens, trial
+from xformer_kernels.integrations import davit, images, linear, tokens, trial
 from xformer_kernels.integrations.blocks import edgenext_block, xca, xcit_block
-from xformer_kernels.integrations.bound import Replaced, bound_forward, how_replaced
+from xformer_kernels.integrations.bound import Processor, Replaced, bind, bound_forward, how_replaced
 from xformer_kernels.integrations.mdta import is_mdta_shaped, mdta, mdta_trial, serves_mdta
 from xformer_kernels.integrations.parts import serves_tensor
 from xformer_kernels.layer.call import Call
@@ -39,6 +40,8 @@ class Family(NamedTuple):
     shaped: Callable[[nn.Module], bool] | None = None  # whether a module has the parts, if these make the family
     trial: Callable[[nn.Module], tuple[Any, ...]] | None = None  # as `inputs`, for one of these modules
     args: int = 1  # how many inputs there are
+    optional: int = 0  # how many of these, the last ones, may be left out: they are then None
+    processor: bool = False  # whether diffusers keeps the computation in ``module.processor``
 
     @property
     def original(self) -> Any:
@@ -121,6 +124,29 @@ FAMILIES: dict[str, Family] = {
     "IG_MSA": Family(
         images.ig_msa, images.serves_ig_msa, shaped=images.is_ig_msa_shaped, trial=images.ig_msa_trial, args=2
     ),
+    "ChannelAttention": Family(
+        davit.channel_attention, davit.serves_channel_attention,
+        shaped=davit.is_channel_attention_shaped, trial=davit.channel_attention_trial,
+    ),
+    "ChannelAttentionV2": Family(
+        davit.channel_attention_v2, davit.serves_channel_attention_v2,
+        shaped=davit.is_channel_attention_v2_shaped, trial=davit.channel_attention_trial,
+    ),
+    "LiteMLA": Family(
+        linear.lite_mla, linear.serves_lite_mla, shaped=linear.is_lite_mla_shaped, trial=linear.lite_mla_trial
+    ),
+    "SanaMultiscaleLinearAttention": Family(
+        linear.multiscale, linear.serves_multiscale,
+        shaped=linear.is_multiscale_shaped, trial=linear.multiscale_trial, processor=True,
+    ),
+    "SanaLinearAttnProcessor2_0": Family(
+        linear.sana, linear.serves_sana,
+        shaped=linear.is_sana_shaped, trial=linear.sana_trial, args=3, optional=2, processor=True,
+    ),
+    "LinearAttention": Family(
+        linear.loftr, linear.serves_loftr,
+        shaped=linear.is_loftr_shaped, trial=linear.loftr_trial, args=5, optional=2,
+    ),
 }  # fmt: skip
 
 
@@ -149,18 +175,35 @@ def look(module: nn.Module) -> Found:
     return Found(None, "has a temperature, but not the parts of a family" if scaled else "")
 
 
+def replace(module: Any, family: str, form: str, backend: str) -> None:
+    """Makes `module`, of that family, compute with our kernels."""
+    if FAMILIES[family].processor:
+        names = tuple(inspect.signature(type(module.processor).__call__).parameters)[2:]
+        module.processor = Processor(compute, Replaced(family, form, backend, names), module.processor)
+    else:
+        names = tuple(inspect.signature(type(module).forward).parameters)[1:]
+        bind(module, forward, Replaced(family, form, backend, names))
+
+
 def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """What a replaced module runs: the fused forward of its family where that is the same, else its class's own."""
-    replaced = how_replaced(module)
-    if replaced is not None:
-        family = FAMILIES[replaced.family]
-        names = replaced.names[len(args) : family.args]
-        if kwargs.keys() == set(names):
-            given = (*args, *[kwargs[name] for name in names])
-            served = len(given) == family.args and family.serves(module, *given)
-            if served and (not family.name or agrees(replaced.family)):
-                return family.fused(module, _call(replaced), *given)
-    return type(module).forward(module, *args, **kwargs)
+    replaced, original = how_replaced(module), type(module).forward
+    if replaced is None:
+        return original(module, *args, **kwargs)
+    return compute(module, replaced, original, args, kwargs)
+
+
+def compute(
+    module: nn.Module, replaced: Replaced, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """The fused forward of the module's family where that is what ``original(module, ...)`` computes; else that."""
+    family = FAMILIES[replaced.family]
+    names = replaced.names[len(args) : family.args]
+    required = replaced.names[len(args) : family.args - family.optional]
+    if len(args) <= family.args and set(required) <= kwargs.keys() <= set(names):
+        given = (*args, *(kwargs.get(name) for name in names))
+        if family.serves(module, *given) and (not family.name or agrees(replaced.family)):
+            return family.fused(module, _call(replaced), *given)
+    return original(module, *args, **kwargs)
 
 
 def _call(replaced: Replaced) -> Call:

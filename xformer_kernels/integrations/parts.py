@@ -15,21 +15,22 @@ Kinds = type[nn.Module] | tuple[type[nn.Module], ...]
 _OF_TORCH = {*nn.Module().__dict__, "_compiled_call_impl", "forward"}
 _STATE = (bool, int, float, str, torch.dtype, torch.device, type(None))
 _FILLED = (list, dict, set, Tensor)
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
-def has_parts(module: nn.Module, **kinds: Kinds) -> bool:
+def has_parts(module: nn.Module, *others: str, **kinds: Kinds) -> bool:
     """Whether the children have exactly these names, and are of these classes or derived ones.
 
     The module may hold no buffers and, beside its parameters, nothing but numbers, names and its own methods: shapes of
-    windows and functions that were set on it are signs of another formula for other inputs. A ``forward`` that was set
-    is for the caller to see.
+    windows and functions that were set on it are signs of another formula for other inputs. `others`: names of
+    attributes that may be anything, and a ``forward`` that was set, are for the caller to see.
     """
     children = dict(module.named_children())
     return (
         children.keys() == kinds.keys()
         and all(isinstance(children[name], kind) for name, kind in kinds.items())
         and not list(module.named_buffers(recurse=False))
-        and all(_is_plain(module, *item) for item in module.__dict__.items())
+        and all(name in others or _is_plain(module, name, value) for name, value in module.__dict__.items())
     )
 
 
@@ -45,7 +46,11 @@ def _is_plain(module: nn.Module, name: str, value: Any) -> bool:
 def has_heads(module: nn.Module, heads: str, temperature: str, dim: Any) -> bool:
     """Whether the attributes of these names are a number of heads that divides `dim`, and one temperature of each."""
     H, t = getattr(module, heads, None), getattr(module, temperature, None)
-    return isinstance(H, int) and H > 0 and dim % H == 0 and isinstance(t, Tensor) and t.shape == (H, 1, 1)
+    return divides(H, dim) and isinstance(t, Tensor) and t.shape == (H, 1, 1)
+
+
+def divides(heads: Any, dim: Any) -> bool:
+    return isinstance(heads, int) and heads > 0 and dim % heads == 0
 
 
 def serves_tensor(x: Any, dims: int) -> bool:
@@ -66,6 +71,10 @@ def convolution(module: Any) -> Any:
 def as_image(out: Tensor, sizes: Any, like: Tensor) -> Tensor:
     """(B, H, N, D), in (B, N, H, D) memory, to (B, C, *sizes): a view if `like` is channels_last, else one copy."""
     pixels = out.transpose(-2, -1).flatten(1, 2).unflatten(-1, sizes)
-    channels_last = torch.channels_last if like.dim() == 4 else torch.channels_last_3d
-    last = like.is_contiguous(memory_format=channels_last) and not like.is_contiguous()
-    return pixels.contiguous(memory_format=channels_last if last else torch.contiguous_format)
+    return pixels.contiguous(
+        memory_format=_CHANNELS_LAST[like.dim()] if is_channels_last(like) else torch.contiguous_format
+    )
+
+
+def is_channels_last(x: Tensor) -> bool:
+    return x.is_contiguous(memory_format=_CHANNELS_LAST[x.dim()]) and not x.is_contiguous()

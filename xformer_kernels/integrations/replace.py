@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 from torch import nn
 
 from xformer_kernels import dispatch, validate
-from xformer_kernels.integrations.bound import Replaced, bind, how_replaced, release
-from xformer_kernels.integrations.families import FAMILIES, Found, forward, look
+from xformer_kernels.integrations.bound import how_replaced, release
+from xformer_kernels.integrations.families import FAMILIES, Found, look, replace
 from xformer_kernels.layer.call import FORMS
 
 
@@ -53,8 +52,7 @@ def replace_attention(model: nn.Module, *, form: str = "auto", backend: str = "a
     for path, module in model.named_modules():
         found = Found(None, "is replaced already") if is_replaced(module) else look(module)
         if found.family is not None:
-            names = tuple(inspect.signature(type(module).forward).parameters)[1:]
-            bind(module, forward, Replaced(found.family, form, backend, names))
+            replace(module, found.family, form, backend)
             layers += not FAMILIES[found.family].whole_block
         if verbose and (found.family or found.why):
             outcome = f"replaced ({found.family})" if found.family else f"left: {found.why}"

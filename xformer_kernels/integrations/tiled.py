@@ -14,7 +14,7 @@ from xformer_kernels.functional import channel_mix, gram
 from xformer_kernels.integrations import trial
 from xformer_kernels.integrations.bound import how_replaced
 from xformer_kernels.integrations.mdta import is_mdta_shaped, mdta_by_reference, mdta_trial
-from xformer_kernels.integrations.parts import convolution
+from xformer_kernels.integrations.parts import convolution, is_channels_last
 from xformer_kernels.modules import runs_forward_of
 
 
@@ -138,8 +138,7 @@ def _of(bias: Tensor | None, channels: slice) -> Tensor | None:
 
 
 def _empty(x: Tensor, done: Tensor) -> Tensor:
-    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     return torch.empty(
         (x.shape[0], done.shape[1], *x.shape[2:]), dtype=done.dtype, device=done.device,
-        memory_format=torch.channels_last if last else torch.contiguous_format,
+        memory_format=torch.channels_last if is_channels_last(x) else torch.contiguous_format,
     )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch.nn.functional as F
@@ -28,8 +29,13 @@ def attention(x: Tensor, qkv: Any, temperature: Tensor, proj: Any, p: float, cal
 
 
 def _direct(x: Tensor, qkv: Any, temperature: Tensor, p: float, call: Call) -> Tensor:
-    q, k, v = (t.transpose(1, 2) for t in qkv(x).unflatten(-1, (3, temperature.shape[0], -1)).unbind(2))
-    return xfa(q, k, v, temperature, dropout_p=p, backend=call.backend)
+    q, k, v = heads_of(qkv(x), temperature.shape[0])
+    return xfa(q, k, v, temperature, dropout_p=p, backend=call.backend, **call.spec._asdict())
+
+
+def heads_of(qkv: Tensor, heads: int) -> Iterator[Tensor]:
+    """q, k and v as (B, H, N, D), of (B, N, 3 H D): views."""
+    return (t.transpose(1, 2) for t in qkv.unflatten(-1, (3, heads, -1)).unbind(2))
 
 
 def _is_pointwise(conv: Any) -> bool:
