@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import sys
 
 import pytest
 import torch
-from test_integrated_families import CASES, Case, FacebookXCA
+from integrated_cases import CASES, Case, FacebookXCA, results
 from test_integrations import MDTA
 from torch import nn
 
@@ -20,7 +21,7 @@ def case(request) -> Case:
 
 def test_other_formulas_are_left_alone(case):
     """The parts alone do not make a family: neither where outputs differ, nor where only gradients or modes do."""
-    cls = type(case.make())
+    cls = type(case.model())
 
     class Louder(cls):
         def forward(self, *args):
@@ -40,7 +41,7 @@ def test_other_formulas_are_left_alone(case):
             return self.kept
 
     for derived in (Louder, Detached, InTraining, Keeps):
-        model = case.make()
+        model = case.model()
         model.__class__ = derived
         assert replace_attention(model) == 0, derived.__name__
 
@@ -55,33 +56,101 @@ def test_modules_that_hold_more_than_numbers_are_left_alone(name, value):
 
 def test_monai_with_flash_attention_is_left_alone():
     """Its temperature is the mean over heads, and has no gradient."""
-    cablock = pytest.importorskip("monai.networks.blocks.cablock", reason="MONAI is not installed")
-    pytest.importorskip("einops", reason="MONAI's CABlock needs einops")
+    from monai.networks.blocks.cablock import CABlock
+
     for heads in (1, 2):
-        assert replace_attention(cablock.CABlock(2, 8, heads, True, flash_attention=True)) == 0
+        assert replace_attention(CABlock(2, 8, heads, True, flash_attention=True)) == 0
 
 
 def test_a_method_that_was_set_is_called():
-    model = CASES["MONAI 2D"].make(torch.float64)
+    model = CASES["MONAI 2D"].model(torch.float64)
     x = CASES["MONAI 2D"].args(torch.float64)
     expected = model(*x)
     replace_attention(model)
     normal = model._attention_fn
     model._attention_fn = lambda q, k, v: normal(q, k, 0 * v)
     assert (model(*x) - expected).abs().max() > 1e-3
-    model = CASES["MONAI 2D"].make()
+    model = CASES["MONAI 2D"].model()
     model._attention_fn = lambda q, k, v: v
     assert replace_attention(model) == 0
 
 
 def test_a_change_of_the_softmax_of_vit_pytorch_counts():
     case = CASES["vit-pytorch"]
-    theirs = case.make(torch.float64)
+    theirs = case.model(torch.float64)
     ours = copy.deepcopy(theirs)
     replace_attention(ours)
     for model in (theirs, ours):
         model.attend = nn.Softmax(dim=-2)
     torch.testing.assert_close(ours(*case.args(torch.float64)), theirs(*case.args(torch.float64)))
+
+
+@pytest.mark.parametrize(
+    "name, change",
+    [
+        ("EfficientViT", lambda m: setattr(m, "kernel_func", nn.Sigmoid())),
+        ("DC-AE", lambda m: setattr(m, "nonlinearity", nn.Sigmoid())),
+        ("LoFTR", lambda m: setattr(m, "feature_map", torch.exp)),
+        ("DC-AE", lambda m: setattr(m, "processor", lambda attn, x: 2 * x)),
+        ("Sana", lambda m: m.set_processor(lambda attn, x, **others: 2 * x)),
+    ],
+)
+def test_another_feature_map_or_processor_counts(name, change):
+    """Of models that are replaced already; one that is changed before is not replaced."""
+    theirs, args = CASES[name].model(torch.float64), CASES[name].args(torch.float64)
+    ours = copy.deepcopy(theirs)
+    assert replace_attention(ours) == 1
+    for model in (theirs, ours):
+        change(model)
+    torch.testing.assert_close(ours(*args), theirs(*args), rtol=1e-4, atol=1e-5)
+    assert replace_attention(theirs) == 0
+
+
+def test_another_attention_function_of_transformers_counts(monkeypatch):
+    case = CASES["Florence-2"]
+    model, x = case.model(), case.args()
+    functions = sys.modules[case.where].ALL_ATTENTION_FUNCTIONS
+    monkeypatch.setitem(functions, "mine", lambda module, q, k, v, **others: (v.transpose(1, 2), None))
+    model.config._attn_implementation = "mine"
+    expected = model(*x)
+    assert replace_attention(model) == 0
+    model.config._attn_implementation = "sdpa"
+    assert replace_attention(model) == 1
+    model.config._attn_implementation = "mine"
+    torch.testing.assert_close(model(*x), expected)
+
+
+def test_masks_of_loftr_that_are_not_bool():
+    """Numbers may be weights: they are the original's to multiply by."""
+    model, (q, k, v, q_mask, kv_mask) = CASES["LoFTR, masks"].model(), CASES["LoFTR, masks"].args()
+    masks = (q_mask.float(), 0.5 * kv_mask)
+    expected = model(q, k, v, *masks)
+    assert replace_attention(model) == 1
+    torch.testing.assert_close(model(q, k, v, *masks), expected)
+
+
+@pytest.mark.parametrize("name", ["EfficientViT", "DC-AE"])
+@pytest.mark.parametrize("pixels", [(1, 1), (3, 4), (1, 13)])
+def test_few_pixels(name, pixels):
+    """No more than features of a head: where DC-AE has a map of pixels times pixels, that is computed."""
+    theirs = CASES[name].model(torch.float64)
+    ours = copy.deepcopy(theirs)
+    assert replace_attention(ours) == 1
+    x = [torch.randn(2, 48, *pixels, generator=torch.Generator().manual_seed(0), dtype=torch.float64)]
+    for key, value in results(theirs, x).items():
+        torch.testing.assert_close(results(ours, x)[key], value, rtol=1e-4, atol=1e-5)
+
+
+def test_float16_of_sana_is_clipped_as_before():
+    theirs = CASES["Sana"].model(torch.float16)
+    x = [1e4 * CASES["Sana"].args(torch.float16)[0].sign()]
+    with torch.no_grad():
+        theirs.to_out[0].weight.mul_(1e3)
+        expected = theirs(*x)
+        assert replace_attention(theirs) == 1
+        got = theirs(*x)
+    assert expected.isfinite().all() and expected.abs().max() == 65504
+    assert ((got - expected).abs() <= 0.02 * expected.abs().max()).all()
 
 
 # ------------------------------------------------------------------------------------------------------------ verbose

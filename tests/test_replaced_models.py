@@ -39,10 +39,6 @@ def rows() -> list[Any]:
 @pytest.mark.parametrize("form", ["gram", "direct"])
 @pytest.mark.parametrize(("kind", "change"), rows())
 def test_numbers_and_calls_are_those_of_the_original(kind, change, form):
-    check_numbers_and_calls(kind, change, form)
-
-
-def check_numbers_and_calls(kind, change, form):
     theirs = kind.model()
     change(kind, theirs)
     CALLS.clear()

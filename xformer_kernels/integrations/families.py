@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -169,7 +170,7 @@ def look(module: nn.Module) -> Found:
         if family.shaped is not None and family.trial is not None and family.shaped(module):
             if "forward" in module.__dict__:
                 return Found(None, f"has the parts of {name}, but a forward is set on the instance")
-            tried = trial.run(lambda: module, _by_reference(name), family.trial(module), thorough=True)
+            tried = trial.run(lambda: module, _by_reference(name), partial(family.trial, module), thorough=True)
             return Found(name) if tried.agrees else Found(None, f"has the parts of {name}, but {tried.why}")
     scaled = any(isinstance(getattr(module, name, None), Tensor) for name in ("temperature", "temp", "rescale"))
     return Found(None, "has a temperature, but not the parts of a family" if scaled else "")
@@ -230,7 +231,9 @@ def agrees(name: str) -> bool | None:
     family = FAMILIES[name]
     verdict = _verdicts.get(family.original.forward)
     if verdict is None and not has_global_hooks():
-        verdict = trial.run(lambda: family.original(**family.arguments), _by_reference(name), family.inputs).agrees
+        verdict = trial.run(
+            lambda: family.original(**family.arguments), _by_reference(name), lambda: family.inputs
+        ).agrees
         if verdict is not None:
             _verdicts[family.original.forward] = verdict
     return verdict

@@ -91,7 +91,7 @@ def _parts(module: Any) -> _Parts:
         if conv.stride != (1, 1) or padding != same or not odd or conv.padding_mode != "zeros":
             raise ValueError(f"module.{name} must keep the size of images, by zero padding, got {conv}")
     if not replaced:
-        tried = trial.run(lambda: module, mdta_by_reference, mdta_trial(module), thorough=True)
+        tried = trial.run(lambda: module, mdta_by_reference, lambda: mdta_trial(module), thorough=True)
         if tried.agrees is False:
             raise ValueError(f"module must compute Restormer's MDTA; of {type(module).__name__}, {tried.why}")
     return _Parts(found["qkv"], found["qkv_dwconv"], found["project_out"], module.temperature)  # type: ignore[arg-type]

@@ -23,12 +23,15 @@ class Trial(NamedTuple):
 
 
 def run(
-    make: Callable[[], nn.Module], fused: Callable[..., Tensor], inputs: tuple[Any, ...], thorough: bool = False
+    make: Callable[[], nn.Module],
+    fused: Callable[..., Tensor],
+    inputs: Callable[[], tuple[Any, ...]],
+    thorough: bool = False,
 ) -> Trial:
-    """Tries ``fused(module, *inputs)`` on a copy of the module that `make` returns.
+    """Tries ``fused(module, *inputs())`` on a copy of the module that `make` returns.
 
-    inputs: a shape for every tensor, and other arguments as they are. thorough: in training too, without dropout and
-    with the gradients.
+    inputs: a shape for every tensor of numbers, and other arguments as they are. thorough: in training too, without
+    dropout and with the gradients.
     """
     if torch.compiler.is_compiling() or torch_internals.dispatch_modes():
         return Trial(None, "it cannot be tried while tensors are traced or fake")
@@ -44,7 +47,7 @@ def run(
         ):
             warnings.simplefilter("ignore")
             module = _copy(make(), numbers)
-            args = tuple(_drawn(a, numbers).requires_grad_() if isinstance(a, tuple) else a for a in inputs)
+            args = tuple(_drawn(a, numbers).requires_grad_() if isinstance(a, tuple) else a for a in inputs())
             for training in (False, True)[: 1 + thorough]:
                 module.train(training)
                 before = _state(module)
@@ -63,7 +66,7 @@ def run(
     return Trial(True)
 
 
-class _InFloat64(TorchFunctionMode):
+class InFloat64(TorchFunctionMode):
     """What asks for float32 gets float64: some classes compute their sums in float32, whatever their inputs are."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -88,7 +91,7 @@ def _outcome(
     module: nn.Module, forward: Callable[..., Tensor], args: tuple[Any, ...], gradients: bool
 ) -> list[Tensor | None]:
     """The output, and the gradients of inputs and parameters; None of what takes no part."""
-    with _InFloat64():
+    with InFloat64():
         y = forward(module, *args)
     if not gradients or y.is_meta:
         return [y]
