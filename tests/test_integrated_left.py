@@ -11,7 +11,7 @@ from integrated_cases import CASES, Case, FacebookXCA, results
 from test_integrations import MDTA
 from torch import nn
 
-from xformer_kernels.integrations import replace_attention, restore_attention
+from xformer_kernels.integrations import replace_attention, restore_attention, trial
 
 
 @pytest.fixture(params=CASES)
@@ -151,6 +151,46 @@ def test_float16_of_sana_is_clipped_as_before():
         got = theirs(*x)
     assert expected.isfinite().all() and expected.abs().max() == 65504
     assert ((got - expected).abs() <= 0.02 * expected.abs().max()).all()
+
+
+@pytest.mark.parametrize("name", ["facebook XCA", "LoFTR", "Sana", "EfficientViT", "Florence-2"])
+def test_layers_of_one_kind_are_tried_once(name, monkeypatch):
+    runs = []
+    run = trial.run
+    monkeypatch.setattr(trial, "run", lambda *args, **choices: runs.append(args) or run(*args, **choices))
+    layer = CASES[name].model()
+    model = nn.ModuleList([layer, *(copy.deepcopy(layer) for _ in range(2))])
+    if name == "Florence-2":
+        for other in model:
+            other.config = layer.config
+    if name == "Sana":
+        for other in model:
+            other.processor = type(layer.processor)()
+    assert replace_attention(model) == 3
+    assert len(runs) == 1
+
+
+@pytest.mark.parametrize(
+    "name, change",
+    [
+        ("facebook XCA", lambda m: setattr(m, "num_heads", 2)),
+        ("facebook XCA", lambda m: setattr(m, "num_heads", 4.0)),
+        ("facebook XCA", lambda m: setattr(m, "proj_drop", nn.ReLU())),
+        ("facebook XCA", lambda m: setattr(m.proj, "forward", lambda x: x)),
+        ("facebook XCA", lambda m: setattr(m, "proj", nn.Linear(48, 48, bias=False))),
+        ("facebook XCA", lambda m: setattr(m, "__class__", type("Derived", (type(m),), {}))),
+        ("LoFTR", lambda m: setattr(m, "feature_map", torch.exp)),
+        ("Sana", lambda m: m.set_processor(type("Derived", (type(m.processor),), {})())),
+        ("Sana", lambda m: setattr(m.processor, "scale", 2.0)),
+        ("Florence-2", lambda m: setattr(m, "config", copy.deepcopy(m.config))),
+    ],
+)
+def test_layers_of_other_kinds_are_tried_themselves(name, change):
+    model = CASES[name].model()
+    before = trial.kind(model)
+    assert before == trial.kind(model)
+    change(model)
+    assert trial.kind(model) != before
 
 
 # ------------------------------------------------------------------------------------------------------------ verbose

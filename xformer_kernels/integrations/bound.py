@@ -21,7 +21,8 @@ class Replaced(NamedTuple):
     family: str
     form: str
     backend: str
-    names: tuple[str, ...] = ()  # of the inputs of the class's forward, or of its processor
+    names: tuple[str, ...] = ()  # of the inputs, as the module's own forward or processor has them
+    required: int = 0  # how many of these there must be; the others are None if left out
 
 
 class Processor:

@@ -35,7 +35,7 @@ def is_channel_attention_shaped(module: Any) -> bool:
     )
 
 
-def channel_attention_trial(module: Any) -> tuple[Any, ...]:
+def channel_attention_inputs(module: Any) -> tuple[Any, ...]:
     return ((2, 6, module.qkv.in_features),)
 
 

@@ -20,7 +20,7 @@ from xformer_kernels import ops
 from xformer_kernels.integrations import davit, images, linear, tokens, trial
 from xformer_kernels.integrations.blocks import edgenext_block, xca, xcit_block
 from xformer_kernels.integrations.bound import Processor, Replaced, bind, bound_forward, how_replaced
-from xformer_kernels.integrations.mdta import is_mdta_shaped, mdta, mdta_trial, serves_mdta
+from xformer_kernels.integrations.mdta import is_mdta_shaped, mdta, mdta_inputs, serves_mdta
 from xformer_kernels.integrations.parts import serves_tensor
 from xformer_kernels.layer.call import Call
 from xformer_kernels.modules import dropout_p, has_global_hooks, runs_forward_of
@@ -28,21 +28,13 @@ from xformer_kernels.nn import may_fuse
 from xformer_kernels.spec import Spec
 
 
-class Family(NamedTuple):
-    """Modules of one class of timm's, or of certain parts."""
+class OfClass(NamedTuple):
+    """How modules of one class of timm's are known. The class is tried once, on a small module."""
 
-    fused: Callable[..., Tensor]  # (module, call, *inputs)
-    serves: Callable[..., bool]  # (module, *inputs): whether it reproduces what the module would run
-    path: str = ""  # where the class is, if the family has one
-    name: str = ""
-    arguments: dict[str, Any] = {}  # noqa: RUF012  of a small module to try
-    inputs: tuple[Any, ...] = ((),)  # of that: the shape of x, and the rest
-    whole_block: bool = False  # around a layer which is counted itself
-    shaped: Callable[[nn.Module], bool] | None = None  # whether a module has the parts, if these make the family
-    trial: Callable[[nn.Module], tuple[Any, ...]] | None = None  # as `inputs`, for one of these modules
-    args: int = 1  # how many inputs there are
-    optional: int = 0  # how many of these, the last ones, may be left out: they are then None
-    processor: bool = False  # whether diffusers keeps the computation in ``module.processor``
+    path: str  # of the Python module that defines it
+    name: str
+    arguments: dict[str, Any]  # of the module to try
+    inputs: tuple[Any, ...]  # of that, see trial.run
 
     @property
     def original(self) -> Any:
@@ -53,6 +45,23 @@ class Family(NamedTuple):
         """Whether `module` is of this class, or of a derived one with the same forward."""
         original = self.original
         return original is not None and isinstance(module, original) and type(module).forward is original.forward
+
+
+class OfParts(NamedTuple):
+    """How modules of any class are known. Each of them is tried itself."""
+
+    shaped: Callable[[nn.Module], bool]  # whether a module has the parts
+    inputs: Callable[[nn.Module], tuple[Any, ...]]  # to try it with, see trial.run
+
+
+class Family(NamedTuple):
+    """Modules that one function serves."""
+
+    fused: Callable[..., Tensor]  # (module, call, *inputs); inputs that have a default may be left out
+    serves: Callable[..., bool]  # (module, *inputs): whether `fused` reproduces what the module would run
+    known: OfClass | OfParts
+    whole_block: bool = False  # around a layer which is counted itself
+    processor: bool = False  # whether diffusers keeps the computation in ``module.processor``
 
 
 def _serves_xca(module: Any, x: Any) -> bool:
@@ -72,14 +81,15 @@ def _is_xca(module: Any) -> bool:
 
 def _serves_half_block(attn: Any, norm: Any, layer_scale: Any) -> bool:
     """Whether `attn` is replaced, runs nothing but our forward, and can be fused with what is around it."""
-    replaced = how_replaced(attn)
-    if replaced is None or not FAMILIES[replaced.family].name or not agrees(replaced.family):
+    replaced, forward = how_replaced(attn), bound_forward(attn)
+    if replaced is None or forward is None:
         return False
-    family, forward = FAMILIES[replaced.family], bound_forward(attn)
+    family = FAMILIES[replaced.family]
     return (
         family.fused is xca
-        and forward is not None
-        and runs_forward_of(attn, family.original, forward=forward)
+        and isinstance(family.known, OfClass)
+        and agrees(replaced.family, family.known)
+        and runs_forward_of(attn, family.known.original, forward=forward)
         and _is_xca(attn)
         and may_fuse(norm, attn, layer_scale)
     )
@@ -93,61 +103,57 @@ def _serves_edgenext_block(module: Any, x: Any) -> bool:
     return serves_tensor(x, 4) and _serves_half_block(module.xca, module.norm_xca, module.gamma_xca)
 
 
+_SMALL = {"dim": 8, "num_heads": 2}
 FAMILIES: dict[str, Family] = {
-    "XCA": Family(xca, _serves_xca, "timm.models.xcit", "XCA", {"dim": 8, "num_heads": 2}, ((2, 6, 8),)),
+    "XCA": Family(xca, _serves_xca, OfClass("timm.models.xcit", "XCA", _SMALL, ((2, 6, 8),))),
     "CrossCovarianceAttn": Family(
-        xca, _serves_xca, "timm.models.edgenext", "CrossCovarianceAttn", {"dim": 8, "num_heads": 2}, ((2, 6, 8),)
+        xca, _serves_xca, OfClass("timm.models.edgenext", "CrossCovarianceAttn", _SMALL, ((2, 6, 8),))
     ),
     "XCABlock": Family(
-        xcit_block, _serves_xcit_block, "timm.models.xcit", "XCABlock", {"dim": 8, "num_heads": 2},
-        ((2, 6, 8), 2, 3), whole_block=True, args=3,
+        xcit_block, _serves_xcit_block, OfClass("timm.models.xcit", "XCABlock", _SMALL, ((2, 6, 8), 2, 3)),
+        whole_block=True,
     ),
     "SplitTransposeBlock": Family(
-        edgenext_block, _serves_edgenext_block, "timm.models.edgenext", "SplitTransposeBlock",
-        {"dim": 8, "num_heads": 2, "num_scales": 3, "ls_init_value": 0.5}, ((2, 8, 2, 3),), whole_block=True,
+        edgenext_block, _serves_edgenext_block,
+        OfClass(
+            "timm.models.edgenext", "SplitTransposeBlock", {**_SMALL, "num_scales": 3, "ls_init_value": 0.5},
+            ((2, 8, 2, 3),),
+        ),
+        whole_block=True,
     ),
-    "MDTA": Family(mdta, serves_mdta, shaped=is_mdta_shaped, trial=mdta_trial),
-    "XCA copy": Family(xca, _serves_xca, shaped=tokens.is_xca_shaped, trial=tokens.xca_trial),
+    "XCA copy": Family(xca, _serves_xca, OfParts(tokens.is_xca_shaped, tokens.xca_inputs)),
     "XCAttention": Family(
-        tokens.vit_xca, tokens.serves_vit_xca, shaped=tokens.is_vit_xca_shaped, trial=tokens.vit_xca_trial
+        tokens.vit_xca, tokens.serves_vit_xca, OfParts(tokens.is_vit_xca_shaped, tokens.vit_xca_inputs)
     ),
-    "FastChannelAttention": Family(
-        tokens.fdat, tokens.serves_fdat, shaped=tokens.is_fdat_shaped, trial=tokens.fdat_trial, args=3
-    ),
+    "FastChannelAttention": Family(tokens.fdat, tokens.serves_fdat, OfParts(tokens.is_fdat_shaped, tokens.fdat_inputs)),
     "Adaptive_Channel_Attention": Family(
-        tokens.dat, tokens.serves_dat, shaped=tokens.is_dat_shaped, trial=tokens.dat_trial, args=3
+        tokens.dat, tokens.serves_dat, OfParts(tokens.is_dat_shaped, tokens.dat_inputs)
     ),
-    "ISA": Family(tokens.isa, tokens.serves_isa, shaped=tokens.is_isa_shaped, trial=tokens.isa_trial),
+    "ISA": Family(tokens.isa, tokens.serves_isa, OfParts(tokens.is_isa_shaped, tokens.isa_inputs)),
+    "MDTA": Family(mdta, serves_mdta, OfParts(is_mdta_shaped, mdta_inputs)),
     "CAB": Family(
-        images.cross_mdta, images.serves_cross_mdta,
-        shaped=images.is_cross_mdta_shaped, trial=images.cross_mdta_trial, args=2,
+        images.cross_mdta, images.serves_cross_mdta, OfParts(images.is_cross_mdta_shaped, images.cross_mdta_inputs)
     ),
-    "IG_MSA": Family(
-        images.ig_msa, images.serves_ig_msa, shaped=images.is_ig_msa_shaped, trial=images.ig_msa_trial, args=2
-    ),
+    "IG_MSA": Family(images.ig_msa, images.serves_ig_msa, OfParts(images.is_ig_msa_shaped, images.ig_msa_inputs)),
     "ChannelAttention": Family(
         davit.channel_attention, davit.serves_channel_attention,
-        shaped=davit.is_channel_attention_shaped, trial=davit.channel_attention_trial,
+        OfParts(davit.is_channel_attention_shaped, davit.channel_attention_inputs),
     ),
     "ChannelAttentionV2": Family(
         davit.channel_attention_v2, davit.serves_channel_attention_v2,
-        shaped=davit.is_channel_attention_v2_shaped, trial=davit.channel_attention_trial,
+        OfParts(davit.is_channel_attention_v2_shaped, davit.channel_attention_inputs),
     ),
     "LiteMLA": Family(
-        linear.lite_mla, linear.serves_lite_mla, shaped=linear.is_lite_mla_shaped, trial=linear.lite_mla_trial
+        linear.lite_mla, linear.serves_lite_mla, OfParts(linear.is_lite_mla_shaped, linear.lite_mla_inputs)
     ),
     "SanaMultiscaleLinearAttention": Family(
-        linear.multiscale, linear.serves_multiscale,
-        shaped=linear.is_multiscale_shaped, trial=linear.multiscale_trial, processor=True,
+        linear.multiscale, linear.serves_multiscale, OfParts(linear.is_multiscale_shaped, linear.multiscale_inputs),
+        processor=True,
     ),
     "SanaLinearAttnProcessor2_0": Family(
-        linear.sana, linear.serves_sana,
-        shaped=linear.is_sana_shaped, trial=linear.sana_trial, args=3, optional=2, processor=True,
+        linear.sana, linear.serves_sana, OfParts(linear.is_sana_shaped, linear.sana_inputs), processor=True
     ),
-    "LinearAttention": Family(
-        linear.loftr, linear.serves_loftr,
-        shaped=linear.is_loftr_shaped, trial=linear.loftr_trial, args=5, optional=2,
-    ),
+    "LinearAttention": Family(linear.loftr, linear.serves_loftr, OfParts(linear.is_loftr_shaped, linear.loftr_inputs)),
 }  # fmt: skip
 
 
@@ -158,35 +164,42 @@ class Found(NamedTuple):
     why: str = ""
 
 
-def look(module: nn.Module) -> Found:
-    """Which family to replace `module` by."""
+def look(module: nn.Module, tried: dict[Any, trial.Trial]) -> Found:
+    """Which family to replace `module` by. tried: what was found of the other modules of the model."""
     for name, family in FAMILIES.items():
-        if family.holds(module):
-            if "forward" in module.__dict__:  # set on the instance: what it computes is not the class's to say
-                return Found(None, f"{name}, but a forward is set on the instance")
-            changed = agrees(name) is False
+        known = family.known
+        if not (known.holds(module) if isinstance(known, OfClass) else known.shaped(module)):
+            continue
+        like = name if isinstance(known, OfClass) else f"has the parts of {name}"
+        if "forward" in module.__dict__:  # set on the instance: what it computes is not the class's to say
+            return Found(None, f"{like}, but a forward is set on the instance")
+        if isinstance(known, OfClass):
+            changed = agrees(name, known) is False
             return Found(None, f"{name}, but the installed class computes something else") if changed else Found(name)
-    for name, family in FAMILIES.items():
-        if family.shaped is not None and family.trial is not None and family.shaped(module):
-            if "forward" in module.__dict__:
-                return Found(None, f"has the parts of {name}, but a forward is set on the instance")
-            tried = trial.run(lambda: module, _by_reference(name), partial(family.trial, module), thorough=True)
-            return Found(name) if tried.agrees else Found(None, f"has the parts of {name}, but {tried.why}")
+        key = (name, trial.kind(module))
+        if key not in tried:
+            tried[key] = trial.run(lambda: module, _by_reference(name), partial(known.inputs, module), thorough=True)
+        return Found(name) if tried[key].agrees else Found(None, f"{like}, but {tried[key].why}")
     scaled = any(isinstance(getattr(module, name, None), Tensor) for name in ("temperature", "temp", "rescale"))
     return Found(None, "has a temperature, but not the parts of a family" if scaled else "")
 
 
 def replace(module: Any, family: str, form: str, backend: str) -> None:
     """Makes `module`, of that family, compute with our kernels."""
-    if FAMILIES[family].processor:
-        names = tuple(inspect.signature(type(module.processor).__call__).parameters)[2:]
-        module.processor = Processor(compute, Replaced(family, form, backend, names), module.processor)
+    fused, *_, processor = FAMILIES[family]
+    original = type(module.processor).__call__ if processor else type(module).forward
+    inputs = list(inspect.signature(fused).parameters.values())[2:]
+    names = list(inspect.signature(original).parameters)[2 if processor else 1 :]
+    required = sum(parameter.default is parameter.empty for parameter in inputs)
+    replaced = Replaced(family, form, backend, tuple(names[: len(inputs)]), required)
+    if processor:
+        module.processor = Processor(compute, replaced, module.processor)
     else:
-        names = tuple(inspect.signature(type(module).forward).parameters)[1:]
-        bind(module, forward, Replaced(family, form, backend, names))
+        bind(module, forward, replaced)
 
 
 def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """What a replaced module runs."""
     replaced, original = how_replaced(module), type(module).forward
     if replaced is None:
         return original(module, *args, **kwargs)
@@ -197,13 +210,14 @@ def compute(
     module: nn.Module, replaced: Replaced, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """The fused forward of the module's family where that is what ``original(module, ...)`` computes; else that."""
-    family = FAMILIES[replaced.family]
-    names = replaced.names[len(args) : family.args]
-    required = replaced.names[len(args) : family.args - family.optional]
-    if len(args) <= family.args and set(required) <= kwargs.keys() <= set(names):
+    fused, serves, known, *_ = FAMILIES[replaced.family]
+    names = replaced.names[len(args) :]
+    if len(args) <= len(replaced.names) and {*replaced.names[len(args) : replaced.required]} <= kwargs.keys() <= {
+        *names
+    }:
         given = (*args, *(kwargs.get(name) for name in names))
-        if family.serves(module, *given) and (not family.name or agrees(replaced.family)):
-            return family.fused(module, _call(replaced), *given)
+        if serves(module, *given) and (isinstance(known, OfParts) or agrees(replaced.family, known)):
+            return fused(module, _call(replaced), *given)
     return original(module, *args, **kwargs)
 
 
@@ -222,18 +236,16 @@ _verdicts: dict[Any, bool] = {}
 
 
 @torch.compiler.assume_constant_result
-def agrees(name: str) -> bool | None:
+def agrees(name: str, known: OfClass) -> bool | None:
     """Whether the installed class computes what the family does: tried once, on a small module with random weights.
 
     None where that cannot be tried now: under fake tensors, meta devices and global module hooks. Then it is tried
     again when next asked.
     """
-    family = FAMILIES[name]
-    verdict = _verdicts.get(family.original.forward)
+    verdict = _verdicts.get(known.original.forward)
     if verdict is None and not has_global_hooks():
-        verdict = trial.run(
-            lambda: family.original(**family.arguments), _by_reference(name), lambda: family.inputs
-        ).agrees
+        small = partial(known.original, **known.arguments)
+        verdict = trial.run(small, _by_reference(name), lambda: known.inputs).agrees
         if verdict is not None:
-            _verdicts[family.original.forward] = verdict
+            _verdicts[known.original.forward] = verdict
     return verdict

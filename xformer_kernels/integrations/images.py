@@ -30,7 +30,7 @@ def is_cross_mdta_shaped(module: Any) -> bool:
     )
 
 
-def cross_mdta_trial(module: Any) -> tuple[Any, ...]:
+def cross_mdta_inputs(module: Any) -> tuple[Any, ...]:
     return ((2, module.q.in_channels, 3, 5), (2, module.kv.in_channels, 3, 5))
 
 
@@ -71,7 +71,7 @@ def is_ig_msa_shaped(module: Any) -> bool:
     )
 
 
-def ig_msa_trial(module: Any) -> tuple[Any, ...]:
+def ig_msa_inputs(module: Any) -> tuple[Any, ...]:
     return ((2, 3, 5, module.to_q.in_features), (2, 3, 5, module.to_v.out_features))
 
 

@@ -54,7 +54,7 @@ def is_lite_mla_shaped(module: Any) -> bool:
     )
 
 
-def lite_mla_trial(module: Any) -> tuple[Any, ...]:
+def lite_mla_inputs(module: Any) -> tuple[Any, ...]:
     return ((2, _first_convolution(module.qkv).in_channels, *_more_pixels_than(module.dim)),)
 
 
@@ -95,7 +95,7 @@ def is_multiscale_shaped(module: Any) -> bool:
     )
 
 
-def multiscale_trial(module: Any) -> tuple[Any, ...]:
+def multiscale_inputs(module: Any) -> tuple[Any, ...]:
     return ((2, module.to_q.in_features, *_more_pixels_than(module.attention_head_dim)),)
 
 
@@ -111,7 +111,7 @@ def _has_processor(module: Any, name: str) -> bool:
 # ----------------------------------------------------------------------------------------------------------------- Sana
 
 
-def sana(attn: Any, call: Call, x: Tensor, source: Tensor | None, mask: Any) -> Tensor:
+def sana(attn: Any, call: Call, x: Tensor, source: Tensor | None = None, mask: Any = None) -> Tensor:
     """diffusers' ``SanaLinearAttnProcessor2_0``, which ignores the mask; (B, N, C) and (B, M, C) to (B, N, C)."""
     source = x if source is None else source
     q, k, v = attn.to_q(x), attn.to_k(source), attn.to_v(source)
@@ -133,7 +133,7 @@ def is_sana_shaped(module: Any) -> bool:
     return has_parts(module, "processor", to_out=nn.ModuleList, **linear, **norms)
 
 
-def sana_trial(module: Any) -> tuple[Any, ...]:
+def sana_inputs(module: Any) -> tuple[Any, ...]:
     return (2, 6, module.to_q.in_features), (2, 7, module.to_k.in_features), None
 
 
@@ -145,7 +145,13 @@ def serves_sana(attn: Any, x: Any, source: Any, mask: Any) -> bool:
 
 
 def loftr(
-    module: Any, call: Call, q: Tensor, k: Tensor, v: Tensor, q_mask: Tensor | None, kv_mask: Tensor | None
+    module: Any,
+    call: Call,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_mask: Tensor | None = None,
+    kv_mask: Tensor | None = None,
 ) -> Tensor:
     """LoFTR's ``LinearAttention``: (B, N, H, D) and two of (B, M, H, D) to (B, N, H, D); masks (B, N) and (B, M)."""
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
@@ -164,7 +170,7 @@ def is_loftr_shaped(module: Any) -> bool:
     )
 
 
-def loftr_trial(module: Any) -> tuple[Any, ...]:
+def loftr_inputs(module: Any) -> tuple[Any, ...]:
     q_mask, kv_mask = (torch.arange(2 * n).view(2, n) % 5 != 3 for n in (5, 9))
     return (2, 5, 2, 4), (2, 9, 2, 4), (2, 9, 2, 4), q_mask, kv_mask
 

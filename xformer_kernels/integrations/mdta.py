@@ -59,7 +59,7 @@ def is_mdta_shaped(module: nn.Module) -> bool:
     )
 
 
-def mdta_trial(module: Any) -> tuple[Any, ...]:
+def mdta_inputs(module: Any) -> tuple[Any, ...]:
     conv = convolution(module.qkv)
     return ((2, conv.in_channels, *((3, 5) if len(conv.kernel_size) == 2 else (2, 3, 4))),)
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from xformer_kernels import ops, validate
 
 Kinds = type[nn.Module] | tuple[type[nn.Module], ...]
-# attributes of every module, of module.compile(), and the forward that others set
-_OF_TORCH = {*nn.Module().__dict__, "_compiled_call_impl", "forward"}
-_STATE = (bool, int, float, str, torch.dtype, torch.device, type(None))
+# attributes of every module, and of module.compile()
+OF_TORCH = {*nn.Module().__dict__, "_compiled_call_impl"}
+STATE = (bool, int, float, str, torch.dtype, torch.device, type(None))
 _FILLED = (list, dict, set, Tensor)
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
@@ -35,7 +35,7 @@ def has_parts(module: nn.Module, *others: str, **kinds: Kinds) -> bool:
 
 
 def _is_plain(module: nn.Module, name: str, value: Any) -> bool:
-    if name in _OF_TORCH or isinstance(value, _STATE):
+    if name in OF_TORCH or name == "forward" or isinstance(value, STATE):
         return True
     if inspect.ismethod(value):
         return value.__self__ is module

@@ -9,6 +9,7 @@ from torch import nn
 from xformer_kernels import dispatch, validate
 from xformer_kernels.integrations.bound import how_replaced, release
 from xformer_kernels.integrations.families import FAMILIES, Found, look, replace
+from xformer_kernels.integrations.trial import Trial
 from xformer_kernels.layer.call import FORMS
 
 
@@ -49,8 +50,9 @@ def replace_attention(model: nn.Module, *, form: str = "auto", backend: str = "a
     validate.choice("form", form, FORMS)
     dispatch.check_name(backend)
     layers = 0
+    tried: dict[Any, Trial] = {}
     for path, module in model.named_modules():
-        found = Found(None, "is replaced already") if is_replaced(module) else look(module)
+        found = Found(None, "is replaced already") if is_replaced(module) else look(module, tried)
         if found.family is not None:
             replace(module, found.family, form, backend)
             layers += not FAMILIES[found.family].whole_block

@@ -13,7 +13,7 @@ from xformer_kernels import validate
 from xformer_kernels.functional import channel_mix, gram
 from xformer_kernels.integrations import trial
 from xformer_kernels.integrations.bound import how_replaced
-from xformer_kernels.integrations.mdta import is_mdta_shaped, mdta_by_reference, mdta_trial
+from xformer_kernels.integrations.mdta import is_mdta_shaped, mdta_by_reference, mdta_inputs
 from xformer_kernels.integrations.parts import convolution, is_channels_last
 from xformer_kernels.modules import runs_forward_of
 
@@ -91,7 +91,7 @@ def _parts(module: Any) -> _Parts:
         if conv.stride != (1, 1) or padding != same or not odd or conv.padding_mode != "zeros":
             raise ValueError(f"module.{name} must keep the size of images, by zero padding, got {conv}")
     if not replaced:
-        tried = trial.run(lambda: module, mdta_by_reference, lambda: mdta_trial(module), thorough=True)
+        tried = trial.run(lambda: module, mdta_by_reference, lambda: mdta_inputs(module), thorough=True)
         if tried.agrees is False:
             raise ValueError(f"module must compute Restormer's MDTA; of {type(module).__name__}, {tried.why}")
     return _Parts(found["qkv"], found["qkv_dwconv"], found["project_out"], module.temperature)  # type: ignore[arg-type]

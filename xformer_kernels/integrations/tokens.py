@@ -53,7 +53,7 @@ def is_xca_shaped(module: Any) -> bool:
     ) and has_heads(module, "num_heads", "temperature", module.qkv.in_features)  # fmt: skip
 
 
-def xca_trial(module: Any) -> tuple[Any, ...]:
+def xca_inputs(module: Any) -> tuple[Any, ...]:
     return ((2, 6, module.qkv.in_features),)
 
 
@@ -89,7 +89,7 @@ def is_vit_xca_shaped(module: Any) -> bool:
     )
 
 
-def vit_xca_trial(module: Any) -> tuple[Any, ...]:
+def vit_xca_inputs(module: Any) -> tuple[Any, ...]:
     return ((2, 6, module.to_qkv.in_features),)
 
 
@@ -117,7 +117,7 @@ def is_fdat_shaped(module: Any) -> bool:
     return has_parts(module, qkv=nn.Linear, proj=nn.Linear) and has_heads(module, "nh", "temp", module.qkv.in_features)
 
 
-def fdat_trial(module: Any) -> tuple[Any, ...]:
+def fdat_inputs(module: Any) -> tuple[Any, ...]:
     return ((2, 6, module.qkv.in_features), 2, 3)
 
 
@@ -146,7 +146,7 @@ def is_isa_shaped(module: Any) -> bool:
     )
 
 
-def isa_trial(module: Any) -> tuple[Any, ...]:
+def isa_inputs(module: Any) -> tuple[Any, ...]:
     return ((2, module.qkv.in_features, 3, 5),)
 
 
@@ -185,7 +185,7 @@ def is_dat_shaped(module: Any) -> bool:
     )
 
 
-def dat_trial(module: Any) -> tuple[Any, ...]:
+def dat_inputs(module: Any) -> tuple[Any, ...]:
     return ((2, 6, module.qkv.in_features), 2, 3)
 
 

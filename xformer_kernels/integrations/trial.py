@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from xformer_kernels import torch_internals
+from xformer_kernels.integrations.parts import OF_TORCH, STATE
 
 
 class Trial(NamedTuple):
@@ -76,6 +77,24 @@ class InFloat64(TorchFunctionMode):
 
 def _wide(value: Any) -> Any:
     return torch.float64 if value is torch.float32 else value
+
+
+def kind(module: nn.Module) -> tuple[Any, ...]:
+    """Equal for two modules that run the same code on parameters of the same shapes: a trial of one is one of both."""
+    own = [(name, *_kind_of_attribute(value)) for name, value in module.__dict__.items() if name not in OF_TORCH]
+    tensors = {**module._parameters, **module._buffers}
+    shapes = [(name, None if t is None else t.shape) for name, t in tensors.items()]
+    parts = [(name, None if part is None else kind(part)) for name, part in module._modules.items()]
+    return type(module), type(module).forward, *own, *shapes, *parts
+
+
+def _kind_of_attribute(value: Any) -> tuple[Any, ...]:
+    if isinstance(value, STATE):
+        return type(value), value
+    cls = type(value)
+    # without attributes an object does what its class does, such as a processor of diffusers
+    stateless = cls.__bases__ == (object,) and not inspect.isroutine(value) and getattr(value, "__dict__", None) == {}
+    return cls, None if stateless else id(value)
 
 
 def _state(module: nn.Module) -> dict[str, int]:
