@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 from cases import randn
+from monai.networks.blocks.cablock import CABlock
 from test_integrations import MDTA
 from test_nn import randomize
 from torch import nn
@@ -56,9 +57,7 @@ def test_monai_and_replaced_modules():
     expected = model(x)
     replace_attention(model)
     torch.testing.assert_close(tiled_mdta(model, x, tile=4), expected, rtol=1e-10, atol=1e-10)
-    cablock = pytest.importorskip("monai.networks.blocks.cablock", reason="MONAI is not installed")
-    pytest.importorskip("einops", reason="MONAI's CABlock needs einops")
-    model = randomize(cablock.CABlock(2, 24, 3, True)).double()
+    model = randomize(CABlock(2, 24, 3, True)).double()
     with torch.no_grad():
         torch.testing.assert_close(tiled_mdta(model, x, tile=4), model(x), rtol=1e-10, atol=1e-10)
 

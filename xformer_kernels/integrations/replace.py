@@ -16,23 +16,20 @@ from xformer_kernels.layer.call import FORMS
 def replace_attention(model: nn.Module, *, form: str = "auto", backend: str = "auto", verbose: bool = False) -> int:
     """Makes the cross feature attention layers of a model compute with our kernels; returns how many there were.
 
-    Served are timm's XCiT (``XCA``), timm's EdgeNeXt (``CrossCovarianceAttn``), and modules that have the parts of one
-    of these and whose forward is its formula (outputs and gradients are tried with random weights): XCA of other
-    packages, vit-pytorch's ``XCAttention``, Restormer's MDTA and MONAI's ``CABlock`` (in 2 and 3 dimensions),
-    HVI-CIDNet's ``CAB``, Retinexformer's ``IG_MSA``, DAT's ``Adaptive_Channel_Attention``, FDAT's
-    ``FastChannelAttention`` and DITN's ``ISA``. The model itself may be such a layer. Classes derived from these with
-    another formula are left alone, and so are modules whose instance has a ``forward`` of its own (accelerate's
-    offload: call this function first).
+    Which layers are served is in docs/integrations.md. A layer is known by its class or by its parts, and replaced if
+    its forward is found to compute the family's formula: outputs and gradients are compared for small random input.
+    All others are left as they are, and so are modules whose instance has a ``forward`` of its own (accelerate's
+    offload: call this function first). The model itself may be a layer.
 
     Blocks of timm's XCiT and EdgeNeXt around such a layer compute layer norm, attention, layer scale and residual as
     one, see :func:`xformer_kernels.xfa_block`.
 
     Each layer or block stays the same object of the same class, with its parameters, buffers, hooks, parametrizations
-    and mode; ``module.forward`` is set to one that uses the kernels. State dicts, FSDP, deepcopy and pickle are not
-    concerned. That forward computes what the module's class computes: wherever torch would run anything else inside
-    (hooks, other submodules, parameters of other shapes, global module hooks), these parts, or the whole forward of the
-    class, are called. ``torch.jit.script`` cannot compile it: call :func:`restore_attention` first. Undo with
-    :func:`restore_attention`; :func:`is_replaced` tells.
+    and mode; ``module.forward``, or ``module.processor`` in diffusers, is set to one that uses the kernels. State
+    dicts, FSDP, deepcopy and pickle are not concerned. What is set computes what the module's class computes: wherever
+    torch would run anything else inside (hooks, other submodules, parameters of other shapes, global module hooks),
+    these parts, or the whole forward of the class, are called. ``torch.jit.script`` cannot compile it: call
+    :func:`restore_attention` first. Undo with :func:`restore_attention`; :func:`is_replaced` tells.
 
     Args:
         model: any module.

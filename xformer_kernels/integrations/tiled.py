@@ -32,8 +32,8 @@ def tiled_mdta(module: nn.Module, x: Tensor, *, tile: int = 64, backend: str = "
 
     Args:
         module: Restormer's attention, or one of its shape: ``temperature``, ``num_heads``, ``qkv`` (1x1),
-            ``qkv_dwconv`` (depthwise, zero padding that keeps the size) and ``project_out`` (1x1). Whether its forward
-            is
+            ``qkv_dwconv`` (depthwise, zero padding that keeps the size) and ``project_out`` (1x1). Its forward must
+            compute MDTA, which is tried on small random input.
         x: (B, C, h, w).
         tile: rows that are computed at a time.
         backend: as in :func:`xformer_kernels.xfa`.
