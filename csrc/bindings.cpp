@@ -124,6 +124,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("layer_mix", layer_mix(channel_mix_args));
   m.def("xfa_forward", on_cpu(xfa_forward_args, xk_xfa_forward));
   m.def("xfa_backward", on_cpu(xfa_backward_args, xk_xfa_backward));
+  m.def("linear_attention_forward", on_cpu(linear_attention_args, xk_linear_attention_forward));
+  m.def("linear_attention_backward", on_cpu(linear_attention_args, xk_linear_attention_backward));
   m.def("linear", &linear);
   m.def("depthwise", &depthwise);
   m.def("prefer_huge_pages", &prefer_huge_pages);

@@ -106,3 +106,23 @@ inline xk_xfa_args xfa_backward_args(const Strides& sizes, int dtype, int map, i
   p.dtemperature = {reinterpret_cast<void*>(dtemperature), 1, temperature_dtype};
   return p;
 }
+
+// v_sizes: those of v, (batch, heads, tokens, dim_v). Forward has no gradients, backward no out: addresses of 0.
+inline xk_linear_attention_args linear_attention_args(
+    const Strides& sizes, const Strides& v_sizes, int dtype, int features_q, int features_k, bool normalize,
+    double scale, double eps, uintptr_t q, const Strides& qs, uintptr_t k, const Strides& ks, uintptr_t v,
+    const Strides& vs, uintptr_t query_mask, int64_t query_mask_b, int64_t query_mask_n, uintptr_t token_mask,
+    int64_t token_mask_b, int64_t token_mask_n, uintptr_t stats, uintptr_t out, const Strides& outs, uintptr_t dout,
+    const Strides& douts, uintptr_t dq, const Strides& dqs, uintptr_t dk, const Strides& dks, uintptr_t dv,
+    const Strides& dvs) {
+  xk_linear_attention_args p = {};
+  p.batch = sizes.b, p.heads = sizes.h, p.queries = sizes.n, p.tokens = v_sizes.n, p.dim = sizes.d, p.dim_v = v_sizes.d;
+  p.features_q = features_q, p.features_k = features_k, p.normalize = normalize, p.scale = scale, p.eps = eps;
+  p.q = tensor(q, qs, dtype), p.k = tensor(k, ks, dtype), p.v = tensor(v, vs, dtype), p.out = tensor(out, outs, dtype);
+  p.query_mask = mask(query_mask, query_mask_b, query_mask_n);
+  p.token_mask = mask(token_mask, token_mask_b, token_mask_n);
+  p.stats = reinterpret_cast<void*>(stats);
+  p.dout = tensor(dout, douts, dtype);
+  p.dq = tensor(dq, dqs, dtype), p.dk = tensor(dk, dks, dtype), p.dv = tensor(dv, dvs, dtype);
+  return p;
+}

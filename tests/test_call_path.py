@@ -87,14 +87,14 @@ def channel_mix(x, weight, bias, add, add_scale, x2, weight2):
 
 def xfa_forward(q, k, v, temperature, token_mask, spec):
     B, H, _, D = q.shape
-    out = reference.xfa(q, k, v, temperature, **spec._asdict(), token_mask=token_mask)
+    out = reference.xfa(q, k, v, temperature, **spec.of_xfa, token_mask=token_mask)
     return out.transpose(1, 2).contiguous(), q.new_empty(B, H, D * D + 2 * D)
 
 
 def xfa_backward(dout, q, k, v, temperature, stats, token_mask, spec):
     with torch.enable_grad():
         inputs = [x.detach().requires_grad_() for x in (q, k, v, temperature)]
-        out = reference.xfa(*inputs, **spec._asdict(), token_mask=token_mask)
+        out = reference.xfa(*inputs, **spec.of_xfa, token_mask=token_mask)
         *dqkv, dtemperature = torch.autograd.grad(out, inputs, dout)
     return torch.stack([x.transpose(1, 2) for x in dqkv]), dtemperature
 

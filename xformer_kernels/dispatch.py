@@ -148,8 +148,15 @@ def explain_reference(backend: str, reason: str) -> Explanation:
 @torch.compiler.assume_constant_result
 def fuses(backend: str, spec: Spec) -> bool:
     """Whether the ``xfa_forward`` of a backend computes `spec`; else it is composed of gram and channel_mix."""
-    found, _ = backends.load(backend)
+    found, _ = (None, "") if backend == "reference" else backends.load(backend)
     return found is not None and found.fuses(spec)
+
+
+@torch.compiler.assume_constant_result
+def has(backend: str, op: str) -> bool:
+    """Whether a backend has a function that computes `op`."""
+    found, _ = (None, "") if backend == "reference" else backends.load(backend)
+    return found is not None and found.function(op) is not None
 
 
 @torch.compiler.assume_constant_result

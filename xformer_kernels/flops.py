@@ -7,6 +7,8 @@ torch two. Norms, softmax, layer norm, biases and residuals are not counted.
     xfa_forward       q^T k, A v                                      2 B N I D
     xfa_backward      gradients of A, v, q and k                      4 B N I D
     gram              a^T b; half of it and the diagonal if symmetric
+    linear_attention_forward    phi(k)^T v, phi(q) S
+    linear_attention_backward   gradients of S, v, phi(q) and phi(k)
     gram_and_sum      a^T b, as linear attention needs it
     channel_mix       weight x, weight2 x2
     layer_forward     x^T x, half and the diagonal; M x               B N (C (C + 1) / 2 + C O), and per image
@@ -42,6 +44,11 @@ def _xfa_backward(dout: Shape, *_: Any) -> int:
     return 2 * _xfa_forward(dout)
 
 
+def _linear_attention_forward(q: Shape, k: Shape, v: Shape, *_: Any) -> int:
+    B, H, N, D = q
+    return B * H * D * v[-1] * (N + k[-2])
+
+
 def _gram(a: Shape, b: Shape, symmetric: bool, *_: Any) -> int:
     B, H, N, D = a
     return B * H * N * (D * (D + 1) // 2 if symmetric else D * b[-1])
@@ -75,6 +82,8 @@ def _layer_backward(dy: Shape, *args: Any) -> int:
 MACS: dict[str, Callable[..., int]] = {
     "xfa_forward": _xfa_forward,
     "xfa_backward": _xfa_backward,
+    "linear_attention_forward": _linear_attention_forward,
+    "linear_attention_backward": lambda dout, *inputs: 2 * _linear_attention_forward(*inputs),
     "gram": _gram,
     "gram_and_sum": lambda a, b, *_: _gram(a, b, False),
     "channel_mix": _channel_mix,

@@ -139,9 +139,7 @@ def _reference(a: Arguments) -> tuple[Tensor]:
     note_reference("xfa")
     map_fn = None if a.map_fn is None else _checked_result(a.map_fn)
     with ops.without_autocast(a.q):
-        out = reference.xfa(
-            *a.tensors, **a.spec._asdict(), token_mask=a.token_mask, dropout_p=a.dropout_p, map_fn=map_fn
-        )
+        out = reference.xfa(*a.tensors, **a.spec.of_xfa, token_mask=a.token_mask, dropout_p=a.dropout_p, map_fn=map_fn)
     return (out.transpose(1, 2),)
 
 

@@ -1,17 +1,15 @@
-"""Linear attention with a feature map and an optional denominator, made of the passes over tokens of a backend."""
+"""Linear attention with a feature map and an optional denominator: one op, or composed of gram and channel_mix."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xformer_kernels import functional, linear_ops, ops, reference, validate
-
-FEATURE_MAPS = ("identity", "relu", "elu1", "softmax_features", "softmax_tokens")
+from xformer_kernels import dispatch, functional, linear_ops, ops, reference, validate
+from xformer_kernels.spec import Spec
 
 
 def linear_attention(
@@ -68,58 +66,55 @@ def linear_attention(
         ValueError: an argument of another shape, device or value; an unknown backend or feature map.
         RuntimeError: a backend asked for by name cannot serve the call; the message has every reason.
     """
+    spec = Spec.of_linear_attention(feature_map, normalize, scale, eps)
     if isinstance(q, Tensor):
         q, k, v = ops.autocast(q, k, v)  # type: ignore[assignment]
-    _validate(q, k, v, feature_map, normalize, scale, eps, query_mask, token_mask)
-    maps = reference.feature_maps(feature_map)
-    wide = reference.accumulate_dtype(q.dtype)
-    eps = max(float(eps), torch.finfo(wide).tiny)
+    _validate(q, k, v, query_mask, token_mask)
+    spec = spec.with_normal_eps(reference.accumulate_dtype(q.dtype))
     D, Dv = functional.head_dims(q, v)
     name = functional.backend_of(backend, (q, k, v), (q.dtype,), (D, Dv, Dv + normalize))
+    if dispatch.has(name, "linear_attention_forward"):
+        out = ops.call("linear_attention_forward", name, (q, k, v), query_mask, token_mask, spec)[0]
+        return out.transpose(1, 2)
     with ops.without_autocast(q):
         if name == "reference":
             functional.note_reference("linear_attention")
-            return reference.linear_attention(
-                q, k, v, feature_map=maps, normalize=normalize, scale=scale, eps=eps, query_mask=query_mask,
-                token_mask=token_mask,
-            )  # fmt: skip
-        return _composed(q, k, v, maps, normalize, float(scale), eps, query_mask, token_mask, name)
+            return reference.linear_attention(q, k, v, **spec.of_linear, query_mask=query_mask, token_mask=token_mask)
+        return _composed(q, k, v, spec, query_mask, token_mask, name)
 
 
 def _composed(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    maps: tuple[str, str],
-    normalize: bool,
-    scale: float,
-    eps: float,
+    spec: Spec,
     query_mask: Tensor | None,
     token_mask: Tensor | None,
     backend: str,
 ) -> Tensor:
     dtype, wide = q.dtype, reference.accumulate_dtype(q.dtype)
+    of_q, of_k = spec.feature_maps
     q = reference.masked(q, query_mask)
     k, v = reference.masked(k, token_mask), reference.masked(v, token_mask)
-    if maps[1] == "softmax_tokens":
+    if of_k == "softmax_tokens":
         features = _exponentials(k, token_mask)
     else:
-        features = _features(k, maps[1], dtype)
-        if maps[1] not in ("identity", "relu"):  # which keep the zeros of masked tokens
+        features = _features(k, of_k, dtype)
+        if of_k not in ("identity", "relu"):  # which keep the zeros of masked tokens
             features = reference.masked(features, token_mask)
     S, z = linear_ops.gram_and_sum(features, v, backend)
-    if maps[1] == "softmax_tokens":
+    if of_k == "softmax_tokens":
         some = z != 0
         S, z = S / torch.where(some, z, 1).unsqueeze(-1), some.to(z.dtype)
-    weight = (S if scale == 1 else S * scale).transpose(-2, -1)
-    if normalize:
+    weight = (S if spec.scale == 1 else S * spec.scale).transpose(-2, -1)
+    if spec.normalize:
         # one feature more, the denominator; wide, as a float16 numerator overflows where the quotient does not
         weight = torch.cat((weight, z.unsqueeze(-2)), -2)
-        bias = F.pad(z.new_full((1,), eps), (v.shape[-1], 0)).expand(weight.shape[:-1])
-        both = ops.channel_mix(backend, _features(q, maps[0], wide), weight, bias)
+        bias = F.pad(z.new_full((1,), spec.eps), (v.shape[-1], 0)).expand(weight.shape[:-1])
+        both = ops.channel_mix(backend, _features(q, of_q, wide), weight, bias)
         out = linear_ops.quotient(both).to(dtype)
     else:
-        out = ops.channel_mix(backend, _features(q, maps[0], dtype), weight)
+        out = ops.channel_mix(backend, _features(q, of_q, dtype), weight)
     return reference.masked(out, query_mask)
 
 
@@ -145,10 +140,8 @@ def _exponentials(k: Tensor, token_mask: Tensor | None) -> Tensor:
     return wide.exp().to(k.dtype)
 
 
-def _validate(
-    q: Any, k: Any, v: Any, feature_map: Any, normalize: Any, scale: Any, eps: Any, query_mask: Any, token_mask: Any
-) -> None:
-    """Every argument of linear_attention, less the backend."""
+def _validate(q: Any, k: Any, v: Any, query_mask: Any, token_mask: Any) -> None:
+    """The tensors of linear_attention."""
     validate.tensor("q", q)
     if q.dim() != 4:
         raise ValueError(f"q must have 4 dimensions, (B, H, N, D), got {q.dim()}: {tuple(q.shape)}")
@@ -163,18 +156,6 @@ def _validate(
         raise ValueError(
             f"v must have shape (B, H, M, Dv) with B = {B}, H = {H} and M = {k.shape[2]} as k has, got {tuple(v.shape)}"
         )
-    names = feature_map if isinstance(feature_map, tuple) else (feature_map, feature_map)
-    if len(names) != 2:
-        raise ValueError(f"feature_map must be a name or a pair of names, of q and of k, got {feature_map!r}")
-    validate.choice("feature_map of k", names[1], FEATURE_MAPS)
-    validate.choice("feature_map of q", names[0], FEATURE_MAPS[:-1] if isinstance(feature_map, tuple) else FEATURE_MAPS)
-    if not isinstance(normalize, bool):
-        raise TypeError(f"normalize must be True or False, got {type(normalize).__name__}: {normalize!r}")
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-        raise TypeError(f"scale must be a finite number, got {type(scale).__name__}: {scale!r}")
-    if not math.isfinite(scale):
-        raise ValueError(f"scale must be a finite number, got {scale}")
-    validate.positive("eps", eps)
     for name, mask, x, meaning in (("query_mask", query_mask, q, "(B, N)"), ("token_mask", token_mask, k, "(B, M)")):
         if mask is not None:
             _mask(name, mask, x, meaning)

@@ -1,20 +1,94 @@
-"""What linear attention needs beside ``gram`` and ``channel_mix``: a Gram matrix with a sum, and a quotient.
+"""The ops of linear attention, and what it is composed of beside ``channel_mix`` where a backend has not fused it.
 
-    gram_and_sum  -> (G, sum_a)      G[i,j] = sum_n a[n,i] b[n,j], sum_a[i] = sum_n a[n,i]
+    linear_attention_forward   -> (out, stats)      out (B, N, H, Dv); stats: what the same backend's backward needs
+    linear_attention_backward  -> (dq, dk, dv)      (B, N, H, D), (B, M, H, D), (B, M, H, Dv)
+    gram_and_sum               -> (G, sum_a)        G[i,j] = sum_n a[n,i] b[n,j], sum_a[i] = sum_n a[n,i]
 
 Tokens, backends and what is eager are as in :mod:`xformer_kernels.ops`.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from xformer_kernels import backends, dispatch, ops, reference
+from xformer_kernels import dispatch, ops, reference
+from xformer_kernels.spec import Spec
 
+_INPUTS = "Tensor q, Tensor k, Tensor v"
+_CHOICES = "Tensor? query_mask, Tensor? token_mask, str spec, str backend"
+ops.library.define(f"linear_attention_forward({_INPUTS}, {_CHOICES}) -> (Tensor out, Tensor stats)")
+ops.library.define(
+    f"linear_attention_backward(Tensor dout, {_INPUTS}, Tensor stats, {_CHOICES}) -> (Tensor dq, Tensor dk, Tensor dv)"
+)
 ops.library.define("gram_and_sum(Tensor a, Tensor b, str backend) -> (Tensor G, Tensor sum_a)")
+
+
+class _LinearAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, backend: str, q: Tensor, k: Tensor, v: Tensor, query_mask: Tensor | None, token_mask: Tensor | None,
+        spec: Spec,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        kernel = ops.below_autograd("linear_attention_forward", backend, q, k, v)
+        out, stats = kernel(q, k, v, query_mask, token_mask, spec)
+        ctx.save_for_backward(q, k, v, stats, query_mask, token_mask)
+        ctx.backend, ctx.spec = backend, spec
+        ctx.mark_non_differentiable(stats)
+        ctx.set_materialize_grads(False)
+        return out, stats
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        if dout is None:
+            return (None,) * 7
+        q, k, v, stats, *masks = ctx.saved_tensors
+        operands = (dout.transpose(1, 2), q, k, v)
+        gradients = ops.call("linear_attention_backward", ctx.backend, operands, stats, *masks, ctx.spec)
+        return None, *(x.transpose(1, 2) for x in gradients), None, None, None
+
+
+class _LinearAttentionBackward(torch.autograd.Function):
+    """Its own backward is autograd's, of the reference in the accumulate dtype: right to any order."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, backend: str, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, stats: Tensor,
+        query_mask: Tensor | None, token_mask: Tensor | None, spec: Spec,
+    ) -> Any:  # fmt: skip
+        ctx.save_for_backward(dout, q, k, v, query_mask, token_mask)
+        ctx.spec = spec
+        ctx.set_materialize_grads(False)
+        kernel = ops.below_autograd("linear_attention_backward", backend, dout, q, k, v)
+        return kernel(dout, q, k, v, stats, query_mask, token_mask, spec)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        *tensors, query_mask, token_mask = ctx.saved_tensors
+        heads_first = [None if g is None else g.transpose(1, 2) for g in gradients]
+        function = partial(
+            reference.linear_attention, **ctx.spec.of_linear, query_mask=query_mask, token_mask=token_mask
+        )
+        return None, *ops.differentiated_again(function, tensors, heads_first), None, None, None, None
+
+
+def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    B, H, D, Dv = q.shape[0], q.shape[1], q.shape[-1], v.shape[-1]
+    return ops.token_major(q, Dv), q.new_empty((B, H, D * Dv + 2 * D), dtype=reference.accumulate_dtype(q.dtype))
+
+
+def _fake_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    return tuple(ops.token_major(x, x.shape[-1]) for x in (q, k, v))
+
+
+ops.register("linear_attention_forward", _fake_forward, _LinearAttention, ("q", "k", "v"))
+ops.register("linear_attention_backward", _fake_backward, _LinearAttentionBackward)
+
+
+# -------------------------------------------------------------------------------------------------------- composed
 
 
 def gram_and_sum(a: Tensor, b: Tensor, backend: str) -> tuple[Tensor, Tensor]:
@@ -43,8 +117,7 @@ class _GramAndSum(torch.autograd.Function):
 
 
 def _compute(backend: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    found, _ = backends.load(backend)
-    if found is not None and found.function("layer_gram") is not None:
+    if dispatch.has(backend, "layer_gram"):
         G, sum_a, _ = dispatch.kernel(backend, "layer_gram")(a, b, False, None, None, None)
     else:
         G, _, _ = dispatch.kernel(backend, "gram")(a, b, False, None)

@@ -203,20 +203,27 @@ class _XfaBackward(torch.autograd.Function):
     def backward(ctx: Any, ddqkv: Tensor | None, ddtemperature: Tensor | None) -> tuple[Tensor | None, ...]:
         grads = (*((None,) * 3 if ddqkv is None else ddqkv.transpose(2, 3).unbind(0)), ddtemperature)
         *tensors, token_mask = ctx.saved_tensors
-        dtype = reference.accumulate_dtype(tensors[1].dtype)
-        again = torch.is_grad_enabled()
-        with torch.enable_grad(), without_autocast(tensors[1]):
-            # new points to differentiate at, connected to the old ones in case the result is differentiated too
-            points = [x.to(dtype).view_as(x) if x.requires_grad else x.detach().to(dtype) for x in tensors]
-            dout, *inputs = (x if x.requires_grad else x.requires_grad_() for x in points)
-            out = reference.xfa(*inputs, **ctx.spec._asdict(), token_mask=token_mask)
-            first = torch.autograd.grad(out, inputs, dout, create_graph=True)
-            pairs = [(x, g.to(dtype)) for x, g in zip(first, grads, strict=True) if g is not None]
-            second = torch.autograd.grad(
-                [x for x, _ in pairs], [dout, *inputs], [g for _, g in pairs], allow_unused=True, create_graph=again
-            )
-        result = (None if g is None else g.to(x.dtype) for x, g in zip(tensors, second, strict=True))
-        return None, *result, None, None, None
+        function = partial(reference.xfa, **ctx.spec.of_xfa, token_mask=token_mask)
+        return None, *differentiated_again(function, tensors, grads), None, None, None
+
+
+def differentiated_again(
+    function: Callable[..., Tensor], tensors: Sequence[Tensor], grads: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """The gradients of a backward, by autograd of `function`, the forward: with regard to `tensors`, which are the
+    gradient of its output and its inputs, from `grads`, those of the gradients of its inputs."""
+    dtype = reference.accumulate_dtype(tensors[1].dtype)
+    again = torch.is_grad_enabled()
+    with torch.enable_grad(), without_autocast(tensors[1]):
+        # new points to differentiate at, connected to the old ones in case the result is differentiated too
+        points = [x.to(dtype).view_as(x) if x.requires_grad else x.detach().to(dtype) for x in tensors]
+        dout, *inputs = (x if x.requires_grad else x.requires_grad_() for x in points)
+        first = torch.autograd.grad(function(*inputs), inputs, dout, create_graph=True)
+        pairs = [(x, g.to(dtype)) for x, g in zip(first, grads, strict=True) if g is not None]
+        second = torch.autograd.grad(
+            [x for x, _ in pairs], [dout, *inputs], [g for _, g in pairs], allow_unused=True, create_graph=again
+        )
+    return [None if g is None else g.to(x.dtype) for x, g in zip(tensors, second, strict=True)]
 
 
 class _Gram(torch.autograd.Function):
@@ -289,14 +296,14 @@ class _ChannelMix(torch.autograd.Function):
 # --------------------------------------------------------------------------------------------------- kernels and fakes
 
 
-def _token_major(x: Tensor, features: Any) -> Tensor:
+def token_major(x: Tensor, features: Any) -> Tensor:
     B, H, N, _ = x.shape
     return x.new_empty((B, N, H, features))
 
 
 def _fake_xfa_forward(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     B, H, D = q.shape[0], q.shape[1], q.shape[-1]
-    return _token_major(q, D), q.new_empty((B, H, D * D + 2 * D), dtype=reference.accumulate_dtype(q.dtype))
+    return token_major(q, D), q.new_empty((B, H, D * D + 2 * D), dtype=reference.accumulate_dtype(q.dtype))
 
 
 def _fake_xfa_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, temperature: Tensor, *_: Any) -> Any:
@@ -312,7 +319,7 @@ def _fake_gram(a: Tensor, b: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _fake_channel_mix(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
-    return _token_major(x, weight.shape[-2])
+    return token_major(x, weight.shape[-2])
 
 
 def _autocast_on(x: Tensor) -> bool:

@@ -1,9 +1,13 @@
-"""What a call of xfa computes beside its tensors, in one record: checked where it is made, one argument of the ops."""
+"""What a call computes beside its tensors, in one record: checked where it is made, one argument of the ops.
+
+One family holds :func:`xformer_kernels.xfa` and :func:`xformer_kernels.linear_attention`: feature maps of q and k,
+norms of them, a D x D map, and a division of the output.
+"""
 
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -12,31 +16,66 @@ from xformer_kernels import validate
 MAPS = ("query_key", "key_value")
 NORMS = ("token", "feature", "none")
 ACTIVATIONS = ("softmax", "identity")
-
+FEATURE_MAPS = ("identity", "relu", "elu1", "softmax_features", "softmax_tokens")
 
 LEAST = torch.finfo(torch.float32).tiny
 """An eps that is normal in every dtype of sums."""
 
 
 class Spec(NamedTuple):
-    """The choices of :func:`xformer_kernels.xfa`, where they are explained. Hashable."""
+    """The choices of both functions, which explain them. Hashable."""
 
     map: str = "query_key"
     norm: str = "token"
     activation: str = "softmax"
     eps: float = 1e-12
+    feature_maps: tuple[str, str] = ("identity", "identity")
+    """Of q and of k."""
+    normalize: bool = False
+    scale: float = 1.0
+    """A factor of the output; xfa has its temperature instead."""
+
+    @staticmethod
+    def of_linear_attention(feature_map: str | tuple[str, str], normalize: bool, scale: float, eps: float) -> Spec:
+        """The spec of :func:`xformer_kernels.linear_attention`, checked."""
+        names = feature_map if isinstance(feature_map, tuple) else (feature_map, feature_map)
+        if len(names) != 2:
+            raise ValueError(f"feature_map must be a name or a pair of names, of q and of k, got {feature_map!r}")
+        if feature_map == "softmax_tokens":
+            names = ("softmax_features", "softmax_tokens")
+        return Spec("key_value", "none", "identity", eps, names, normalize, scale).check()
 
     def check(self) -> Spec:
         """The spec itself.
 
         Raises:
-            TypeError, ValueError: a choice that there is not, by its name.
+            TypeError, ValueError: a choice that there is not, by its name; two choices that have no formula together.
         """
         validate.choice("map", self.map, MAPS)
         validate.choice("norm", self.norm, NORMS)
         validate.choice("activation", self.activation, ACTIVATIONS)
         validate.positive("eps", self.eps)
+        if self[4:] != _XFA_ALONE:
+            self._check_linear()
         return self
+
+    def _check_linear(self) -> None:
+        of_q, of_k = self.feature_maps
+        validate.choice("feature_map of k", of_k, FEATURE_MAPS)
+        validate.choice("feature_map of q", of_q, FEATURE_MAPS[:-1])
+        if not isinstance(self.normalize, bool):
+            raise TypeError(f"normalize must be True or False, got {type(self.normalize).__name__}: {self.normalize!r}")
+        validate.finite("scale", self.scale)
+        if self.map != "key_value" or self.norm != "none":
+            raise ValueError(
+                f"feature_map={self.feature_maps!r}, normalize={self.normalize} and scale={self.scale} need "
+                f"map='key_value' and norm='none', got map={self.map!r} and norm={self.norm!r}"
+            )
+
+    @property
+    def of_xfa(self) -> dict[str, Any]:
+        """The keyword arguments of :func:`xformer_kernels.xfa`."""
+        return {"map": self.map, "norm": self.norm, "activation": self.activation, "eps": self.eps}
 
     def with_normal_eps(self, dtype: torch.dtype) -> Spec:
         """With an eps that `dtype`, of sums, does not round to 0."""
@@ -50,13 +89,27 @@ class Spec(NamedTuple):
         return self.map == "query_key" and self.activation == "softmax"
 
     @property
+    def of_linear(self) -> dict[str, Any]:
+        """The keyword arguments of :func:`xformer_kernels.linear_attention`."""
+        return {
+            "feature_map": self.feature_maps, "normalize": self.normalize, "scale": float(self.scale), "eps": self.eps,
+        }  # fmt: skip
+
+    @property
     def text(self) -> str:
         """As the schemas of the ops take it."""
-        return f"{self.map} {self.norm} {self.activation} {float(self.eps)!r}"
+        of_q, of_k = self.feature_maps
+        return (
+            f"{self.map} {self.norm} {self.activation} {float(self.eps)!r} "
+            f"{of_q} {of_k} {int(self.normalize)} {float(self.scale)!r}"
+        )
 
     @staticmethod
     @lru_cache
     def of_text(text: str) -> Spec:
         """The inverse of :attr:`text`."""
-        map, norm, activation, eps = text.split()
-        return Spec(map, norm, activation, float(eps))
+        map, norm, activation, eps, of_q, of_k, normalize, scale = text.split()
+        return Spec(map, norm, activation, float(eps), (of_q, of_k), normalize == "1", float(scale))
+
+
+_XFA_ALONE = Spec()[4:]

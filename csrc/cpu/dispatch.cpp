@@ -4,29 +4,33 @@
 
 #include "../include/xformer_kernels.h"
 
-#define XK_DECLARE(level)                          \
-  namespace xk {                                   \
-  namespace level {                                \
-  int run_gram(const xk_gram_args*);               \
-  int run_channel_mix(const xk_channel_mix_args*); \
-  int run_layer_gram(const xk_layer_gram_args*);   \
-  int run_layer_mix(const xk_layer_mix_args*);     \
-  int run_xfa_forward(const xk_xfa_args*);         \
-  int run_xfa_backward(const xk_xfa_args*);        \
-  int run_linear(const xk_linear_args*);           \
-  int run_depthwise(const xk_depthwise_args*);     \
-  }                                                \
+#define XK_DECLARE(level)                                             \
+  namespace xk {                                                      \
+  namespace level {                                                   \
+  int run_gram(const xk_gram_args*);                                  \
+  int run_channel_mix(const xk_channel_mix_args*);                    \
+  int run_layer_gram(const xk_layer_gram_args*);                      \
+  int run_layer_mix(const xk_layer_mix_args*);                        \
+  int run_xfa_forward(const xk_xfa_args*);                            \
+  int run_xfa_backward(const xk_xfa_args*);                           \
+  int run_linear_attention_forward(const xk_linear_attention_args*);  \
+  int run_linear_attention_backward(const xk_linear_attention_args*); \
+  int run_linear(const xk_linear_args*);                              \
+  int run_depthwise(const xk_depthwise_args*);                        \
+  }                                                                   \
   }
-#define XK_ENTRY(level, usable) \
-  {#level,                      \
-   usable,                      \
-   xk::level::run_gram,         \
-   xk::level::run_channel_mix,  \
-   xk::level::run_layer_gram,   \
-   xk::level::run_layer_mix,    \
-   xk::level::run_xfa_forward,  \
-   xk::level::run_xfa_backward, \
-   xk::level::run_linear,       \
+#define XK_ENTRY(level, usable)              \
+  {#level,                                   \
+   usable,                                   \
+   xk::level::run_gram,                      \
+   xk::level::run_channel_mix,               \
+   xk::level::run_layer_gram,                \
+   xk::level::run_layer_mix,                 \
+   xk::level::run_xfa_forward,               \
+   xk::level::run_xfa_backward,              \
+   xk::level::run_linear_attention_forward,  \
+   xk::level::run_linear_attention_backward, \
+   xk::level::run_linear,                    \
    xk::level::run_depthwise}
 
 #ifdef XK_HAVE_x86_64_v4
@@ -72,6 +76,8 @@ struct Level {
   int (*layer_mix)(const xk_layer_mix_args*);
   int (*xfa_forward)(const xk_xfa_args*);
   int (*xfa_backward)(const xk_xfa_args*);
+  int (*linear_attention_forward)(const xk_linear_attention_args*);
+  int (*linear_attention_backward)(const xk_linear_attention_args*);
   int (*linear)(const xk_linear_args*);
   int (*depthwise)(const xk_depthwise_args*);
 };
@@ -152,6 +158,12 @@ int xk_layer_mix(const xk_layer_mix_args* p) {
 }
 int xk_xfa_forward(const xk_xfa_args* p) { return call(level_for(p->dim, p->q.dtype, true), &Level::xfa_forward, p); }
 int xk_xfa_backward(const xk_xfa_args* p) { return call(level_for(p->dim, p->q.dtype, true), &Level::xfa_backward, p); }
+int xk_linear_attention_forward(const xk_linear_attention_args* p) {
+  return call(level_for(p->dim_v, p->q.dtype), &Level::linear_attention_forward, p);
+}
+int xk_linear_attention_backward(const xk_linear_attention_args* p) {
+  return call(level_for(p->dim_v, p->q.dtype), &Level::linear_attention_backward, p);
+}
 int xk_linear(const xk_linear_args* p) { return call(level_for(p->dim_out, XK_F32), &Level::linear, p); }
 int xk_depthwise(const xk_depthwise_args* p) { return call(level_for(p->channels, XK_F32), &Level::depthwise, p); }
 }

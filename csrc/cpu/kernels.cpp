@@ -3,6 +3,7 @@
 #include "../include/xformer_kernels.h"
 #include "depthwise.h"
 #include "linear.h"
+#include "linear_attention.h"
 #include "xfa.h"
 
 namespace xk {
@@ -172,6 +173,14 @@ int run_xfa_backward(const xk_xfa_args* p) {
   return p->q.dtype == XK_F64 ? Xfa<double>(*p).backward() : Xfa<float>(*p).backward();
 }
 
+int run_linear_attention_forward(const xk_linear_attention_args* p) {
+  if (p->dim < 1 || p->dim_v < 1) return XK_BAD_ARGUMENT;
+  return p->q.dtype == XK_F64 ? LinearAttention<double>(*p).forward() : LinearAttention<float>(*p).forward();
+}
+int run_linear_attention_backward(const xk_linear_attention_args* p) {
+  if (p->dim < 1 || p->dim_v < 1) return XK_BAD_ARGUMENT;
+  return p->q.dtype == XK_F64 ? LinearAttention<double>(*p).backward() : LinearAttention<float>(*p).backward();
+}
 int run_linear(const xk_linear_args* p) {
   return p->dim_in < 1 || p->dim_out < 1 ? int(XK_BAD_ARGUMENT) : p->tokens ? Linear(*p).run() : int(XK_OK);
 }

@@ -1,11 +1,13 @@
 // One pass over token-major data. For a block of tokens that fits the first-level cache, a pass
 //   packs    its operands: any strides and storage dtype -> rows of T padded with zeros to whole vectors, masked tokens
-//            zeroed, rows divided by their norm where the feature norm is asked for, or layer-normalised and centred;
+//            zeroed, rows divided by their norm where the feature norm is asked for, or layer-normalised and centred,
+//            or by the feature map of linear attention;
 //   grams    at most one pair of packed blocks into an accumulated D x D matrix (and sums of squares);
 //   mixes    each token's features by D x D operands into outputs.
 // Everything of size N goes through here; each operand is read from memory once per pass.
 #pragma once
 
+#include "features.h"
 #include "rows.h"
 #include "tile.h"
 
@@ -18,6 +20,7 @@ struct Operand {
   int dtype = 0, dim = 0;
   bool unit_rows = false;   // feature norm: each token's row is divided by max(norm, eps)
   bool layer_norm = false;  // each token's row has its mean subtracted and is divided by its spread
+  int features = XK_IDENTITY_FEATURES;
 };
 
 inline Operand operand(const xk_tensor& t, int64_t b, int64_t h, int dim, bool unit_rows = false) {
@@ -41,12 +44,24 @@ template <class T>
 struct Mix {
   int x = -1, x2 = -1, add = -1;  // operand indices
   const T *w = nullptr, *w2 = nullptr, *bias = nullptr, *scale = nullptr;
-  int unit = -1;   // operand whose unit_rows or layer_norm is differentiated: y is a gradient with respect to that row
+  int unit = -1;   // operand whose unit_rows, layer_norm or features are differentiated: y is a gradient with respect
+                   // to that row
   int ahead = -1;  // operand whose next block is fetched while this one is mixed
   Operand y;       // stride_d == 1
 };
 
 constexpr int kMaxOperands = 4, kMaxMixes = 3;
+
+// Linear attention's denominators d[n] = <row n of an operand, z> + eps. Forward, the mix is divided by them; backward,
+// rows of another operand are multiplied by scale / d[n] when they are packed, and the mix that differentiates the
+// features takes the derivative of d too.
+template <class T>
+struct Quotient {
+  int of = -1, scaled = -1;  // operand indices
+  const T* z = nullptr;      // padded; null: d[n] = 1
+  T eps = 0, scale = 1;
+  T* dz = nullptr;  // backward: added to; padded
+};
 
 template <class T>
 struct Pass {
@@ -56,6 +71,7 @@ struct Pass {
   const T* center[kMaxOperands] = {};  // subtracted from each of its rows, if given; padded with zeros
   int operands = 0;
   Gram<T> gram;
+  Quotient<T> quotient;
   Mix<T> mix[kMaxMixes];
   int mixes = 0;
   const uint8_t* mask = nullptr;
@@ -97,6 +113,7 @@ void pack(const Pass<T>& pass, int index, int64_t first, int tokens, T* out, T* 
       V<T> shift = load(center + c);
       for (int n = 0; n < tokens; ++n) store(out + (ptrdiff_t)n * ld + c, load(out + (ptrdiff_t)n * ld + c) - shift);
     }
+  if (o.features != XK_IDENTITY_FEATURES) apply_features(o.features, out, tokens, o.dim, ld);
   if (pass.mask)
     for (int n = 0; n < tokens; ++n)
       if (!pass.mask[(first + n) * pass.mask_stride]) memset(out + (ptrdiff_t)n * ld, 0, ld * sizeof(T));
@@ -136,7 +153,7 @@ int block_tokens(int dim) {
 template <class T>
 size_t pass_scratch(int dim) {
   size_t tokens = block_tokens<T>(dim);
-  return (kMaxOperands + 1) * tokens * padded<T>(dim) + kMaxOperands * tokens;
+  return (kMaxOperands + 1) * tokens * padded<T>(dim) + (kMaxOperands + 2) * tokens;
 }
 
 // Tokens [first, first + tokens) of one (batch, head), tokens <= block_tokens(widest). scratch: pass_scratch(widest).
@@ -151,6 +168,9 @@ void run_block(const Pass<T>& pass, int64_t first, int tokens, const Pass<T>* ne
   for (int m = 0; m < pass.mixes; ++m) {
     if (pass.mix[m].unit >= 0) used_packed[pass.mix[m].unit] = true;
   }
+  const Quotient<T>& quotient = pass.quotient;
+  if (quotient.of >= 0) used_packed[quotient.of] = true;
+  if (quotient.scaled >= 0) used_packed[quotient.scaled] = true;
   auto ahead = [&](const Operand& o) {
     ptrdiff_t size = itemsize(o.dtype), row = (o.stride_d == 1 ? o.stride_n : o.stride_d) * size;
     const char* base = o.data + next_first * o.stride_n * size;
@@ -175,8 +195,25 @@ void run_block(const Pass<T>& pass, int64_t first, int tokens, const Pass<T>* ne
         continue;
       }
     used_packed[i] = used_packed[i] || pass.ssq[i] || pass.sums[i] || pass.center[i] || pass.in[i].unit_rows ||
-                     pass.in[i].layer_norm || pass.in[i].dtype != kNative<T> || pass.in[i].stride_d != 1;
+                     pass.in[i].layer_norm || pass.in[i].features || pass.in[i].dtype != kNative<T> ||
+                     pass.in[i].stride_d != 1;
     if (used_packed[i]) pack(pass, i, first, tokens, packed[i], norms[i]);
+  }
+
+  // one over the denominators, and scratch
+  T *inverse = nullptr, *along = staged + block + (kMaxOperands + 1) * block_tokens<T>(widest);
+  if (quotient.z) {
+    inverse = along - block_tokens<T>(widest);
+    row_dots(packed[quotient.of], quotient.z, 0, tokens, padded<T>(pass.in[quotient.of].dim), inverse);
+    for (int n = 0; n < tokens; ++n) inverse[n] = 1 / (inverse[n] + quotient.eps);
+  }
+  if (quotient.scaled >= 0) {
+    const int ld = padded<T>(pass.in[quotient.scaled].dim);
+    for (int n = 0; n < tokens; ++n) {
+      T* row = packed[quotient.scaled] + (ptrdiff_t)n * ld;
+      V<T> by = broadcast(inverse ? quotient.scale * inverse[n] : quotient.scale);
+      for (int c = 0; c < ld; c += VL<T>) store(row + c, load(row + c) * by);
+    }
   }
 
   if (gram.g) {
@@ -222,6 +259,7 @@ void run_block(const Pass<T>& pass, int64_t first, int tokens, const Pass<T>* ne
     t.ldw = ld;
     t.bias = mix.bias;
     t.scale = mix.scale;
+    if (quotient.scaled < 0) t.divided = inverse;
     const bool layer_norm = mix.unit >= 0 && pass.in[mix.unit].layer_norm;
     if (mix.add >= 0 && !layer_norm) {
       const Operand& o = pass.in[mix.add];
@@ -248,6 +286,10 @@ void run_block(const Pass<T>& pass, int64_t first, int tokens, const Pass<T>* ne
         if (mix.add >= 0) source(mix.add, add, ld_add, step, columns);
         layer_norm_backward(staged, packed[mix.unit], pass.center[mix.unit], norms[mix.unit], add, ld_add, tokens,
                             mix.y.dim, ld);
+      } else if (!pass.in[mix.unit].unit_rows) {
+        const T* u = packed[mix.unit];
+        if (quotient.z) quotient_backward(staged, u, quotient.z, inverse, along, quotient.dz, tokens, ld);
+        features_backward(pass.in[mix.unit].features, staged, u, tokens, mix.y.dim, ld);
       } else {
         unit_rows_backward(staged, packed[mix.unit], norms[mix.unit], tokens, ld, pass.eps);
       }

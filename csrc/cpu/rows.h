@@ -158,6 +158,45 @@ void unit_rows_backward(T* rows, const T* unit, const T* norms, int tokens, int 
   }
 }
 
+// out[n] = sum_i a[n,i] b[n,i], of rows of ld columns; a stride of 0 repeats one row of b.
+template <class T>
+void row_dots(const T* a, const T* b, ptrdiff_t stride_b, int tokens, int ld, T* out) {
+  for (int n = 0; n < tokens; n += VL<T>) {
+    const int rows = tokens - n < VL<T> ? tokens - n : VL<T>;
+    V<T> x[VL<T>];
+#pragma GCC unroll 16
+    for (int i = 0; i < VL<T>; ++i) {
+      x[i] = V<T>{};
+      if (i >= rows) continue;
+      const T *p = a + (ptrdiff_t)(n + i) * ld, *q = b + (n + i) * stride_b;
+      for (int c = 0; c < ld; c += VL<T>) x[i] += load(p + c) * load(q + c);
+    }
+    V<T> sums = sum_each<T>(x);
+    if (rows == VL<T>)
+      store(out + n, sums);
+    else
+      store(out + n, sums, rows);
+  }
+}
+
+// The derivative of out[n] = x[n] / d[n] with d[n] = <u[n], z> + eps with regard to u, in place on rows of gradients g
+// with regard to u as if d were constant: g - z <g, u> / d. What z gains is added to dz. along: scratch, one per token.
+template <class T>
+void quotient_backward(T* rows, const T* u, const T* z, const T* inverse, T* along, T* dz, int tokens, int ld) {
+  row_dots(rows, u, ld, tokens, ld, along);
+  for (int n = 0; n < tokens; ++n) along[n] *= -inverse[n];
+  for (int c = 0; c < ld; c += VL<T>) {
+    V<T> sum = {}, by = load(z + c);
+    for (int n = 0; n < tokens; ++n) {
+      V<T> a = broadcast(along[n]);
+      T* p = rows + (ptrdiff_t)n * ld + c;
+      store(p, load(p) + a * by);
+      sum += a * load(u + (ptrdiff_t)n * ld + c);
+    }
+    store(dz + c, load(dz + c) + sum);
+  }
+}
+
 template <class T, class S>
 void unpack(const T* rows, int ld, int tokens, int dim, S* y, int64_t stride_n) {
   for (int n = 0; n < tokens; ++n, rows += ld, y += stride_n)

@@ -183,6 +183,7 @@ void gram_tile(const GramTile<T>& t) {
 
 // y[n, o] = bias[o] + scale[o] * add[n, o] + sum_k x[n, k] w[k, o] (+ the same with x2, w2) for MR tokens, or its
 // hard-swish.
+// `divided`: row n is multiplied by divided[n] before all that is added.
 // x may have any strides; w, bias and scale are padded to whole vectors; add and y have unit stride along o, and their
 // last vector has `last_lanes` columns.
 template <class T>
@@ -202,6 +203,7 @@ struct MixTile {
   ptrdiff_t ldy;
   int dtype, last_lanes;
   bool hard_swish;
+  const T* divided;
   const T* after;  // added to what is activated, if given
   ptrdiff_t ld_after;
   Ahead ahead0, ahead1;
@@ -229,6 +231,12 @@ void mix_tile(const MixTile<T>& t) {
     for (int c = 0; c < NR; ++c) acc[r][c] = V<T>{};
   accumulate<T, PAIRS, MR, NR, G>(acc, t.x, t.x_row, t.x_k, t.w, t.ldw, t.K, t.ahead0, t.ahead1, MR, 0);
   if (t.x2) accumulate<T, PAIRS, MR, NR, G>(acc, t.x2, t.x2_row, t.x2_k, t.w2, t.ldw, t.K2, Ahead{}, Ahead{}, t.K2, 0);
+  if (t.divided) {
+#pragma GCC unroll 16
+    for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 8
+      for (int c = 0; c < NR; ++c) acc[r][c] *= broadcast(t.divided[r]);
+  }
   // Last, since products that are added to larger numbers are rounded at their size.
   if (t.add)
     with_storage<T>(t.add_dtype, [&](auto* storage) {
@@ -362,6 +370,7 @@ void mix_block(const MixTile<T>& whole, int tokens, int cols, int y_itemsize) {
     for_tiles(tokens, nr, p + 1 == panels.parts ? sharing<T>(cols) : 0, [&](int row, int size, int s) {
       t.x = whole.x + row * t.x_row;
       if (t.x2) t.x2 = whole.x2 + row * t.x2_row;
+      if (t.divided) t.divided = whole.divided + row;
       if (t.add) t.add = (const char*)whole.add + (row * t.ld_add + first_col) * itemsize(t.add_dtype);
       if (t.after) t.after = whole.after + row * t.ld_after + first_col;
       t.y = (char*)whole.y + (row * t.ldy + first_col) * y_itemsize;

@@ -336,6 +336,29 @@ XK_INLINE T sum_lanes(V<T> x) {
   return x[0];
 }
 
+template <class T, int D, int... L>
+XK_INLINE V<T> max_rotated(V<T> x, Lanes<L...>) {
+  return max<T>(x, XK_SHUFFLE(x, x, ((L + D) % VL<T>)...));
+}
+template <class T, int D = VL<T> / 2>
+XK_INLINE T max_lanes(V<T> x) {
+  x = max_rotated<T, D>(x, typename FirstLanes<VL<T>>::type{});
+  if constexpr (D > 1) return max_lanes<T, D / 2>(x);
+  return x[0];
+}
+
+// The sums of the lanes of VL vectors, one to a lane; x is overwritten.
+template <class T, int D = VL<T> / 2>
+XK_INLINE V<T> sum_each(V<T> (&x)[VL<T>]) {
+#pragma GCC unroll 8
+  for (int i = 0; i < D; ++i) {
+    swap_halves<T, D>(x[i], x[i + D], typename FirstLanes<VL<T>>::type{});
+    x[i] += x[i + D];
+  }
+  if constexpr (D > 1) return sum_each<T, D / 2>(x);
+  return x[0];
+}
+
 // exp(x) for x <= 0 (a softmax after the maximum is taken off): 2^k * p(r), |r| <= ln2 / 2, within 1 ulp. NaN stays
 // NaN; below the smallest normal result the answer is 0.
 XK_INLINE V<float> exp_nonpositive(V<float> x) {

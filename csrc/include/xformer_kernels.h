@@ -18,6 +18,14 @@ enum xk_map { XK_QUERY_KEY = 0, XK_KEY_VALUE = 1 };
 // Without norms q and k are taken as they are; only the CPU has that.
 enum xk_norm { XK_TOKEN_NORM = 0, XK_FEATURE_NORM = 1, XK_NO_NORM = 2 };
 enum xk_activation { XK_SOFTMAX = 0, XK_IDENTITY = 1 };
+// phi(x) of linear attention: x, max(x, 0), elu(x) + 1, a softmax over the features of a token, or over the tokens.
+enum xk_features {
+  XK_IDENTITY_FEATURES = 0,
+  XK_RELU = 1,
+  XK_ELU_PLUS_1 = 2,
+  XK_SOFTMAX_FEATURES = 3,
+  XK_SOFTMAX_TOKENS = 4  // of keys only
+};
 
 // Strides are in elements and may be zero or negative. A null pointer means "absent".
 typedef struct {
@@ -99,6 +107,22 @@ typedef struct {
   int32_t threads;
 } xk_xfa_args;
 
+// S[i,j] = sum_m phi_k(k)[m,i] v[m,j], z[i] = sum_m phi_k(k)[m,i]; normalize:
+//   out[n,j] = scale sum_i phi_q(q)[n,i] S[i,j] / (sum_i phi_q(q)[n,i] z[i] + eps)        else without the division.
+// q has `queries` tokens, k and v have `tokens`; v, out and dout have dim_v features, the others dim.
+// Forward writes out and stats; backward reads stats and writes dq, dk, dv. stats: contiguous
+// (batch, heads, dim * dim_v + 2 * dim), accumulate dtype: S, z, and for a softmax over tokens the maxima of k's
+// features, z being the sums of exponentials.
+typedef struct {
+  int64_t batch, heads, queries, tokens, dim, dim_v;
+  int32_t features_q, features_k, normalize;
+  double scale, eps;
+  xk_tensor q, k, v, out, dout, dq, dk, dv;
+  xk_mask query_mask, token_mask;
+  void* stats;
+  int32_t threads;
+} xk_linear_attention_args;
+
 // Batch norm of features with running statistics: weight (z - mean) / sqrt(variance + eps) + bias. variance null: none;
 // weight and bias may be null.
 typedef struct {
@@ -141,6 +165,8 @@ int xk_layer_gram(const xk_layer_gram_args* args);
 int xk_layer_mix(const xk_layer_mix_args* args);
 int xk_xfa_forward(const xk_xfa_args* args);
 int xk_xfa_backward(const xk_xfa_args* args);
+int xk_linear_attention_forward(const xk_linear_attention_args* args);  // of the CPU only, as what follows
+int xk_linear_attention_backward(const xk_linear_attention_args* args);
 int xk_linear(const xk_linear_args* args);
 int xk_depthwise(const xk_depthwise_args* args);
 

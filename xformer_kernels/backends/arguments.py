@@ -21,6 +21,7 @@ _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16:
 _MAPS = {"query_key": 0, "key_value": 1}
 _NORMS = {"token": 0, "feature": 1, "none": 2}
 _ACTIVATIONS = {"softmax": 0, "identity": 1}
+_FEATURE_MAPS = {"identity": 0, "relu": 1, "elu1": 2, "softmax_features": 3, "softmax_tokens": 4}
 _NO_STRIDES = (0, 0, 0, 0)
 
 
@@ -125,3 +126,49 @@ def xfa_backward(
     gradients = (dq.data_ptr(), dk.data_ptr(), dv.data_ptr(), dq.stride(), dtemperature.data_ptr())
     shared = _xfa(q, k, v, temperature, stats, token_mask, spec)
     return (*shared, dout.data_ptr(), dout.stride(), *gradients), (dqkv, dtemperature)
+
+
+def _linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    stats: Tensor,
+    query_mask: Tensor | None,
+    token_mask: Tensor | None,
+    spec: Spec,
+) -> tuple[Any, ...]:
+    """What forward and backward have in common."""
+    of_q, of_k = spec.feature_maps
+    return (
+        q.shape, v.shape, _DTYPES[q.dtype], _FEATURE_MAPS[of_q], _FEATURE_MAPS[of_k], spec.normalize, spec.scale,
+        spec.eps, q.data_ptr(), q.stride(), k.data_ptr(), k.stride(), v.data_ptr(), v.stride(), *_mask(query_mask),
+        *_mask(token_mask), stats.data_ptr(),
+    )  # fmt: skip
+
+
+def linear_attention_forward(
+    empty: Empty, q: Tensor, k: Tensor, v: Tensor, query_mask: Tensor | None, token_mask: Tensor | None, spec: Spec
+) -> tuple[tuple[Any, ...], tuple[Tensor, Tensor]]:
+    B, H, N, D = q.shape
+    Dv = v.shape[-1]
+    out = empty((B, N, H, Dv), q.dtype)
+    stats = empty((B, H, D * Dv + 2 * D), accumulate_dtype(q.dtype))
+    shared = _linear_attention(q, k, v, stats, query_mask, token_mask, spec)
+    return (*shared, out.data_ptr(), _heads_first(out), *(0, _NO_STRIDES) * 4), (out, stats)
+
+
+def linear_attention_backward(
+    empty: Empty,
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    stats: Tensor,
+    query_mask: Tensor | None,
+    token_mask: Tensor | None,
+    spec: Spec,
+) -> tuple[tuple[Any, ...], tuple[Tensor, ...]]:
+    gradients = tuple(empty((x.shape[0], x.shape[2], x.shape[1], x.shape[3]), x.dtype) for x in (q, k, v))
+    shared = _linear_attention(q, k, v, stats, query_mask, token_mask, spec)
+    addresses = (address for x in gradients for address in (x.data_ptr(), _heads_first(x)))
+    return (*shared, 0, _NO_STRIDES, dout.data_ptr(), dout.stride(), *addresses), gradients

@@ -75,6 +75,18 @@ def xfa_backward(*args: Any) -> tuple[Tensor, Tensor]:
     return result
 
 
+def linear_attention_forward(*args: Any) -> tuple[Tensor, Tensor]:
+    addresses, result = arguments.linear_attention_forward(_empty, *args)
+    _C.linear_attention_forward(*addresses, torch.get_num_threads())
+    return result
+
+
+def linear_attention_backward(*args: Any) -> tuple[Tensor, ...]:
+    addresses, result = arguments.linear_attention_backward(_empty, *args)
+    _C.linear_attention_backward(*addresses, torch.get_num_threads())
+    return result
+
+
 def layer_gram(
     a: Tensor,
     b: Tensor,

@@ -41,7 +41,7 @@ class Call(NamedTuple):
     def keywords(self) -> dict[str, Any]:
         """As :func:`xfa_layer` and :func:`xfa_block` take them."""
         others = {name: value for name, value in self._asdict().items() if name not in ("spec", "projections")}
-        return {**self.spec._asdict(), **others}
+        return {**self.spec.of_xfa, **others}
 
     def check(self, o: Operands, *block: Any) -> None:
         """`block`: ln_eps and residual of a half block."""

@@ -240,7 +240,7 @@ def _reference(o: Operands, choices: Choices) -> Tensor:
         *o,
         ln_eps=choices.ln_eps,
         residual=choices.residual,
-        **spec._asdict(),
+        **spec.of_xfa,
         token_mask=choices.token_mask,
         map_fn=None if dropped is None else lambda scaled: reference.activate(scaled, spec) * dropped,
     )
