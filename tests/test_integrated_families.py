@@ -191,6 +191,18 @@ def test_compiled(case):
     assert_same({"y": y, "dx0": grad}, {name: expected[name] for name in ("y", "dx0")}, case.tolerance)
 
 
+@pytest.mark.parametrize("name", ["Florence-2", "Sana", "EfficientViT", "LoFTR, masks"])
+def test_compiled_for_any_size_and_exported(name):
+    torch._dynamo.reset()
+    model, args = CASES[name].model().eval(), tuple(CASES[name].args())
+    with torch.no_grad():
+        expected = model(*args)
+        assert replace_attention(model) == 1
+        compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=True)
+        for graph in (compiled, torch.export.export(model, args).module()):
+            torch.testing.assert_close(graph(*args), expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["facebook XCA", "Retinexformer", "Sana"])
 def test_a_compiled_module_is_replaced(name):
     """By module.compile(), before and after."""
