@@ -54,7 +54,7 @@ SANITIZED := build/sanitized
 SANITIZED_LEVELS = $(shell $(BIN)/python -c "from xformer_kernels import _C; used = _C.cpu_level(); \
   print(used + ';zen4' * (used == 'x86_64_v4' and 'zen4' in _C.build_info()['levels']))")
 SANITIZED_TESTS := tests/test_xfa.py tests/test_map_fn.py tests/test_primitives.py tests/test_determinism.py \
-  tests/test_layer.py tests/test_inference_kernels.py
+  tests/test_layer.py tests/test_inference_kernels.py tests/test_linear_attention.py
 sanitize: setup
 	XFORMER_KERNELS_SANITIZE=address,undefined XFORMER_KERNELS_REQUIRE_EXTENSION=1 XFORMER_KERNELS_WERROR=0 \
 	  XFORMER_KERNELS_CUDA=0 CMAKE_ARGS="$(CMAKE_ARGS) -DXK_LEVELS=$(SANITIZED_LEVELS)" \

@@ -58,12 +58,23 @@ def test_a_spec_is_checked_by_name_and_has_a_text():
         spec = config.spec.check()
         assert Spec.of_text(spec.text) == spec and hash(spec) == hash(config.spec)
     assert Spec.of_text(Spec(eps=1e-300).text).eps == 1e-300
+    linear = Spec.of_linear_attention("softmax_tokens", True, 0.3, 1e-5)
+    assert Spec.of_text(linear.text) == linear and linear.feature_maps == ("softmax_features", "softmax_tokens")
     for wrong, error, said in (
         (Spec(map="key_query"), ValueError, "map must be one of 'query_key', 'key_value', got 'key_query'"),
         (Spec(norm=None), ValueError, "norm must be one of"),
         (Spec(activation=["softmax"]), ValueError, "activation must be one of"),
         (Spec(eps=0.0), ValueError, "eps must be a finite number above 0, got 0.0"),
         (Spec(eps="1"), TypeError, "eps must be a number above 0, got str"),
+        (Spec("key_value", "none", feature_maps=("softmax_tokens", "relu")), ValueError, "feature_map of q must be"),
+        (Spec("key_value", "none", normalize=1), TypeError, "normalize must be True or False, got int"),
+        # choices that have no formula together
+        (
+            Spec(normalize=True),
+            ValueError,
+            "normalize=True .* need map='key_value' and norm='none', got map='query_key'",
+        ),
+        (Spec("key_value", feature_maps=("relu", "relu")), ValueError, "feature_map=.*relu.* got .* norm='token'"),
     ):
         with pytest.raises(error, match=said):
             wrong.check()

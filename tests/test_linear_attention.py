@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import xformer_kernels as xk
 from xformer_kernels import dispatch, reference
-from xformer_kernels.testing import assert_bitwise, assert_close
+from xformer_kernels.testing import assert_bitwise, assert_close, linear_attention_terms
 
 MAPS = ("identity", "relu", "elu1", "softmax_features", "softmax_tokens")
 PAIRS = (("relu", "identity"), ("identity", "softmax_tokens"), ("elu1", "relu"))
@@ -48,21 +48,6 @@ def run(function, tensors, **kwargs):
     return dict(zip(NAMES, (out.detach(), *torch.autograd.grad(out, leaves, dout)), strict=True))
 
 
-def gradient_terms(q, k, v, dout, feature_map="relu", normalize=True, scale=1.0, query_mask=None, token_mask=None):
-    """What the subtractions in the gradients start from: of float64 tokens."""
-    of_q, of_k = reference.feature_maps(feature_map)
-    q, dout = (reference.masked(x, query_mask) for x in (q, dout))
-    k, v = (reference.masked(x, token_mask) for x in (k, v))
-    q, k = reference.features(q, of_q), reference.masked(reference.features(k, of_k), token_mask)
-    if normalize:
-        dout = dout / ((q * k.sum(2, keepdim=True)).sum(3, keepdim=True) + 1e-6)
-    dq, dk = scale * dout @ (v.transpose(2, 3) @ k), scale * v @ (dout.transpose(2, 3) @ q)
-    return {
-        "dq": q * dq if of_q.startswith("softmax") else dq,
-        "dk": k * dk if of_k.startswith("softmax") else dk,
-    }
-
-
 def ops_of(backend):
     """The ops that compute it."""
     return FUSED if dispatch.has(backend, FUSED[0]) else ("channel_mix",)
@@ -73,7 +58,7 @@ def check(tensors, ran, backend, **kwargs):
         ours = run(xk.linear_attention, tensors, backend=backend, **kwargs)
     eager = run(reference.linear_attention, tensors, **kwargs)
     exact = [x.double() for x in tensors]
-    oracle, terms = run(reference.linear_attention, exact, **kwargs), gradient_terms(*exact, **kwargs)
+    oracle, terms = run(reference.linear_attention, exact, **kwargs), linear_attention_terms(*exact, **kwargs)
     for name in NAMES:
         assert_close(ours[name], eager[name], oracle[name], name, terms.get(name))
     return ours

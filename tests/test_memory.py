@@ -12,6 +12,7 @@ import torch
 from cases import CONFIGS, make_problem
 
 import xformer_kernels as xk
+from xformer_kernels import dispatch
 
 MB = 2**20
 
@@ -82,27 +83,38 @@ q, k, v = (x.requires_grad_() for x in qkv.permute(2, 0, 3, 1, 4).unbind(0))
 t = torch.ones(H, requires_grad=True)
 small = [torch.randn(1, 1, 64, D, dtype=torch.float32).to(dtype).requires_grad_() for _ in range(3)]
 torch.autograd.grad(xk.xfa(*small, t[:1], backend="cpp").sum(), small)       # threads, lazily loaded code
+torch.autograd.grad(xk.linear_attention(*small, backend="cpp").sum(), small)
 torch.autograd.grad(torch.ones(1 << 20, requires_grad=True).exp().sum(), [torch.ones(1, requires_grad=True)],
                     allow_unused=True)
 dout = torch.ones(B, N, H, D, dtype=dtype).transpose(1, 2)
 reset_peak(); start = status("VmRSS")
-out = xk.xfa(q, k, v, t, backend="cpp")
+if sys.argv[3] == "xfa":
+    out, inputs = xk.xfa(q, k, v, t, backend="cpp"), (q, k, v, t)
+else:
+    out, inputs = xk.linear_attention(q, k, v, feature_map=sys.argv[3], backend="cpp"), (q, k, v)
 print(status("VmHWM") - start)
 reset_peak(); start = status("VmRSS")
-grads = torch.autograd.grad(out, (q, k, v, t), dout)
+grads = torch.autograd.grad(out, inputs, dout)
 print(status("VmHWM") - start)
 """
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak of resident memory from /proc")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", [(1, 200_000, 2, 48), (4, 30_000, 4, 32), (2, 20_000, 2, 256)], ids=str)
-def test_peak_memory(shape, dtype, need_backend):
+@pytest.mark.parametrize(
+    ("shape", "function"),
+    [
+        ((1, 200_000, 2, 48), "xfa"), ((4, 30_000, 4, 32), "xfa"), ((2, 20_000, 2, 256), "xfa"),
+        ((1, 200_000, 2, 48), "relu"), ((4, 30_000, 4, 32), "softmax_tokens"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_peak_memory(shape, function, dtype, need_backend):
     """Resident memory, so that the kernels' own buffers count too: the results and at most 1 MB per (b, h)."""
     need_backend("cpp")
     if not os.access("/proc/self/clear_refs", os.W_OK):
         pytest.skip("/proc/self/clear_refs, which resets the peak of resident memory, may not be written here")
-    arguments = [",".join(map(str, shape)), str(dtype).removeprefix("torch.")]
+    arguments = [",".join(map(str, shape)), str(dtype).removeprefix("torch."), function]
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(PEAK), *arguments], capture_output=True, text=True, timeout=120
     )
@@ -134,3 +146,16 @@ def test_large_results_ask_for_huge_pages(need_backend):
     finally:
         _C.prefer_huge_pages = original
     assert [size for _, size in asked] == [2**32 // 2**7 * 4]
+
+
+def test_linear_attention_saves_statistics_alone(kernel, device, ran_backend):
+    """A backend that has fused it keeps S and z of each head."""
+    if not dispatch.has(kernel, "linear_attention_forward"):
+        pytest.skip(f"{kernel} composes linear attention, and keeps feature maps")
+    saved = []
+    for N in (300, 3000):
+        q, k, v = (torch.randn(2, 2, N, 8, device=device).requires_grad_() for _ in range(3))
+        with ran_backend(kernel, "linear_attention_forward"):
+            size, _ = saved_bytes(lambda *x: xk.linear_attention(*x, backend=kernel), (q, k, v))
+        saved.append(size)
+    assert saved[0] == saved[1] == 4 * (8 * 8 + 2 * 8) * 4

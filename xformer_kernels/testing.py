@@ -12,6 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from xformer_kernels import reference
+
 ULPS = 8
 # Nothing finer than float64 judges float64: the slack holds the oracle's own rounding, over thousands of terms.
 ULPS_FLOAT64 = 256
@@ -97,3 +99,34 @@ def gradient_terms(
         M, dM = k.transpose(2, 3) @ v, q.transpose(2, 3) @ dout
         dq, dk, dt = dout @ (t * M).transpose(2, 3), v @ (t * dM).transpose(2, 3), dM * M
     return {"dq": dq / norm_q, "dk": dk / norm_k, "dtemperature": dt.square().sum((0, 2, 3)).sqrt()}
+
+
+def linear_attention_terms(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dout: Tensor,
+    *,
+    feature_map: str | tuple[str, str] = "relu",
+    normalize: bool = True,
+    scale: float = 1.0,
+    eps: float = 1e-6,
+    query_mask: Tensor | None = None,
+    token_mask: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """The same of linear_attention; float64 arguments.
+
+    The gradients of phi(q) and phi(k) are what they would be without the denominator less what it takes; those of a
+    softmax are less their mean.
+    """
+    of_q, of_k = reference.feature_maps(feature_map)
+    q, dout = (reference.masked(x, query_mask) for x in (q, dout))
+    k, v = (reference.masked(x, token_mask) for x in (k, v))
+    q, k = reference.features(q, of_q), reference.masked(reference.features(k, of_k), token_mask)
+    if normalize:
+        dout = dout / ((q * k.sum(2, keepdim=True)).sum(3, keepdim=True) + eps)
+    dq, dk = scale * dout @ (v.transpose(2, 3) @ k), scale * v @ (dout.transpose(2, 3) @ q)
+    return {
+        "dq": q * dq if of_q.startswith("softmax") else dq,
+        "dk": k * dk if of_k.startswith("softmax") else dk,
+    }

@@ -41,7 +41,7 @@ def main() -> int:
         if done % 1000 == 0:
             print(f"{done} calls, {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
     for name, (calls, missed, failed) in counts.items():
-        print(f"{name:12} {calls:6} calls, {missed:3} missed the rule once, {failed:3} failed")
+        print(f"{name:16} {calls:6} calls, {missed:3} missed the rule once, {failed:3} failed")
     return 1 if any(failed for _, _, failed in counts.values()) else 0
 
 

@@ -18,7 +18,7 @@ import xformer_kernels as xk
 from fuzz.draws import Draw
 from fuzz.modules import depthwise, linear, model
 from xformer_kernels import reference
-from xformer_kernels.testing import assert_close
+from xformer_kernels.testing import assert_close, linear_attention_terms
 
 Tensors = dict[str, Any]
 
@@ -108,6 +108,30 @@ def xfa(d: Draw) -> None:
         return {**larger, "dtemperature": whole}
 
     judge(d, call(xk.xfa), call(reference.xfa), tensors, [((B, H, N, D), dtype)], terms)
+
+
+def linear_attention(d: Draw) -> None:
+    B, N, M, H = d.batch(), d.tokens(), d.pick("M", 0, 1, 2, 31, 196, 1024), d.pick("H", 1, 2, 3, 8)
+    D, Dv, dtype = d.size("D", (8, 16, 32, 33), 130), d.size("Dv", (8, 16, 32, 33), 130), d.dtype()
+    # positive, where a denominator near zero would leave of the outputs nothing but rounding errors
+    of_q = d.pick("feature map of q", "relu", "elu1", "softmax_features")
+    of_k = d.pick("feature map of k", "relu", "elu1", "softmax_features", "softmax_tokens")
+    choices = {
+        "feature_map": (of_q, of_k), "normalize": d.pick("normalize", True, True, False),
+        "scale": d.pick("scale", 1.0, 1.0, 0.25), "eps": d.pick("eps", 1e-6, 1e-5, 1e-3, 0.5),
+        "query_mask": d.mask(B, N), "token_mask": d.mask(B, M),
+    }  # fmt: skip
+    tensors = {
+        name: d.tensor(name, (B, H, *size), dtype) for name, size in (("q", (N, D)), ("k", (M, D)), ("v", (M, Dv)))
+    }
+
+    def call(function: Any) -> Any:
+        return lambda t: function(*t.values(), **choices)
+
+    def terms(dy: list[Tensor]) -> Tensors:
+        return linear_attention_terms(*(x.double() for x in (*tensors.values(), dy[0])), **choices)
+
+    judge(d, call(xk.linear_attention), call(reference.linear_attention), tensors, [((B, H, N, Dv), dtype)], terms)
 
 
 def gram(d: Draw) -> None:
@@ -234,6 +258,7 @@ def layer(d: Draw) -> None:
 
 CALLS: dict[str, Callable[[Draw], None]] = {
     "xfa": xfa,
+    "linear_attention": linear_attention,
     "gram": gram,
     "channel_mix": channel_mix,
     "layer": layer,

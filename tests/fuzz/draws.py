@@ -49,7 +49,7 @@ class Draw:
     def config(self) -> Config:
         return Config(
             self.pick("map", "query_key", "key_value"),
-            self.pick("norm", "token", "token", "feature"),
+            self.pick("norm", "token", "token", "feature", "none"),
             self.pick("activation", "softmax", "softmax", "identity"),
             self.pick("eps", 1e-12, 1e-12, 1e-6, 1e-3, 0.5),
         )
