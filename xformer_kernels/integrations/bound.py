@@ -1,4 +1,4 @@
-"""A forward bound to one module: what is replaced stays the same object of the same class.
+"""A forward bound to one module, or in diffusers its processor: what is replaced stays the same object and class.
 
 State dicts, hooks, parametrizations, FSDP, deepcopy and pickle do not depend on ``module.forward``, and the class's own
 forward is still there for what the bound one does not reproduce.
