@@ -131,6 +131,16 @@ OP_SHAPES: dict[str, tuple[OpShape, ...]] = {
         OpShape(1, 784, 8, 128),
     ),
 }
+VARIANTS: dict[str, tuple[OpShape, ...]] = {
+    # with 4,096 and 1,024 tokens as its models have at 512 and 256 pixels, and what is left at the last stage
+    "LiteMLA": (OpShape(1, 4096, 32, 16), OpShape(8, 1024, 16, 32), OpShape(1, 49, 16, 32)),
+    "Sana": (OpShape(1, 4096, 70, 32), OpShape(1, 1024, 70, 32)),
+    # the first and the last stage at 768 pixels
+    "Florence-2": (OpShape(1, 36864, 4, 32), OpShape(1, 576, 32, 32)),
+    "DaViT": (OpShape(8, 3136, 3, 32), OpShape(8, 49, 24, 32)),
+    "LoFTR": (OpShape(2, 4800, 8, 32), OpShape(1, 300, 8, 32)),
+}
+"""By model, for ``bench.variants``."""
 MANY = {"op": "N >= 1024", "layer": "N >= 8C"}
 LAYER_SHAPES: dict[str, tuple[LayerShape, ...]] = {
     "main": (
