@@ -40,7 +40,12 @@ def _of_scales(scales: tuple[Tensor, ...], D: int, eps: float, backend: str) -> 
     """(B, H, N, D) of every image of 3 H D channels, in which the q, k and v of a head lie side by side."""
     out = []
     for qkv in scales:
-        q, k, v = qkv.flatten(2).unflatten(1, (-1, 3, D)).transpose(-2, -1).unbind(2)
+        # split in the order of the memory: autograd then joins dq, dk and dv into the gradient of qkv with one copy
+        if is_channels_last(qkv):
+            parts = qkv.flatten(2).transpose(1, 2).unflatten(-1, (-1, 3, D)).unbind(3)
+            q, k, v = (t.transpose(1, 2) for t in parts)
+        else:
+            q, k, v = (t.transpose(-2, -1) for t in qkv.flatten(2).unflatten(1, (-1, 3, D)).unbind(2))
         out.append(linear_attention(q, k, v, feature_map="relu", eps=eps, backend=backend))
     return out
 
