@@ -64,3 +64,10 @@ def test_commands_in_the_readme_exist():
 
 def test_version_is_in_the_changelog():
     assert f"## {xformer_kernels.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_every_family_that_replace_attention_serves_is_documented():
+    from xformer_kernels.integrations.families import FAMILIES
+
+    table = (ROOT / "docs" / "integrations.md").read_text()
+    assert re.findall(r"^\| `([^`]+)` \|", table, re.M) == list(FAMILIES)

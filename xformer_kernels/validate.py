@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -66,7 +65,7 @@ def positive(name: str, value: Any) -> None:
 def finite(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a finite number, got {type(value).__name__}: {_short(value)}")
-    if not math.isfinite(value):
+    if not -float("inf") < value < float("inf"):  # dynamo traces no math.isfinite of a symbolic number
         raise ValueError(f"{name} must be a finite number, got {value}")
 
 

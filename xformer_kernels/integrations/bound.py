@@ -1,4 +1,4 @@
-"""A forward bound to one module: what is replaced stays the same object of the same class.
+"""A forward bound to one module, or in diffusers its processor: what is replaced stays the same object and class.
 
 State dicts, hooks, parametrizations, FSDP, deepcopy and pickle do not depend on ``module.forward``, and the class's own
 forward is still there for what the bound one does not reproduce.
@@ -6,6 +6,7 @@ forward is still there for what the bound one does not reproduce.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,10 +21,25 @@ class Replaced(NamedTuple):
     family: str
     form: str
     backend: str
+    names: tuple[str, ...] = ()  # of the inputs, as the module's own forward or processor has them
+    required: int = 0  # how many of these there must be; the others are None if left out
+
+
+class Processor:
+    """Stands where diffusers keeps what an attention module computes, ``module.processor``, in the place of another."""
+
+    def __init__(self, compute: Callable[..., Any], replaced: Replaced, original: Any) -> None:
+        self.compute, self.replaced, self.original = compute, replaced, original
+
+    def __call__(self, attn: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return self.compute(attn, self.replaced, self.original, args, kwargs)
 
 
 def how_replaced(module: nn.Module) -> Replaced | None:
     """None for modules that are not replaced (any more)."""
+    processor = module.__dict__.get("processor")
+    if isinstance(processor, Processor):
+        return processor.replaced
     replaced: Replaced | None = module.__dict__.get(_REPLACED)
     return replaced
 
@@ -44,7 +60,11 @@ def bound_forward(module: nn.Module) -> Any:
 
 
 def release(module: nn.Module) -> Replaced | None:
-    """Undoes :func:`bind`; a forward that was set since, around ours, then calls that of the class."""
+    """Undoes what replaced a module; a forward that was set since, around ours, then calls that of the class."""
+    processor = module.__dict__.get("processor")
+    if isinstance(processor, Processor):
+        module.__dict__["processor"] = processor.original
+        return processor.replaced
     forward = bound_forward(module)
     replaced: Replaced | None = module.__dict__.pop(_REPLACED, None)
     if forward is not None:

@@ -1,39 +1,40 @@
 """What :func:`replace_attention` serves: one table of families, and when the fused forward of one may run.
 
 A family is recognised by class or by its parts, and then tried: the fused forward must give what the module's own
-class computes, for small random numbers in float64. It runs where everything that torch would have run inside the
-module is the class and state that it reproduces; otherwise the forward of the module's class runs.
+class computes, for small random numbers in float64 (:mod:`.trial`). It runs where everything that torch would have run
+inside the module is the class and state that it reproduces; otherwise the forward of the module's class runs.
 """
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from xformer_kernels import ops, torch_internals, validate
+from xformer_kernels import ops
+from xformer_kernels.integrations import davit, images, linear, tokens, trial
 from xformer_kernels.integrations.blocks import edgenext_block, xca, xcit_block
-from xformer_kernels.integrations.bound import Replaced, bound_forward, how_replaced
-from xformer_kernels.integrations.mdta import is_mdta_shaped, mdta
+from xformer_kernels.integrations.bound import Processor, Replaced, bind, bound_forward, how_replaced
+from xformer_kernels.integrations.mdta import is_mdta_shaped, mdta, mdta_inputs, serves_mdta
+from xformer_kernels.integrations.parts import serves_tensor
 from xformer_kernels.layer.call import Call
 from xformer_kernels.modules import dropout_p, has_global_hooks, runs_forward_of
 from xformer_kernels.nn import may_fuse
 from xformer_kernels.spec import Spec
 
 
-class Family(NamedTuple):
-    """Modules of one class of timm's, or of MDTA's parts."""
+class OfClass(NamedTuple):
+    """How modules of one class of timm's are known. The class is tried once, on a small module."""
 
-    fused: Callable[..., Tensor]  # (module, call, *inputs)
-    serves: Callable[..., bool]  # (module, *inputs): whether it reproduces what the module would run
-    path: str = ""  # where the class is, if the family has one
-    name: str = ""
-    arguments: dict[str, Any] = {}  # noqa: RUF012  of a small module to try
-    inputs: tuple[Any, ...] = ((),)  # of that: the shape of x, and the rest
-    whole_block: bool = False  # around a layer which is counted itself
+    path: str  # of the Python module that defines it
+    name: str
+    arguments: dict[str, Any]  # of the module to try
+    inputs: tuple[Any, ...]  # of that, see trial.run
 
     @property
     def original(self) -> Any:
@@ -46,12 +47,25 @@ class Family(NamedTuple):
         return original is not None and isinstance(module, original) and type(module).forward is original.forward
 
 
-def _is_served_tensor(x: Any, dims: int) -> bool:
-    return isinstance(x, Tensor) and x.dim() == dims and x.dtype in validate.DTYPES and not ops.torch_only(x)
+class OfParts(NamedTuple):
+    """How modules of any class are known. Each of them is tried itself."""
+
+    shaped: Callable[[nn.Module], bool]  # whether a module has the parts
+    inputs: Callable[[nn.Module], tuple[Any, ...]]  # to try it with, see trial.run
+
+
+class Family(NamedTuple):
+    """Modules that one function serves."""
+
+    fused: Callable[..., Tensor]  # (module, call, *inputs); inputs that have a default may be left out
+    serves: Callable[..., bool]  # (module, *inputs): whether `fused` reproduces what the module would run
+    known: OfClass | OfParts
+    whole_block: bool = False  # around a layer which is counted itself
+    processor: bool = False  # whether diffusers keeps the computation in ``module.processor``
 
 
 def _serves_xca(module: Any, x: Any) -> bool:
-    return _is_served_tensor(x, 3) and _is_xca(module) and dropout_p(module.attn_drop) is not None
+    return serves_tensor(x, 3) and _is_xca(module) and dropout_p(module.attn_drop) is not None
 
 
 def _is_xca(module: Any) -> bool:
@@ -67,133 +81,171 @@ def _is_xca(module: Any) -> bool:
 
 def _serves_half_block(attn: Any, norm: Any, layer_scale: Any) -> bool:
     """Whether `attn` is replaced, runs nothing but our forward, and can be fused with what is around it."""
-    replaced = how_replaced(attn)
-    if replaced is None or not agrees(replaced.family):
+    replaced, forward = how_replaced(attn), bound_forward(attn)
+    if replaced is None or forward is None:
         return False
-    family, forward = FAMILIES[replaced.family], bound_forward(attn)
+    family = FAMILIES[replaced.family]
     return (
         family.fused is xca
-        and forward is not None
-        and runs_forward_of(attn, family.original, forward=forward)
+        and isinstance(family.known, OfClass)
+        and agrees(replaced.family, family.known)
+        and runs_forward_of(attn, family.known.original, forward=forward)
         and _is_xca(attn)
         and may_fuse(norm, attn, layer_scale)
     )
 
 
 def _serves_xcit_block(module: Any, x: Any, H: Any, W: Any) -> bool:
-    return _is_served_tensor(x, 3) and _serves_half_block(module.attn, module.norm1, module.gamma1)
+    return serves_tensor(x, 3) and _serves_half_block(module.attn, module.norm1, module.gamma1)
 
 
 def _serves_edgenext_block(module: Any, x: Any) -> bool:
-    return _is_served_tensor(x, 4) and _serves_half_block(module.xca, module.norm_xca, module.gamma_xca)
+    return serves_tensor(x, 4) and _serves_half_block(module.xca, module.norm_xca, module.gamma_xca)
 
 
-def _serves_mdta(module: Any, x: Any) -> bool:
-    t = module.temperature
-    return _is_served_tensor(x, 4) and t.shape == (module.num_heads, 1, 1) and not ops.torch_only(t)
-
-
+_SMALL = {"dim": 8, "num_heads": 2}
 FAMILIES: dict[str, Family] = {
-    "XCA": Family(xca, _serves_xca, "timm.models.xcit", "XCA", {"dim": 8, "num_heads": 2}, ((2, 6, 8),)),
+    "XCA": Family(xca, _serves_xca, OfClass("timm.models.xcit", "XCA", _SMALL, ((2, 6, 8),))),
     "CrossCovarianceAttn": Family(
-        xca, _serves_xca, "timm.models.edgenext", "CrossCovarianceAttn", {"dim": 8, "num_heads": 2}, ((2, 6, 8),)
+        xca, _serves_xca, OfClass("timm.models.edgenext", "CrossCovarianceAttn", _SMALL, ((2, 6, 8),))
     ),
     "XCABlock": Family(
-        xcit_block, _serves_xcit_block, "timm.models.xcit", "XCABlock", {"dim": 8, "num_heads": 2},
-        ((2, 6, 8), 2, 3), whole_block=True,
+        xcit_block, _serves_xcit_block, OfClass("timm.models.xcit", "XCABlock", _SMALL, ((2, 6, 8), 2, 3)),
+        whole_block=True,
     ),
     "SplitTransposeBlock": Family(
-        edgenext_block, _serves_edgenext_block, "timm.models.edgenext", "SplitTransposeBlock",
-        {"dim": 8, "num_heads": 2, "num_scales": 3, "ls_init_value": 0.5}, ((2, 8, 2, 3),), whole_block=True,
+        edgenext_block, _serves_edgenext_block,
+        OfClass(
+            "timm.models.edgenext", "SplitTransposeBlock", {**_SMALL, "num_scales": 3, "ls_init_value": 0.5},
+            ((2, 8, 2, 3),),
+        ),
+        whole_block=True,
     ),
-    "MDTA": Family(mdta, _serves_mdta),
+    "XCA copy": Family(xca, _serves_xca, OfParts(tokens.is_xca_shaped, tokens.xca_inputs)),
+    "XCAttention": Family(
+        tokens.vit_xca, tokens.serves_vit_xca, OfParts(tokens.is_vit_xca_shaped, tokens.vit_xca_inputs)
+    ),
+    "FastChannelAttention": Family(tokens.fdat, tokens.serves_fdat, OfParts(tokens.is_fdat_shaped, tokens.fdat_inputs)),
+    "Adaptive_Channel_Attention": Family(
+        tokens.dat, tokens.serves_dat, OfParts(tokens.is_dat_shaped, tokens.dat_inputs)
+    ),
+    "ISA": Family(tokens.isa, tokens.serves_isa, OfParts(tokens.is_isa_shaped, tokens.isa_inputs)),
+    "MDTA": Family(mdta, serves_mdta, OfParts(is_mdta_shaped, mdta_inputs)),
+    "CAB": Family(
+        images.cross_mdta, images.serves_cross_mdta, OfParts(images.is_cross_mdta_shaped, images.cross_mdta_inputs)
+    ),
+    "IG_MSA": Family(images.ig_msa, images.serves_ig_msa, OfParts(images.is_ig_msa_shaped, images.ig_msa_inputs)),
+    "ChannelAttention": Family(
+        davit.channel_attention, davit.serves_channel_attention,
+        OfParts(davit.is_channel_attention_shaped, davit.channel_attention_inputs),
+    ),
+    "ChannelAttentionV2": Family(
+        davit.channel_attention_v2, davit.serves_channel_attention_v2,
+        OfParts(davit.is_channel_attention_v2_shaped, davit.channel_attention_inputs),
+    ),
+    "LiteMLA": Family(
+        linear.lite_mla, linear.serves_lite_mla, OfParts(linear.is_lite_mla_shaped, linear.lite_mla_inputs)
+    ),
+    "SanaMultiscaleLinearAttention": Family(
+        linear.multiscale, linear.serves_multiscale, OfParts(linear.is_multiscale_shaped, linear.multiscale_inputs),
+        processor=True,
+    ),
+    "SanaLinearAttnProcessor2_0": Family(
+        linear.sana, linear.serves_sana, OfParts(linear.is_sana_shaped, linear.sana_inputs), processor=True
+    ),
+    "LinearAttention": Family(linear.loftr, linear.serves_loftr, OfParts(linear.is_loftr_shaped, linear.loftr_inputs)),
 }  # fmt: skip
 
 
-def family_of(module: nn.Module) -> str | None:
-    """The family to replace `module` by; None for modules of none, or which compute something else."""
-    if "forward" in module.__dict__:  # set on the instance: what it computes is not the class's to say
-        return None
+class Found(NamedTuple):
+    """What a module is: its family, if it is to be replaced; else why not, if it is like one."""
+
+    family: str | None
+    why: str = ""
+
+
+def look(module: nn.Module, tried: dict[Any, trial.Trial]) -> Found:
+    """Which family to replace `module` by. tried: what was found of the other modules of the model."""
     for name, family in FAMILIES.items():
-        if family.holds(module):
-            return None if agrees(name) is False else name
-    return "MDTA" if is_mdta_shaped(module) and _agrees_mdta(module) else None
+        known = family.known
+        if not (known.holds(module) if isinstance(known, OfClass) else known.shaped(module)):
+            continue
+        like = name if isinstance(known, OfClass) else f"has the parts of {name}"
+        if "forward" in module.__dict__:  # set on the instance: what it computes is not the class's to say
+            return Found(None, f"{like}, but a forward is set on the instance")
+        if isinstance(known, OfClass):
+            changed = agrees(name, known) is False
+            return Found(None, f"{name}, but the installed class computes something else") if changed else Found(name)
+        key = (name, trial.kind(module))
+        if key not in tried:
+            tried[key] = trial.run(lambda: module, _by_reference(name), partial(known.inputs, module), thorough=True)
+        return Found(name) if tried[key].agrees else Found(None, f"{like}, but {tried[key].why}")
+    scaled = any(isinstance(getattr(module, name, None), Tensor) for name in ("temperature", "temp", "rescale"))
+    return Found(None, "has a temperature, but not the parts of a family" if scaled else "")
+
+
+def replace(module: Any, family: str, form: str, backend: str) -> None:
+    """Makes `module`, of that family, compute with our kernels."""
+    fused, *_, processor = FAMILIES[family]
+    original = type(module.processor).__call__ if processor else type(module).forward
+    inputs = list(inspect.signature(fused).parameters.values())[2:]
+    names = list(inspect.signature(original).parameters)[2 if processor else 1 :]
+    required = sum(parameter.default is parameter.empty for parameter in inputs)
+    replaced = Replaced(family, form, backend, tuple(names[: len(inputs)]), required)
+    if processor:
+        module.processor = Processor(compute, replaced, module.processor)
+    else:
+        bind(module, forward, replaced)
 
 
 def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """What a replaced module runs: the fused forward of its family where that is the same, else its class's own."""
-    replaced = how_replaced(module)
-    if replaced is not None and not kwargs:
-        family = FAMILIES[replaced.family]
-        served = len(args) == len(family.inputs) and family.serves(module, *args)
-        if served and (not family.name or agrees(replaced.family)):
-            return family.fused(module, _call(replaced), *args)
-    return type(module).forward(module, *args, **kwargs)
+    """What a replaced module runs."""
+    replaced, original = how_replaced(module), type(module).forward
+    if replaced is None:
+        return original(module, *args, **kwargs)
+    return compute(module, replaced, original, args, kwargs)
+
+
+def compute(
+    module: nn.Module, replaced: Replaced, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """The fused forward of the module's family where that is what ``original(module, ...)`` computes; else that."""
+    fused, serves, known, *_ = FAMILIES[replaced.family]
+    names = replaced.names[len(args) :]
+    if len(args) <= len(replaced.names) and {*replaced.names[len(args) : replaced.required]} <= kwargs.keys() <= {
+        *names
+    }:
+        given = (*args, *(kwargs.get(name) for name in names))
+        if serves(module, *given) and (isinstance(known, OfParts) or agrees(replaced.family, known)):
+            return fused(module, _call(replaced), *given)
+    return original(module, *args, **kwargs)
 
 
 def _call(replaced: Replaced) -> Call:
     return Call(Spec(), None, 0.0, replaced.form, None, replaced.backend)
 
 
-# --------------------------------------------------------------------------------------------------------------- trials
+def _by_reference(name: str) -> Callable[..., Tensor]:
+    """The fused forward; the formula is tried, whatever backend the environment asks for."""
+    call = _call(Replaced(name, "direct", "reference"))
+    return lambda module, *args: FAMILIES[name].fused(module, call, *args)
+
 
 _verdicts: dict[Any, bool] = {}
 """By the forward of the original class, which a user may have changed."""
 
 
 @torch.compiler.assume_constant_result
-def agrees(name: str) -> bool | None:
+def agrees(name: str, known: OfClass) -> bool | None:
     """Whether the installed class computes what the family does: tried once, on a small module with random weights.
 
     None where that cannot be tried now: under fake tensors, meta devices and global module hooks. Then it is tried
     again when next asked.
     """
-    original = FAMILIES[name].original
-    verdict = _verdicts.get(original.forward)
+    verdict = _verdicts.get(known.original.forward)
     if verdict is None and not has_global_hooks():
-        verdict = _try(lambda: original(**FAMILIES[name].arguments), name)
+        small = partial(known.original, **known.arguments)
+        verdict = trial.run(small, _by_reference(name), lambda: known.inputs).agrees
         if verdict is not None:
-            _verdicts[original.forward] = verdict
+            _verdicts[known.original.forward] = verdict
     return verdict
-
-
-def _agrees_mdta(module: nn.Module) -> bool:
-    """Whether the module's forward is MDTA's formula: tried with its shapes, and random weights."""
-    x = (2, module.qkv.in_channels, 3, 5)  # type: ignore[union-attr]
-    return _try(lambda: module, "MDTA", (x,)) or False
-
-
-@torch.no_grad()
-def _try(make: Callable[[], nn.Module], name: str, inputs: tuple[Any, ...] | None = None) -> bool | None:
-    shape, *rest = inputs or FAMILIES[name].inputs
-    if torch.compiler.is_compiling() or torch_internals.dispatch_modes():
-        return None
-    numbers = torch.Generator().manual_seed(0)
-    # by the reference: the formula is tried, whatever backend the environment asks for
-    call = _call(Replaced(name, "direct", "reference"))
-    try:
-        with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.autocast("cpu", enabled=False):
-            module = _for_trial(make(), numbers).eval()
-            x = torch.randn(shape, generator=numbers, dtype=torch.float64)
-            expected = type(module).forward(module, x, *rest)
-            got = FAMILIES[name].fused(module, call, x, *rest)
-    except Exception:  # another signature or other parts: a module that is not known
-        return False
-    if expected.is_meta or got.is_meta:
-        return None
-    return expected.shape == got.shape and bool(torch.allclose(got, expected, rtol=1e-9, atol=1e-9))
-
-
-def _for_trial(module: nn.Module, numbers: torch.Generator) -> nn.Module:
-    """A copy on the CPU with random weights in float64 that shares none with `module`, and calls no hooks."""
-
-    def drawn(p: Tensor) -> nn.Parameter:
-        return nn.Parameter(torch.randn(p.shape, generator=numbers, dtype=torch.float64) / 2)
-
-    parameters = {key: None if p is None else drawn(p) for key, p in module._parameters.items()}
-    buffers = {key: None if b is None else b.double() for key, b in module._buffers.items()}
-    children = {key: None if m is None else _for_trial(m, numbers) for key, m in module._modules.items()}
-    cls = type(module)
-    copied: nn.Module = object.__new__(type(cls.__name__, (cls,), {"__call__": cls.forward}))
-    copied.__dict__.update(module.__dict__, _parameters=parameters, _buffers=buffers, _modules=children)
-    return copied

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from xformer_kernels.functional import xfa
+from xformer_kernels.integrations.parts import (
+    as_image,
+    convolution,
+    has_heads,
+    has_parts,
+    serves_temperature,
+    serves_tensor,
+)
 from xformer_kernels.layer.call import Call
+from xformer_kernels.spec import Spec
+
+_CONVOLUTIONS = (nn.Conv2d, nn.Conv3d, nn.Sequential)
 
 
 def mdta(module: Any, call: Call, x: Tensor) -> Tensor:
-    """(B, C, h, w) to (B, C, h, w).
+    """(B, C, h, w) to (B, C, h, w), or (B, C, d, h, w).
 
     ::
 
@@ -22,35 +33,41 @@ def mdta(module: Any, call: Call, x: Tensor) -> Tensor:
     ``project_out`` (1x1). Both memory formats are read in place, and the result has that of the input.
     """
     qkv = module.qkv_dwconv(module.qkv(x))
-    h, w = qkv.shape[-2:]
     q, k, v = qkv.flatten(2).unflatten(1, (3, module.num_heads, -1)).transpose(-2, -1).unbind(1)
     out = xfa(q, k, v, module.temperature, backend=call.backend)
-    # (B, H, N, D), in (B, N, H, D) memory, to (B, C, h, w): a view if channels_last, else one copy
-    pixels = out.transpose(-2, -1).flatten(1, 2).unflatten(-1, (h, w))
-    channels_last = qkv.is_contiguous(memory_format=torch.channels_last) and not qkv.is_contiguous()
-    y: Tensor = module.project_out(
-        pixels.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-    )
+    y: Tensor = module.project_out(as_image(out, qkv.shape[2:], qkv))
     return y
 
 
+def mdta_by_reference(module: Any, x: Tensor) -> Tensor:
+    return mdta(module, Call(Spec(), None, 0.0, "direct", None, "reference"), x)
+
+
 def is_mdta_shaped(module: nn.Module) -> bool:
-    """Whether the module has MDTA's parts; what its forward computes is for a trial to find out."""
-    parts = dict(module.named_children())
-    heads, temperature = getattr(module, "num_heads", None), getattr(module, "temperature", None)
-    if set(parts) != {"qkv", "qkv_dwconv", "project_out"} or not all(isinstance(m, nn.Conv2d) for m in parts.values()):
+    """Whether the module has MDTA's parts, in 2 or 3 dimensions; what its forward computes is for a trial to find."""
+    if not has_parts(module, qkv=_CONVOLUTIONS, qkv_dwconv=_CONVOLUTIONS, project_out=_CONVOLUTIONS):
         return False
-    qkv: Any
-    qkv, depthwise, out = parts["qkv"], parts["qkv_dwconv"], parts["project_out"]
+    qkv, depthwise, out = (convolution(getattr(module, part)) for part in ("qkv", "qkv_dwconv", "project_out"))
+    if qkv is None or depthwise is None or out is None or not type(qkv) is type(depthwise) is type(out):
+        return False
     C = qkv.in_channels
     return (
-        isinstance(heads, int)
-        and heads > 0
-        and C % heads == 0
-        and isinstance(temperature, Tensor)
-        and temperature.shape == (heads, 1, 1)
-        and not list(module.named_buffers(recurse=False))
-        and qkv.kernel_size == out.kernel_size == (1, 1)
+        has_heads(module, "num_heads", "temperature", C)
+        and {*qkv.kernel_size, *out.kernel_size} == {1}
         and qkv.out_channels == depthwise.in_channels == depthwise.out_channels == depthwise.groups == 3 * C
         and out.in_channels == C
+    )
+
+
+def mdta_inputs(module: Any) -> tuple[Any, ...]:
+    conv = convolution(module.qkv)
+    return ((2, conv.in_channels, *((3, 5) if len(conv.kernel_size) == 2 else (2, 3, 4))),)
+
+
+def serves_mdta(module: Any, x: Any) -> bool:
+    chosen = module.__dict__.get("_attention_fn")  # of MONAI's CABlock
+    return (
+        (serves_tensor(x, 4) or serves_tensor(x, 5))
+        and serves_temperature(module.temperature, module.num_heads)
+        and (chosen is None or (inspect.ismethod(chosen) and chosen.__func__ is type(module)._normal_attention))
     )
