@@ -95,7 +95,10 @@ def loftr(x: Tensor, s: OpShape) -> Tensor:
 
 def _linear(channel_major: bool, feature_map: str, eps: float) -> Function:
     def ours(x: Tensor, s: OpShape) -> Tensor:
-        q, k, v = of_channel_major(x, s) if channel_major else (t.transpose(1, 2) for t in of_token_major(x, s))
+        if channel_major:  # split as replace_attention splits it: one copy joins the gradients
+            q, k, v = (t.transpose(-1, -2) for t in x.view(s.B, s.H, 3, s.D, s.N).unbind(2))
+        else:
+            q, k, v = (t.transpose(1, 2) for t in of_token_major(x, s))
         out = xk.linear_attention(q, k, v, feature_map=feature_map, eps=eps)
         return out.transpose(2, 3).reshape(s.B, -1, s.N) if channel_major else out.transpose(1, 2).flatten(2)
 

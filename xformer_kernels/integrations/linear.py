@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from xformer_kernels import ops
-from xformer_kernels.integrations.parts import has_parts, is_channels_last, serves_tensor
+from xformer_kernels.integrations.parts import has_parts, heads_of_image, is_channels_last, serves_tensor
 from xformer_kernels.layer.call import Call
 from xformer_kernels.linear_attention import linear_attention
 from xformer_kernels.modules import runs_forward_of
@@ -38,16 +38,10 @@ def lite_mla(module: Any, call: Call, x: Tensor) -> Tensor:
 
 def _of_scales(scales: tuple[Tensor, ...], D: int, eps: float, backend: str) -> list[Tensor]:
     """(B, H, N, D) of every image of 3 H D channels, in which the q, k and v of a head lie side by side."""
-    out = []
-    for qkv in scales:
-        # split in the order of the memory: autograd then joins dq, dk and dv into the gradient of qkv with one copy
-        if is_channels_last(qkv):
-            parts = qkv.flatten(2).transpose(1, 2).unflatten(-1, (-1, 3, D)).unbind(3)
-            q, k, v = (t.transpose(1, 2) for t in parts)
-        else:
-            q, k, v = (t.transpose(-2, -1) for t in qkv.flatten(2).unflatten(1, (-1, 3, D)).unbind(2))
-        out.append(linear_attention(q, k, v, feature_map="relu", eps=eps, backend=backend))
-    return out
+    return [
+        linear_attention(*heads_of_image(qkv, (-1, 3, D), 1), feature_map="relu", eps=eps, backend=backend)
+        for qkv in scales
+    ]
 
 
 def is_lite_mla_shaped(module: Any) -> bool:

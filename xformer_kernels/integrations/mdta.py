@@ -13,6 +13,7 @@ from xformer_kernels.integrations.parts import (
     convolution,
     has_heads,
     has_parts,
+    heads_of_image,
     serves_temperature,
     serves_tensor,
 )
@@ -33,7 +34,7 @@ def mdta(module: Any, call: Call, x: Tensor) -> Tensor:
     ``project_out`` (1x1). Both memory formats are read in place, and the result has that of the input.
     """
     qkv = module.qkv_dwconv(module.qkv(x))
-    q, k, v = qkv.flatten(2).unflatten(1, (3, module.num_heads, -1)).transpose(-2, -1).unbind(1)
+    q, k, v = heads_of_image(qkv, (3, module.num_heads, -1), 0)
     out = xfa(q, k, v, module.temperature, backend=call.backend)
     y: Tensor = module.project_out(as_image(out, qkv.shape[2:], qkv))
     return y

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -74,6 +75,19 @@ def as_image(out: Tensor, sizes: Any, like: Tensor) -> Tensor:
     return pixels.contiguous(
         memory_format=_CHANNELS_LAST[like.dim()] if is_channels_last(like) else torch.contiguous_format
     )
+
+
+def heads_of_image(image: Tensor, sizes: tuple[int, int, int], three: int) -> Iterator[Tensor]:
+    """q, k and v as (B, H, N, D), of (B, 3 H D, ...): views. `sizes` are 3, H and D in the order of the channels, and
+    `three` is the place of 3 among them.
+
+    Split in the order of the memory: autograd then joins dq, dk and dv into the gradient of the image with one copy.
+    """
+    if is_channels_last(image):
+        of_tokens = image.flatten(2).transpose(1, 2).unflatten(-1, sizes).unbind(2 + three)
+        return (t.transpose(1, 2) for t in of_tokens)
+    of_channels = image.flatten(2).unflatten(1, sizes).unbind(1 + three)
+    return (t.transpose(-2, -1) for t in of_channels)
 
 
 def is_channels_last(x: Tensor) -> bool:
