@@ -1,7 +1,8 @@
 """The ops of linear attention, and what it is composed of beside ``channel_mix`` where a backend has not fused it.
 
     linear_attention_forward   -> (out, stats)      out (B, N, H, Dv); stats: what the same backend's backward needs
-    linear_attention_backward  -> (dq, dk, dv)      (B, N, H, D), (B, M, H, D), (B, M, H, Dv)
+    linear_attention_backward  -> (dq, dk, dv)      (B, H, N, D), (B, H, M, D), (B, H, M, Dv), in (B, N, H, D) memory;
+                                                    in (B, H, D, N) memory where the tokens of q (k, v) lie side by side
     gram_and_sum               -> (G, sum_a)        G[i,j] = sum_n a[n,i] b[n,j], sum_a[i] = sum_n a[n,i]
 
 Tokens, backends and what is eager are as in :mod:`xformer_kernels.ops`.
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xformer_kernels import dispatch, ops, reference
+from xformer_kernels import backends, dispatch, ops, reference
 from xformer_kernels.spec import Spec
 
 _INPUTS = "Tensor q, Tensor k, Tensor v"
@@ -48,7 +49,7 @@ class _LinearAttention(torch.autograd.Function):
         q, k, v, stats, *masks = ctx.saved_tensors
         operands = (dout.transpose(1, 2), q, k, v)
         gradients = ops.call("linear_attention_backward", ctx.backend, operands, stats, *masks, ctx.spec)
-        return None, *(x.transpose(1, 2) for x in gradients), None, None, None
+        return None, *gradients, None, None, None
 
 
 class _LinearAttentionBackward(torch.autograd.Function):
@@ -68,11 +69,10 @@ class _LinearAttentionBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         *tensors, query_mask, token_mask = ctx.saved_tensors
-        heads_first = [None if g is None else g.transpose(1, 2) for g in gradients]
         function = partial(
             reference.linear_attention, **ctx.spec.of_linear, query_mask=query_mask, token_mask=token_mask
         )
-        return None, *ops.differentiated_again(function, tensors, heads_first), None, None, None, None
+        return None, *ops.differentiated_again(function, tensors, gradients), None, None, None, None
 
 
 def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -81,7 +81,14 @@ def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Ten
 
 
 def _fake_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, ...]:
-    return tuple(ops.token_major(x, x.shape[-1]) for x in (q, k, v))
+    return tuple(_fake_gradient(x) for x in (q, k, v))
+
+
+def _fake_gradient(x: Tensor) -> Tensor:
+    if backends.side_by_side(x):
+        B, H, N, D = x.shape
+        return x.new_empty((B, H, D, N)).transpose(2, 3)
+    return ops.token_major(x, x.shape[-1]).transpose(1, 2)
 
 
 ops.register("linear_attention_forward", _fake_forward, _LinearAttention, ("q", "k", "v"))

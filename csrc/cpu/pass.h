@@ -47,7 +47,7 @@ struct Mix {
   int unit = -1;   // operand whose unit_rows, layer_norm or features are differentiated: y is a gradient with respect
                    // to that row
   int ahead = -1;  // operand whose next block is fetched while this one is mixed
-  Operand y;       // stride_d == 1
+  Operand y;       // stride_d == 1, or stride_n == 1
 };
 
 constexpr int kMaxOperands = 4, kMaxMixes = 3;
@@ -268,7 +268,8 @@ void run_block(const Pass<T>& pass, int64_t first, int tokens, const Pass<T>* ne
       t.ld_add = lies ? o.stride_n : padded<T>(o.dim);
       t.add_dtype = lies ? o.dtype : kNative<T>;
     }
-    if (mix.unit < 0) {
+    const bool across = mix.y.stride_d != 1 && mix.y.dim > 1;  // tokens lie side by side
+    if (mix.unit < 0 && !across) {
       t.y = y;
       t.ldy = mix.y.stride_n;
       t.dtype = mix.y.dtype;
@@ -286,18 +287,25 @@ void run_block(const Pass<T>& pass, int64_t first, int tokens, const Pass<T>* ne
         if (mix.add >= 0) source(mix.add, add, ld_add, step, columns);
         layer_norm_backward(staged, packed[mix.unit], pass.center[mix.unit], norms[mix.unit], add, ld_add, tokens,
                             mix.y.dim, ld);
-      } else if (!pass.in[mix.unit].unit_rows) {
+      } else if (mix.unit >= 0 && !pass.in[mix.unit].unit_rows) {
         const T* u = packed[mix.unit];
         if (quotient.z) quotient_backward(staged, u, quotient.z, inverse, along, quotient.dz, tokens, ld);
         features_backward(pass.in[mix.unit].features, staged, u, tokens, mix.y.dim, ld);
-      } else {
+      } else if (mix.unit >= 0) {
         unit_rows_backward(staged, packed[mix.unit], norms[mix.unit], tokens, ld, pass.eps);
       }
+      if (pass.mask && across)
+        for (int n = 0; n < tokens; ++n)
+          if (!pass.mask[(first + n) * pass.mask_stride]) memset(staged + (ptrdiff_t)n * ld, 0, ld * sizeof(T));
       with_storage<T>(mix.y.dtype, [&](auto* storage) {
-        unpack(staged, ld, tokens, mix.y.dim, (decltype(storage))y, mix.y.stride_n);
+        auto to = (decltype(storage))y;
+        if (across)
+          unpack_transposed(staged, ld, tokens, mix.y.dim, to, mix.y.stride_d);
+        else
+          unpack(staged, ld, tokens, mix.y.dim, to, mix.y.stride_n);
       });
     }
-    if (pass.mask)
+    if (pass.mask && !across)
       for (int n = 0; n < tokens; ++n)
         if (!pass.mask[(first + n) * pass.mask_stride])
           memset(y + n * mix.y.stride_n * size, 0, (size_t)mix.y.dim * size);

@@ -197,6 +197,27 @@ void quotient_backward(T* rows, const T* u, const T* z, const T* inverse, T* alo
   }
 }
 
+// Token n, feature d of `rows` to y[d * stride_d + n].
+template <class T, class S>
+void unpack_transposed(const T* rows, int ld, int tokens, int dim, S* y, int64_t stride_d) {
+  for (int d = 0; d < dim; d += VL<T>)
+    for (int n = 0; n < tokens; n += VL<T>) {
+      const int lanes = tokens - n < VL<T> ? tokens - n : VL<T>;
+      V<T> x[VL<T>];
+#pragma GCC unroll 16
+      for (int i = 0; i < VL<T>; ++i) x[i] = i < lanes ? load(rows + (ptrdiff_t)(n + i) * ld + d) : V<T>{};
+      transpose_registers<T>(x);
+#pragma GCC unroll 16
+      for (int i = 0; i < VL<T>; ++i) {
+        if (d + i >= dim) continue;
+        if (lanes == VL<T>)
+          store(y + (d + i) * stride_d + n, x[i]);
+        else
+          store(y + (d + i) * stride_d + n, x[i], lanes);
+      }
+    }
+}
+
 template <class T, class S>
 void unpack(const T* rows, int ld, int tokens, int dim, S* y, int64_t stride_n) {
   for (int n = 0; n < tokens; ++n, rows += ld, y += stride_n)

@@ -82,6 +82,11 @@ def load(name: str) -> tuple[Backend | None, str]:
     return found
 
 
+def side_by_side(x: torch.Tensor) -> bool:
+    """Whether the tokens of (B, H, N, D), and not their features, lie side by side, as the pixels of images do."""
+    return x.stride(2) == 1 and x.stride(3) != 1
+
+
 def unsupported_numbers(dtypes: Iterable[torch.dtype], head_dims: Iterable[int], widest: int) -> list[str]:
     """What kernels of these dtypes and of 1 to `widest` features have against a call."""
     reasons = []

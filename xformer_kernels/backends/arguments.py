@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from xformer_kernels.backends import side_by_side
 from xformer_kernels.reference import accumulate_dtype
 from xformer_kernels.spec import Spec
 
@@ -157,6 +158,14 @@ def linear_attention_forward(
     return (*shared, out.data_ptr(), _heads_first(out), *(0, _NO_STRIDES) * 4), (out, stats)
 
 
+def _gradient(empty: Empty, x: Tensor) -> Tensor:
+    """Of (B, H, N, D) tokens, in the order of their memory."""
+    B, H, N, D = x.shape
+    if side_by_side(x):
+        return empty((B, H, D, N), x.dtype).transpose(2, 3)
+    return empty((B, N, H, D), x.dtype).transpose(1, 2)
+
+
 def linear_attention_backward(
     empty: Empty,
     dout: Tensor,
@@ -168,7 +177,7 @@ def linear_attention_backward(
     token_mask: Tensor | None,
     spec: Spec,
 ) -> tuple[tuple[Any, ...], tuple[Tensor, ...]]:
-    gradients = tuple(empty((x.shape[0], x.shape[2], x.shape[1], x.shape[3]), x.dtype) for x in (q, k, v))
+    gradients = tuple(_gradient(empty, x) for x in (q, k, v))
     shared = _linear_attention(q, k, v, stats, query_mask, token_mask, spec)
-    addresses = (address for x in gradients for address in (x.data_ptr(), _heads_first(x)))
+    addresses = (address for x in gradients for address in (x.data_ptr(), x.stride()))
     return (*shared, 0, _NO_STRIDES, dout.data_ptr(), dout.stride(), *addresses), gradients
