@@ -107,6 +107,22 @@ def test_layouts(layout, backend, device, ran):
         check(tensors, ran, backend, feature_map=feature_map)
 
 
+@pytest.mark.parametrize("feature_map", ["identity", "relu", "elu1", "softmax_tokens"])
+def test_gradients_of_images(feature_map, kernel, device, ran):
+    """Those of channel-major tokens are channel-major, masked or not: what splits q, k and v copies them in order."""
+    image = randn(2, 3, 3, 7, 37, seed=5).to(device).requires_grad_()  # B, H, (q, k, v), D, N
+    q, k, v = (x.transpose(-1, -2) for x in image.unbind(2))
+    mask, dout = random_mask(2, 37, 3, device), randn(2, 3, 37, 7, seed=6).to(device)
+    for normalize in (True, False):
+        masks = {"query_mask": mask, "token_mask": mask, "feature_map": feature_map, "normalize": normalize}
+        if feature_map == "identity":
+            masks["normalize"] = False  # denominators may be near zero
+        check([q, k, v, dout], ran, kernel, **masks)
+        if dispatch.has(kernel, FUSED[0]):
+            gradients = torch.autograd.grad(xk.linear_attention(q, k, v, backend=kernel, **masks), (q, k, v), dout)
+            assert all(g.transpose(2, 3).is_contiguous() for g in gradients)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("feature_map", MAPS)
 def test_masked_tokens_take_no_part(feature_map, dtype, backend, device, ran):

@@ -82,22 +82,26 @@ struct LinearAttention {
     });
   }
 
-  // The maxima of k's features over the tokens that take part; -inf where there are none.
-  void find_highest(int64_t bh, T* highest) const {
+  // The maxima of k's features over the tokens that take part; -inf where there are none. block: a thread's scratch.
+  void find_highest(int64_t bh, T* highest, T* block) const {
     const int64_t b = bh / p.heads, h = bh % p.heads;
     for (int c = 0; c < ld; ++c) highest[c] = c < dim ? -T(__builtin_inf()) : T(0);
-    const Operand k = operand(p.k, b, h, dim);
-    with_storage<T>(k.dtype, [&](auto* storage) {
-      auto first = (decltype(storage))k.data;
-      for (int64_t n = 0; n < p.tokens; ++n) {
-        if (p.token_mask.data && !p.token_mask.data[b * p.token_mask.stride_b + n * p.token_mask.stride_n]) continue;
-        auto row = first + n * k.stride_n;
-        for (int c = 0; c < dim; ++c) {
-          const T x = widen(row[c * k.stride_d]);
-          if (x > highest[c] || x != x) highest[c] = x;
+    Pass<T> pass;
+    set_mask(pass, p.token_mask, b);
+    pass.in[0] = operand(p.k, b, h, dim);
+    const uint8_t* mask = pass.mask;
+    pass.mask = nullptr;  // its tokens are left out, and not zeros
+    for (int64_t first = 0; first < p.tokens; first += keys.block) {
+      const int tokens = int(least(keys.block, p.tokens - first));
+      pack(pass, 0, first, tokens, block, (T*)nullptr);
+      for (int n = 0; n < tokens; ++n) {
+        if (mask && !mask[(first + n) * pass.mask_stride]) continue;
+        for (int c = 0; c < ld; c += VL<T>) {
+          const V<T> x = load(block + (ptrdiff_t)n * ld + c), most = load(highest + c);
+          store(highest + c, x > most ? x : x == x ? most : x);  // NaN stays
         }
       }
-    });
+    }
   }
 
   int forward() const {
@@ -105,8 +109,9 @@ struct LinearAttention {
     Buffer<T> sums(heads * keys.chunks * sums_size), operands(heads * operands_size), own(p.threads * scratch);
     if (!sums.data || !operands.data || !own.data) return XK_OUT_OF_MEMORY;
     if (softmax_tokens)
-      parallel_for(heads, p.threads,
-                   [&](int64_t bh, int) { find_highest(bh, operands_of(operands.data, bh).highest); });
+      parallel_for(heads, p.threads, [&](int64_t bh, int thread) {
+        find_highest(bh, operands_of(operands.data, bh).highest, own.data + thread * scratch);
+      });
     gather(keys, own.data, sums.data, [&](const Unit& u, int64_t h, T* to) {
       Pass<T> pass = of_keys(u.b, h, operands_of(operands.data, u.b * p.heads + h).highest);
       pass.gram = {0, 1, to};

@@ -175,7 +175,7 @@ void run_block(const Pass<T>& pass, int64_t first, int tokens, const Pass<T>* ne
     ptrdiff_t size = itemsize(o.dtype), row = (o.stride_d == 1 ? o.stride_n : o.stride_d) * size;
     const char* base = o.data + next_first * o.stride_n * size;
     ptrdiff_t used = o.stride_d == 1 ? o.dim * size : o.stride_n == 1 ? tokens * size : 0;
-    return Ahead{base, row, used ? (((ptrdiff_t)base & 63) + used + 63) / 64 : 0};
+    return Ahead{base, row, used ? (((ptrdiff_t)base & 63) + used + 63) / 64 : 0, o.stride_d == 1 ? 0 : o.dim};
   };
   constexpr bool kMayPair = kPairs && sizeof(T) == sizeof(float);
   const bool pairs = kMayPair && pass.pairs;

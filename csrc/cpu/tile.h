@@ -39,6 +39,35 @@ struct Ahead {
   const char* base = nullptr;  // first token
   ptrdiff_t row = 0;           // bytes from token to token
   ptrdiff_t lines = 0;         // cache lines of a token; 0: off
+  // Where tokens lie side by side: features take the place of tokens. How many there are, and the first line of a tile.
+  ptrdiff_t features = 0, line = 0;
+
+  // After a tile of K steps.
+  void advance(ptrdiff_t K) {
+    if (features) line += (K + features - 1) / features;
+  }
+};
+
+// The lines of one operand in the order in which a tile asks for them, from line `line` on.
+template <int AT_ONCE>
+struct Lines {
+  const Ahead& ahead;
+  const char *idle, *next;  // idle: an address that costs nothing, when all have been asked for
+  ptrdiff_t line, steps, left = 0, step = 0;
+  XK_INLINE Lines(const Ahead& a, const void* idle, ptrdiff_t rows, ptrdiff_t line)
+      : ahead(a),
+        idle((const char*)idle),
+        next(this->idle),
+        line(a.features ? a.line : line),
+        steps(((a.features ? a.features : rows) + AT_ONCE - 1) / AT_ONCE) {}
+  XK_INLINE void begin_line() {
+    if (left) return;
+    const bool more = line < ahead.lines;
+    next = more ? ahead.base + line * 64 : idle;
+    step = more ? ahead.row : 0;
+    left = steps;
+    ++line;
+  }
 };
 
 // A last vector of columns that is at most half full would waste its other lanes: it is shared by G rows, W = VL / G
@@ -103,13 +132,16 @@ XK_INLINE void accumulate(V<T> (&acc)[MR][NR], const T* a, ptrdiff_t row_stride,
 #pragma GCC unroll 16
   for (int g = 0; g < kPointers; ++g) p[g] = (const char*)a + 3 * g * row_bytes;
   constexpr int at_once = PAIRS ? 2 : 1;  // lines of each operand per step: a step is worth two tokens, or features
-  const ptrdiff_t steps = (rows + at_once - 1) / at_once;
-  for (ptrdiff_t k = 0; k < K; ++line) {
-    ptrdiff_t stop = K - k < steps ? K : k + steps;
-    const char *next0 = (const char*)b, *next1 = (const char*)b;
-    ptrdiff_t step0 = 0, step1 = 0;
-    if (line < ahead0.lines) next0 = ahead0.base + line * 64, step0 = ahead0.row;
-    if (line < ahead1.lines) next1 = ahead1.base + line * 64, step1 = ahead1.row;
+  Lines<at_once> lines0(ahead0, b, rows, line), lines1(ahead1, b, rows, line);
+  for (ptrdiff_t k = 0; k < K;) {
+    lines0.begin_line();
+    lines1.begin_line();
+    const ptrdiff_t left = lines0.left < lines1.left ? lines0.left : lines1.left;
+    const ptrdiff_t stop = K - k < left ? K : k + left;
+    lines0.left -= stop - k, lines1.left -= stop - k;
+    const char *next0 = lines0.next, *next1 = lines1.next;
+    const ptrdiff_t step0 = lines0.step, step1 = lines1.step;
+    lines0.next += (stop - k) * at_once * step0, lines1.next += (stop - k) * at_once * step1;
     for (; k < stop; ++k, b += ldb) {
 #pragma GCC unroll 2
       for (int i = 0; i < at_once; ++i, next0 += step0, next1 += step1) {
@@ -351,6 +383,8 @@ void gram_block(const GramTile<T>& whole, int rows, int cols, bool lower_only) {
       t.g = whole.g + row * t.ldg + first_col;
       kTiles<T, PAIRS>.gram[s][nr - 1][size - 1](t);
       ++t.line;
+      t.ahead0.advance(t.tokens);
+      t.ahead1.advance(t.tokens);
     });
   }
 }
@@ -374,9 +408,11 @@ void mix_block(const MixTile<T>& whole, int tokens, int cols, int y_itemsize) {
       if (t.add) t.add = (const char*)whole.add + (row * t.ld_add + first_col) * itemsize(t.add_dtype);
       if (t.after) t.after = whole.after + row * t.ld_after + first_col;
       t.y = (char*)whole.y + (row * t.ldy + first_col) * y_itemsize;
-      t.ahead0.base = whole.ahead0.base + row * t.ahead0.row;
-      t.ahead1.base = whole.ahead1.base + row * t.ahead1.row;
+      if (!t.ahead0.features) t.ahead0.base = whole.ahead0.base + row * t.ahead0.row;
+      if (!t.ahead1.features) t.ahead1.base = whole.ahead1.base + row * t.ahead1.row;
       kTiles<T, PAIRS>.mix[s][nr - 1][size - 1](t);
+      t.ahead0.advance(t.K);
+      t.ahead1.advance(t.K);
     });
   }
 }
