@@ -63,13 +63,14 @@ def gradient_terms(q, k, v, dout, feature_map="relu", normalize=True, scale=1.0,
     }
 
 
-def ops_of(backend):
+def ops_of(backend, q, v):
     """The ops that compute it."""
-    return FUSED if dispatch.has(backend, FUSED[0]) else ("channel_mix",)
+    fused = dispatch.fuses_linear_attention(backend, q.dtype, (q.shape[-1], v.shape[-1]))
+    return FUSED if fused else ("channel_mix",)
 
 
 def check(tensors, ran, backend, **kwargs):
-    with ran(*ops_of(backend)):
+    with ran(*ops_of(backend, tensors[0], tensors[2])):
         ours = run(xk.linear_attention, tensors, backend=backend, **kwargs)
     eager = run(reference.linear_attention, tensors, **kwargs)
     exact = [x.double() for x in tensors]
@@ -164,7 +165,7 @@ def test_derivatives(feature_map, normalize, backend, device, ran, slow):
     def gradient(*leaves):
         return torch.autograd.grad(function(*leaves).sin().sum(), leaves, create_graph=True)
 
-    with ran(*ops_of(backend)):
+    with ran(*ops_of(backend, q, v)):
         assert gradcheck(function, leaves, fast_mode=slow)
         assert gradgradcheck(function, leaves, fast_mode=slow)
     if normalize and not slow:
@@ -284,7 +285,7 @@ def test_compile(feature_map, normalize, ran_auto):
     def function(q, k, v):
         return xk.linear_attention(q, k, v, feature_map=feature_map, normalize=normalize, token_mask=mask)
 
-    with ran_auto(*ops_of(dispatch.choose("auto", "cpu", (torch.float32,), (8,)))):
+    with ran_auto(*ops_of(dispatch.choose("auto", "cpu", (torch.float32,), (8,)), tensors[0], tensors[2])):
         ours = run(torch.compile(function, fullgraph=True, backend="aot_eager"), tensors)
     eager = run(function, tensors)
     for name in NAMES:

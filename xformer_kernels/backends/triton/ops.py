@@ -72,6 +72,11 @@ def _mask(token_mask: Tensor | None, other: Tensor) -> tuple[Tensor, tuple[int, 
     return token_mask, token_mask.stride()
 
 
+def transposes(arch: str) -> bool:
+    """Whether sums over tokens in tf32 must not be of tiles that are loaded asynchronously."""
+    return arch in _TRANSPOSING
+
+
 def _run(kernel: Any, grid: int, config: configs.Config, *args: Any, **constants: Any) -> None:
     with _one_at_a_time:
         kernel[(grid,)](*args, **constants, **config.options())
@@ -112,7 +117,7 @@ def _gram(
     acc = _ACC[accumulate_dtype(a.dtype)]
 
     def run(config: configs.Config) -> None:
-        if precision == "tf32" and arch in _TRANSPOSING:
+        if precision == "tf32" and transposes(arch):
             config = config._replace(stages=1)
         block_a, block_b = (min(config.block_o, configs.block(D)) for D in (DA, DB))
         tiles = plan.cdiv(DA, block_a) * plan.cdiv(DB, block_b)
