@@ -15,8 +15,8 @@ from xformer_kernels.spec import Spec
 
 
 def fuses_linear_attention(dtype: torch.dtype, head_dims: tuple[int, int]) -> bool:
-    """Whether one program can hold the D x Dv map: up to 128 features of either, 64 of float64."""
-    return plan.fits_one_launch(max(head_dims), accumulate_dtype(dtype).itemsize)
+    """Up to 128 features of 16 bits, 64 of others; beyond, the call is composed of gram and channel_mix."""
+    return plan.fits_linear_attention(max(head_dims), dtype.itemsize)
 
 
 class _Call:
@@ -63,6 +63,8 @@ class _Call:
         def run(config: configs.Config) -> None:
             if constants.get("PRECISION") == "tf32" and self.dtype.itemsize == 4 and ops.transposes(self.target.arch):
                 config = config._replace(stages=1)
+            if name == "linear_queries":
+                constants["BLOCK_K"] = min(config.block_k, self.shared["BLOCK_V"])
             ops._run(kernel, self.B * self.H * programs, config, *args, BLOCK_N=config.block_n, **constants)
 
         configs.launch(key, self.target.arch, run)

@@ -4,6 +4,7 @@ import triton.language as tl
 
 from xformer_kernels.backends.triton.kernels.compiler import kernel
 from xformer_kernels.backends.triton.kernels.linear import differentiated, features, finished, reciprocals
+from xformer_kernels.backends.triton.kernels.mix import multiply
 from xformer_kernels.backends.triton.kernels.tiles import (
     head_base,
     kept,
@@ -48,6 +49,7 @@ def query_gradients_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     OF_Q: tl.constexpr,
     OF_K: tl.constexpr,
     NORMALIZE: tl.constexpr,
@@ -63,6 +65,8 @@ def query_gradients_kernel(
 
         g = scale dout / den      t = g S^T      dden = -<t, phi(q)> / den
         dq = phi'(t + dden z)     dS = sum phi(q)^T g      dz = sum phi(q) dden
+
+    Where S does not fit the registers beside dS, BLOCK_K of its columns at a time are loaded, for each tile anew.
     """
     RECORD: tl.constexpr = D * DV + 2 * D
     MAP_DTYPE: tl.constexpr = ACC if WIDE_MAP else q_ptr.dtype.element_ty
@@ -73,8 +77,8 @@ def query_gradients_kernel(
     inside = (i < D)[:, None] & (j < DV)[None, :]
     stats_ptr = record_base(stats_ptr, (b * H + h) * RECORD, RECORD_ALIGN)
     S = tl.load(stats_ptr + places, mask=inside, other=0.0)
-    z = tl.load(stats_ptr + D * DV + i, mask=i < D, other=0.0)
-    S, z = finished(S, z, OF_K)
+    sums = tl.load(stats_ptr + D * DV + i, mask=i < D, other=0.0)
+    S, z = finished(S, sums, OF_K)
     weight = tl.trans(narrow(S, MAP_DTYPE))
     scale = tl.full([], SCALE, ACC)
     dS = tl.zeros((BLOCK_D, BLOCK_V), ACC)
@@ -89,7 +93,16 @@ def query_gradients_kernel(
         g = load_tokens(g_base, rows, keep, 0, stride_gn, stride_gd, DV, BLOCK_V, ALIGN_G)
         phi = features(q, z, keep, D, OF_Q, ACC)
         rounded = narrow(phi, MAP_DTYPE)
-        t = product(g.to(MAP_DTYPE), weight, tl.zeros((BLOCK_N, BLOCK_D), ACC), PRECISION)
+        t = tl.zeros((BLOCK_N, BLOCK_D), ACC)
+        if BLOCK_K < BLOCK_V:
+            t = multiply(
+                dout_ptr, stats_ptr, t, b, h, rows, keep, i, stride_gb, stride_gh, stride_gn, stride_gd, 0, 0, DV, 1,
+                DV, D, BLOCK_K, WIDE_MAP, ALIGN_G, PRECISION,
+            )  # fmt: skip
+            if OF_K == "softmax_tokens":
+                t *= reciprocals(sums)[None, :]
+        else:
+            t = product(g.to(MAP_DTYPE), weight, t, PRECISION)
         if NORMALIZE:
             wide = rounded.to(ACC)
             inverse = 1.0 / (tl.sum(wide * z[None, :], axis=1) + tl.full([], EPS, ACC))
