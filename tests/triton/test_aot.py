@@ -72,6 +72,10 @@ def test_resources(name):
         cut = "tf32" in row["dtype"] and row["kernel"] != "gram, symmetric"  # which norms come of
         if multiplies and not row["tensor_core"] and (dtype != "float32" or cut):
             faults.append(f"{what}: no tensor core")
-        if row["kernel"] not in NARROW and arch.startswith("sm_") and not any("128" in found for found in row["instructions"]):
+        if (
+            row["kernel"] not in NARROW
+            and arch.startswith("sm_")
+            and not any("128" in found for found in row["instructions"])
+        ):
             faults.append(f"{what}: no load of 128 bits: {row['instructions']}")
     assert not faults, "\n".join(faults)

@@ -177,8 +177,7 @@ _TABLE: dict[tuple[str, int], dict[Any, tuple[int, ...]]] = {
         256: (64, 64, 16, 8, 2),
     },
     ("channel_mix", 8): {d: (32, min(d, 32), 16, 4, 1) for d in BLOCKS},
-}
-_LINEAR: dict[tuple[str, int], dict[Any, tuple[int, ...]]] = {
+    # whole maps; block_k of linear_queries: columns of S that are in registers beside dS
     ("linear_maxima", 2): {d: (4096 // d, d, 0, 4, 2) for d in (16, 32, 64, 128)},
     ("linear_maxima", 4): {d: (2048 // d, d, 0, 4, 2) for d in (16, 32, 64)},
     ("linear_maxima", 8): {d: (1024 // d, d, 0, 4, 2) for d in (16, 32, 64)},
@@ -208,7 +207,7 @@ _LINEAR: dict[tuple[str, int], dict[Any, tuple[int, ...]]] = {
     },
     ("linear_apply", 8): {d: (16, d, 0, 4, 1) for d in (16, 32, 64)},
     ("linear_queries", 2): {
-        16: (64, 16, 16, 4, 2),
+        16: (64, 16, 16, 4, 2, 255),
         32: (64, 32, 32, 4, 2, 255),
         64: (32, 64, 32, 4, 2, 255),
         128: (16, 128, 64, 8, 2, 255),
@@ -231,9 +230,8 @@ _LINEAR: dict[tuple[str, int], dict[Any, tuple[int, ...]]] = {
         64: (16, 64, 0, 8, 2, 255),
         (64, "gfx942"): (16, 64, 0, 4, 2),
     },
-    ("linear_keys", 8): {d: (16, d, 0, 8, 1, 255) for d in (16, 32, 64)},
+    ("linear_keys", 8): {d: (16, d, 0, 4 if d == 16 else 8, 1, 255) for d in (16, 32, 64)},
 }
-_TABLE.update(_LINEAR)
 _TABLE["map_backward", 4] = _TABLE["map_backward", 2]
 
 
