@@ -32,7 +32,7 @@ from xformer_kernels.backends.triton import configs, launch, linear, ops
 from xformer_kernels.spec import Spec
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-MAPS = ("query_key-token", "query_key-feature", "key_value-token", "key_value-feature")
+MAPS = tuple(f"{map}-{norm}" for map in ("query_key", "key_value") for norm in ("token", "feature", "none"))
 PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "sm_120": 170, "gfx942": 304}
 TYPES = {
     torch.float32: "*fp32",

@@ -25,7 +25,11 @@ ARTEFACTS = HERE.parent.parent / "build" / "triton"
 SHARED = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "sm_120": 101_376, "gfx942": 65_536}
 EVERY_ROW = ("--features", "16,32,64,128,256", "--maps", "query_key-token")
 ONE_ROW = EVERY_ROW if THOROUGH else ("--features", "128", "--maps", "query_key-token")
-OTHERS = ("--maps", "query_key-feature,key_value-token,key_value-feature", "--masked")
+OTHERS = (
+    "--maps",
+    "query_key-feature,query_key-none,key_value-token,key_value-feature,key_value-none",
+    "--masked",
+)
 CASES = {
     # the table has rows for 2 and for 4 bytes, which 16-bit dtypes share
     **{
