@@ -144,7 +144,7 @@ def test_launches(monkeypatch):
     launched = []
     run = ops._run
     monkeypatch.setattr(ops, "_run", lambda kernel, *args, **kw: (launched.append(kernel), run(kernel, *args, **kw)))
-    for config in (Config(), Config("key_value", "feature")):
+    for config in (Config(), Config("key_value", "feature"), Config("query_key", "none")):
         spec = config.spec
         for shape, launches in (((1, 1, 513, 16), 2), ((2, 4, 513, 16), 1), ((1, 1, 30, 16), 1), ((1, 1, 30, 200), 2)):
             q, k, v, dout = (randn(*shape, seed=i) for i in range(4))
