@@ -48,13 +48,14 @@ def run(function, tensors, **kwargs):
     return dict(zip(NAMES, (out.detach(), *torch.autograd.grad(out, leaves, dout)), strict=True))
 
 
-def ops_of(backend):
+def ops_of(backend, q, v):
     """The ops that compute it."""
-    return FUSED if dispatch.has(backend, FUSED[0]) else ("channel_mix",)
+    fused = dispatch.fuses_linear_attention(backend, q.dtype, (q.shape[-1], v.shape[-1]))
+    return FUSED if fused else ("channel_mix",)
 
 
 def check(tensors, ran, backend, **kwargs):
-    with ran(*ops_of(backend)):
+    with ran(*ops_of(backend, tensors[0], tensors[2])):
         ours = run(xk.linear_attention, tensors, backend=backend, **kwargs)
     eager = run(reference.linear_attention, tensors, **kwargs)
     exact = [x.double() for x in tensors]
@@ -118,7 +119,7 @@ def test_gradients_of_images(feature_map, kernel, device, ran):
         if feature_map == "identity":
             masks["normalize"] = False  # denominators may be near zero
         check([q, k, v, dout], ran, kernel, **masks)
-        if dispatch.has(kernel, FUSED[0]):
+        if ops_of(kernel, q, v) == FUSED:
             gradients = torch.autograd.grad(xk.linear_attention(q, k, v, backend=kernel, **masks), (q, k, v), dout)
             assert all(g.transpose(2, 3).is_contiguous() for g in gradients)
 
@@ -165,7 +166,7 @@ def test_derivatives(feature_map, normalize, backend, device, ran, slow):
     def gradient(*leaves):
         return torch.autograd.grad(function(*leaves).sin().sum(), leaves, create_graph=True)
 
-    with ran(*ops_of(backend)):
+    with ran(*ops_of(backend, q, v)):
         assert gradcheck(function, leaves, fast_mode=slow)
         assert gradgradcheck(function, leaves, fast_mode=slow)
     if normalize and not slow:
@@ -285,7 +286,7 @@ def test_compile(feature_map, normalize, ran_auto):
     def function(q, k, v):
         return xk.linear_attention(q, k, v, feature_map=feature_map, normalize=normalize, token_mask=mask)
 
-    with ran_auto(*ops_of(dispatch.choose("auto", "cpu", (torch.float32,), (8,)))):
+    with ran_auto(*ops_of(dispatch.choose("auto", "cpu", (torch.float32,), (8,)), tensors[0], tensors[2])):
         ours = run(torch.compile(function, fullgraph=True, backend="aot_eager"), tensors)
     eager = run(function, tensors)
     for name in NAMES:

@@ -152,6 +152,13 @@ def fuses(backend: str, spec: Spec) -> bool:
 
 
 @torch.compiler.assume_constant_result
+def fuses_linear_attention(backend: str, dtype: torch.dtype, head_dims: tuple[int, int]) -> bool:
+    """Whether a backend has fused linear attention of these tokens; else it is composed of gram and channel_mix."""
+    found, _ = (None, "") if backend == "reference" else backends.load(backend)
+    return found is not None and found.fuses_linear_attention(dtype, head_dims)
+
+
+@torch.compiler.assume_constant_result
 def has(backend: str, op: str) -> bool:
     """Whether a backend has a function that computes `op`."""
     found, _ = (None, "") if backend == "reference" else backends.load(backend)

@@ -73,7 +73,7 @@ def linear_attention(
     spec = spec.with_normal_eps(reference.accumulate_dtype(q.dtype))
     D, Dv = functional.head_dims(q, v)
     name = functional.backend_of(backend, (q, k, v), (q.dtype,), (D, Dv, Dv + normalize))
-    if dispatch.has(name, "linear_attention_forward"):
+    if dispatch.fuses_linear_attention(name, q.dtype, (D, Dv)):
         out = ops.call("linear_attention_forward", name, (q, k, v), query_mask, token_mask, spec)[0]
         return out.transpose(1, 2)
     with ops.without_autocast(q):

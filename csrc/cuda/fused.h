@@ -3,7 +3,7 @@
 //
 // Each block of a cluster has a part of the tokens and owns some columns of the map. Sums of a part lie in its block's
 // shared memory; the owner of a column adds them up, in the order of the blocks, finishes the column and writes it into
-// the shared memory of all blocks. Token norms only: norms over features are not linear in what is summed.
+// the shared memory of all blocks. Token norms or none: norms over features are not linear in what is summed.
 #pragma once
 
 #include "maps.h"
@@ -289,7 +289,8 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_backward_kernel(const 
     bool of_q = i == (key_value ? 0 : 2), transposed = i == 1 || of_q;
     int x = key_value ? 3 - i : i == 2 ? 3 : 1 - i;
     s.narrow_map(of_q, p.dim, transposed);
-    s.template mix<T>(p.to[i], head.all, p.mask, s.tile(x), s.tile(i), i == 0 ? s.scale_q : s.scale_k, i < 2);
+    s.template mix<T>(p.to[i], head.all, p.mask, s.tile(x), s.tile(i), i == 0 ? s.scale_q : s.scale_k,
+                      i < 2 && p.options.token_norm);
   }
 }
 

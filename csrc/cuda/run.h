@@ -81,7 +81,7 @@ struct Call {
   const Device& device;
   Sizes n;
   int64_t heads, map;  // heads of all sequences; numbers of a map
-  bool key_value, token_norm;
+  bool key_value, token_norm, feature_norm;
   MapOptions options;
 
   Call(const xk_xfa_args& a_, const xk_cuda_launch& l_)
@@ -93,6 +93,7 @@ struct Call {
         map(a_.dim * a_.dim),
         key_value(a_.map == XK_KEY_VALUE),
         token_norm(a_.norm == XK_TOKEN_NORM),
+        feature_norm(a_.norm == XK_FEATURE_NORM),
         options{key_value, token_norm, a_.activation == XK_SOFTMAX && !key_value, a_.eps} {}
 
   Operand tokens(const xk_tensor& t) const { return operand(t, n, a.dim, sizeof(T)); }
@@ -176,7 +177,7 @@ struct Call {
     if constexpr (sizeof(T) == 8) {
       return false;
     } else {
-      if (!token_norm || a.tokens == 0 || a.dim > kWidest || l.path == XK_TWO_PASSES) return false;
+      if (feature_norm || a.tokens == 0 || a.dim > kWidest || l.path == XK_TWO_PASSES) return false;
       // a number each would not fit; layouts count the numbers of the others in 32 bits
       if (a.tokens > (int64_t)kMostBlocks * device.shared_bytes) return false;
       p.mask = mask_of(a.mask);
@@ -207,7 +208,7 @@ struct Call {
   void refuse_two_passes() const {
     if (l.path == XK_ONE_LAUNCH)
       fail("one launch cannot hold " + std::to_string(a.tokens) + " tokens of " + std::to_string(a.dim) + " features" +
-           (token_norm ? "" : ": norms over features take two passes"));
+           (feature_norm ? ": norms over features take two passes" : ""));
   }
 };
 
@@ -229,8 +230,8 @@ int64_t Backend<T>::forward(const xk_xfa_args& a, const xk_cuda_launch& l, bool 
   GramArgs<S> g = call.gram(a.k, call.key_value ? a.v : a.q, split, partial, record);
   g.squares = call.token_norm;
   if (call.token_norm && call.key_value) g.x[2] = call.tokens(a.q);
-  g.norm_a = !call.token_norm;
-  g.norm_b = !call.token_norm && !call.key_value;
+  g.norm_a = call.feature_norm;
+  g.norm_b = call.feature_norm && !call.key_value;
   launch_gram<T>(g, l.tf32, l.stream);
 
   MapArgs<S> m = call.maps(split, partial, record);
@@ -241,7 +242,7 @@ int64_t Backend<T>::forward(const xk_xfa_args& a, const xk_cuda_launch& l, bool 
   y.operands = y.outputs = 1;
   y.x[0] = call.tokens(call.key_value ? a.q : a.v);
   y.out[0] = call.output(a.out, 0, map, false);
-  if (!call.token_norm && call.key_value) y.out[0].row_norm = 0;
+  if (call.feature_norm && call.key_value) y.out[0].row_norm = 0;
   launch_mix(y, false, l.tf32, call.device, l.stream);
   return 0;
 }
@@ -278,7 +279,7 @@ int64_t Backend<T>::backward(const xk_xfa_args& a, const xk_cuda_launch& l, bool
   if (measure) return workspace.used();
 
   GramArgs<S> g = call.gram(call.key_value ? a.q : a.v, a.dout, split, partial, call.map);
-  g.norm_a = !call.token_norm && call.key_value;
+  g.norm_a = call.feature_norm && call.key_value;
   launch_gram<T>(g, l.tf32, l.stream);
 
   MapArgs<S> m = call.maps(split, partial, call.map);
@@ -305,7 +306,7 @@ int64_t Backend<T>::backward(const xk_xfa_args& a, const xk_cuda_launch& l, bool
     y.out[0].add = kQ, y.out[1].add = kK;
     y.out[0].scale = {scale_q, a.heads * a.dim, a.dim, 1, 1, call.key_value ? pieces : 1, step};
     y.out[1].scale = {scale_k, a.heads * a.dim, a.dim, 1, 1, pieces, step};
-  } else {
+  } else if (call.feature_norm) {
     y.out[0].project = kQ, y.out[1].project = kK;
     if (call.key_value) {
       y.out[2].row_norm = kK;

@@ -15,7 +15,7 @@ extern "C" {
 enum xk_status { XK_OK = 0, XK_OUT_OF_MEMORY = 1, XK_BAD_ARGUMENT = 2, XK_CUDA_ERROR = 3 };
 enum xk_dtype { XK_F32 = 0, XK_F64 = 1, XK_BF16 = 2, XK_F16 = 3 };
 enum xk_map { XK_QUERY_KEY = 0, XK_KEY_VALUE = 1 };
-// Without norms q and k are taken as they are; only the CPU has that.
+// Without norms q and k are taken as they are.
 enum xk_norm { XK_TOKEN_NORM = 0, XK_FEATURE_NORM = 1, XK_NO_NORM = 2 };
 enum xk_activation { XK_SOFTMAX = 0, XK_IDENTITY = 1 };
 // phi(x) of linear attention: x, max(x, 0), elu(x) + 1, a softmax over the features of a token, or over the tokens.

@@ -59,13 +59,20 @@ def run(problem):
 @pytest.mark.parametrize(
     ("path", "config"),
     # norms over features take two passes
-    [(path, config) for path in PATHS for config in CONFIGS if path == "two passes" or config.norm == "token"],
+    [
+        (path, config)
+        for path in PATHS
+        for config in (*CONFIGS, Config("query_key", "none"), Config("key_value", "none"))
+        if path == "two passes" or config.norm != "feature"
+    ],
     ids=str,
 )
 def test_same_bits_in_any_order(cuda, monkeypatch, path, config, dtype):
     monkeypatch.setattr(cuda, "path", path)
     for shape, masked in (((1, 150, 1, 36), True), ((2, 21, 2, 5), False)):
         problem = make_problem(shape, config, dtype=dtype, masked=masked)
+        if config.norm == "none":
+            problem.temperature *= shape[1] ** -0.5
         first = run(problem)
         problem.check(first)
         for seed in (1, 2, 3):

@@ -28,11 +28,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from xformer_kernels.backends.triton import configs, launch, ops
+from xformer_kernels.backends.triton import configs, launch, linear, ops
 from xformer_kernels.spec import Spec
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-MAPS = ("query_key-token", "query_key-feature", "key_value-token", "key_value-feature")
+MAPS = tuple(f"{map}-{norm}" for map in ("query_key", "key_value") for norm in ("token", "feature", "none"))
 PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "sm_120": 170, "gfx942": 304}
 TYPES = {
     torch.float32: "*fp32",
@@ -82,7 +82,7 @@ def recording(arch: str) -> Iterator[list[Launch]]:
 
 
 def launches(job: Job) -> dict[str, Launch]:
-    """Every kernel of xfa, forward in one launch and in two, and of the primitives, by name."""
+    """Every kernel of xfa, forward in one launch and in two, of the primitives and of linear attention, by name."""
     D, dtype = job.features, job.dtype
     map, norm = job.map.split("-")
     spec = Spec(map, norm)
@@ -112,8 +112,21 @@ def launches(job: Job) -> dict[str, Launch]:
             recorded.clear()
             ops.xfa_forward(*(x[:1] for x in (q, k, v)), temperature, None, Spec(map, "feature"))
             found["gram, normalised"] = recorded[0]
+            if linear.fuses_linear_attention(dtype, (D, D)):
+                found.update(of_linear_attention(q, k, v, mask, recorded))
     matmul.allow_tf32 = before
     return found
+
+
+def of_linear_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, recorded: list[Launch]
+) -> dict[str, Launch]:
+    """Both softmaxes and a denominator, which together leave nothing out."""
+    recorded.clear()
+    spec = Spec.of_linear_attention("softmax_tokens", True, 1.0, 1e-6)
+    out, stats = linear.linear_attention_forward(q, k, v, mask, mask, spec)
+    linear.linear_attention_backward(out.transpose(1, 2), q, k, v, stats, mask, mask, spec)
+    return dict(zip(configs.LINEAR_KERNELS, recorded, strict=True))
 
 
 def target(arch: str) -> GPUTarget:

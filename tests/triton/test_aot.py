@@ -25,7 +25,11 @@ ARTEFACTS = HERE.parent.parent / "build" / "triton"
 SHARED = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "sm_120": 101_376, "gfx942": 65_536}
 EVERY_ROW = ("--features", "16,32,64,128,256", "--maps", "query_key-token")
 ONE_ROW = EVERY_ROW if THOROUGH else ("--features", "128", "--maps", "query_key-token")
-OTHERS = ("--maps", "query_key-feature,key_value-token,key_value-feature", "--masked")
+OTHERS = (
+    "--maps",
+    "query_key-feature,query_key-none,key_value-token,key_value-feature,key_value-none",
+    "--masked",
+)
 CASES = {
     # the table has rows for 2 and for 4 bytes, which 16-bit dtypes share
     **{arch: (arch, "bfloat16,float32", EVERY_ROW if arch in ("sm_90", "gfx942") else ONE_ROW) for arch in SHARED},
@@ -36,7 +40,8 @@ CASES = {
     "sm_90-float64-masked": ("sm_90", "float64", ("--features", "16", "--maps", "query_key-token", "--masked")),
 }
 # D x D numbers alone, which need no such width
-NO_PRODUCT = ("map_backward",)
+NARROW = ("map_backward",)
+NO_PRODUCT = (*NARROW, "linear_maxima")
 
 
 def compiled(name, arch, dtypes, arguments):
@@ -67,6 +72,10 @@ def test_resources(name):
         cut = "tf32" in row["dtype"] and row["kernel"] != "gram, symmetric"  # which norms come of
         if multiplies and not row["tensor_core"] and (row["dtype"] != "float32" or cut):
             faults.append(f"{what}: no tensor core")
-        if multiplies and arch.startswith("sm_") and not any("128" in found for found in row["instructions"]):
+        if (
+            row["kernel"] not in NARROW
+            and arch.startswith("sm_")
+            and not any("128" in found for found in row["instructions"])
+        ):
             faults.append(f"{what}: no load of 128 bits: {row['instructions']}")
     assert not faults, "\n".join(faults)

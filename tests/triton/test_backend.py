@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import CONFIGS, make_problem, packed, randn
+from cases import CONFIGS, make_problem, packed, randn, random_mask
 
 import xformer_kernels as xk
 from xformer_kernels import dispatch
@@ -20,6 +20,7 @@ backend = pytest.importorskip("xformer_kernels.backends.triton", reason="triton 
 
 from xformer_kernels.backends.triton import configs, launch, ops, plan  # noqa: E402
 from xformer_kernels.reference import accumulate_dtype  # noqa: E402
+from xformer_kernels.testing import assert_bitwise, assert_close  # noqa: E402
 
 
 def fresh(code: str, **environment: str) -> str:
@@ -110,8 +111,10 @@ RECORDED = """
     import sys
     sys.path.insert(0, {tests!r})
     import torch, aot
-    from xformer_kernels.backends.triton import ops
+    from xformer_kernels.backends.triton import linear, ops
     from xformer_kernels.spec import Spec
+
+    linear_spec = Spec.of_linear_attention("softmax_tokens", True, 1.0, 1e-6)
 
     def variants(B, N, H, layout):
         shape = (B, N, 3, H, 32)
@@ -123,6 +126,9 @@ RECORDED = """
         with aot.recording("sm_90") as recorded:
             out, stats = ops.xfa_forward(q, k, v, t, None, spec)
             ops.xfa_backward(out, q, k, v, t, stats, None, spec)
+            tokens = (q[:, :, :99], k, v)
+            out, stats = linear.linear_attention_forward(*tokens, None, None, linear_spec)
+            linear.linear_attention_backward(out.transpose(1, 2), *tokens, stats, None, None, linear_spec)
         return {{
             (x.kernel.__name__, tuple(sorted(aot.signature(x).items())), str(sorted(x.constants.items())), x.config)
             for x in recorded
@@ -132,10 +138,13 @@ RECORDED = """
     for B, N, H, layout in ((1, 20001, 4, "packed"), (3, 5000, 1, "packed"), (2, 2**33, 5, "packed"),
                             (7, 4097, 3, "contiguous")):
         assert variants(B, N, H, layout) == known, (B, N, H, layout)
-    from xformer_kernels.backends.triton.kernels import backward, forward, gram, mix
+    from xformer_kernels.backends.triton.kernels import backward, forward, gram, linear_backward, mix
+    from xformer_kernels.backends.triton.kernels import linear as linear_kernels
 
     for kernel in (gram.gram_kernel, forward.apply_kernel, forward.forward_kernel, backward.map_backward_kernel,
-                   backward.gradients_kernel, mix.channel_mix_kernel):
+                   backward.gradients_kernel, mix.channel_mix_kernel, linear_kernels.maxima_kernel,
+                   linear_kernels.key_sums_kernel, linear_kernels.apply_sums_kernel,
+                   linear_backward.query_gradients_kernel, linear_backward.key_gradients_kernel):
         for p in kernel.params:
             assert p.is_constexpr or (p.do_not_specialize and p.do_not_specialize_on_alignment), p.name
             assert p.is_constexpr or p.name.endswith("_ptr") or p.annotation_type == "i64", p.name
@@ -256,6 +265,50 @@ def test_many_parts_are_summed_first(config, monkeypatch, triton_runs, ran_backe
     torch.testing.assert_close(ssq.double(), q.square().sum(-2), rtol=1e-5, atol=1e-4)
 
 
+def linear(tensors, **kwargs):
+    *leaves, dout = tensors
+    leaves = [x.detach().requires_grad_() for x in leaves]
+    out = xk.linear_attention(*leaves, **kwargs)
+    return out.detach(), *torch.autograd.grad(out, leaves, dout)
+
+
+def check_linear(tensors, ran_backend, **kwargs):
+    """All four results against the reference, of fused kernels."""
+    with ran_backend("triton", "linear_attention_forward", "linear_attention_backward"):
+        ours = linear(tensors, backend="triton", **kwargs)
+    eager = linear(tensors, backend="reference", **kwargs)
+    oracle = linear([x.double() for x in tensors], backend="reference", **kwargs)
+    for name, *results in zip(("out", "dq", "dk", "dv"), ours, eager, oracle, strict=True):
+        assert_close(*results, name)
+    return ours
+
+
+@pytest.mark.parametrize("feature_map", ["relu", "softmax_tokens"])
+def test_many_parts_of_linear_attention_are_summed_first(feature_map, monkeypatch, triton_runs, ran_backend):
+    """Queries and keys in parts, more than the next launch would read; the maxima of the parts are not summed."""
+    tensors = [randn(2, 2, n, d, seed=i) for i, (n, d) in enumerate(((600, 8), (700, 8), (700, 5), (600, 5)))]
+    kwargs = {"feature_map": feature_map, "query_mask": random_mask(2, 600, 1), "token_mask": random_mask(2, 700, 2)}
+    results = []
+    for longest in (plan.LONGEST, 128):
+        monkeypatch.setattr(plan, "LONGEST", longest)
+        monkeypatch.setattr(plan, "SHORT", plan.CHUNK)
+        assert plan.split_sums(700, 4, 1, 1, 4).many == (longest == 128)
+        results.append(check_linear(tensors, ran_backend, **kwargs))
+        for again, before in zip(linear(tensors, backend="triton", **kwargs), results[-1], strict=True):
+            assert_bitwise(again, before, "the same call")
+
+
+def test_wide_linear_attention_is_composed(triton_runs, ran_backend):
+    """Where a program cannot hold the map, of the wider of D and Dv."""
+    for dtype, widest in ((torch.float32, 64), (torch.bfloat16, 128), (torch.float64, 64)):
+        for dims in ((widest, 3), (3, widest), (widest + 1, 3), (3, widest + 1)):
+            q, k, v = (randn(1, 1, 9, d, seed=d, dtype=dtype) for d in (dims[0], *dims))
+            fused = max(dims) <= widest
+            assert dispatch.fuses_linear_attention("triton", dtype, dims) == fused
+            with ran_backend("triton", *(("linear_attention_forward",) if fused else ("gram", "channel_mix"))):
+                xk.linear_attention(q, k, v, backend="triton")
+
+
 def test_tf32_is_the_users_choice():
     """Read at each call, as for torch's own products; other dtypes do not ask."""
     matmul = torch.backends.cuda.matmul
@@ -308,4 +361,7 @@ def test_rows_of_real_architectures(dtype, arch, D, monkeypatch, ran_backend, tr
             result = p.run(xk.xfa, backend="triton")
         p.check(result)
     assert configs.shipped(configs.Key("gradients", dtype, D, ""), arch).block_n <= 64
+    if plan.fits_linear_attention(D, dtype.itemsize):
+        tensors = [randn(1, 1, n, D, seed=i, dtype=dtype) for i, n in enumerate((300, 270, 270, 300))]
+        check_linear(tensors, ran_backend, feature_map="elu1", query_mask=random_mask(1, 300))
     assert dispatch.reasons_against("triton", "cpu", (dtype,), (D,)) == []

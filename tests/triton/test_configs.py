@@ -11,6 +11,7 @@ from cases import make_problem
 import xformer_kernels as xk
 
 configs = pytest.importorskip("xformer_kernels.backends.triton.configs", reason="triton is not installed")
+plan = pytest.importorskip("xformer_kernels.backends.triton.plan", reason="triton is not installed")
 KEY = configs.Key("gradients", torch.float32, 24, "query_key-token")
 
 
@@ -29,11 +30,13 @@ def tuner(monkeypatch, tmp_path):
 def test_every_size_has_a_choice_that_covers_it(dtype, arch):
     """For any number of features, on architectures with a row of their own and without."""
     for features in (1, 15, 16, 17, 24, 36, 48, 100, 128, 129, 256):
-        for kernel in configs.KERNELS:
-            if (kernel == "forward" and configs.block(features) * max(4, dtype.itemsize) > 512) or (
-                kernel == "gram_normalised" and dtype.itemsize == 2
+        for kernel in (*configs.KERNELS, *configs.LINEAR_KERNELS):
+            if (
+                (kernel == "forward" and configs.block(features) * max(4, dtype.itemsize) > 512)
+                or (kernel == "gram_normalised" and dtype.itemsize == 2)
+                or (kernel.startswith("linear") and not plan.fits_linear_attention(features, dtype.itemsize))
             ):
-                continue  # two launches; wide tokens
+                continue  # two launches; wide tokens; composed
             config = configs.get(configs.Key(kernel, dtype, features, "any"), arch)
             assert config.block_o & (config.block_o - 1) == 0
             assert config.block_n & (config.block_n - 1) == 0 and config.block_n <= 256

@@ -11,7 +11,7 @@ from cases import Config, randn
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
-from xformer_kernels.backends.triton import configs, launch, ops, traffic  # noqa: E402
+from xformer_kernels.backends.triton import configs, launch, linear, ops, traffic  # noqa: E402
 from xformer_kernels.reference import accumulate_dtype  # noqa: E402
 from xformer_kernels.spec import Spec  # noqa: E402
 
@@ -144,7 +144,7 @@ def test_launches(monkeypatch):
     launched = []
     run = ops._run
     monkeypatch.setattr(ops, "_run", lambda kernel, *args, **kw: (launched.append(kernel), run(kernel, *args, **kw)))
-    for config in (Config(), Config("key_value", "feature")):
+    for config in (Config(), Config("key_value", "feature"), Config("query_key", "none")):
         spec = config.spec
         for shape, launches in (((1, 1, 513, 16), 2), ((2, 4, 513, 16), 1), ((1, 1, 30, 16), 1), ((1, 1, 30, 200), 2)):
             q, k, v, dout = (randn(*shape, seed=i) for i in range(4))
@@ -154,3 +154,22 @@ def test_launches(monkeypatch):
             launched.clear()
             ops.xfa_backward(dout, q, k, v, torch.ones(shape[1]), stats, None, spec)
             assert len(launched) == 3
+
+
+@pytest.mark.parametrize("feature_map, launches", [("relu", 2), ("softmax_tokens", 3)])
+def test_linear_attention(feature_map, launches, monkeypatch):
+    """Each of q, k, v and dout is read once by each direction, k once more for its maxima."""
+    launched, run = [], ops._run
+    monkeypatch.setattr(ops, "_run", lambda kernel, *args, **kw: (launched.append(kernel), run(kernel, *args, **kw)))
+    shapes = {"q": (1000, 20), "k": (900, 20), "v": (900, 12), "dout": (1000, 12)}
+    inputs = {name: randn(2, 3, *shape, seed=i) for i, (name, shape) in enumerate(shapes.items())}
+    q, k, v, dout = inputs.values()
+    spec = Spec.of_linear_attention(feature_map, True, 1.0, 1e-6)
+    with counting(inputs) as (forward, _, _):
+        _, stats = linear.linear_attention_forward(q, k, v, None, None, spec)
+    assert len(launched) == launches
+    assert {name: n / inputs[name].nbytes for name, n in forward.items() if n} == {"q": 1, "k": launches - 1, "v": 1}
+    with counting(inputs) as (backward, _, _):
+        linear.linear_attention_backward(dout, q, k, v, stats, None, None, spec)
+    assert len(launched) == launches + 2
+    assert {name: n / inputs[name].nbytes for name, n in backward.items()} == dict.fromkeys(inputs, 1)

@@ -3,9 +3,9 @@
 A backend offers the ops' functions (``xfa_forward``, ``xfa_backward``, ``gram``, ``channel_mix``) with the schemas of
 :mod:`xformer_kernels.ops` less the ``backend`` argument, and ``unsupported(device_type, dtypes, head_dims)``: every
 reason why it cannot serve a call. If it has a text ``ONLY_BY_NAME``, ``backend="auto"`` passes over it for that reason.
-It may have ``layer_gram`` and ``layer_mix`` (see :mod:`xformer_kernels.layer.passes`), ``fuses(spec)``,
-``comes_first(q, spec)`` and ``decisions(tokens)`` (see :class:`Backend`). A new one is a module and a line of
-:data:`PATHS`.
+It may have ``layer_gram`` and ``layer_mix`` (see :mod:`xformer_kernels.layer.passes`), ``linear_attention_forward`` and
+``linear_attention_backward``, ``fuses(spec)``, ``fuses_linear_attention(dtype, head_dims)``, ``comes_first(q, spec)``
+and ``decisions(tokens)`` (see :class:`Backend`). A new one is a module and a line of :data:`PATHS`.
 """
 
 from __future__ import annotations
@@ -50,6 +50,13 @@ class Backend:
         """Whether its ``xfa_forward`` computes `spec`; else the call is composed of ``gram`` and ``channel_mix``."""
         fuses = getattr(self.module, "fuses", None)
         return spec.norm != "none" if fuses is None else bool(fuses(spec))
+
+    def fuses_linear_attention(self, dtype: torch.dtype, head_dims: tuple[int, int]) -> bool:
+        """Whether its ``linear_attention_forward`` takes `head_dims`, of k and of v; else the call is composed."""
+        fuses = getattr(self.module, "fuses_linear_attention", None)
+        return self.function("linear_attention_forward") is not None and (
+            fuses is None or bool(fuses(dtype, head_dims))
+        )
 
     def comes_first(self, q: torch.Tensor, spec: Spec) -> bool:
         """Whether auto asks it before all others for a call of xfa."""

@@ -57,6 +57,8 @@ class Key(NamedTuple):
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 KERNELS = ("gram", "gram_normalised", "apply", "forward", "map_backward", "gradients", "channel_mix")
+LINEAR_KERNELS = ("linear_maxima", "linear_sums", "linear_apply", "linear_queries", "linear_keys")
+"""Of linear attention: they hold a whole map."""
 BLOCKS = (16, 32, 64, 128, 256)
 REGISTERS = 65536
 """Of a multiprocessor."""
@@ -178,6 +180,60 @@ _TABLE: dict[tuple[str, int], dict[Any, tuple[int, ...]]] = {
         256: (64, 64, 16, 8, 2),
     },
     ("channel_mix", 8): {d: (32, min(d, 32), 16, 4, 1) for d in BLOCKS},
+    # whole maps; block_k of linear_queries: columns of S that are in registers beside dS
+    ("linear_maxima", 2): {d: (4096 // d, d, 0, 4, 2) for d in (16, 32, 64, 128)},
+    ("linear_maxima", 4): {d: (2048 // d, d, 0, 4, 2) for d in (16, 32, 64)},
+    ("linear_maxima", 8): {d: (1024 // d, d, 0, 4, 2) for d in (16, 32, 64)},
+    ("linear_sums", 2): {
+        16: (128, 16, 0, 4, 3),
+        32: (64, 32, 0, 4, 3),
+        64: (64, 64, 0, 4, 3, 255),
+        128: (32, 128, 0, 8, 2, 255),
+    },
+    ("linear_sums", 4): {
+        16: (64, 16, 0, 4, 3, 255),
+        32: (32, 32, 0, 4, 3, 255),
+        64: (32, 64, 0, 8, 3, 255),
+    },
+    ("linear_sums", 8): {d: (16, d, 0, 4, 2, 255) for d in (16, 32, 64)},
+    ("linear_apply", 2): {
+        16: (64, 16, 0, 4, 2),
+        32: (64, 32, 0, 4, 2),
+        64: (64, 64, 0, 4, 2, 255),
+        128: (32, 128, 0, 8, 2, 255),
+        (128, "gfx942"): (16, 128, 0, 8, 2),
+    },
+    ("linear_apply", 4): {
+        16: (64, 16, 0, 4, 2),
+        32: (64, 32, 0, 4, 2),
+        64: (32, 64, 0, 8, 2, 255),
+    },
+    ("linear_apply", 8): {d: (16, d, 0, 4, 1) for d in (16, 32, 64)},
+    ("linear_queries", 2): {
+        16: (64, 16, 16, 4, 2, 255),
+        32: (64, 32, 32, 4, 2, 255),
+        64: (32, 64, 32, 4, 2, 255),
+        128: (16, 128, 64, 8, 2, 255),
+    },
+    ("linear_queries", 4): {
+        16: (32, 16, 16, 4, 2, 255),
+        32: (32, 32, 32, 4, 2, 255),
+        64: (16, 64, 64, 8, 2, 255),
+    },
+    ("linear_queries", 8): {d: (16, d, d, 8, 1, 255) for d in (16, 32, 64)},
+    ("linear_keys", 2): {
+        16: (64, 16, 0, 4, 2),
+        32: (64, 32, 0, 4, 2, 255),
+        64: (32, 64, 0, 4, 2, 255),
+        128: (16, 128, 0, 8, 2, 255),
+    },
+    ("linear_keys", 4): {
+        16: (32, 16, 0, 4, 2, 255),
+        32: (32, 32, 0, 4, 2, 255),
+        64: (16, 64, 0, 8, 2, 255),
+        (64, "gfx942"): (16, 64, 0, 4, 2),
+    },
+    ("linear_keys", 8): {d: (16, d, 0, 4 if d == 16 else 8, 1, 255) for d in (16, 32, 64)},
 }
 _TABLE["map_backward", 4] = _TABLE["map_backward", 2]
 

@@ -32,13 +32,16 @@ class Choices(NamedTuple):
 
     KEY_VALUE: bool
     TOKEN_NORM: bool
+    FEATURE_NORM: bool
+    """Without either, nothing is divided by norms."""
     SOFTMAX: bool
     EPS: float
 
     @property
     def name(self) -> str:
         """For the keys of the tuner."""
-        return "-".join((("query_key", "key_value")[self.KEY_VALUE], ("feature", "token")[self.TOKEN_NORM]))
+        norm = "token" if self.TOKEN_NORM else "feature" if self.FEATURE_NORM else "none"
+        return f"{('query_key', 'key_value')[self.KEY_VALUE]}-{norm}"
 
     @property
     def squares(self) -> str:
@@ -54,7 +57,7 @@ def _gram_key(dtype: torch.dtype, D: int, choices: Choices, norm: bool, suffix: 
 
 
 def _choices(spec: Spec) -> Choices:
-    return Choices(spec.map == "key_value", spec.norm == "token", spec.softmax, spec.eps)
+    return Choices(spec.map == "key_value", spec.norm == "token", spec.norm == "feature", spec.softmax, spec.eps)
 
 
 def _empty(size: tuple[int, ...], dtype: torch.dtype, like: Tensor) -> Tensor:
@@ -70,6 +73,11 @@ def _mask(token_mask: Tensor | None, other: Tensor) -> tuple[Tensor, tuple[int, 
         # float64 in the layout of bytes.
         token_mask = token_mask.long()
     return token_mask, token_mask.stride()
+
+
+def transposes(arch: str) -> bool:
+    """Whether sums over tokens in tf32 must not be of tiles that are loaded asynchronously."""
+    return arch in _TRANSPOSING
 
 
 def _run(kernel: Any, grid: int, config: configs.Config, *args: Any, **constants: Any) -> None:
@@ -112,7 +120,7 @@ def _gram(
     acc = _ACC[accumulate_dtype(a.dtype)]
 
     def run(config: configs.Config) -> None:
-        if precision == "tf32" and arch in _TRANSPOSING:
+        if precision == "tf32" and transposes(arch):
             config = config._replace(stages=1)
         block_a, block_b = (min(config.block_o, configs.block(D)) for D in (DA, DB))
         tiles = plan.cdiv(DA, block_a) * plan.cdiv(DB, block_b)
@@ -204,7 +212,7 @@ def xfa_forward(
     if B * H == 0:
         return out, stats
     choices = _choices(spec)
-    split = _split(q, D, _gram_key(q.dtype, D, choices, not choices.TOKEN_NORM))
+    split = _split(q, D, _gram_key(q.dtype, D, choices, choices.FEATURE_NORM))
     with launch.on_device(q.device):
         if split.parts == 1 and plan.fits_one_launch(D, stats.element_size()):
             _forward_at_once(q, k, v, temperature, token_mask, choices, out, stats)
@@ -240,7 +248,7 @@ def _forward_at_once(
     mask, mask_strides = _mask(token_mask, q)
     target = launch.target(q.device)
     constants = {**_of_map(q, choices), **launch.alignment(q=q, k=k, v=v)}
-    key = configs.Key("forward", q.dtype if choices.TOKEN_NORM else stats.dtype, D, choices.name)
+    key = configs.Key("forward", stats.dtype if choices.FEATURE_NORM else q.dtype, D, choices.name)
 
     def run(config: configs.Config) -> None:
         _run(
@@ -248,8 +256,9 @@ def _forward_at_once(
             q, k, v, temperature, mask, stats, out, *q.stride(), *k.stride(), *v.stride(), temperature.stride(0),
             *mask_strides, N, H,
             BLOCK_N=config.block_n, WIDE_MAP=q.dtype is not torch.bfloat16, SOFTMAX=choices.SOFTMAX,
-            HAS_MASK=token_mask is not None, OUT_ALIGN=launch.out_alignment(D, q.element_size()),
-            PRECISION=launch.gram_precision(q.dtype, not choices.TOKEN_NORM, target.arch),
+            FEATURE_NORM=choices.FEATURE_NORM, HAS_MASK=token_mask is not None,
+            OUT_ALIGN=launch.out_alignment(D, q.element_size()),
+            PRECISION=launch.gram_precision(q.dtype, choices.FEATURE_NORM, target.arch),
             MAP_PRECISION=launch.map_precision(q.dtype, target.arch), **constants,
         )  # fmt: skip
 
@@ -272,10 +281,10 @@ def _forward_in_two(
     partial = stats if split.parts == 1 else _empty((split.parts, B, H, record), stats.dtype, q)
     x, b = (q, v) if choices.KEY_VALUE else (v, q)
     _gram(
-        _gram_key(q.dtype, D, choices, not choices.TOKEN_NORM), split, k, b, q, token_mask,
+        _gram_key(q.dtype, D, choices, choices.FEATURE_NORM), split, k, b, q, token_mask,
         (partial, partial[..., D * D :], partial[..., D * D + D :]), (record,) * 3, choices.EPS,
-        squares=choices.squares, norm_a=not choices.TOKEN_NORM,
-        norm_b=not choices.TOKEN_NORM and not choices.KEY_VALUE,
+        squares=choices.squares, norm_a=choices.FEATURE_NORM,
+        norm_b=choices.FEATURE_NORM and not choices.KEY_VALUE,
     )  # fmt: skip
     parts = split.parts
     if split.many:
@@ -295,7 +304,7 @@ def _forward_in_two(
             x, partial, stats, temperature, mask, out, *x.stride(), temperature.stride(0), *mask_strides,
             N, B, H, parts, over.parts, over.chunk,
             BLOCK_O=config.block_o, BLOCK_N=config.block_n, WIDE_MAP=q.dtype is not torch.bfloat16,
-            SOFTMAX=choices.SOFTMAX, HAS_MASK=token_mask is not None,
+            FEATURE_NORM=choices.FEATURE_NORM, SOFTMAX=choices.SOFTMAX, HAS_MASK=token_mask is not None,
             OUT_ALIGN=launch.out_alignment(D, q.element_size()), PRECISION=launch.map_precision(q.dtype, target.arch),
             **constants,
         )  # fmt: skip
@@ -320,7 +329,7 @@ def xfa_backward(
         return dqkv, dtemperature.zero_()
     choices = _choices(spec)
     x = q if choices.KEY_VALUE else v
-    norm_x = choices.KEY_VALUE and not choices.TOKEN_NORM
+    norm_x = choices.KEY_VALUE and choices.FEATURE_NORM
     key = _gram_key(q.dtype, D, choices, norm_x, "-backward")
     split = _split(q, D, key)
     parts, partial = split.parts, _empty((split.parts, B, H, D * D), stats.dtype, q)
@@ -346,7 +355,7 @@ def xfa_backward(
             q, k, v, dout, mask, weights, vectors, dqkv[0], dqkv[1], dqkv[2], dtemperature,
             *q.stride(), *k.stride(), *v.stride(), *dout.stride(), *mask_strides, N, B, H, blocks,
             BLOCK_O=config.block_o, BLOCK_K=min(config.block_k, configs.block(D)), BLOCK_N=config.block_n,
-            HAS_MASK=token_mask is not None,
+            FEATURE_NORM=choices.FEATURE_NORM, HAS_MASK=token_mask is not None,
             OUT_ALIGN=launch.out_alignment(D, q.element_size()), PRECISION=launch.map_precision(q.dtype, target.arch),
             WEIGHT_ALIGN=weight_align, **{name: x for name, x in of_map.items() if name != "RECORD_ALIGN"}, **facts,
         )  # fmt: skip

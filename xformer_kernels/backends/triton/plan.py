@@ -9,6 +9,9 @@ WIDEST = 256
 """Features per head that the kernels hold in one tile."""
 ONE_LAUNCH = 128 * 4
 """Bytes of a row of the map up to which one program holds a whole map."""
+WIDEST_LINEAR = {2: 128, 4: 64, 8: 64}
+"""Features of q, k and v, by the bytes of a number, up to which linear attention is fused: a program holds two whole
+D x Dv maps, of numbers of the accumulate dtype, beside its tokens."""
 CHUNK = 256
 """Tokens that are worth a program of their own; chunks are multiples of it, and so of every block of tokens."""
 LONGEST = 16384
@@ -51,3 +54,8 @@ def split_sums(N: int, units: int, record: int, row: int, processors: int) -> Sp
 def fits_one_launch(D: int, itemsize: int) -> bool:
     """Whether one program can hold a whole map of numbers of so many bytes."""
     return D * itemsize <= ONE_LAUNCH
+
+
+def fits_linear_attention(features: int, itemsize: int) -> bool:
+    """Whether linear attention of tokens of so many bytes a number is fused; `features`: the wider of D and Dv."""
+    return features <= WIDEST_LINEAR[itemsize]

@@ -268,6 +268,7 @@ def gradients_kernel(
     BLOCK_N: tl.constexpr,
     KEY_VALUE: tl.constexpr,
     TOKEN_NORM: tl.constexpr,
+    FEATURE_NORM: tl.constexpr,
     HAS_MASK: tl.constexpr,
     ALIGN_Q: tl.constexpr,
     ALIGN_K: tl.constexpr,
@@ -298,14 +299,13 @@ def gradients_kernel(
     one = tl.full((BLOCK_N,), 1.0, ACC)
     # whole tokens, where something takes them whole: a product, the end of a gradient, a norm
     q, k, g, v = one, one, one, one
-    if BLOCK_K >= BLOCK_D or BLOCK_O >= BLOCK_D or not TOKEN_NORM:
+    if BLOCK_K >= BLOCK_D or BLOCK_O >= BLOCK_D or FEATURE_NORM:
         q = load_tokens(q_base, rows, keep, 0, stride_qn, stride_qd, D, BLOCK_D, ALIGN_Q)
         k = load_tokens(k_base, rows, keep, 0, stride_kn, stride_kd, D, BLOCK_D, ALIGN_K)
     if BLOCK_K >= BLOCK_D:
         g = load_tokens(g_base, rows, keep, 0, stride_gn, stride_gd, D, BLOCK_D, ALIGN_G)
-    if TOKEN_NORM:
-        norm_q, scale_q, norm_k, scale_k = one, one, one, one
-    else:
+    norm_q, scale_q, norm_k, scale_k = one, one, one, one
+    if FEATURE_NORM:
         norm_q, scale_q = token_norms(q.to(ACC), EPS)
         norm_k, scale_k = token_norms(k.to(ACC), EPS)
     ALIGN_FOR_Q: tl.constexpr = ALIGN_G if KEY_VALUE else ALIGN_K
@@ -325,13 +325,13 @@ def gradients_kernel(
     store_gradient(
         for_q, base_for_q, scale_for_q, stride_n_for_q, stride_d_for_q, weights_ptr, vectors_ptr,
         q, q_base, norm_q, scale_q, stride_qn, stride_qd, dq_ptr, b, h, rows, keep, N, H,
-        ACC, EPS, D, BLOCK_D, BLOCK_O, BLOCK_K, TOKEN_NORM, not TOKEN_NORM, ALIGN_FOR_Q, ALIGN_Q, OUT_ALIGN,
+        ACC, EPS, D, BLOCK_D, BLOCK_O, BLOCK_K, TOKEN_NORM, FEATURE_NORM, ALIGN_FOR_Q, ALIGN_Q, OUT_ALIGN,
         PRECISION,
     )  # fmt: skip
     store_gradient(
         for_k, base_for_k, scale_for_k, stride_n_for_k, stride_d_for_k, weights_ptr + D * D, vectors_ptr + D,
         k, k_base, norm_k, scale_k, stride_kn, stride_kd, dk_ptr, b, h, rows, keep, N, H,
-        ACC, EPS, D, BLOCK_D, BLOCK_O, BLOCK_K, TOKEN_NORM, not TOKEN_NORM, ALIGN_FOR_K, ALIGN_K, OUT_ALIGN,
+        ACC, EPS, D, BLOCK_D, BLOCK_O, BLOCK_K, TOKEN_NORM, FEATURE_NORM, ALIGN_FOR_K, ALIGN_K, OUT_ALIGN,
         PRECISION,
     )  # fmt: skip
     store_gradient(

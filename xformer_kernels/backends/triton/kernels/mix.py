@@ -3,7 +3,14 @@
 import triton.language as tl
 
 from xformer_kernels.backends.triton.kernels.compiler import device, kernel
-from xformer_kernels.backends.triton.kernels.tiles import head_base, load_tokens, locate, product, store_tokens
+from xformer_kernels.backends.triton.kernels.tiles import (
+    head_base,
+    load_tokens,
+    locate,
+    narrow,
+    product,
+    store_tokens,
+)
 
 
 @device
@@ -31,7 +38,7 @@ def multiply(
     ALIGN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """y + x @ weight^T, BLOCK_K features of x at a time."""
+    """y + x @ weight^T, BLOCK_K features of x at a time; WIDE_MAP: of numbers as wide as y's, else as x's."""
     x_base = head_base(x_ptr, b, h, stride_xb, stride_xh, ALIGN)
     w_base = weight_ptr + b * stride_wb + h * stride_wh
     for first in range(0, I, BLOCK_K):
@@ -41,6 +48,8 @@ def multiply(
         w = tl.load(w_base + i[:, None] * stride_wi + o[None, :] * stride_wo, mask=inside, other=0.0)
         if WIDE_MAP:
             x, w = x.to(y.dtype), w.to(y.dtype)
+        else:
+            w = narrow(w, x.dtype)
         y = product(x, w, y, PRECISION)
     return y
 

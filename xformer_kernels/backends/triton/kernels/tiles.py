@@ -64,15 +64,21 @@ def load_tokens(
 
 @device
 def store_tokens(
-    ptr, tile, b, h, rows, present, first, N, H, D: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr
-):
-    """Into a (B, N, H, D) buffer of ours."""
+    ptr, tile, b, h, rows, present, first, N, H, D: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr,
+    SIDE_BY_SIDE: tl.constexpr = False,
+):  # fmt: skip
+    """Into a (B, N, H, D) buffer of ours, or a (B, H, D, N) one, where tokens lie side by side."""
     features = first + tl.arange(0, BLOCK)
-    base = ptr + (b * N * H + h) * D
-    base = tl.multiple_of(base, ALIGN * (ptr.dtype.element_ty.primitive_bitwidth // 8))
-    starts = base + tl.multiple_of(rows * (H * D), ALIGN)
     value = narrow(tile, ptr.dtype.element_ty)
-    tl.store(starts[:, None] + features[None, :], value, mask=present[:, None] & (features < D)[None, :])
+    mask = present[:, None] & (features < D)[None, :]
+    if SIDE_BY_SIDE:
+        base = ptr + (b * H + h) * D * N
+        tl.store(base + rows[:, None] + features[None, :] * N, value, mask=mask)
+    else:
+        base = ptr + (b * N * H + h) * D
+        base = tl.multiple_of(base, ALIGN * (ptr.dtype.element_ty.primitive_bitwidth // 8))
+        starts = base + tl.multiple_of(rows * (H * D), ALIGN)
+        tl.store(starts[:, None] + features[None, :], value, mask=mask)
 
 
 @device

@@ -1,0 +1,250 @@
+"""Linear attention: two passes forward and two backward, in which a program holds a whole D x DV map of its (b, h).
+
+Records are S (D, DV), z (D) and, of stats alone, the maxima of k (D): sums of exp(k - maximum) for a softmax over
+tokens, which whoever reads them divides by z.
+"""
+
+import triton.language as tl
+
+from xformer_kernels.backends.triton.kernels.compiler import device, kernel
+from xformer_kernels.backends.triton.kernels.tiles import (
+    head_base,
+    kept,
+    load_tokens,
+    locate,
+    narrow,
+    product,
+    record_base,
+    store_tokens,
+    sum_of_parts,
+)
+
+
+@device
+def features(x, highest, keep, D: tl.constexpr, OF: tl.constexpr, ACC: tl.constexpr):
+    """(BLOCK_N, BLOCK_D): phi(x) in ACC, 0 beyond D and where masked; `highest`: of a softmax over tokens."""
+    wide = x.to(ACC)
+    inside = (tl.arange(0, x.shape[1]) < D)[None, :]
+    y = wide
+    if OF == "relu":
+        y = tl.where(wide <= 0.0, 0.0, wide)
+    if OF == "elu1":
+        y = tl.where(wide > 0.0, wide + 1.0, tl.exp(tl.where(wide > 0.0, 0.0, wide)))
+    if OF == "softmax_features":
+        wide = tl.where(inside, wide, float("-inf"))
+        y = tl.exp(wide - tl.max(wide, axis=1)[:, None])
+        y = y / tl.sum(y, axis=1)[:, None]
+    if OF == "softmax_tokens":
+        y = tl.exp(wide - highest[None, :])
+    if OF != "identity" and OF != "relu":
+        y = tl.where(keep[:, None] & inside, y, 0.0)
+    return y
+
+
+@device
+def differentiated(dy, x, y, OF: tl.constexpr):
+    """(BLOCK_N, BLOCK_D): the gradient of x from that of y = phi(x); of a softmax over tokens less its mean."""
+    dx = dy
+    if OF == "relu":
+        dx = tl.where(x.to(dy.dtype) <= 0.0, 0.0, dy)
+    if OF == "elu1":
+        dx = tl.where(x.to(dy.dtype) > 0.0, dy, dy * y)
+    if OF == "softmax_features":
+        dx = y * (dy - tl.sum(y * dy, axis=1)[:, None])
+    if OF == "softmax_tokens":
+        dx = y * dy
+    return dx
+
+
+@device
+def reciprocals(z):
+    """1 / z, and 0 where no token took part."""
+    return tl.where(z == 0.0, 0.0, 1.0 / tl.where(z == 0.0, 1.0, z))
+
+
+@device
+def finished(S, z, OF_K: tl.constexpr):
+    """S and z as the queries meet them."""
+    if OF_K == "softmax_tokens":
+        S = S * reciprocals(z)[:, None]
+        z = tl.where(z == 0.0, 0.0, 1.0).to(z.dtype)
+    return S, z
+
+
+@kernel
+def maxima_kernel(
+    k_ptr,
+    mask_ptr,
+    highest_ptr,
+    stride_kb: tl.int64,
+    stride_kh: tl.int64,
+    stride_kn: tl.int64,
+    stride_kd: tl.int64,
+    stride_mb: tl.int64,
+    stride_mn: tl.int64,
+    step: tl.int64,
+    N: tl.int64,
+    B: tl.int64,
+    H: tl.int64,
+    parts: tl.int64,
+    chunk: tl.int64,
+    ACC: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    ALIGN_K: tl.constexpr,
+):
+    """A program owns one chunk of the keys of one (b, h): (parts, B, H) maxima by feature, `step` numbers apart.
+
+    -inf where no token takes part. NaN need not be found: it is found again in the sums.
+    """
+    b, h, part = locate(H, parts)
+    k_base = head_base(k_ptr, b, h, stride_kb, stride_kh, ALIGN_K)
+    highest = tl.full((BLOCK_N, BLOCK_D), float("-inf"), ACC)
+    end = tl.minimum(part * chunk + chunk, N)
+    for start in range(part * chunk, end, BLOCK_N):
+        rows = start + tl.arange(0, BLOCK_N).to(tl.int64)
+        keep = kept(rows, end, mask_ptr, b, stride_mb, stride_mn, HAS_MASK)
+        k = load_tokens(k_base, rows, keep, 0, stride_kn, stride_kd, D, BLOCK_D, ALIGN_K).to(ACC)
+        highest = tl.maximum(highest, tl.where(keep[:, None], k, float("-inf")))
+    i = tl.arange(0, BLOCK_D)
+    tl.store(highest_ptr + ((part * B + b) * H + h) * step + i, tl.max(highest, axis=0), mask=i < D)
+
+
+@kernel
+def key_sums_kernel(
+    k_ptr,
+    v_ptr,
+    mask_ptr,
+    stats_ptr,
+    partial_ptr,
+    stride_kb: tl.int64,
+    stride_kh: tl.int64,
+    stride_kn: tl.int64,
+    stride_kd: tl.int64,
+    stride_vb: tl.int64,
+    stride_vh: tl.int64,
+    stride_vn: tl.int64,
+    stride_vd: tl.int64,
+    stride_mb: tl.int64,
+    stride_mn: tl.int64,
+    N: tl.int64,
+    B: tl.int64,
+    H: tl.int64,
+    parts: tl.int64,
+    chunk: tl.int64,
+    ACC: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    OF_K: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    ALIGN_K: tl.constexpr,
+    ALIGN_V: tl.constexpr,
+    RECORD_ALIGN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The first launch of forward. A program owns one chunk of the keys of one (b, h), and gives their S and z.
+
+    z is of the features as they were rounded for the product.
+    """
+    RECORD: tl.constexpr = D * DV + 2 * D
+    b, h, part = locate(H, parts)
+    k_base = head_base(k_ptr, b, h, stride_kb, stride_kh, ALIGN_K)
+    v_base = head_base(v_ptr, b, h, stride_vb, stride_vh, ALIGN_V)
+    i = tl.arange(0, BLOCK_D)
+    j = tl.arange(0, BLOCK_V)
+    highest = tl.zeros((BLOCK_D,), ACC)
+    if OF_K == "softmax_tokens":
+        highest = tl.load(stats_ptr + (b * H + h) * RECORD + D * DV + D + i, mask=i < D, other=0.0)
+    S = tl.zeros((BLOCK_D, BLOCK_V), ACC)
+    z = tl.zeros((BLOCK_N, BLOCK_D), ACC)
+    end = tl.minimum(part * chunk + chunk, N)
+    for start in range(part * chunk, end, BLOCK_N):
+        rows = start + tl.arange(0, BLOCK_N).to(tl.int64)
+        keep = kept(rows, end, mask_ptr, b, stride_mb, stride_mn, HAS_MASK)
+        k = load_tokens(k_base, rows, keep, 0, stride_kn, stride_kd, D, BLOCK_D, ALIGN_K)
+        v = load_tokens(v_base, rows, keep, 0, stride_vn, stride_vd, DV, BLOCK_V, ALIGN_V)
+        phi = narrow(features(k, highest, keep, D, OF_K, ACC), v.dtype)
+        z += phi.to(ACC)
+        S = product(tl.trans(phi), v, S, PRECISION)
+    record = record_base(partial_ptr, ((part * B + b) * H + h) * RECORD, RECORD_ALIGN)
+    tl.store(record + i[:, None] * DV + j[None, :], S, mask=(i < D)[:, None] & (j < DV)[None, :])
+    tl.store(record + D * DV + i, tl.sum(z, axis=0), mask=i < D)
+
+
+@kernel
+def apply_sums_kernel(
+    q_ptr,
+    mask_ptr,
+    partial_ptr,
+    stats_ptr,
+    out_ptr,
+    stride_qb: tl.int64,
+    stride_qh: tl.int64,
+    stride_qn: tl.int64,
+    stride_qd: tl.int64,
+    stride_mb: tl.int64,
+    stride_mn: tl.int64,
+    N: tl.int64,
+    B: tl.int64,
+    H: tl.int64,
+    parts: tl.int64,
+    chunks: tl.int64,
+    chunk: tl.int64,
+    ACC: tl.constexpr,
+    EPS: tl.constexpr,
+    SCALE: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    OF_Q: tl.constexpr,
+    OF_K: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    WIDE_MAP: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    ALIGN_Q: tl.constexpr,
+    OUT_ALIGN: tl.constexpr,
+    RECORD_ALIGN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The second launch of forward. A program owns one chunk of the queries of one (b, h).
+
+    It sums the partial records of its (b, h); programs of the first chunk also store the sums in stats, for the
+    backward (a single part lies there already).
+    """
+    RECORD: tl.constexpr = D * DV + 2 * D
+    MAP_DTYPE: tl.constexpr = ACC if WIDE_MAP else q_ptr.dtype.element_ty
+    b, h, part = locate(H, chunks)
+    i = tl.arange(0, BLOCK_D)
+    j = tl.arange(0, BLOCK_V)
+    places = i[:, None] * DV + j[None, :]
+    inside = (i < D)[:, None] & (j < DV)[None, :]
+    step = B * H * RECORD
+    partial_ptr = record_base(partial_ptr, (b * H + h) * RECORD, RECORD_ALIGN)
+    stats_ptr = record_base(stats_ptr, (b * H + h) * RECORD, RECORD_ALIGN)
+    S = sum_of_parts(partial_ptr, places, inside, parts, step, ACC, RECORD_ALIGN)
+    z = sum_of_parts(partial_ptr + D * DV, i, i < D, parts, step, ACC, RECORD_ALIGN)
+    if part == 0:
+        tl.store(stats_ptr + places, S, mask=inside)
+        tl.store(stats_ptr + D * DV + i, z, mask=i < D)
+    S, z = finished(S, z, OF_K)
+    weight = narrow(S * tl.full([], SCALE, ACC), MAP_DTYPE)
+    q_base = head_base(q_ptr, b, h, stride_qb, stride_qh, ALIGN_Q)
+    end = tl.minimum(part * chunk + chunk, N)
+    for start in range(part * chunk, end, BLOCK_N):
+        rows = start + tl.arange(0, BLOCK_N).to(tl.int64)
+        keep = kept(rows, end, mask_ptr, b, stride_mb, stride_mn, HAS_MASK)
+        q = load_tokens(q_base, rows, keep, 0, stride_qn, stride_qd, D, BLOCK_D, ALIGN_Q)
+        phi = narrow(features(q, z, keep, D, OF_Q, ACC), MAP_DTYPE)
+        y = product(phi, weight, tl.zeros((BLOCK_N, BLOCK_V), ACC), PRECISION)
+        if NORMALIZE:
+            y *= (1.0 / (tl.sum(phi.to(ACC) * z[None, :], axis=1) + tl.full([], EPS, ACC)))[:, None]
+        if HAS_MASK:
+            y = tl.where(keep[:, None], y, 0.0)
+        store_tokens(out_ptr, y, b, h, rows, rows < end, 0, N, H, DV, BLOCK_V, OUT_ALIGN)

@@ -1,0 +1,187 @@
+"""The ops of linear attention: two launches forward and two backward, one more for a softmax over tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xformer_kernels.backends import side_by_side
+from xformer_kernels.backends.triton import configs, launch, ops, plan
+from xformer_kernels.backends.triton.kernels.linear import apply_sums_kernel, key_sums_kernel, maxima_kernel
+from xformer_kernels.backends.triton.kernels.linear_backward import key_gradients_kernel, query_gradients_kernel
+from xformer_kernels.reference import accumulate_dtype
+from xformer_kernels.spec import Spec
+
+
+def fuses_linear_attention(dtype: torch.dtype, head_dims: tuple[int, int]) -> bool:
+    """Up to 128 features of 16 bits, 64 of others; beyond, the call is composed of gram and channel_mix."""
+    return plan.fits_linear_attention(max(head_dims), dtype.itemsize)
+
+
+class _Call:
+    """What the launches of a call share."""
+
+    def __init__(self, q: Tensor, v: Tensor, spec: Spec) -> None:
+        self.B, self.H, self.N, self.D = q.shape
+        self.M, self.Dv = v.shape[2:]
+        self.spec, self.like = spec, q
+        self.dtype, self.wide = q.dtype, accumulate_dtype(q.dtype)
+        self.record = self.D * self.Dv + 2 * self.D
+        self.target = launch.target(q.device)
+        of_q, of_k = spec.feature_maps
+        self.shared: dict[str, Any] = {
+            "ACC": ops._ACC[self.wide],
+            "D": self.D,
+            "DV": self.Dv,
+            "BLOCK_D": configs.block(self.D),
+            "BLOCK_V": configs.block(self.Dv),
+            "OF_K": of_k,
+            "RECORD_ALIGN": launch.out_alignment(self.D, self.wide.itemsize),
+        }
+        self.of_queries: dict[str, Any] = {
+            "EPS": spec.eps, "SCALE": float(spec.scale), "OF_Q": of_q, "NORMALIZE": spec.normalize,
+        }  # fmt: skip
+        self.map: dict[str, Any] = {
+            "WIDE_MAP": self.dtype is not torch.bfloat16,
+            "PRECISION": launch.map_precision(self.dtype, self.target.arch),
+        }
+
+    def split(self, tokens: int, sums: bool) -> plan.Split:
+        """How queries or keys are cut, where each program gives sums, or reads those of all parts of another pass."""
+        split = plan.split_sums if sums else plan.split_tokens
+        row = max(1, (self.D + self.Dv) // 2) * self.dtype.itemsize
+        return split(tokens, self.B * self.H, self.record * self.wide.itemsize, row, self.target.processors)
+
+    def records(self, *parts: int) -> Tensor:
+        return ops._empty((*parts, self.B, self.H, self.record), self.wide, self.like)
+
+    def run(self, kernel: Any, name: str, programs: int, args: tuple[Any, ...], **constants: Any) -> None:
+        of_q, of_k = self.spec.feature_maps
+        key = configs.Key(name, self.dtype, max(self.D, self.Dv), f"{of_q}-{of_k}-{int(self.spec.normalize)}")
+
+        def run(config: configs.Config) -> None:
+            if constants.get("PRECISION") == "tf32" and self.dtype.itemsize == 4 and ops.transposes(self.target.arch):
+                config = config._replace(stages=1)
+            if name == "linear_queries":
+                constants["BLOCK_K"] = min(config.block_k, self.shared["BLOCK_V"])
+            ops._run(kernel, self.B * self.H * programs, config, *args, BLOCK_N=config.block_n, **constants)
+
+        configs.launch(key, self.target.arch, run)
+
+    def sum_first(self, partial: Tensor, parts: int, out: Tensor) -> tuple[Tensor, int]:
+        """Where there are many parts: S and z of all of them in `out`."""
+        sums = self.record - self.D
+        torch.sum(partial[..., :sums], 0, out=out[..., :sums])
+        return out, 1
+
+
+def linear_attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, query_mask: Tensor | None, token_mask: Tensor | None, spec: Spec
+) -> tuple[Tensor, Tensor]:
+    """out, and stats: per (b, h) S and z, for a softmax over tokens before their division, and the maxima of k."""
+    call = _Call(q, v, spec)
+    B, H, N, M, D, Dv = call.B, call.H, call.N, call.M, call.D, call.Dv
+    out, stats = ops._empty((B, N, H, Dv), q.dtype, q), call.records()
+    if B * H == 0:
+        return out, stats
+    keys = call.split(M, sums=True)
+    queries = call.split(N, sums=False)
+    mask, mask_strides = ops._mask(token_mask, k)
+    q_mask, q_mask_strides = ops._mask(query_mask, q)
+    masked = {"HAS_MASK": token_mask is not None}
+    with launch.on_device(q.device):
+        if spec.feature_maps[1] == "softmax_tokens":
+            _maxima(call, k, mask, mask_strides, masked, stats[..., -D:], keys)
+        partial = stats if keys.parts == 1 else call.records(keys.parts)
+        call.run(
+            key_sums_kernel, "linear_sums", keys.parts,
+            (k, v, mask, stats, partial, *k.stride(), *v.stride(), *mask_strides, M, B, H, keys.parts, keys.chunk),
+            **call.shared, **masked, **launch.alignment(k=k, v=v),
+            PRECISION=launch.tokens_precision(q.dtype, call.target.arch),
+        )  # fmt: skip
+        parts = keys.parts
+        if keys.many:
+            partial, parts = call.sum_first(partial, parts, stats)
+        call.run(
+            apply_sums_kernel, "linear_apply", queries.parts,
+            (q, q_mask, partial, stats, out, *q.stride(), *q_mask_strides, N, B, H, parts, queries.parts,
+             queries.chunk),
+            **call.shared, **call.of_queries, **call.map, HAS_MASK=query_mask is not None, **launch.alignment(q=q),
+            OUT_ALIGN=launch.out_alignment(Dv, q.element_size()),
+        )  # fmt: skip
+    return out, stats
+
+
+def _maxima(
+    call: _Call,
+    k: Tensor,
+    mask: Tensor,
+    mask_strides: tuple[int, ...],
+    masked: dict[str, bool],
+    highest: Tensor,
+    split: plan.Split,
+) -> None:
+    """Into (B, H, D) of stats: of the parts, and then of all."""
+    B, H, D = highest.shape
+    found = highest if split.parts == 1 else ops._empty((split.parts, B, H, D), call.wide, k)
+    call.run(
+        maxima_kernel, "linear_maxima", split.parts,
+        (k, mask, found, *k.stride(), *mask_strides, found.stride(-2), call.M, B, H, split.parts, split.chunk),
+        **{name: call.shared[name] for name in ("ACC", "D", "BLOCK_D")}, **masked, **launch.alignment(k=k),
+    )  # fmt: skip
+    if split.parts > 1:
+        torch.amax(found, 0, out=highest)
+
+
+def _gradient(x: Tensor) -> Tensor:
+    """Of (B, H, N, D) tokens, in the order of their memory."""
+    B, H, N, D = x.shape
+    if side_by_side(x):
+        return ops._empty((B, H, D, N), x.dtype, x).transpose(2, 3)
+    return ops._empty((B, N, H, D), x.dtype, x).transpose(1, 2)
+
+
+def linear_attention_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    stats: Tensor,
+    query_mask: Tensor | None,
+    token_mask: Tensor | None,
+    spec: Spec,
+) -> tuple[Tensor, Tensor, Tensor]:
+    call = _Call(q, v, spec)
+    B, H, N, M, D, Dv = call.B, call.H, call.N, call.M, call.D, call.Dv
+    dq, dk, dv = (_gradient(x) for x in (q, k, v))
+    if B * H == 0:
+        return dq, dk, dv
+    queries = call.split(N, sums=True)
+    keys = call.split(M, sums=False)
+    mask, mask_strides = ops._mask(token_mask, k)
+    q_mask, q_mask_strides = ops._mask(query_mask, q)
+    partial = call.records(queries.parts)
+    with launch.on_device(q.device):
+        call.run(
+            query_gradients_kernel, "linear_queries", queries.parts,
+            (q, dout, q_mask, stats, partial, dq, *q.stride(), *dout.stride(), *q_mask_strides, N, B, H, queries.parts,
+             queries.chunk),
+            **call.shared, **call.of_queries, **call.map, HAS_MASK=query_mask is not None,
+            **launch.alignment(q=q, g=dout), OUT_ALIGN=launch.out_alignment(D, q.element_size()),
+            SIDE_BY_SIDE=side_by_side(q),
+        )  # fmt: skip
+        parts = queries.parts
+        if queries.many:
+            partial, parts = call.sum_first(partial, parts, call.records())
+        call.run(
+            key_gradients_kernel, "linear_keys", keys.parts,
+            (k, v, mask, stats, partial, dk, dv, *k.stride(), *v.stride(), *mask_strides, M, B, H, parts, keys.parts,
+             keys.chunk),
+            **call.shared, **call.map, HAS_MASK=token_mask is not None, **launch.alignment(k=k, v=v),
+            OUT_ALIGN=launch.out_alignment(D, q.element_size()),
+            OUT_ALIGN_V=launch.out_alignment(Dv, q.element_size()), SIDE_BY_SIDE=side_by_side(k),
+            SIDE_BY_SIDE_V=side_by_side(v),
+        )  # fmt: skip
+    return dq, dk, dv
