@@ -28,6 +28,7 @@ bench: setup
 	$(BIN)/python -m bench layer --out bench/results
 	$(BIN)/python -m bench layer --shapes main --out bench/results --allocator raised
 	$(BIN)/python -m bench.passes --out bench/results
+	$(BIN)/python -m bench.variants --out bench/results
 	$(BIN)/python -m bench model --out bench/results
 	$(BIN)/python -m bench model --task segment --out bench/results
 	$(BIN)/python -m bench.backbones forward --out bench/results

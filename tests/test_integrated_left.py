@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from cases import randn
 from integrated_cases import CASES, Case, FacebookXCA, results
 from test_integrations import MDTA
 from torch import nn
@@ -127,6 +128,27 @@ def test_masks_of_loftr_that_are_not_bool():
     expected = model(q, k, v, *masks)
     assert replace_attention(model) == 1
     torch.testing.assert_close(model(q, k, v, *masks), expected)
+
+
+def test_inputs_of_loftr_that_broadcast():
+    """The module's own code takes them."""
+    from kornia.feature.loftr.loftr_module.linear_attention import LinearAttention
+
+    module = LinearAttention()
+    q, k = randn(2, 20, 4, 8, seed=1), randn(2, 30, 4, 8, seed=2)
+    mask = torch.arange(20)[None] % 3 != 1
+    expected = module(q, k, k, mask), module(q[:1], k, k)
+    assert replace_attention(module) == 1
+    assert torch.equal(module(q, k, k, mask), expected[0]) and torch.equal(module(q[:1], k, k), expected[1])
+
+
+def test_a_class_that_was_changed_in_training_alone(monkeypatch):
+    """A class is tried in training too."""
+    from timm.models.xcit import XCA
+
+    forward = XCA.forward
+    monkeypatch.setattr(XCA, "forward", lambda self, x: forward(self, x) * (2 if self.training else 1))
+    assert replace_attention(XCA(16, num_heads=2)) == 0
 
 
 @pytest.mark.parametrize("name", ["EfficientViT", "DC-AE"])

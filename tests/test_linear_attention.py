@@ -10,7 +10,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 import xformer_kernels as xk
-from xformer_kernels import dispatch, reference
+from xformer_kernels import dispatch, reference, spec
 from xformer_kernels.testing import assert_bitwise, assert_close, linear_attention_terms
 
 MAPS = ("identity", "relu", "elu1", "softmax_features", "softmax_tokens")
@@ -50,7 +50,7 @@ def run(function, tensors, **kwargs):
 
 def ops_of(backend, q, v):
     """The ops that compute it."""
-    fused = dispatch.fuses_linear_attention(backend, q.dtype, (q.shape[-1], v.shape[-1]))
+    fused = dispatch.fuses_linear_attention(backend, ("relu", "relu"), q.dtype, (q.shape[-1], v.shape[-1]))
     return FUSED if fused else ("channel_mix",)
 
 
@@ -92,9 +92,8 @@ def test_empty(feature_map, shape, backend, device, ran):
 
 
 @pytest.mark.filterwarnings("ignore:no kernel of xformer_kernels")
-@pytest.mark.parametrize(("D", "Dv"), [(0, 4), (4, 0), (4, 512), (513, 2)])
+@pytest.mark.parametrize(("D", "Dv"), [(0, 4), (4, 0), (4, 513), (513, 2)])
 def test_features_that_no_kernel_takes(D, Dv):
-    """The denominator is one feature more."""
     q, k, v, _ = inputs((1, 2, 5, 6, D, Dv))
     for normalize in (True, False):
         out = xk.linear_attention(q, k, v, normalize=normalize)
@@ -212,6 +211,46 @@ def test_softmax_of_large_numbers(backend, device):
     out = xk.linear_attention(q, 1000 * k, v, feature_map="softmax_tokens", backend=backend)
     expected = q.softmax(-1) @ ((1000 * k).softmax(-2).transpose(2, 3) @ v) / (1 + 1e-6)
     torch.testing.assert_close(out, expected)
+
+
+def test_the_lowest_keys_may_be_masked(backend, device):
+    """A masked token counts less than one that holds the lowest number of the dtype."""
+    q, k, v, _ = inputs((1, 1, 4, 6, 3, 2), device=device)
+    k[:, :, :5, 1] = torch.finfo(k.dtype).min
+    mask = torch.arange(6, device=device)[None] < 5
+    kwargs = {"feature_map": "softmax_tokens", "backend": backend}
+    out = xk.linear_attention(q, k, v, token_mask=mask, **kwargs)
+    torch.testing.assert_close(out, xk.linear_attention(q, k[:, :, :5], v[:, :, :5], **kwargs))
+
+
+def test_a_large_scale_of_small_outputs(need_backend):
+    """S times the scale would overflow, the output does not."""
+    need_backend("cpp")
+    q, k, v, _ = inputs((1, 1, 4, 6, 3, 2), torch.float64, positive=True)
+    tensors = (1e-10 * q, k, 1e37 * v)
+    for normalize in (True, False):
+        kwargs = {"scale": 1e3 if not normalize else 1.0, "normalize": normalize}
+        out = xk.linear_attention(*(x.float() for x in tensors), **kwargs, backend="cpp")
+        torch.testing.assert_close(out.double(), reference.linear_attention(*tensors, **kwargs), rtol=1e-5, atol=0)
+
+
+def test_512_features_are_fused(need_backend, ran_backend):
+    need_backend("cpp")
+    with ran_backend("cpp", FUSED[0]):
+        xk.linear_attention(*(randn(1, 1, 3, 512, seed=i) for i in range(3)), backend="cpp")
+
+
+def test_a_new_feature_map_is_a_name_and_a_formula(monkeypatch, kernel, device, ran):
+    """As CONTRIBUTING says: backends that have not fused it compose it."""
+    features = reference.features
+    monkeypatch.setattr(spec, "FEATURE_MAPS", (*MAPS, "square"))
+    monkeypatch.setattr(reference, "features", lambda x, name: x.square() if name == "square" else features(x, name))
+    tensors = inputs((2, 2, 13, 17, 5, 6), device=device)
+    with ran("channel_mix"):
+        ours = run(xk.linear_attention, tensors, feature_map="square", backend=kernel)
+    oracle = run(reference.linear_attention, [x.double() for x in tensors], feature_map="square")
+    for name in NAMES:
+        torch.testing.assert_close(ours[name].double(), oracle[name], rtol=1e-4, atol=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------- what models write

@@ -8,7 +8,8 @@ from cases import DTYPES, randn, random_mask
 from torch.autograd import gradcheck
 
 import xformer_kernels as xk
-from xformer_kernels import reference
+from xformer_kernels import dispatch, reference
+from xformer_kernels.spec import Spec
 from xformer_kernels.testing import assert_bitwise, assert_close
 
 
@@ -16,6 +17,25 @@ from xformer_kernels.testing import assert_bitwise, assert_close
 def test_op(dtype, kernel, device):
     a, b = (randn(2, 3, 19, d, seed=d, dtype=dtype, device=device).requires_grad_() for d in (5, 4))
     torch.library.opcheck(torch.ops.xformer_kernels.gram_and_sum.default, (a, b, kernel))
+
+
+@pytest.mark.parametrize("feature_map", ["relu", "softmax_tokens"])
+@pytest.mark.parametrize("op", ["forward", "backward"])
+def test_ops_of_linear_attention(op, feature_map, kernel, device):
+    """Every number of what they return is written, as the comparison with fake and compiled calls shows."""
+    if not dispatch.fuses_linear_attention(kernel, (feature_map, feature_map), torch.float32, (5, 4)):
+        pytest.skip(f"{kernel} composes linear attention, and has no such op")
+    spec = Spec.of_linear_attention(feature_map, True, 0.5, 1e-5).text
+    q, k, v, dout = (
+        randn(2, 3, n, d, seed=d + n, device=device).requires_grad_() for n, d in ((7, 5), (11, 5), (11, 4), (7, 4))
+    )
+    forward = torch.ops.xformer_kernels.linear_attention_forward.default
+    if op == "forward":
+        torch.library.opcheck(forward, (q, k, v, None, None, spec, kernel))
+    else:
+        stats = forward(q, k, v, None, None, spec, kernel)[1].detach()
+        backward = torch.ops.xformer_kernels.linear_attention_backward.default
+        torch.library.opcheck(backward, (dout, q, k, v, stats, None, None, spec, kernel))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -152,10 +152,12 @@ def fuses(backend: str, spec: Spec) -> bool:
 
 
 @torch.compiler.assume_constant_result
-def fuses_linear_attention(backend: str, dtype: torch.dtype, head_dims: tuple[int, int]) -> bool:
+def fuses_linear_attention(
+    backend: str, feature_maps: tuple[str, str], dtype: torch.dtype, head_dims: tuple[int, int]
+) -> bool:
     """Whether a backend has fused linear attention of these tokens; else it is composed of gram and channel_mix."""
     found, _ = (None, "") if backend == "reference" else backends.load(backend)
-    return found is not None and found.fuses_linear_attention(dtype, head_dims)
+    return found is not None and found.fuses_linear_attention(feature_maps, dtype, head_dims)
 
 
 @torch.compiler.assume_constant_result

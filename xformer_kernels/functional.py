@@ -46,8 +46,7 @@ def xfa(
     and ``xfa(q, k, v, N**-0.5)`` that of Florence-2's image encoder. ``key_value`` is our reading of the abstract of
     XFormer (arXiv 2207.07268), whose formula is not public. The rule for eps is that of
     :func:`torch.nn.functional.normalize`, gradient included (a norm equal to eps counts as clamped, as it does since
-    torch 2.14); an eps below the smallest
-    normal number of the accumulate dtype (1.2e-38 for float32) is taken as that.
+    torch 2.14); an eps below the smallest normal number of the accumulate dtype (1.2e-38 for float32) is taken as that.
 
     Args:
         q, k, v: (B, H, N, D), one dtype of float32, float64, bfloat16, float16 and one device, of any strides (views
@@ -74,8 +73,8 @@ def xfa(
     Derivatives are of any order: the first by the kernels, higher ones through the reference. The reference also
     computes what only PyTorch's own operators have rules for, whichever backend is asked for: the transforms of
     ``torch.func``, forward-mode AD, and tensor subclasses with a ``__torch_dispatch__`` of their own. With ``map_fn``
-    or ``dropout_p`` the call is composed of :func:`gram`, the map and :func:`channel_mix`, and so is ``norm="none"`` on
-    a GPU; norms that no Gram matrix gives are then taken in eager PyTorch.
+    or ``dropout_p`` the call is composed of :func:`gram`, the map and :func:`channel_mix`; ``norm="feature"`` is then
+    computed in eager PyTorch.
 
     Raises:
         TypeError: an argument of another type or dtype.

@@ -46,8 +46,8 @@ def linear_attention(
             any strides.
         feature_map: the name of phi_q and phi_k, or the pair of both. "softmax_tokens" is short for
             ("softmax_features", "softmax_tokens"), as in Efficient Attention (arXiv 1812.01243).
-        normalize: whether to divide.
-        scale: a factor of the output. The denominator is without it.
+        normalize: whether to divide by the denominator.
+        scale: a factor of the output; it does not multiply the denominator.
         eps: above 0, added to the denominator. An eps below the smallest normal number of the accumulate dtype (1.2e-38
             for float32) is taken as that.
         query_mask: (B, N) bool. The output and the gradient of q are 0 where it is False, whatever q holds there.
@@ -56,7 +56,8 @@ def linear_attention(
 
     Returns:
         (B, H, N, Dv) in the dtype of q: a view of (B, N, H, Dv) memory. Numerators, denominators, S and z are float32
-        (float64 for float64); feature maps of 16-bit keys are rounded to their dtype.
+        (float64 for float64). Where the call is composed of :func:`gram` and :func:`channel_mix`, feature maps of
+        16-bit keys are rounded to their dtype.
 
     Derivatives are of any order. Autocast, the transforms of ``torch.func`` and tensor subclasses are treated as by
     :func:`xfa`.
@@ -72,10 +73,12 @@ def linear_attention(
     _validate(q, k, v, query_mask, token_mask)
     spec = spec.with_normal_eps(reference.accumulate_dtype(q.dtype))
     D, Dv = functional.head_dims(q, v)
-    name = functional.backend_of(backend, (q, k, v), (q.dtype,), (D, Dv, Dv + normalize))
-    if dispatch.fuses_linear_attention(name, q.dtype, (D, Dv)):
+    name = functional.backend_of(backend, (q, k, v), (q.dtype,), (D, Dv))
+    if dispatch.fuses_linear_attention(name, spec.feature_maps, q.dtype, (D, Dv)):
         out = ops.call("linear_attention_forward", name, (q, k, v), query_mask, token_mask, spec)[0]
         return out.transpose(1, 2)
+    if normalize and name != "reference":  # composed, the denominator is one feature more
+        name = functional.backend_of(backend, (q, k, v), (q.dtype,), (D, Dv + 1))
     with ops.without_autocast(q):
         if name == "reference":
             functional.note_reference("linear_attention")
@@ -120,14 +123,9 @@ def _composed(
 
 def _features(x: Tensor, name: str, dtype: torch.dtype) -> Tensor:
     """phi(x) in `dtype`, rounded once."""
-    wide = reference.accumulate_dtype(x.dtype)
-    if name == "relu":
-        x = x.relu()
-    elif name == "elu1":
-        x = F.elu(x.to(wide)).add_(1)
-    elif name == "softmax_features":
-        x = x.softmax(-1, dtype=wide)
-    return x.to(dtype)
+    if name not in ("identity", "relu"):  # which are exact in any dtype
+        x = x.to(reference.accumulate_dtype(x.dtype))
+    return reference.features(x, name).to(dtype)
 
 
 def _exponentials(k: Tensor, token_mask: Tensor | None) -> Tensor:

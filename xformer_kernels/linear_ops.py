@@ -1,8 +1,8 @@
 """The ops of linear attention, and what it is composed of beside ``channel_mix`` where a backend has not fused it.
 
     linear_attention_forward   -> (out, stats)      out (B, N, H, Dv); stats: what the same backend's backward needs
-    linear_attention_backward  -> (dq, dk, dv)      (B, H, N, D), (B, H, M, D), (B, H, M, Dv), in (B, N, H, D) memory;
-                                                    in (B, H, D, N) memory where the tokens of q (k, v) lie side by side
+    linear_attention_backward  -> (dq, dk, dv)      (B, H, N, D), (B, H, M, D), (B, H, M, Dv): each in (B, N, H, D)
+                                                    memory, or in (B, H, D, N) memory where its input is channel-major
     gram_and_sum               -> (G, sum_a)        G[i,j] = sum_n a[n,i] b[n,j], sum_a[i] = sum_n a[n,i]
 
 Tokens, backends and what is eager are as in :mod:`xformer_kernels.ops`.
@@ -75,9 +75,12 @@ class _LinearAttentionBackward(torch.autograd.Function):
         return None, *ops.differentiated_again(function, tensors, gradients), None, None, None, None
 
 
-def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def _fake_forward(
+    q: Tensor, k: Tensor, v: Tensor, query_mask: Tensor | None, token_mask: Tensor | None, spec: str, *_: Any
+) -> tuple[Tensor, Tensor]:
     B, H, D, Dv = q.shape[0], q.shape[1], q.shape[-1], v.shape[-1]
-    return ops.token_major(q, Dv), q.new_empty((B, H, D * Dv + 2 * D), dtype=reference.accumulate_dtype(q.dtype))
+    stats = q.new_empty((B, H, Spec.of_text(spec).statistics(D, Dv)), dtype=reference.accumulate_dtype(q.dtype))
+    return ops.token_major(q, Dv), stats
 
 
 def _fake_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, ...]:
@@ -85,7 +88,7 @@ def _fake_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tu
 
 
 def _fake_gradient(x: Tensor) -> Tensor:
-    if backends.side_by_side(x):
+    if backends.channel_major(x):
         B, H, N, D = x.shape
         return x.new_empty((B, H, D, N)).transpose(2, 3)
     return ops.token_major(x, x.shape[-1]).transpose(1, 2)

@@ -115,8 +115,9 @@ def linear_attention(
     q = features(masked(q, query_mask).to(wide), of_q)
     k, v = (masked(x, token_mask).to(wide) for x in (k, v))
     if of_k == "softmax_tokens" and token_mask is not None:
-        # finite, for a softmax over masked tokens alone to have a gradient
-        k = torch.where(token_mask[:, None, :, None], k, torch.finfo(wide).min)
+        # finite where all tokens are masked, for their softmax to have a gradient
+        takes_part = token_mask | ~token_mask.any(1, keepdim=True)
+        k = torch.where(takes_part[:, None, :, None], k, float("-inf"))
     k = masked(features(k, of_k), token_mask)
     out = scale * (q @ (k.transpose(-2, -1) @ v))
     if normalize:
@@ -137,7 +138,7 @@ def features(x: Tensor, feature_map: str) -> Tensor:
     if feature_map == "relu":
         return x.relu()
     if feature_map == "elu1":
-        return F.elu(x) + 1
+        return torch.where(x > 0, x + 1, x.clamp_max(0).exp())  # elu(x) + 1 would cancel
     if feature_map == "softmax_features":
         return x.softmax(-1)
     return x.softmax(-2) if feature_map == "softmax_tokens" else x

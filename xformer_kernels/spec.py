@@ -38,6 +38,8 @@ class Spec(NamedTuple):
     @staticmethod
     def of_linear_attention(feature_map: str | tuple[str, str], normalize: bool, scale: float, eps: float) -> Spec:
         """The spec of :func:`xformer_kernels.linear_attention`, checked."""
+        if not isinstance(feature_map, (str, tuple)):
+            raise TypeError(f"feature_map must be a name or a tuple of two names, got {type(feature_map).__name__}")
         names = feature_map if isinstance(feature_map, tuple) else (feature_map, feature_map)
         if len(names) != 2:
             raise ValueError(f"feature_map must be a name or a pair of names, of q and of k, got {feature_map!r}")
@@ -62,7 +64,7 @@ class Spec(NamedTuple):
     def _check_linear(self) -> None:
         of_q, of_k = self.feature_maps
         validate.choice("feature_map of k", of_k, FEATURE_MAPS)
-        validate.choice("feature_map of q", of_q, FEATURE_MAPS[:-1])
+        validate.choice("feature_map of q", of_q, tuple(name for name in FEATURE_MAPS if name != "softmax_tokens"))
         if not isinstance(self.normalize, bool):
             raise TypeError(f"normalize must be True or False, got {type(self.normalize).__name__}: {self.normalize!r}")
         validate.finite("scale", self.scale)
@@ -82,6 +84,10 @@ class Spec(NamedTuple):
         if isinstance(self.eps, float) and self.eps >= LEAST:  # as good as always, and without a copy
             return self
         return self._replace(eps=max(float(self.eps), torch.finfo(dtype).tiny))
+
+    def statistics(self, D: int, Dv: int) -> int:
+        """Numbers that linear attention saves of each head: S, z, and for a softmax over tokens the maxima of k."""
+        return D * Dv + D + (D if self.feature_maps[1] == "softmax_tokens" else 0)
 
     @property
     def softmax(self) -> bool:

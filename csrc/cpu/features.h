@@ -61,7 +61,7 @@ void features_backward(int features, T* g, const T* u, int tokens, int dim, int 
     case XK_ELU_PLUS_1:
       return map_rows<T, true>(g, tokens, dim, ld, [=](V<T> x, ptrdiff_t at) {
         V<T> phi = load(u + at);
-        return phi > one ? x : x * phi;
+        return phi <= one ? x * phi : x;
       });
     case XK_SOFTMAX_TOKENS:
       return map_rows<T, true>(g, tokens, dim, ld, [=](V<T> x, ptrdiff_t at) { return x * load(u + at); });

@@ -41,7 +41,7 @@ struct LinearAttention {
     return {transposed, matrix, matrix + (size_t)dim * ld_v, matrix + (size_t)dim * ld_v + ld};
   }
   // S, z and the maxima of a head, as they are saved.
-  T* stats_of(int64_t bh) const { return (T*)p.stats + bh * ((size_t)dim * dim_v + 2 * dim); }
+  T* stats_of(int64_t bh) const { return (T*)p.stats + bh * ((size_t)dim * dim_v + (softmax_tokens ? 2 : 1) * dim); }
 
   Pass<T> of_queries(int64_t b, int64_t h) const {
     Pass<T> pass;
@@ -51,6 +51,7 @@ struct LinearAttention {
     pass.operands = 1;
     pass.quotient.of = p.normalize ? 0 : -1;
     pass.quotient.eps = T(p.eps);
+    pass.quotient.scale = T(p.scale);
     return pass;
   }
   Pass<T> of_keys(int64_t b, int64_t h, const T* highest) const {
@@ -129,10 +130,9 @@ struct LinearAttention {
         T* row = S + (ptrdiff_t)i * ld_v;
         if (softmax_tokens && z[i] != 0) {
           for (int j = 0; j < dim_v; ++j) row[j] /= z[i];
-          z[i] = 1;
+          z[i] /= z[i];  // NaN stays
         }
         memcpy(saved + (ptrdiff_t)i * dim_v, row, dim_v * sizeof(T));
-        for (int j = 0; j < ld_v; ++j) row[j] *= T(p.scale);
       }
     });
     walk(queries, own.data, [&](const Unit& u, int64_t h) {
@@ -158,7 +158,7 @@ struct LinearAttention {
       zero(to.transposed, operands_size);
       for (int i = 0; i < dim; ++i) {
         for (int j = 0; j < dim_v; ++j) to.transposed[(ptrdiff_t)j * ld + i] = S[(ptrdiff_t)i * dim_v + j];
-        to.vector[i] = softmax_tokens && z[i] != 0 ? T(1) : z[i];
+        to.vector[i] = softmax_tokens && z[i] != 0 ? z[i] / z[i] : z[i];
         if (softmax_tokens) to.highest[i] = z[dim + i];
       }
     });
@@ -169,7 +169,6 @@ struct LinearAttention {
       pass.in[1] = operand(p.dout, u.b, h, dim_v);
       pass.operands = 2;
       pass.quotient.scaled = 1;
-      pass.quotient.scale = T(p.scale);
       if (p.normalize) {
         pass.quotient.z = from.vector;
         pass.quotient.dz = to + (size_t)dim * ld_v;

@@ -52,8 +52,8 @@ struct Mix {
 
 constexpr int kMaxOperands = 4, kMaxMixes = 3;
 
-// Linear attention's denominators d[n] = <row n of an operand, z> + eps. Forward, the mix is divided by them; backward,
-// rows of another operand are multiplied by scale / d[n] when they are packed, and the mix that differentiates the
+// Linear attention's denominators d[n] = <row n of an operand, z> + eps. Forward, row n of the mix is multiplied by
+// scale / d[n]; backward, so are rows of another operand when they are packed, and the mix that differentiates the
 // features takes the derivative of d too.
 template <class T>
 struct Quotient {
@@ -206,6 +206,11 @@ void run_block(const Pass<T>& pass, int64_t first, int tokens, const Pass<T>* ne
     inverse = along - block_tokens<T>(widest);
     row_dots(packed[quotient.of], quotient.z, 0, tokens, padded<T>(pass.in[quotient.of].dim), inverse);
     for (int n = 0; n < tokens; ++n) inverse[n] = 1 / (inverse[n] + quotient.eps);
+  }
+  if (quotient.scaled < 0 && quotient.scale != 1) {
+    const bool ones = !inverse;
+    if (ones) inverse = along - block_tokens<T>(widest);
+    for (int n = 0; n < tokens; ++n) inverse[n] = ones ? quotient.scale : quotient.scale * inverse[n];
   }
   if (quotient.scaled >= 0) {
     const int ld = padded<T>(pass.in[quotient.scaled].dim);

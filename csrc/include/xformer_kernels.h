@@ -111,8 +111,8 @@ typedef struct {
 //   out[n,j] = scale sum_i phi_q(q)[n,i] S[i,j] / (sum_i phi_q(q)[n,i] z[i] + eps)        else without the division.
 // q has `queries` tokens, k and v have `tokens`; v, out and dout have dim_v features, the others dim.
 // Forward writes out and stats; backward reads stats and writes dq, dk, dv. stats: contiguous
-// (batch, heads, dim * dim_v + 2 * dim), accumulate dtype: S, z, and for a softmax over tokens the maxima of k's
-// features, z being the sums of exponentials.
+// (batch, heads, dim * dim_v + dim), accumulate dtype: S and z. Of a softmax over tokens z are the sums of
+// exponentials, and dim more numbers are the maxima of k's features.
 typedef struct {
   int64_t batch, heads, queries, tokens, dim, dim_v;
   int32_t features_q, features_k, normalize;

@@ -112,7 +112,7 @@ def launches(job: Job) -> dict[str, Launch]:
             recorded.clear()
             ops.xfa_forward(*(x[:1] for x in (q, k, v)), temperature, None, Spec(map, "feature"))
             found["gram, normalised"] = recorded[0]
-            if linear.fuses_linear_attention(dtype, (D, D)):
+            if linear.takes_linear_attention(dtype, (D, D)):
                 found.update(of_linear_attention(q, k, v, mask, recorded))
     matmul.allow_tf32 = before
     return found

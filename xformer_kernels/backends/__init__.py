@@ -3,9 +3,10 @@
 A backend offers the ops' functions (``xfa_forward``, ``xfa_backward``, ``gram``, ``channel_mix``) with the schemas of
 :mod:`xformer_kernels.ops` less the ``backend`` argument, and ``unsupported(device_type, dtypes, head_dims)``: every
 reason why it cannot serve a call. If it has a text ``ONLY_BY_NAME``, ``backend="auto"`` passes over it for that reason.
-It may have ``layer_gram`` and ``layer_mix`` (see :mod:`xformer_kernels.layer.passes`), ``linear_attention_forward`` and
-``linear_attention_backward``, ``fuses(spec)``, ``fuses_linear_attention(dtype, head_dims)``, ``comes_first(q, spec)``
-and ``decisions(tokens)`` (see :class:`Backend`). A new one is a module and a line of :data:`PATHS`.
+It may have ``layer_gram`` and ``layer_mix`` (see :mod:`xformer_kernels.layer.passes`); ``NORMS``, those that its
+``xfa_forward`` computes; ``linear_attention_forward``, ``linear_attention_backward`` and ``FEATURE_MAPS``, those that
+they compute, with ``takes_linear_attention(dtype, head_dims)``; ``comes_first(q, spec)`` and ``decisions(tokens)``
+(see :class:`Backend`). A new one is a module and a line of :data:`PATHS`.
 """
 
 from __future__ import annotations
@@ -48,15 +49,18 @@ class Backend:
 
     def fuses(self, spec: Spec) -> bool:
         """Whether its ``xfa_forward`` computes `spec`; else the call is composed of ``gram`` and ``channel_mix``."""
-        fuses = getattr(self.module, "fuses", None)
-        return spec.norm != "none" if fuses is None else bool(fuses(spec))
+        norms: tuple[str, ...] = getattr(self.module, "NORMS", ("token", "feature"))
+        return spec.norm in norms
 
-    def fuses_linear_attention(self, dtype: torch.dtype, head_dims: tuple[int, int]) -> bool:
-        """Whether its ``linear_attention_forward`` takes `head_dims`, of k and of v; else the call is composed."""
-        fuses = getattr(self.module, "fuses_linear_attention", None)
-        return self.function("linear_attention_forward") is not None and (
-            fuses is None or bool(fuses(dtype, head_dims))
-        )
+    def fuses_linear_attention(
+        self, feature_maps: tuple[str, str], dtype: torch.dtype, head_dims: tuple[int, int]
+    ) -> bool:
+        """Whether its ``linear_attention_forward`` computes these feature maps of q and k, and takes `head_dims`, of k
+        and of v; else the call is composed."""
+        if not {*feature_maps} <= {*getattr(self.module, "FEATURE_MAPS", ())}:
+            return False
+        takes = getattr(self.module, "takes_linear_attention", None)
+        return takes is None or bool(takes(dtype, head_dims))
 
     def comes_first(self, q: torch.Tensor, spec: Spec) -> bool:
         """Whether auto asks it before all others for a call of xfa."""
@@ -89,8 +93,8 @@ def load(name: str) -> tuple[Backend | None, str]:
     return found
 
 
-def side_by_side(x: torch.Tensor) -> bool:
-    """Whether the tokens of (B, H, N, D), and not their features, lie side by side, as the pixels of images do."""
+def channel_major(x: torch.Tensor) -> bool:
+    """Whether the tokens of (B, H, N, D) are contiguous, and not their features, as in images of channels."""
     return x.stride(2) == 1 and x.stride(3) != 1
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xformer_kernels.backends import side_by_side
+from xformer_kernels.backends import channel_major
 from xformer_kernels.reference import accumulate_dtype
 from xformer_kernels.spec import Spec
 
@@ -20,9 +20,9 @@ Empty = Callable[[tuple[int, ...], torch.dtype], Tensor]
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _MAPS = {"query_key": 0, "key_value": 1}
-_NORMS = {"token": 0, "feature": 1, "none": 2}
+NORMS = {"token": 0, "feature": 1, "none": 2}
 _ACTIVATIONS = {"softmax": 0, "identity": 1}
-_FEATURE_MAPS = {"identity": 0, "relu": 1, "elu1": 2, "softmax_features": 3, "softmax_tokens": 4}
+FEATURE_MAPS = {"identity": 0, "relu": 1, "elu1": 2, "softmax_features": 3, "softmax_tokens": 4}
 _NO_STRIDES = (0, 0, 0, 0)
 
 
@@ -93,7 +93,7 @@ def _xfa(
 ) -> tuple[Any, ...]:
     """What forward and backward have in common."""
     return (
-        q.shape, _DTYPES[q.dtype], _MAPS[spec.map], _NORMS[spec.norm], _ACTIVATIONS[spec.activation], spec.eps,
+        q.shape, _DTYPES[q.dtype], _MAPS[spec.map], NORMS[spec.norm], _ACTIVATIONS[spec.activation], spec.eps,
         q.data_ptr(), q.stride(), k.data_ptr(), k.stride(), v.data_ptr(), v.stride(),
         temperature.data_ptr(), temperature.stride(0), _DTYPES[temperature.dtype], *_mask(token_mask),
         stats.data_ptr(),
@@ -141,7 +141,7 @@ def _linear_attention(
     """What forward and backward have in common."""
     of_q, of_k = spec.feature_maps
     return (
-        q.shape, v.shape, _DTYPES[q.dtype], _FEATURE_MAPS[of_q], _FEATURE_MAPS[of_k], spec.normalize, spec.scale,
+        q.shape, v.shape, _DTYPES[q.dtype], FEATURE_MAPS[of_q], FEATURE_MAPS[of_k], spec.normalize, spec.scale,
         spec.eps, q.data_ptr(), q.stride(), k.data_ptr(), k.stride(), v.data_ptr(), v.stride(), *_mask(query_mask),
         *_mask(token_mask), stats.data_ptr(),
     )  # fmt: skip
@@ -153,7 +153,7 @@ def linear_attention_forward(
     B, H, N, D = q.shape
     Dv = v.shape[-1]
     out = empty((B, N, H, Dv), q.dtype)
-    stats = empty((B, H, D * Dv + 2 * D), accumulate_dtype(q.dtype))
+    stats = empty((B, H, spec.statistics(D, Dv)), accumulate_dtype(q.dtype))
     shared = _linear_attention(q, k, v, stats, query_mask, token_mask, spec)
     return (*shared, out.data_ptr(), _heads_first(out), *(0, _NO_STRIDES) * 4), (out, stats)
 
@@ -161,7 +161,7 @@ def linear_attention_forward(
 def _gradient(empty: Empty, x: Tensor) -> Tensor:
     """Of (B, H, N, D) tokens, in the order of their memory."""
     B, H, N, D = x.shape
-    if side_by_side(x):
+    if channel_major(x):
         return empty((B, H, D, N), x.dtype).transpose(2, 3)
     return empty((B, N, H, D), x.dtype).transpose(1, 2)
 

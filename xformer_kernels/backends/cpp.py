@@ -14,7 +14,6 @@ from torch import Tensor
 
 from xformer_kernels import _C
 from xformer_kernels.backends import arguments, unsupported_numbers
-from xformer_kernels.spec import Spec
 
 NAME = "cpp"
 
@@ -24,6 +23,8 @@ _LARGE = 32 << 20
 # The products add their terms one after another: beyond this many, a blocked matrix product is more accurate.
 _WIDEST = 512
 LEVEL = _C.cpu_level()
+NORMS = arguments.NORMS
+FEATURE_MAPS = arguments.FEATURE_MAPS
 
 
 def unsupported(device_type: str, dtypes: Iterable[torch.dtype], head_dims: Iterable[int]) -> list[str]:
@@ -37,11 +38,6 @@ def unsupported(device_type: str, dtypes: Iterable[torch.dtype], head_dims: Iter
     if device_type != "cpu":
         reasons.append(f"tensors are on {device_type}, the kernels run on cpu")
     return reasons + unsupported_numbers(dtypes, head_dims, _WIDEST)
-
-
-def fuses(spec: Spec) -> bool:
-    """Whether xfa_forward and xfa_backward compute `spec`."""
-    return True
 
 
 def _empty(size: tuple[int, ...], dtype: torch.dtype) -> Tensor:

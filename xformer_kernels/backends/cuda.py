@@ -18,9 +18,9 @@ from torch import Tensor
 
 from xformer_kernels import _cuda
 from xformer_kernels.backends import arguments, cuda_first, precision_of_products, tf32_allowed, unsupported_numbers
-from xformer_kernels.spec import Spec
 
 NAME = "cuda"
+NORMS = arguments.NORMS
 comes_first = cuda_first.comes_first
 _BUILD = _cuda.build_info()
 EMULATED: bool = _BUILD["emulated"]
@@ -48,11 +48,6 @@ def unsupported(device_type: str, dtypes: Iterable[torch.dtype], head_dims: Iter
     if left_out:
         reasons.append(f"the kernels were built without {', '.join(left_out)}")
     return reasons + unsupported_numbers(dtypes, head_dims, _WIDEST)
-
-
-def fuses(spec: Spec) -> bool:
-    """Whether xfa_forward and xfa_backward compute `spec`."""
-    return True
 
 
 def decisions(tokens: dict[str, Tensor]) -> list[str]:

@@ -245,7 +245,7 @@ def agrees(name: str, known: OfClass) -> bool | None:
     verdict = _verdicts.get(known.original.forward)
     if verdict is None and not has_global_hooks():
         small = partial(known.original, **known.arguments)
-        verdict = trial.run(small, _by_reference(name), lambda: known.inputs).agrees
+        verdict = trial.run(small, _by_reference(name), lambda: known.inputs, thorough=True).agrees
         if verdict is not None:
             _verdicts[known.original.forward] = verdict
     return verdict

@@ -178,7 +178,13 @@ def serves_loftr(module: Any, q: Any, k: Any, v: Any, q_mask: Any, kv_mask: Any)
     return (
         all(serves_tensor(t, 4) for t in (q, k, v))
         and q.dtype == k.dtype == v.dtype
-        and all(mask is None or (isinstance(mask, Tensor) and mask.dtype == torch.bool) for mask in (q_mask, kv_mask))
+        and q.shape[::2] == k.shape[::2] == v.shape[::2]
+        and q.shape[3] == k.shape[3]
+        and k.shape[1] == v.shape[1]
+        and all(
+            mask is None or (isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.shape == x.shape[:2])
+            for mask, x in ((q_mask, q), (kv_mask, k))
+        )
         and module.eps > 0
         and module.__dict__.get("feature_map") is _elu_plus_1(module)
     )

@@ -14,7 +14,7 @@ from xformer_kernels.layer.call import FORMS
 
 
 def replace_attention(model: nn.Module, *, form: str = "auto", backend: str = "auto", verbose: bool = False) -> int:
-    """Makes the cross feature attention layers of a model compute with our kernels; returns how many there were.
+    """Makes the feature attention and linear attention layers of a model use our kernels; returns how many there were.
 
     Which layers are served is in docs/integrations.md. A layer is known by its class or by its parts, and replaced if
     its forward is found to compute the family's formula: outputs and gradients are compared for small random input.
@@ -26,7 +26,7 @@ def replace_attention(model: nn.Module, *, form: str = "auto", backend: str = "a
 
     Each layer or block stays the same object of the same class, with its parameters, buffers, hooks, parametrizations
     and mode; ``module.forward``, or ``module.processor`` in diffusers, is set to one that uses the kernels. State
-    dicts, FSDP, deepcopy and pickle are not concerned. What is set computes what the module's class computes: wherever
+    dicts, FSDP, deepcopy and pickle keep working. What is set computes what the module's class computes: wherever
     torch would run anything else inside (hooks, other submodules, parameters of other shapes, global module hooks),
     these parts, or the whole forward of the class, are called. ``torch.jit.script`` cannot compile it: call
     :func:`restore_attention` first. Undo with :func:`restore_attention`; :func:`is_replaced` tells.

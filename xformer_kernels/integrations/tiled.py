@@ -14,7 +14,7 @@ from xformer_kernels.functional import channel_mix, gram
 from xformer_kernels.integrations import trial
 from xformer_kernels.integrations.bound import how_replaced
 from xformer_kernels.integrations.mdta import is_mdta_shaped, mdta_by_reference, mdta_inputs
-from xformer_kernels.integrations.parts import convolution, is_channels_last
+from xformer_kernels.integrations.parts import convolution, is_channels_last, serves_temperature
 from xformer_kernels.modules import runs_forward_of
 
 
@@ -33,7 +33,7 @@ def tiled_mdta(module: nn.Module, x: Tensor, *, tile: int = 64, backend: str = "
     Args:
         module: Restormer's attention, or one of its shape: ``temperature``, ``num_heads``, ``qkv`` (1x1),
             ``qkv_dwconv`` (depthwise, zero padding that keeps the size) and ``project_out`` (1x1). Its forward must
-            compute MDTA, which is tried on small random input.
+            compute MDTA, which is tried on small random input. Hooks on the module itself are not run.
         x: (B, C, h, w).
         tile: rows that are computed at a time.
         backend: as in :func:`xformer_kernels.xfa`.
@@ -94,6 +94,8 @@ def _parts(module: Any) -> _Parts:
         tried = trial.run(lambda: module, mdta_by_reference, lambda: mdta_inputs(module), thorough=True)
         if tried.agrees is False:
             raise ValueError(f"module must compute Restormer's MDTA; of {type(module).__name__}, {tried.why}")
+    elif not serves_temperature(module.temperature, module.num_heads):
+        raise ValueError(f"module.temperature must have shape ({module.num_heads}, 1, 1), one value for each head")
     return _Parts(found["qkv"], found["qkv_dwconv"], found["project_out"], module.temperature)  # type: ignore[arg-type]
 
 

@@ -23,20 +23,21 @@ from xformer_kernels.backends import precision_of_products, unsupported_numbers 
 from xformer_kernels.backends.triton import launch  # noqa: E402
 from xformer_kernels.backends.triton.launch import INTERPRETING  # noqa: E402
 from xformer_kernels.backends.triton.linear import (  # noqa: E402
-    fuses_linear_attention,
+    FEATURE_MAPS,
     linear_attention_backward,
     linear_attention_forward,
+    takes_linear_attention,
 )
 from xformer_kernels.backends.triton.ops import channel_mix, gram, xfa_backward, xfa_forward  # noqa: E402
 from xformer_kernels.backends.triton.plan import WIDEST  # noqa: E402
-from xformer_kernels.spec import Spec  # noqa: E402
 
 __all__ = [
-    "NAME", "ONLY_BY_NAME", "channel_mix", "decisions", "fuses", "fuses_linear_attention", "gram",
-    "linear_attention_backward", "linear_attention_forward", "unsupported", "xfa_backward", "xfa_forward",
+    "FEATURE_MAPS", "NAME", "NORMS", "ONLY_BY_NAME", "channel_mix", "decisions", "gram", "linear_attention_backward",
+    "linear_attention_forward", "takes_linear_attention", "unsupported", "xfa_backward", "xfa_forward",
 ]  # fmt: skip
 
 NAME = "triton"
+NORMS = ("token", "feature", "none")
 ONLY_BY_NAME = (
     "TRITON_INTERPRET is set: interpreted kernels serve calls that ask for triton by name" if INTERPRETING else ""
 )
@@ -54,11 +55,6 @@ def unsupported(device_type: str, dtypes: Iterable[torch.dtype], head_dims: Iter
     if not INTERPRETING and device_type == "cuda":
         reasons += _of_device()
     return reasons + unsupported_numbers(dtypes, head_dims, WIDEST)
-
-
-def fuses(spec: Spec) -> bool:
-    """Whether xfa_forward and xfa_backward compute `spec`."""
-    return True
 
 
 def decisions(tokens: dict[str, torch.Tensor]) -> list[str]:

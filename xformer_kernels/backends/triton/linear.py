@@ -7,15 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xformer_kernels.backends import side_by_side
+from xformer_kernels.backends import channel_major
 from xformer_kernels.backends.triton import configs, launch, ops, plan
 from xformer_kernels.backends.triton.kernels.linear import apply_sums_kernel, key_sums_kernel, maxima_kernel
 from xformer_kernels.backends.triton.kernels.linear_backward import key_gradients_kernel, query_gradients_kernel
 from xformer_kernels.reference import accumulate_dtype
 from xformer_kernels.spec import Spec
 
+FEATURE_MAPS = ("identity", "relu", "elu1", "softmax_features", "softmax_tokens")
 
-def fuses_linear_attention(dtype: torch.dtype, head_dims: tuple[int, int]) -> bool:
+
+def takes_linear_attention(dtype: torch.dtype, head_dims: tuple[int, int]) -> bool:
     """Up to 128 features of 16 bits, 64 of others; beyond, the call is composed of gram and channel_mix."""
     return plan.fits_linear_attention(max(head_dims), dtype.itemsize)
 
@@ -28,7 +30,7 @@ class _Call:
         self.M, self.Dv = v.shape[2:]
         self.spec, self.like = spec, q
         self.dtype, self.wide = q.dtype, accumulate_dtype(q.dtype)
-        self.record = self.D * self.Dv + 2 * self.D
+        self.record = spec.statistics(self.D, self.Dv)
         self.target = launch.target(q.device)
         of_q, of_k = spec.feature_maps
         self.shared: dict[str, Any] = {
@@ -72,7 +74,7 @@ class _Call:
 
     def sum_first(self, partial: Tensor, parts: int, out: Tensor) -> tuple[Tensor, int]:
         """Where there are many parts: S and z of all of them in `out`."""
-        sums = self.record - self.D
+        sums = self.D * self.Dv + self.D
         torch.sum(partial[..., :sums], 0, out=out[..., :sums])
         return out, 1
 
@@ -138,7 +140,7 @@ def _maxima(
 def _gradient(x: Tensor) -> Tensor:
     """Of (B, H, N, D) tokens, in the order of their memory."""
     B, H, N, D = x.shape
-    if side_by_side(x):
+    if channel_major(x):
         return ops._empty((B, H, D, N), x.dtype, x).transpose(2, 3)
     return ops._empty((B, N, H, D), x.dtype, x).transpose(1, 2)
 
@@ -170,7 +172,7 @@ def linear_attention_backward(
              queries.chunk),
             **call.shared, **call.of_queries, **call.map, HAS_MASK=query_mask is not None,
             **launch.alignment(q=q, g=dout), OUT_ALIGN=launch.out_alignment(D, q.element_size()),
-            SIDE_BY_SIDE=side_by_side(q),
+            CHANNEL_MAJOR=channel_major(q),
         )  # fmt: skip
         parts = queries.parts
         if queries.many:
@@ -181,7 +183,7 @@ def linear_attention_backward(
              keys.chunk),
             **call.shared, **call.map, HAS_MASK=token_mask is not None, **launch.alignment(k=k, v=v),
             OUT_ALIGN=launch.out_alignment(D, q.element_size()),
-            OUT_ALIGN_V=launch.out_alignment(Dv, q.element_size()), SIDE_BY_SIDE=side_by_side(k),
-            SIDE_BY_SIDE_V=side_by_side(v),
+            OUT_ALIGN_V=launch.out_alignment(Dv, q.element_size()), CHANNEL_MAJOR=channel_major(k),
+            CHANNEL_MAJOR_V=channel_major(v),
         )  # fmt: skip
     return dq, dk, dv

@@ -151,7 +151,7 @@ def key_sums_kernel(
 
     z is of the features as they were rounded for the product.
     """
-    RECORD: tl.constexpr = D * DV + 2 * D
+    RECORD: tl.constexpr = D * DV + (2 * D if OF_K == "softmax_tokens" else D)
     b, h, part = locate(H, parts)
     k_base = head_base(k_ptr, b, h, stride_kb, stride_kh, ALIGN_K)
     v_base = head_base(v_ptr, b, h, stride_vb, stride_vh, ALIGN_V)
@@ -218,7 +218,7 @@ def apply_sums_kernel(
     It sums the partial records of its (b, h); programs of the first chunk also store the sums in stats, for the
     backward (a single part lies there already).
     """
-    RECORD: tl.constexpr = D * DV + 2 * D
+    RECORD: tl.constexpr = D * DV + (2 * D if OF_K == "softmax_tokens" else D)
     MAP_DTYPE: tl.constexpr = ACC if WIDE_MAP else q_ptr.dtype.element_ty
     b, h, part = locate(H, chunks)
     i = tl.arange(0, BLOCK_D)

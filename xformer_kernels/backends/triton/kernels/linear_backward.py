@@ -58,7 +58,7 @@ def query_gradients_kernel(
     ALIGN_Q: tl.constexpr,
     ALIGN_G: tl.constexpr,
     OUT_ALIGN: tl.constexpr,
-    SIDE_BY_SIDE: tl.constexpr,
+    CHANNEL_MAJOR: tl.constexpr,
     RECORD_ALIGN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -69,7 +69,7 @@ def query_gradients_kernel(
 
     Where S does not fit the registers beside dS, BLOCK_K of its columns at a time are loaded, for each tile anew.
     """
-    RECORD: tl.constexpr = D * DV + 2 * D
+    RECORD: tl.constexpr = D * DV + (2 * D if OF_K == "softmax_tokens" else D)
     MAP_DTYPE: tl.constexpr = ACC if WIDE_MAP else q_ptr.dtype.element_ty
     b, h, part = locate(H, parts)
     i = tl.arange(0, BLOCK_D)
@@ -121,7 +121,7 @@ def query_gradients_kernel(
         dq = differentiated(t, q, phi, OF_Q)
         if HAS_MASK:
             dq = tl.where(keep[:, None], dq, 0.0)
-        store_tokens(dq_ptr, dq, b, h, rows, rows < end, 0, N, H, D, BLOCK_D, OUT_ALIGN, SIDE_BY_SIDE)
+        store_tokens(dq_ptr, dq, b, h, rows, rows < end, 0, N, H, D, BLOCK_D, OUT_ALIGN, CHANNEL_MAJOR)
     if not NORMALIZE:
         dS *= scale
     record = record_base(partial_ptr, ((part * B + b) * H + h) * RECORD, RECORD_ALIGN)
@@ -167,8 +167,8 @@ def key_gradients_kernel(
     ALIGN_V: tl.constexpr,
     OUT_ALIGN: tl.constexpr,
     OUT_ALIGN_V: tl.constexpr,
-    SIDE_BY_SIDE: tl.constexpr,
-    SIDE_BY_SIDE_V: tl.constexpr,
+    CHANNEL_MAJOR: tl.constexpr,
+    CHANNEL_MAJOR_V: tl.constexpr,
     RECORD_ALIGN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -178,7 +178,7 @@ def key_gradients_kernel(
 
     A softmax over tokens, P = exp(k - maximum) / z, has dk = P (v dS^T - sum_j S dS) and dv = P dS.
     """
-    RECORD: tl.constexpr = D * DV + 2 * D
+    RECORD: tl.constexpr = D * DV + (2 * D if OF_K == "softmax_tokens" else D)
     MAP_DTYPE: tl.constexpr = ACC if WIDE_MAP else k_ptr.dtype.element_ty
     b, h, part = locate(H, chunks)
     i = tl.arange(0, BLOCK_D)
@@ -214,5 +214,5 @@ def key_gradients_kernel(
         if HAS_MASK:
             dk = tl.where(keep[:, None], dk, 0.0)
             dv = tl.where(keep[:, None], dv, 0.0)
-        store_tokens(dk_ptr, dk, b, h, rows, rows < end, 0, N, H, D, BLOCK_D, OUT_ALIGN, SIDE_BY_SIDE)
-        store_tokens(dv_ptr, dv, b, h, rows, rows < end, 0, N, H, DV, BLOCK_V, OUT_ALIGN_V, SIDE_BY_SIDE_V)
+        store_tokens(dk_ptr, dk, b, h, rows, rows < end, 0, N, H, D, BLOCK_D, OUT_ALIGN, CHANNEL_MAJOR)
+        store_tokens(dv_ptr, dv, b, h, rows, rows < end, 0, N, H, DV, BLOCK_V, OUT_ALIGN_V, CHANNEL_MAJOR_V)

@@ -65,13 +65,13 @@ def load_tokens(
 @device
 def store_tokens(
     ptr, tile, b, h, rows, present, first, N, H, D: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr,
-    SIDE_BY_SIDE: tl.constexpr = False,
+    CHANNEL_MAJOR: tl.constexpr = False,
 ):  # fmt: skip
     """Into a (B, N, H, D) buffer of ours, or a (B, H, D, N) one, where tokens lie side by side."""
     features = first + tl.arange(0, BLOCK)
     value = narrow(tile, ptr.dtype.element_ty)
     mask = present[:, None] & (features < D)[None, :]
-    if SIDE_BY_SIDE:
+    if CHANNEL_MAJOR:
         base = ptr + (b * H + h) * D * N
         tl.store(base + rows[:, None] + features[None, :] * N, value, mask=mask)
     else:
