@@ -138,7 +138,8 @@ def features(x: Tensor, feature_map: str) -> Tensor:
     if feature_map == "relu":
         return x.relu()
     if feature_map == "elu1":
-        return torch.where(x > 0, x + 1, x.clamp_max(0).exp())  # elu(x) + 1 would cancel
+        above = x > 0
+        return torch.where(above, x + 1, torch.where(above, 0, x).exp())  # elu(x) + 1 would cancel
     if feature_map == "softmax_features":
         return x.softmax(-1)
     return x.softmax(-2) if feature_map == "softmax_tokens" else x
