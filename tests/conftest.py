@@ -170,6 +170,12 @@ def slow(request):
 
 
 @pytest.fixture
+def interpreted(request):
+    """Whether the test's kernels are run by Triton's interpreter: many times slower than even the emulated ones."""
+    return _named(request) == "triton" and INTERPRETING
+
+
+@pytest.fixture
 def shorter(slow):
     """A shape of the tables, (B, N, ...), for slow kernels a small batch of tokens enough to be cut into parts."""
     return lambda shape: (min(shape[0], 3), min(shape[1], 700), *shape[2:]) if slow else shape

@@ -60,13 +60,13 @@ def split_block(dim: int, **choices: Any) -> nn.Module:
     return SplitTransposeBlock(dim, 3, drop_path=0.3, ls_init_value=0.5, **choices)
 
 
-TOKENS, IMAGE = (2, 480, C), (2, C, 20, 24)
+TOKENS, IMAGE = (2, 120, C), (2, C, 10, 12)
 KINDS = {
     "XCA": Kind(functools.partial(XCA, qkv_bias=True), (TOKENS,)),
     "CrossCovarianceAttn": Kind(CrossCovarianceAttn, (TOKENS,)),
     "MDTA": Kind(functools.partial(MDTA, bias=True), (IMAGE,), proj="project_out", attn_drop="", proj_drop=""),
     "XCABlock": Kind(
-        XCA_BLOCK, (TOKENS, 20, 24), "attn", norm="norm1", drop_path="drop_path1", layer_scale="gamma1"
+        XCA_BLOCK, (TOKENS, 10, 12), "attn", norm="norm1", drop_path="drop_path1", layer_scale="gamma1"
     ),
     "SplitTransposeBlock": Kind(
         split_block, (IMAGE,), "xca", norm="norm_xca", drop_path="drop_path", layer_scale="gamma_xca"

@@ -32,9 +32,11 @@ def nan_filled_allocations():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_every_result_is_written_and_no_unwritten_memory_read(
-    config, dtype, masked, kernel, device, ran, shorter, nan_filled_allocations
+    config, dtype, masked, kernel, device, ran, shorter, interpreted, nan_filled_allocations
 ):
     for shape in map(shorter, UNWRITTEN_SHAPES):
+        if interpreted and shape[1] > 20 and masked != (dtype == torch.bfloat16):
+            continue  # shapes of more tokens: masked in one dtype, all of them in the other
         p = make_problem(shape, config, dtype=dtype, masked=masked, device=device)
         with ran("xfa_forward", "xfa_backward"):
             result = p.run(xk.xfa, backend=kernel)

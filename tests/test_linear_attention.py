@@ -65,19 +65,25 @@ def check(tensors, ran, backend, **kwargs):
     return ours
 
 
+# Triton and CUDA run the same composition of gram and channel_mix. Where Triton is interpreted, CUDA tries all of it,
+# and Triton as much as shows every map, every dtype and every choice of normalize with each of the others.
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("normalize", [True, False], ids=["normalize", "plain"])
 @pytest.mark.parametrize("feature_map", [*MAPS, *PAIRS], ids=str)
-def test_feature_maps(feature_map, normalize, dtype, backend, device, ran):
-    tensors = inputs((2, 2, 53, 71, 12, 20), dtype, device, positive="identity" in feature_map)
-    check(tensors, ran, backend, feature_map=feature_map, normalize=normalize, scale=0.5)
+def test_feature_maps(feature_map, dtype, backend, device, ran, interpreted):
+    turn = (*MAPS, *PAIRS).index(feature_map) + DTYPES.index(dtype)
+    tensors = inputs((1 if interpreted else 2, 2, 53, 71, 12, 20), dtype, device, positive="identity" in feature_map)
+    for normalize in (turn % 2 == 0,) if interpreted and dtype != torch.float32 else (True, False):
+        check(tensors, ran, backend, feature_map=feature_map, normalize=normalize, scale=0.5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_shapes(shape, dtype, backend, device, ran):
+def test_shapes(shape, dtype, backend, device, ran, interpreted):
     tensors = inputs(shape, dtype, device)
-    for feature_map in ("relu", "elu1"):
+    turn = SHAPES.index(shape) + (dtype == torch.bfloat16)
+    for feature_map in (("relu", "elu1")[turn % 2],) if interpreted else ("relu", "elu1"):
         out = check(tensors, ran, backend, feature_map=feature_map)["out"]
         assert out.transpose(1, 2).is_contiguous()
 
@@ -125,14 +131,16 @@ def test_gradients_of_images(feature_map, kernel, device, ran):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("feature_map", MAPS)
-def test_masked_tokens_take_no_part(feature_map, dtype, backend, device, ran):
+def test_masked_tokens_take_no_part(feature_map, dtype, backend, device, ran, interpreted):
     """Whatever they hold: the results are those of the tokens that are kept, and 0 elsewhere."""
-    q, k, v, dout = inputs((2, 2, 23, 31, 8, 6), dtype, device, positive=feature_map == "identity")
+    H, turn = 1 if interpreted else 2, MAPS.index(feature_map) + DTYPES.index(dtype)
+    q, k, v, dout = inputs((2, H, 23, 31, 8, 6), dtype, device, positive=feature_map == "identity")
     query_mask, token_mask = random_mask(2, 23, 1, device), random_mask(2, 31, 2, device)
     token_mask[0] = False
     masks = {"query_mask": query_mask, "token_mask": token_mask}
     clean = check([q, k, v, dout], ran, backend, feature_map=feature_map, **masks)
-    for garbage in (float("nan"), float("inf"), float("-inf")):
+    garbages = (float("nan"), float("inf"), float("-inf"))
+    for garbage in (garbages[turn % 3],) if interpreted else garbages:
         dirty = [torch.where(query_mask[:, None, :, None], x, garbage) for x in (q, dout)]
         dirty[1:1] = [torch.where(token_mask[:, None, :, None], x, garbage) for x in (k, v)]
         ours = run(xk.linear_attention, dirty, feature_map=feature_map, backend=backend, **masks)
@@ -151,7 +159,7 @@ def test_masked_tokens_take_no_part(feature_map, dtype, backend, device, ran):
 
 @pytest.mark.parametrize("normalize", [True, False], ids=["normalize", "plain"])
 @pytest.mark.parametrize("feature_map", MAPS)
-def test_derivatives(feature_map, normalize, backend, device, ran, slow):
+def test_derivatives(feature_map, normalize, backend, device, ran, slow, interpreted):
     """Of any order: the passes and the quotient are made of what can be differentiated again."""
     q, k, v, _ = inputs((1, 1 if slow else 2, 3, 4, 2, 2), torch.float64, device, positive=True)
     leaves = [x.requires_grad_() for x in (q, k, v)]
@@ -167,7 +175,8 @@ def test_derivatives(feature_map, normalize, backend, device, ran, slow):
 
     with ran(*ops_of(backend, q, v)):
         assert gradcheck(function, leaves, fast_mode=slow)
-        assert gradgradcheck(function, leaves, fast_mode=slow)
+        if not interpreted or normalize == (MAPS.index(feature_map) % 2 == 0):
+            assert gradgradcheck(function, leaves, fast_mode=slow)
     if normalize and not slow:
         assert gradgradcheck(gradient, leaves, fast_mode=True)
 

@@ -257,7 +257,7 @@ def test_attention_maps_are_extracted():
     maps = []
     for model in (theirs, ours):
         extract = AttentionExtract(model, method="hook")
-        model(KINDS["XCABlock"].x(), 20, 24)
+        model(KINDS["XCABlock"].x(), 10, 12)
         maps.append(extract.hooks.get_output(torch.device("cpu")))
     assert maps[0] and maps[0].keys() == maps[1].keys()
     for name in maps[0]:

@@ -205,17 +205,24 @@ def test_what_was_learned_is_written_before_it_is_evaluated(images, tmp_path, mo
     assert best[0] == best[1]
 
 
-@pytest.mark.parametrize("kilobytes", [64, 6000])
-def test_a_full_disk_is_one_sentence(images, tmp_path, kilobytes):
+FULL = """
+import resource, sys
+from xformer.__main__ import main
+kilobytes, *words = sys.argv[1:]
+for limit in kilobytes.split(","):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024 * int(limit), resource.RLIM_INFINITY))
+    print(main(words))
+"""
+
+
+def test_a_full_disk_is_one_sentence(images, tmp_path):
     """Files that may not grow beyond a size: the weights of a checkpoint do not fit, or its optimiser does not."""
-    words = " ".join(command(images, tmp_path, epochs=1))
-    done = subprocess.run(
-        ["bash", "-c", f"ulimit -f {kilobytes}; exec {sys.executable} {words}"],
-        capture_output=True, text=True, timeout=120, cwd=ROOT, env=environment(),
-    )  # fmt: skip
-    assert done.returncode == 2
-    (line,) = [line for line in done.stderr.splitlines() if "error" in line]
-    assert line.startswith("error: out: ") and "cannot be written" in line
+    _, _, *words = command(images, tmp_path, epochs=1)
+    done = run(["-c", FULL, "64,6000", *words])
+    assert done.stdout.split()[-2:] == ["2", "2"], done.stderr
+    lines = [line for line in done.stderr.splitlines() if "error" in line]
+    assert len(lines) == 2
+    assert all(line.startswith("error: out: ") and "cannot be written" in line for line in lines)
     assert "Traceback" not in done.stderr and not Checkpoints(tmp_path).all()
 
 
