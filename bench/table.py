@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import statistics
@@ -20,6 +21,7 @@ FORWARD = "<!-- backbones, forward: python -m bench.table {} -->"
 LEARNING = "<!-- learning: python -m bench.table {} -->"
 SCENES = "<!-- scenes, {}: python -m bench.table {{}} -->"
 TRAINING = "<!-- backbones, training: python -m bench.table {} -->"
+VARIANTS = "<!-- variants: python -m bench.table {} -->"
 SEGMENTATION = "<!-- segmentation: python -m bench.table {} -->"
 # what each backbone is measured against, and how many times as fast it should be, for one image and for eight
 GOALS = {
@@ -306,6 +308,23 @@ def render_learning(folder: Path) -> str:
     return "\n".join([*lines, END])
 
 
+def render_variants(folder: Path) -> str:
+    """For the page of integrations: our kernels against the code of each model."""
+    begin = VARIANTS.format(folder.relative_to(ROOT))
+    run = json.loads((folder / "variants-cpu-float32.json").read_text())
+    lines = [
+        begin,
+        f"{_machine(run)}, float32.",
+        "",
+        "| model (B,N,H,D) | forward: x eager | x compiled | forward+backward: x eager | x compiled |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for workload in dict.fromkeys(row["workload"] for row in run["rows"]):
+        cells = [_cell(_find(run, workload, d).get(field)) for d in _directions(run) for field in FIELDS[:2]]
+        lines.append(f"| {workload} | {' | '.join(cells)} |")
+    return "\n".join([*lines, END])
+
+
 def render_segmentation(folder: Path) -> str:
     """For the page of segmentation: images per second and memory with each attention, and how both grow with pixels."""
     begin = SEGMENTATION.format(folder.relative_to(ROOT))
@@ -388,7 +407,18 @@ def _minutes(rows: list[dict[str, Any]]) -> str:
 
 def replace(readme: str, table: str) -> str:
     """The text with the table where one was that begins alike."""
-    begins = (BEGIN, LAYERS, GPU, BACKBONES, FORWARD, TRAINING, LEARNING, SEGMENTATION, *map(SCENES.format, METRICS))
+    begins = (
+        BEGIN,
+        LAYERS,
+        GPU,
+        BACKBONES,
+        FORWARD,
+        TRAINING,
+        LEARNING,
+        VARIANTS,
+        SEGMENTATION,
+        *map(SCENES.format, METRICS),
+    )
     kinds = [begin.split("{}")[0] for begin in begins]
     kind = next(kind for kind in kinds if table.startswith(kind))
     before, rest = readme.split(kind, 1)
@@ -402,6 +432,7 @@ ON_CPU: dict[str, tuple[Callable[[Path], str], ...]] = {
     "docs/training.md": (render_learning,),
     "docs/detection.md": (partial(render_scenes, "detect"),),
     "docs/segmentation.md": (partial(render_scenes, "segment"), render_segmentation),
+    "docs/integrations.md": (render_variants,),
 }
 
 
@@ -412,7 +443,10 @@ def main() -> int:
         path = ROOT / name
         text = path.read_text()
         for table in tables:
-            text = replace(text, table(folder))
+            # what was not measured on this machine stays that of another
+            with contextlib.suppress(FileNotFoundError):
+                rendered = table(folder)
+                text = text if "Not measured yet." in rendered else replace(text, rendered)
         path.write_text(text)
     return 0
 

@@ -15,6 +15,7 @@ README = (ROOT / "README.md").read_text()
 BACKBONE = (ROOT / "docs" / "backbone.md").read_text()
 TRAINING = (ROOT / "docs" / "training.md").read_text()
 SEGMENTATION = (ROOT / "docs" / "segmentation.md").read_text()
+INTEGRATIONS = (ROOT / "docs" / "integrations.md").read_text()
 TASKS = {"detect": "detection", "segment": "segmentation"}
 
 
@@ -32,6 +33,7 @@ def test_table_of_results_comes_from_the_result_files(monkeypatch):
         (table.TRAINING, table.render_training, BACKBONE),
         (table.LEARNING, table.render_learning, TRAINING),
         (table.SEGMENTATION, table.render_segmentation, SEGMENTATION),
+        (table.VARIANTS, table.render_variants, INTEGRATIONS),
     ):
         (folder,) = re.findall(re.escape(begin).replace(r"\{\}", "(.*?)"), text)
         assert render(ROOT / folder) in text
