@@ -137,8 +137,9 @@ def test_numbers_in_names(name, number):
         assert image_ids([name]) == {name: number}
 
 
-def test_file_names_of_annotations(tmp_path):
+def test_file_names_of_annotations(tmp_path, monkeypatch):
     """The longest that is the end of the path, whole names of folders only."""
+    monkeypatch.chdir(tmp_path)  # the folder's name is a part of the paths
     path = tmp_path / "t.json"
     names = {5: "a.jpg", 6: "x/a.jpg", 7: "./y/b.jpg", 8: "ü.jpg"}
     path.write_text(json.dumps({"images": [{"id": number, "file_name": name} for number, name in names.items()]}))
