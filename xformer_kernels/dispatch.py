@@ -145,9 +145,14 @@ def explain_reference(backend: str, reason: str) -> Explanation:
     return Explanation("reference", {name: [reason] * (name != "reference") for name in names()}, _asked(backend)[1])
 
 
+def _loaded(name: str) -> backends.Backend | None:
+    """None for the reference, and for a backend that cannot be imported."""
+    return None if name == "reference" else backends.load(name)[0]
+
+
 def fuses(backend: str, spec: Spec) -> bool:
     """Whether the ``xfa_forward`` of a backend computes `spec`; else it is composed of gram and channel_mix."""
-    found, _ = (None, "") if backend == "reference" else backends.load(backend)
+    found = _loaded(backend)
     return found is not None and found.fuses(spec)
 
 
@@ -156,14 +161,14 @@ def fuses_linear_attention(
     backend: str, feature_maps: tuple[str, str], dtype: torch.dtype, head_dims: tuple[int, int]
 ) -> bool:
     """Whether a backend has fused linear attention of these tokens; else it is composed of gram and channel_mix."""
-    found, _ = (None, "") if backend == "reference" else backends.load(backend)
+    found = _loaded(backend)
     return found is not None and found.fuses_linear_attention(feature_maps, dtype, head_dims)
 
 
 @torch.compiler.assume_constant_result
 def has(backend: str, op: str) -> bool:
     """Whether a backend has a function that computes `op`."""
-    found, _ = (None, "") if backend == "reference" else backends.load(backend)
+    found = _loaded(backend)
     return found is not None and found.function(op) is not None
 
 

@@ -84,14 +84,10 @@ def _fake_forward(
 
 
 def _fake_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, ...]:
-    return tuple(_fake_gradient(x) for x in (q, k, v))
+    def empty(size: tuple[Any, ...], dtype: torch.dtype) -> Tensor:
+        return q.new_empty(size, dtype=dtype)
 
-
-def _fake_gradient(x: Tensor) -> Tensor:
-    if backends.channel_major(x):
-        B, H, N, D = x.shape
-        return x.new_empty((B, H, D, N)).transpose(2, 3)
-    return ops.token_major(x, x.shape[-1]).transpose(1, 2)
+    return tuple(backends.empty_gradient(empty, x) for x in (q, k, v))
 
 
 ops.register("linear_attention_forward", _fake_forward, _LinearAttention, ("q", "k", "v"))

@@ -31,6 +31,10 @@ The reference comes after all of them and is none of them.
 """
 
 
+Empty = Callable[[tuple[Any, ...], torch.dtype], torch.Tensor]
+"""Gives a tensor of a size and dtype on the device of the call."""
+
+
 class Backend:
     """A backend as the dispatcher sees it: what its module says, or defaults."""
 
@@ -96,6 +100,14 @@ def load(name: str) -> tuple[Backend | None, str]:
 def channel_major(x: torch.Tensor) -> bool:
     """Whether the tokens of (B, H, N, D) are contiguous, and not their features, as in images of channels."""
     return x.stride(2) == 1 and x.stride(3) != 1
+
+
+def empty_gradient(empty: Empty, x: torch.Tensor) -> torch.Tensor:
+    """For the gradient of (B, H, N, D) tokens: in (B, N, H, D) memory, or in (B, H, D, N) if they are channel-major."""
+    B, H, N, D = x.shape
+    if channel_major(x):
+        return empty((B, H, D, N), x.dtype).transpose(2, 3)
+    return empty((B, N, H, D), x.dtype).transpose(1, 2)
 
 
 def unsupported_numbers(dtypes: Iterable[torch.dtype], head_dims: Iterable[int], widest: int) -> list[str]:

@@ -5,18 +5,14 @@ Shared by the backends whose kernels are behind the C API (csrc/include/xformer_
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from xformer_kernels.backends import channel_major
+from xformer_kernels.backends import Empty, empty_gradient
 from xformer_kernels.reference import accumulate_dtype
 from xformer_kernels.spec import Spec
-
-Empty = Callable[[tuple[int, ...], torch.dtype], Tensor]
-"""Gives a tensor of a size and dtype on the device of the call."""
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _MAPS = {"query_key": 0, "key_value": 1}
@@ -158,14 +154,6 @@ def linear_attention_forward(
     return (*shared, out.data_ptr(), _heads_first(out), *(0, _NO_STRIDES) * 4), (out, stats)
 
 
-def _gradient(empty: Empty, x: Tensor) -> Tensor:
-    """Of (B, H, N, D) tokens, in the order of their memory."""
-    B, H, N, D = x.shape
-    if channel_major(x):
-        return empty((B, H, D, N), x.dtype).transpose(2, 3)
-    return empty((B, N, H, D), x.dtype).transpose(1, 2)
-
-
 def linear_attention_backward(
     empty: Empty,
     dout: Tensor,
@@ -177,7 +165,7 @@ def linear_attention_backward(
     token_mask: Tensor | None,
     spec: Spec,
 ) -> tuple[tuple[Any, ...], tuple[Tensor, ...]]:
-    gradients = tuple(_gradient(empty, x) for x in (q, k, v))
+    gradients = tuple(empty_gradient(empty, x) for x in (q, k, v))
     shared = _linear_attention(q, k, v, stats, query_mask, token_mask, spec)
     addresses = (address for x in gradients for address in (x.data_ptr(), x.stride()))
     return (*shared, 0, _NO_STRIDES, dout.data_ptr(), dout.stride(), *addresses), gradients

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xformer_kernels.backends import channel_major
+from xformer_kernels.backends import channel_major, empty_gradient
 from xformer_kernels.backends.triton import configs, launch, ops, plan
 from xformer_kernels.backends.triton.kernels.linear import apply_sums_kernel, key_sums_kernel, maxima_kernel
 from xformer_kernels.backends.triton.kernels.linear_backward import key_gradients_kernel, query_gradients_kernel
@@ -57,7 +57,10 @@ class _Call:
         return split(tokens, self.B * self.H, self.record * self.wide.itemsize, row, self.target.processors)
 
     def records(self, *parts: int) -> Tensor:
-        return ops._empty((*parts, self.B, self.H, self.record), self.wide, self.like)
+        return self.empty((*parts, self.B, self.H, self.record), self.wide)
+
+    def empty(self, size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return ops._empty(size, dtype, self.like)
 
     def run(self, kernel: Any, name: str, programs: int, args: tuple[Any, ...], **constants: Any) -> None:
         of_q, of_k = self.spec.feature_maps
@@ -137,14 +140,6 @@ def _maxima(
         torch.amax(found, 0, out=highest)
 
 
-def _gradient(x: Tensor) -> Tensor:
-    """Of (B, H, N, D) tokens, in the order of their memory."""
-    B, H, N, D = x.shape
-    if channel_major(x):
-        return ops._empty((B, H, D, N), x.dtype, x).transpose(2, 3)
-    return ops._empty((B, N, H, D), x.dtype, x).transpose(1, 2)
-
-
 def linear_attention_backward(
     dout: Tensor,
     q: Tensor,
@@ -157,7 +152,7 @@ def linear_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     call = _Call(q, v, spec)
     B, H, N, M, D, Dv = call.B, call.H, call.N, call.M, call.D, call.Dv
-    dq, dk, dv = (_gradient(x) for x in (q, k, v))
+    dq, dk, dv = (empty_gradient(call.empty, x) for x in (q, k, v))
     if B * H == 0:
         return dq, dk, dv
     queries = call.split(N, sums=True)
