@@ -107,14 +107,14 @@ struct LinearAttention {
 
   int forward() const {
     const int64_t heads = p.batch * p.heads;
-    Buffer<T> sums(heads * keys.chunks * sums_size), operands(heads * operands_size), own(p.threads * scratch);
-    if (!sums.data || !operands.data || !own.data) return XK_OUT_OF_MEMORY;
+    Buffer<T> sums(heads * keys.chunks * sums_size), highest(softmax_tokens ? heads * ld : 0), own(p.threads * scratch);
+    if (!sums.data || !highest.data || !own.data) return XK_OUT_OF_MEMORY;
     if (softmax_tokens)
       parallel_for(heads, p.threads, [&](int64_t bh, int thread) {
-        find_highest(bh, operands_of(operands.data, bh).highest, own.data + thread * scratch);
+        find_highest(bh, highest.data + bh * ld, own.data + thread * scratch);
       });
     gather(keys, own.data, sums.data, [&](const Unit& u, int64_t h, T* to) {
-      Pass<T> pass = of_keys(u.b, h, operands_of(operands.data, u.b * p.heads + h).highest);
+      Pass<T> pass = of_keys(u.b, h, highest.data + (u.b * p.heads + h) * ld);
       pass.gram = {0, 1, to};
       pass.sums[0] = to + (size_t)dim * ld_v;
       return pass;
@@ -122,10 +122,9 @@ struct LinearAttention {
     parallel_for(heads, p.threads, [&](int64_t bh, int) {
       T *S = sums.data + bh * keys.chunks * sums_size, *z = S + (size_t)dim * ld_v;
       sum_chunks(S, keys.chunks, sums_size);
-      const Operands to = operands_of(operands.data, bh);
       T* saved = stats_of(bh);
       memcpy(saved + (size_t)dim * dim_v, z, dim * sizeof(T));
-      if (softmax_tokens) memcpy(saved + (size_t)dim * dim_v + dim, to.highest, dim * sizeof(T));
+      if (softmax_tokens) memcpy(saved + (size_t)dim * dim_v + dim, highest.data + bh * ld, dim * sizeof(T));
       for (int i = 0; i < dim; ++i) {
         T* row = S + (ptrdiff_t)i * ld_v;
         if (softmax_tokens && z[i] != 0) {
