@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
 from cases import DTYPES, LAYOUTS, LOW_PRECISION, randn, random_mask
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.flop_counter import FlopCounterMode
@@ -260,66 +259,6 @@ def test_a_new_feature_map_is_a_name_and_a_formula(monkeypatch, kernel, device, 
     oracle = run(reference.linear_attention, [x.double() for x in tensors], feature_map="square")
     for name in NAMES:
         torch.testing.assert_close(ours[name].double(), oracle[name], rtol=1e-4, atol=1e-4)
-
-
-# ------------------------------------------------------------------------------------------------- what models write
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, *LOW_PRECISION], ids=str)
-def test_timm_lite_mla(dtype, device):
-    """EfficientViT: relu, eps 1e-5, products in float32."""
-    mit = pytest.importorskip("timm.models.efficientvit_mit")
-    layer = mit.LiteMLA(32, 32, dim=16).to(device)
-    q, k, v, dout = inputs((2, 2, 50, 50, 16, 16), dtype, device)
-
-    def original(q, k, v):
-        return layer._attn(layer.kernel_func(q), layer.kernel_func(k), F.pad(v, (0, 1), mode="constant", value=1.0))
-
-    theirs = run(original, (q, k, v, dout))
-    ours = run(lambda *x: xk.linear_attention(*x, eps=layer.eps), (q, k, v, dout))
-    oracle = run(lambda *x: reference.linear_attention(*x, eps=layer.eps), [x.double() for x in (q, k, v, dout)])
-    for name in NAMES:
-        assert_close(ours[name], theirs[name], oracle[name], name)
-
-
-def loftr(q, k, v, q_mask=None, kv_mask=None, eps=1e-6):
-    """LinearAttention of LoFTR (and of kornia), of (N, L, H, D) tokens."""
-    Q, K = F.elu(q) + 1, F.elu(k) + 1
-    if q_mask is not None:
-        Q = Q * q_mask[:, :, None, None]
-    if kv_mask is not None:
-        K = K * kv_mask[:, :, None, None]
-        v = v * kv_mask[:, :, None, None]
-    length = v.size(1)
-    KV = torch.einsum("nshd,nshv->nhdv", K, v / length)
-    Z = 1 / (torch.einsum("nlhd,nhd->nlh", Q, K.sum(dim=1)) + eps)
-    return torch.einsum("nlhd,nhdv,nlh->nlhv", Q, KV, Z) * length
-
-
-@pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
-def test_loftr(masked, device):
-    tensors = inputs((2, 8, 30, 47, 32, 32), torch.float64, device)
-    q_mask, kv_mask = (random_mask(2, n, n, device) if masked else None for n in (30, 47))
-
-    def original(*x):
-        return loftr(*(t.transpose(1, 2) for t in x), q_mask, kv_mask).transpose(1, 2)
-
-    def ours(*x):
-        return xk.linear_attention(*x, feature_map="elu1", query_mask=q_mask, token_mask=kv_mask)
-
-    results = run(ours, tensors), run(original, tensors)
-    for name in NAMES:
-        torch.testing.assert_close(results[0][name], results[1][name], rtol=1e-9, atol=1e-12)
-
-
-def test_efficient_attention(device):
-    """softmax(q) over features, softmax(k) over tokens, no denominator; CoaT has q alone, with a scale."""
-    q, k, v, _ = inputs((2, 3, 40, 40, 8, 8), torch.float64, device)
-    context = torch.einsum("bhnk,bhnv->bhkv", k.softmax(dim=2), v)
-    out = xk.linear_attention(q, k, v, feature_map="softmax_tokens", normalize=False)
-    torch.testing.assert_close(out, torch.einsum("bhnk,bhkv->bhnv", q.softmax(dim=3), context))
-    out = xk.linear_attention(q, k, v, feature_map=("identity", "softmax_tokens"), normalize=False, scale=8**-0.5)
-    torch.testing.assert_close(out, 8**-0.5 * torch.einsum("bhnk,bhkv->bhnv", q, context))
 
 
 # ------------------------------------------------------------------------------------------- compilers and transforms
