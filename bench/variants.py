@@ -67,11 +67,7 @@ def sana(x: Tensor, s: OpShape) -> Tensor:
 
 
 def florence(x: Tensor, s: OpShape) -> Tensor:
-    """The channel attention of Florence-2, as timm has it (``davit_base_fl``).
-
-    transformers calls SDPA with the N tokens as its features, which torch.compile of torch 2.14 makes a hundred times
-    slower than it is in eager mode.
-    """
+    """The channel attention of Florence-2, as timm has it (``davit_base_fl``)."""
     q, k, v = (t.transpose(1, 2) for t in of_token_major(x, s))
     attention = ((q * s.N**-0.5).transpose(-1, -2) @ k).softmax(dim=-1)
     return (attention @ v.transpose(-1, -2)).permute(0, 3, 1, 2).reshape(s.B, s.N, -1)
@@ -140,9 +136,7 @@ def measured(model: str, shape: OpShape, seconds: float) -> list[report.Row]:
     for provider in ("compile", ours):
         checked = zip(results(functions[provider], leaf), plain, wide, strict=True)
         for name, (result, eager, oracle) in zip(("out", "dx"), checked, strict=True):
-            # parts of dx are differences of larger numbers, of the size of its largest
-            terms = oracle.abs().max() if name == "dx" else None
-            assert_close(result, eager, oracle, f"{provider}, {model} {shape}: {name}", terms)
+            assert_close(result, eager, oracle, f"{provider}, {model} {shape}: {name}")
 
     def forward(function: Function) -> measure.Call:
         def call() -> object:
@@ -190,6 +184,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--allocator", choices=("default", "raised"), default="default")
     parser.add_argument("--out", type=Path, help="also write JSON and CSV to OUT/<machine>/")
     options = parser.parse_args(arguments)
+    if options.threads < 1:
+        parser.error(f"--threads must be 1 or more, got {options.threads}")
     if options.allocator == "raised":
         machine.restart_with_raised_allocator()
     torch.set_num_threads(options.threads)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -79,7 +79,7 @@ def _parts(module: Any) -> _Parts:
     replaced = how_replaced(module)
     if not (replaced.family == "MDTA" if replaced else is_mdta_shaped(module)):
         raise ValueError(f"module must have the parts of Restormer's MDTA, got {type(module).__name__}")
-    found = {}
+    found, temperature = {}, cast(Tensor, module.temperature)
     for name in ("qkv", "qkv_dwconv", "project_out"):
         part = getattr(module, name)
         found[name] = conv = convolution(part)
@@ -96,7 +96,7 @@ def _parts(module: Any) -> _Parts:
             raise ValueError(f"module must compute Restormer's MDTA; of {type(module).__name__}, {tried.why}")
     elif not serves_temperature(module.temperature, module.num_heads):
         raise ValueError(f"module.temperature must have shape ({module.num_heads}, 1, 1), one value for each head")
-    return _Parts(found["qkv"], found["qkv_dwconv"], found["project_out"], module.temperature)  # type: ignore[arg-type]
+    return _Parts(found["qkv"], found["qkv_dwconv"], found["project_out"], temperature)
 
 
 def _only_calls(sequence: nn.Module) -> bool:
