@@ -91,10 +91,10 @@ def loftr(x: Tensor, s: OpShape) -> Tensor:
 
 def _linear(channel_major: bool, feature_map: str, eps: float) -> Function:
     def ours(x: Tensor, s: OpShape) -> Tensor:
-        if channel_major:  # split as replace_attention splits it: one copy joins the gradients
-            q, k, v = (t.transpose(-1, -2) for t in x.view(s.B, s.H, 3, s.D, s.N).unbind(2))
+        if channel_major:
+            q, k, v = (t.transpose(-1, -2) for t in xk.split_qkv(x.view(s.B, s.H, 3, s.D, s.N), 2))
         else:
-            q, k, v = (t.transpose(1, 2) for t in of_token_major(x, s))
+            q, k, v = (t.transpose(1, 2) for t in xk.split_qkv(x.view(s.B, s.N, 3, s.H, s.D), 2))
         out = xk.linear_attention(q, k, v, feature_map=feature_map, eps=eps)
         return out.transpose(2, 3).reshape(s.B, -1, s.N) if channel_major else out.transpose(1, 2).flatten(2)
 
@@ -103,7 +103,7 @@ def _linear(channel_major: bool, feature_map: str, eps: float) -> Function:
 
 def _without_norms(roles: tuple[int, int, int], temperature: Callable[[OpShape], float]) -> Function:
     def ours(x: Tensor, s: OpShape) -> Tensor:
-        tokens = [t.transpose(1, 2) for t in of_token_major(x, s)]
+        tokens = [t.transpose(1, 2) for t in xk.split_qkv(x.view(s.B, s.N, 3, s.H, s.D), 2)]
         q, k, v = (tokens[i] for i in roles)
         return xk.xfa(q, k, v, x.new_tensor([temperature(s)]), norm="none").transpose(1, 2).flatten(2)
 

@@ -3,6 +3,7 @@
     xfa(q, k, v, temperature)        the operator, see its docstring for the formulas
     gram, channel_mix                the two passes it is made of
     linear_attention                 with a feature map of q and k, normalised or not
+    split_qkv                        q, k and v of a packed projection, whose gradient is then written once
     xfa_layer, xfa_block             with projections; and with layer norm and residual: two passes over x
     XFA, XFABlock                    the same as modules; XFA has the state dict of timm's XCA
     integrations.replace_attention   the same for whole models
@@ -18,6 +19,7 @@ from xformer_kernels.functional import channel_mix, explain, gram, xfa
 from xformer_kernels.layer import explain_layer, xfa_block, xfa_layer
 from xformer_kernels.linear_attention import linear_attention
 from xformer_kernels.nn import XFA, XFABlock
+from xformer_kernels.packed import split_qkv
 
 __version__ = "0.1.0"
 __all__ = [
@@ -31,6 +33,7 @@ __all__ = [
     "inference",
     "integrations",
     "linear_attention",
+    "split_qkv",
     "xfa",
     "xfa_block",
     "xfa_layer",

@@ -165,6 +165,12 @@ def fuses_linear_attention(
     return found is not None and found.fuses_linear_attention(feature_maps, dtype, head_dims)
 
 
+def writes_packed(backend: str) -> bool:
+    """Whether the backwards of a backend write the gradients of packed q, k and v into one buffer in their layout."""
+    found = _loaded(backend)
+    return found is not None and found.writes_packed
+
+
 @torch.compiler.assume_constant_result
 def has(backend: str, op: str) -> bool:
     """Whether a backend has a function that computes `op`."""

@@ -1,8 +1,10 @@
 """The ops of linear attention, and what it is composed of beside ``channel_mix`` where a backend has not fused it.
 
     linear_attention_forward   -> (out, stats)      out (B, N, H, Dv); stats: what the same backend's backward needs
-    linear_attention_backward  -> (dq, dk, dv)      (B, H, N, D), (B, H, M, D), (B, H, M, Dv): each in (B, N, H, D)
-                                                    memory, or in (B, H, D, N) memory where its input is channel-major
+    linear_attention_backward  -> [dq, dk, dv]      (B, H, N, D), (B, H, M, D), (B, H, M, Dv): each in (B, N, H, D)
+                                                    memory, or in (B, H, D, N) memory where its input is channel-major;
+                                                    with ``packed`` a backend may give [dqkv], (3, B, H, N, D) in the
+                                                    memory order of what q, k and v are parts of
     gram_and_sum               -> (G, sum_a)        G[i,j] = sum_n a[n,i] b[n,j], sum_a[i] = sum_n a[n,i]
 
 Tokens, backends and what is eager are as in :mod:`xformer_kernels.ops`.
@@ -10,20 +12,23 @@ Tokens, backends and what is eager are as in :mod:`xformer_kernels.ops`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from xformer_kernels import backends, dispatch, ops, reference
+from xformer_kernels import dispatch, ops, reference
+from xformer_kernels.backends import layouts
 from xformer_kernels.spec import Spec
 
 _INPUTS = "Tensor q, Tensor k, Tensor v"
 _CHOICES = "Tensor? query_mask, Tensor? token_mask, str spec, str backend"
 ops.library.define(f"linear_attention_forward({_INPUTS}, {_CHOICES}) -> (Tensor out, Tensor stats)")
 ops.library.define(
-    f"linear_attention_backward(Tensor dout, {_INPUTS}, Tensor stats, {_CHOICES}) -> (Tensor dq, Tensor dk, Tensor dv)"
+    f"linear_attention_backward(Tensor dout, {_INPUTS}, Tensor stats, Tensor? query_mask, Tensor? token_mask, str spec,"
+    " bool packed, str backend) -> Tensor[]"
 )
 ops.library.define("gram_and_sum(Tensor a, Tensor b, str backend) -> (Tensor G, Tensor sum_a)")
 
@@ -48,8 +53,9 @@ class _LinearAttention(torch.autograd.Function):
             return (None,) * 7
         q, k, v, stats, *masks = ctx.saved_tensors
         operands = (dout.transpose(1, 2), q, k, v)
-        gradients = ops.call("linear_attention_backward", ctx.backend, operands, stats, *masks, ctx.spec)
-        return None, *gradients, None, None, None
+        packed = ops.writes_packed(ctx.backend, q, k, v)
+        gradients = ops.call("linear_attention_backward", ctx.backend, operands, stats, *masks, ctx.spec, packed)
+        return None, *_each(gradients), None, None, None
 
 
 class _LinearAttentionBackward(torch.autograd.Function):
@@ -58,13 +64,13 @@ class _LinearAttentionBackward(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, backend: str, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, stats: Tensor,
-        query_mask: Tensor | None, token_mask: Tensor | None, spec: Spec,
+        query_mask: Tensor | None, token_mask: Tensor | None, spec: Spec, packed: bool,
     ) -> Any:  # fmt: skip
         ctx.save_for_backward(dout, q, k, v, query_mask, token_mask)
         ctx.spec = spec
         ctx.set_materialize_grads(False)
         kernel = ops.below_autograd("linear_attention_backward", backend, dout, q, k, v)
-        return kernel(dout, q, k, v, stats, query_mask, token_mask, spec)
+        return tuple(kernel(dout, q, k, v, stats, query_mask, token_mask, spec, packed))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -72,7 +78,13 @@ class _LinearAttentionBackward(torch.autograd.Function):
         function = partial(
             reference.linear_attention, **ctx.spec.of_linear, query_mask=query_mask, token_mask=token_mask
         )
-        return None, *ops.differentiated_again(function, tensors, gradients), None, None, None, None
+        grads = (None,) * 3 if gradients == (None,) else _each(gradients)
+        return None, *ops.differentiated_again(function, tensors, grads), None, None, None, None, None
+
+
+def _each(gradients: Sequence[Any]) -> Sequence[Any]:
+    """dq, dk and dv, of these or of one tensor of all: views that may be modified in place."""
+    return gradients if len(gradients) == 3 else [gradients[0].select(0, i) for i in range(3)]
 
 
 def _fake_forward(
@@ -83,11 +95,11 @@ def _fake_forward(
     return ops.token_major(q, Dv), stats
 
 
-def _fake_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, ...]:
+def _fake_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> list[Tensor]:
     def empty(size: tuple[Any, ...], dtype: torch.dtype) -> Tensor:
         return q.new_empty(size, dtype=dtype)
 
-    return tuple(backends.empty_gradient(empty, x) for x in (q, k, v))
+    return [layouts.empty_gradient(empty, x) for x in (q, k, v)]
 
 
 ops.register("linear_attention_forward", _fake_forward, _LinearAttention, ("q", "k", "v"))

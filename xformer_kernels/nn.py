@@ -15,6 +15,7 @@ from xformer_kernels.layer.call import FORMS, Call, Projections
 from xformer_kernels.layer.functional import prepared
 from xformer_kernels.layer.ops import Operands
 from xformer_kernels.modules import dropout_p, runs_forward_of
+from xformer_kernels.packed import heads_of
 from xformer_kernels.spec import Spec
 
 torch.fx.wrap("xfa_layer")  # a node of its own in the graphs of torch.fx.symbolic_trace
@@ -242,7 +243,7 @@ def _through_modules(layer: Any, x: Tensor, call: Call, p: float | None) -> Tens
             )
     if call.token_mask is not None:
         x = torch.where(call.token_mask.unsqueeze(-1), x, 0)
-    q, k, v = (t.transpose(1, 2) for t in layer.qkv(x).unflatten(-1, (3, layer.num_heads, -1)).unbind(2))
+    q, k, v = heads_of(layer.qkv(x), layer.num_heads)
 
     def dropped_map(S: Tensor) -> Tensor:
         A: Tensor = layer.attn_drop(reference.activate(S, call.spec).to(q.dtype))

@@ -7,7 +7,9 @@ Tokens are (B, H, N, D) of any strides, temperature is (H,), token_mask (B, N) b
 add_scale (B, H, O). ``out`` and ``y`` are contiguous (B, N, H, D): callers transpose them outside of the
 autograd.Function, whose results may be modified in place only if they are no views. ``stats`` is one
 (B, H, D * D + 2 * D) tensor in the accumulate dtype, meant for the same backend's backward: nothing of size N is saved.
-``dqkv`` is one (3, B, N, H, D) tensor: allocators reuse one large buffer where they give three back to the system.
+``dqkv`` is one (3, B, N, H, D) tensor: allocators reuse one large buffer where they give three back to the system. It
+is contiguous; with ``packed``, which the autograd.Function passes in plain eager mode where q, k and v are parts of one
+packed tensor (see :mod:`xformer_kernels.packed`), a backend may give it the memory order of that tensor.
 ``spec`` is the text of a :class:`xformer_kernels.spec.Spec`. ``backend`` names a kernel backend; the reference is not
 behind an op.
 
@@ -29,6 +31,7 @@ from torch.nn import Parameter
 
 from xformer_kernels import dispatch, reference
 from xformer_kernels import torch_internals as internals
+from xformer_kernels.backends import layouts
 from xformer_kernels.spec import Spec
 
 library = torch.library.Library("xformer_kernels", "DEF")
@@ -38,7 +41,7 @@ library.define(
 )
 library.define(
     "xfa_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor temperature, Tensor stats, Tensor? token_mask,"
-    " str spec, str backend) -> (Tensor dqkv, Tensor dtemperature)"
+    " str spec, bool packed, str backend) -> (Tensor dqkv, Tensor dtemperature)"
 )
 library.define(
     "gram(Tensor a, Tensor b, bool symmetric, Tensor? token_mask, str backend)"
@@ -179,10 +182,16 @@ class _Xfa(torch.autograd.Function):
             return (None,) * 7
         q, k, v, temperature, stats, token_mask = ctx.saved_tensors
         operands = (dout.transpose(1, 2), q, k, v, temperature)
-        dqkv, dtemperature = call("xfa_backward", ctx.backend, operands, stats, token_mask, ctx.spec)
+        packed = writes_packed(ctx.backend, q, k, v)
+        dqkv, dtemperature = call("xfa_backward", ctx.backend, operands, stats, token_mask, ctx.spec, packed)
         # views that may be modified in place, which those of unbind may not
         dqkv = dqkv.transpose(2, 3)
         return None, dqkv.select(0, 0), dqkv.select(0, 1), dqkv.select(0, 2), dtemperature, None, None
+
+
+def writes_packed(backend: str, q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether a backward may write one buffer in the layout of packed q, k and v: in graphs, strides are fixed."""
+    return dispatch.writes_packed(backend) and plain(q, k, v) and layouts.are_packed(q, k, v)
 
 
 class _XfaBackward(torch.autograd.Function):
@@ -191,20 +200,20 @@ class _XfaBackward(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, backend: str, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, temperature: Tensor, stats: Tensor,
-        token_mask: Tensor | None, spec: Spec,
+        token_mask: Tensor | None, spec: Spec, packed: bool,
     ) -> Any:  # fmt: skip
         ctx.save_for_backward(dout, q, k, v, temperature, token_mask)
         ctx.spec = spec
         ctx.set_materialize_grads(False)
         kernel = below_autograd("xfa_backward", backend, dout, q, k, v, temperature)
-        return kernel(dout, q, k, v, temperature, stats, token_mask, spec)
+        return kernel(dout, q, k, v, temperature, stats, token_mask, spec, packed)
 
     @staticmethod
     def backward(ctx: Any, ddqkv: Tensor | None, ddtemperature: Tensor | None) -> tuple[Tensor | None, ...]:
         grads = (*((None,) * 3 if ddqkv is None else ddqkv.transpose(2, 3).unbind(0)), ddtemperature)
         *tensors, token_mask = ctx.saved_tensors
         function = partial(reference.xfa, **ctx.spec.of_xfa, token_mask=token_mask)
-        return None, *differentiated_again(function, tensors, grads), None, None, None
+        return None, *differentiated_again(function, tensors, grads), None, None, None, None
 
 
 def differentiated_again(

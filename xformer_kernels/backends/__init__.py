@@ -5,8 +5,8 @@ A backend offers the ops' functions (``xfa_forward``, ``xfa_backward``, ``gram``
 reason why it cannot serve a call. If it has a text ``ONLY_BY_NAME``, ``backend="auto"`` passes over it for that reason.
 It may have ``layer_gram`` and ``layer_mix`` (see :mod:`xformer_kernels.layer.passes`); ``NORMS``, those that its
 ``xfa_forward`` computes; ``linear_attention_forward``, ``linear_attention_backward`` and ``FEATURE_MAPS``, those that
-they compute, with ``takes_linear_attention(dtype, head_dims)``; ``comes_first(q, spec)`` and ``decisions(tokens)``
-(see :class:`Backend`). A new one is a module and a line of :data:`PATHS`.
+they compute, with ``takes_linear_attention(dtype, head_dims)``; ``WRITES_PACKED``; ``comes_first(q, spec)`` and
+``decisions(tokens)`` (see :class:`Backend`). A new one is a module and a line of :data:`PATHS`.
 """
 
 from __future__ import annotations
@@ -29,10 +29,6 @@ PATHS: dict[str, Any] = {
 
 The reference comes after all of them and is none of them.
 """
-
-
-Empty = Callable[[tuple[Any, ...], torch.dtype], torch.Tensor]
-"""Gives a tensor of a size and dtype on the device of the call."""
 
 
 class Backend:
@@ -66,6 +62,11 @@ class Backend:
         takes = getattr(self.module, "takes_linear_attention", None)
         return takes is None or bool(takes(dtype, head_dims))
 
+    @property
+    def writes_packed(self) -> bool:
+        """Whether its backwards write the gradients of parts of one packed tensor into one buffer in its layout."""
+        return getattr(self.module, "WRITES_PACKED", False)
+
     def comes_first(self, q: torch.Tensor, spec: Spec) -> bool:
         """Whether auto asks it before all others for a call of xfa."""
         first = getattr(self.module, "comes_first", None)
@@ -95,19 +96,6 @@ def load(name: str) -> tuple[Backend | None, str]:
             found = None, f"{type(error).__name__}: {error}"
         _loaded[name] = found
     return found
-
-
-def channel_major(x: torch.Tensor) -> bool:
-    """Whether the tokens of (B, H, N, D) are contiguous, and not their features, as in images of channels."""
-    return x.stride(2) == 1 and x.stride(3) != 1
-
-
-def empty_gradient(empty: Empty, x: torch.Tensor) -> torch.Tensor:
-    """For the gradient of (B, H, N, D) tokens: in (B, N, H, D) memory, or in (B, H, D, N) if they are channel-major."""
-    B, H, N, D = x.shape
-    if channel_major(x):
-        return empty((B, H, D, N), x.dtype).transpose(2, 3)
-    return empty((B, N, H, D), x.dtype).transpose(1, 2)
 
 
 def unsupported_numbers(dtypes: Iterable[torch.dtype], head_dims: Iterable[int], widest: int) -> list[str]:

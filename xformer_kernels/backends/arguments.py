@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xformer_kernels.backends import Empty, empty_gradient
+from xformer_kernels.backends.layouts import Empty, empty_gradient, empty_packed
 from xformer_kernels.reference import accumulate_dtype
 from xformer_kernels.spec import Spec
 
@@ -115,9 +115,10 @@ def xfa_backward(
     stats: Tensor,
     token_mask: Tensor | None,
     spec: Spec,
+    packed: bool = False,
 ) -> tuple[tuple[Any, ...], tuple[Tensor, Tensor]]:
     B, H, N, D = q.shape
-    dqkv = empty((3, B, N, H, D), q.dtype)
+    dqkv = empty_packed(empty, q, k).transpose(2, 3) if packed else empty((3, B, N, H, D), q.dtype)
     dq, dk, dv = dqkv.transpose(2, 3).unbind(0)
     dtemperature = empty((H,), temperature.dtype)
     gradients = (dq.data_ptr(), dk.data_ptr(), dv.data_ptr(), dq.stride(), dtemperature.data_ptr())
@@ -164,8 +165,10 @@ def linear_attention_backward(
     query_mask: Tensor | None,
     token_mask: Tensor | None,
     spec: Spec,
-) -> tuple[tuple[Any, ...], tuple[Tensor, ...]]:
-    gradients = tuple(empty_gradient(empty, x) for x in (q, k, v))
+    packed: bool = False,
+) -> tuple[tuple[Any, ...], list[Tensor]]:
+    gradients = [empty_packed(empty, q, k)] if packed else [empty_gradient(empty, x) for x in (q, k, v)]
+    each = gradients[0].unbind(0) if packed else gradients
     shared = _linear_attention(q, k, v, stats, query_mask, token_mask, spec)
-    addresses = (address for x in gradients for address in (x.data_ptr(), x.stride()))
+    addresses = (address for x in each for address in (x.data_ptr(), x.stride()))
     return (*shared, 0, _NO_STRIDES, dout.data_ptr(), dout.stride(), *addresses), gradients

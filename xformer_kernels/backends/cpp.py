@@ -25,6 +25,7 @@ _WIDEST = 512
 LEVEL = _C.cpu_level()
 NORMS = arguments.NORMS
 FEATURE_MAPS = arguments.FEATURE_MAPS
+WRITES_PACKED = True
 
 
 def unsupported(device_type: str, dtypes: Iterable[torch.dtype], head_dims: Iterable[int]) -> list[str]:
@@ -77,7 +78,7 @@ def linear_attention_forward(*args: Any) -> tuple[Tensor, Tensor]:
     return result
 
 
-def linear_attention_backward(*args: Any) -> tuple[Tensor, ...]:
+def linear_attention_backward(*args: Any) -> list[Tensor]:
     addresses, result = arguments.linear_attention_backward(_empty, *args)
     _C.linear_attention_backward(*addresses, torch.get_num_threads())
     return result

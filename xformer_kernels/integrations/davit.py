@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from xformer_kernels.functional import xfa
 from xformer_kernels.integrations.parts import divides, has_parts, serves_tensor
-from xformer_kernels.integrations.tokens import attention, heads_of
+from xformer_kernels.integrations.tokens import attention
 from xformer_kernels.layer.call import Call
+from xformer_kernels.packed import heads_of
 from xformer_kernels.reference import accumulate_dtype
 from xformer_kernels.spec import Spec
 

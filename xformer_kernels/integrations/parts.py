@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from xformer_kernels import ops, validate
+from xformer_kernels.packed import split_qkv
 
 Kinds = type[nn.Module] | tuple[type[nn.Module], ...]
 # attributes of every module, and of module.compile()
@@ -80,14 +81,12 @@ def as_image(out: Tensor, sizes: Any, like: Tensor) -> Tensor:
 def heads_of_image(image: Tensor, sizes: tuple[int, int, int], three: int) -> Iterator[Tensor]:
     """q, k and v as (B, H, N, D), of (B, 3 H D, ...): views. `sizes` are 3, H and D in the order of the channels, and
     `three` is the place of 3 among them.
-
-    Split in the order of the memory: autograd then joins dq, dk and dv into the gradient of the image with one copy.
     """
     if is_channels_last(image):
-        of_tokens = image.flatten(2).transpose(1, 2).unflatten(-1, sizes).unbind(2 + three)
-        return (t.transpose(1, 2) for t in of_tokens)
-    of_channels = image.flatten(2).unflatten(1, sizes).unbind(1 + three)
-    return (t.transpose(-2, -1) for t in of_channels)
+        tokens = image.flatten(2).transpose(1, 2).unflatten(-1, sizes)
+        return (t.transpose(1, 2) for t in split_qkv(tokens, 2 + three))
+    channels = image.flatten(2).unflatten(1, sizes)
+    return (t.transpose(-2, -1) for t in split_qkv(channels, 1 + three))
 
 
 def is_channels_last(x: Tensor) -> bool:

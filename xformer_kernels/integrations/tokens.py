@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch.nn.functional as F
@@ -13,6 +12,7 @@ from xformer_kernels.integrations.parts import as_image, has_heads, has_parts, s
 from xformer_kernels.layer import xfa_layer
 from xformer_kernels.layer.call import Call
 from xformer_kernels.modules import dropout_p, runs_forward_of
+from xformer_kernels.packed import heads_of
 
 
 def attention(x: Tensor, qkv: Any, temperature: Tensor, proj: Any, p: float, call: Call) -> Tensor:
@@ -31,11 +31,6 @@ def attention(x: Tensor, qkv: Any, temperature: Tensor, proj: Any, p: float, cal
 def _direct(x: Tensor, qkv: Any, temperature: Tensor, p: float, call: Call) -> Tensor:
     q, k, v = heads_of(qkv(x), temperature.shape[0])
     return xfa(q, k, v, temperature, dropout_p=p, backend=call.backend, **call.spec.of_xfa)
-
-
-def heads_of(qkv: Tensor, heads: int) -> Iterator[Tensor]:
-    """q, k and v as (B, H, N, D), of (B, N, 3 H D): views."""
-    return (t.transpose(1, 2) for t in qkv.unflatten(-1, (3, heads, -1)).unbind(2))
 
 
 def _is_pointwise(conv: Any) -> bool:

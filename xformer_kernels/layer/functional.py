@@ -15,6 +15,7 @@ from xformer_kernels.inference import LayerNorm
 from xformer_kernels.layer import cost
 from xformer_kernels.layer.call import Call
 from xformer_kernels.layer.ops import Choices, Operands
+from xformer_kernels.packed import heads_of
 from xformer_kernels.spec import Spec
 
 
@@ -240,10 +241,8 @@ def _direct(call: Call, o: Operands, ln_eps: float | None, residual: bool) -> tu
         instead: Any = 0 if ln_eps is None else torch.arange(x.shape[-1], device=x.device).remainder(2).to(x.dtype)
         u = torch.where(call.token_mask.unsqueeze(-1), x, instead)
     norm = LayerNorm(_as(o.ln_weight, x), _as(o.ln_bias, x), ln_eps) if ln_eps is not None else None
-    # split along dim 2: autograd then joins dq, dk and dv into the projection's gradient with one copy
     qkv = linear(u, _as(o.qkv_weight, u), _as(o.qkv_bias, u), layer_norm=norm)
-    heads = qkv.unflatten(-1, (3, o.temperature.shape[0], -1))
-    q, k, v = (t.transpose(1, 2) for t in heads.unbind(2))
+    q, k, v = heads_of(qkv, o.temperature.shape[0])
     attention = functional.Arguments(q, k, v, o.temperature, call.spec, call.token_mask, call.dropout_p)
     if call.group is None:
         compute = functional.prepared(attention, call.backend)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xformer_kernels.backends import channel_major, empty_gradient
+from xformer_kernels.backends.layouts import channel_major, empty_gradient
 from xformer_kernels.backends.triton import configs, launch, ops, plan
 from xformer_kernels.backends.triton.kernels.linear import apply_sums_kernel, key_sums_kernel, maxima_kernel
 from xformer_kernels.backends.triton.kernels.linear_backward import key_gradients_kernel, query_gradients_kernel
@@ -149,12 +149,13 @@ def linear_attention_backward(
     query_mask: Tensor | None,
     token_mask: Tensor | None,
     spec: Spec,
-) -> tuple[Tensor, Tensor, Tensor]:
+    packed: bool = False,
+) -> list[Tensor]:
     call = _Call(q, v, spec)
     B, H, N, M, D, Dv = call.B, call.H, call.N, call.M, call.D, call.Dv
     dq, dk, dv = (empty_gradient(call.empty, x) for x in (q, k, v))
     if B * H == 0:
-        return dq, dk, dv
+        return [dq, dk, dv]
     queries = call.split(N, sums=True)
     keys = call.split(M, sums=False)
     mask, mask_strides = ops._mask(token_mask, k)
@@ -181,4 +182,4 @@ def linear_attention_backward(
             OUT_ALIGN_V=launch.out_alignment(Dv, q.element_size()), CHANNEL_MAJOR=channel_major(k),
             CHANNEL_MAJOR_V=channel_major(v),
         )  # fmt: skip
-    return dq, dk, dv
+    return [dq, dk, dv]

@@ -321,6 +321,7 @@ def xfa_backward(
     stats: Tensor,
     token_mask: Tensor | None,
     spec: Spec,
+    packed: bool = False,
 ) -> tuple[Tensor, Tensor]:
     B, H, N, D = q.shape
     dqkv = _empty((3, B, N, H, D), q.dtype, q)

@@ -1,0 +1,63 @@
+"""In which order of memory gradients are written: that of what they are the gradients of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Empty = Callable[[tuple[Any, ...], torch.dtype], Tensor]
+"""Gives a tensor of a size and dtype on the device of the call."""
+
+
+def channel_major(x: Tensor) -> bool:
+    """Whether the tokens of (B, H, N, D) are contiguous, and not their features, as in images of channels."""
+    return x.stride(2) == 1 and x.stride(3) != 1
+
+
+def empty_gradient(empty: Empty, x: Tensor) -> Tensor:
+    """For the gradient of (B, H, N, D) tokens: in (B, N, H, D) memory, or in (B, H, D, N) if they are channel-major."""
+    B, H, N, D = x.shape
+    if channel_major(x):
+        return empty((B, H, D, N), x.dtype).transpose(2, 3)
+    return empty((B, N, H, D), x.dtype).transpose(1, 2)
+
+
+def evenly_spaced(parts: Sequence[Tensor]) -> bool:
+    """Whether three tensors are alike, and the third as far behind the second as that is behind the first."""
+    first, second, third = parts
+    step = second.data_ptr() - first.data_ptr()
+    return (
+        step > 0
+        and third.data_ptr() - second.data_ptr() == step
+        and first.shape == second.shape == third.shape
+        and first.stride() == second.stride() == third.stride()
+    )
+
+
+def are_packed(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether q, k and v are, in this order, a packed tensor without gaps or overlaps."""
+    if not evenly_spaced((q, k, v)):
+        return False
+    expected = 1
+    for stride, size in sorted(_packed_dimensions(q, k)):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def empty_packed(empty: Empty, q: Tensor, k: Tensor) -> Tensor:
+    """For the gradients of packed q, k and v, as (3, B, H, N, D): in the memory order of these."""
+    dimensions = _packed_dimensions(q, k)
+    order = sorted(range(5), key=lambda i: dimensions[i], reverse=True)
+    buffer = empty(tuple(dimensions[i][1] for i in order), q.dtype)
+    return buffer.permute(*(order.index(i) for i in range(5)))
+
+
+def _packed_dimensions(q: Tensor, k: Tensor) -> list[tuple[int, int]]:
+    """(stride, size) of each dimension of the packed tensor, as (3, B, H, N, D)."""
+    step = (k.data_ptr() - q.data_ptr()) // q.element_size()
+    return [(step, 3), *zip(q.stride(), q.shape, strict=True)]
