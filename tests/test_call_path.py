@@ -102,7 +102,7 @@ def xfa_forward(q, k, v, temperature, token_mask, spec):
     return out.transpose(1, 2).contiguous(), q.new_empty(B, H, D * D + 2 * D)
 
 
-def xfa_backward(dout, q, k, v, temperature, stats, token_mask, spec):
+def xfa_backward(dout, q, k, v, temperature, stats, token_mask, spec, packed):
     with torch.enable_grad():
         inputs = [x.detach().requires_grad_() for x in (q, k, v, temperature)]
         out = reference.xfa(*inputs, **spec.of_xfa, token_mask=token_mask)

@@ -125,7 +125,7 @@ def test_gradients_of_images(feature_map, kernel, device, ran):
         check([q, k, v, dout], ran, kernel, **masks)
         if ops_of(kernel, q, v) == FUSED:
             gradients = torch.autograd.grad(xk.linear_attention(q, k, v, backend=kernel, **masks), (q, k, v), dout)
-            assert all(g.transpose(2, 3).is_contiguous() for g in gradients)
+            assert all(g.stride(2) == 1 for g in gradients)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -35,7 +35,7 @@ def test_ops_of_linear_attention(op, feature_map, kernel, device):
     else:
         stats = forward(q, k, v, None, None, spec, kernel)[1].detach()
         backward = torch.ops.xformer_kernels.linear_attention_backward.default
-        torch.library.opcheck(backward, (dout, q, k, v, stats, None, None, spec, kernel))
+        torch.library.opcheck(backward, (dout, q, k, v, stats, None, None, spec, False, kernel))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

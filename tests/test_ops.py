@@ -33,7 +33,7 @@ def op_samples(kernel, device, dtype):
         choices = (p.token_mask, config.spec.text, kernel)
         yield OPS.xfa_forward, (q, k, v, t, *choices)
         _, stats = OPS.xfa_forward(p.q, p.k, p.v, p.temperature, *choices)
-        yield OPS.xfa_backward, (p.dout.requires_grad_(grad), q, k, v, t, stats, *choices)
+        yield OPS.xfa_backward, (p.dout.requires_grad_(grad), q, k, v, t, stats, *choices[:2], False, kernel)
     a, b = (randn(2, 2, 9, d, seed=d, dtype=dtype, device=device).requires_grad_() for d in (3, 5))
     yield OPS.gram, (a, b, False, None, kernel)
     yield OPS.gram, (a, b, False, random_mask(2, 9, device=device), kernel)

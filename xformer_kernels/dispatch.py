@@ -165,10 +165,11 @@ def fuses_linear_attention(
     return found is not None and found.fuses_linear_attention(feature_maps, dtype, head_dims)
 
 
-def writes_packed(backend: str) -> bool:
-    """Whether the backwards of a backend write the gradients of packed q, k and v into one buffer in their layout."""
+@torch.compiler.assume_constant_result
+def keeps_layout(backend: str) -> bool:
+    """Whether the results of a backend have the layout of their tokens; else outputs are contiguous (B, N, H, D)."""
     found = _loaded(backend)
-    return found is not None and found.writes_packed
+    return found is not None and found.keeps_layout
 
 
 @torch.compiler.assume_constant_result

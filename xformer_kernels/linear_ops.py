@@ -1,6 +1,7 @@
 """The ops of linear attention, and what it is composed of beside ``channel_mix`` where a backend has not fused it.
 
-    linear_attention_forward   -> (out, stats)      out (B, N, H, Dv); stats: what the same backend's backward needs
+    linear_attention_forward   -> (out, stats)      out (B, N, H, Dv) as of xfa_forward; stats: what the same backend's
+                                                    backward needs
     linear_attention_backward  -> [dq, dk, dv]      (B, H, N, D), (B, H, M, D), (B, H, M, Dv): each in (B, N, H, D)
                                                     memory, or in (B, H, D, N) memory where its input is channel-major;
                                                     with ``packed`` a backend may give [dqkv], (3, B, H, N, D) in the
@@ -88,11 +89,11 @@ def _each(gradients: Sequence[Any]) -> Sequence[Any]:
 
 
 def _fake_forward(
-    q: Tensor, k: Tensor, v: Tensor, query_mask: Tensor | None, token_mask: Tensor | None, spec: str, *_: Any
+    q: Tensor, k: Tensor, v: Tensor, query_mask: Tensor | None, token_mask: Tensor | None, spec: str, backend: str
 ) -> tuple[Tensor, Tensor]:
     B, H, D, Dv = q.shape[0], q.shape[1], q.shape[-1], v.shape[-1]
     stats = q.new_empty((B, H, Spec.of_text(spec).statistics(D, Dv)), dtype=reference.accumulate_dtype(q.dtype))
-    return ops.token_major(q, Dv), stats
+    return ops.fake_results(q, backend).output(q, k, v), stats
 
 
 def _fake_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> list[Tensor]:

@@ -4,12 +4,13 @@
     gram         -> (G, ssq_a, ssq_b)        channel_mix  -> y
 
 Tokens are (B, H, N, D) of any strides, temperature is (H,), token_mask (B, N) bool, weights (B, H, O, I), bias and
-add_scale (B, H, O). ``out`` and ``y`` are contiguous (B, N, H, D): callers transpose them outside of the
-autograd.Function, whose results may be modified in place only if they are no views. ``stats`` is one
-(B, H, D * D + 2 * D) tensor in the accumulate dtype, meant for the same backend's backward: nothing of size N is saved.
-``dqkv`` is one (3, B, N, H, D) tensor: allocators reuse one large buffer where they give three back to the system. It
-is contiguous; with ``packed``, which the autograd.Function passes in plain eager mode where q, k and v are parts of one
-packed tensor (see :mod:`xformer_kernels.packed`), a backend may give it the memory order of that tensor.
+add_scale (B, H, O). ``out`` and ``y`` are (B, N, H, D), contiguous, but ``out`` of a backend that keeps layouts (see
+:class:`xformer_kernels.backends.layouts.Results`): callers transpose them outside of the autograd.Function, whose
+results may be modified in place only if they are no views. ``stats`` is one (B, H, D * D + 2 * D) tensor in the
+accumulate dtype, meant for the same backend's backward: nothing of size N is saved. ``dqkv`` is one (3, B, N, H, D)
+tensor: allocators reuse one large buffer where they give three back to the system. With ``packed``, which the
+autograd.Function passes in plain eager mode where q, k and v are parts of one packed tensor, a backend that keeps
+layouts gives it the memory order of that tensor.
 ``spec`` is the text of a :class:`xformer_kernels.spec.Spec`. ``backend`` names a kernel backend; the reference is not
 behind an op.
 
@@ -191,7 +192,7 @@ class _Xfa(torch.autograd.Function):
 
 def writes_packed(backend: str, q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether a backward may write one buffer in the layout of packed q, k and v: in graphs, strides are fixed."""
-    return dispatch.writes_packed(backend) and plain(q, k, v) and layouts.are_packed(q, k, v)
+    return dispatch.keeps_layout(backend) and plain(q, k, v) and layouts.are_packed(q, k, v)
 
 
 class _XfaBackward(torch.autograd.Function):
@@ -310,14 +311,26 @@ def token_major(x: Tensor, features: Any) -> Tensor:
     return x.new_empty((B, N, H, features))
 
 
-def _fake_xfa_forward(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def fake_results(like: Tensor, backend: str) -> layouts.Results:
+    def empty(size: tuple[Any, ...], dtype: torch.dtype, order: tuple[int, ...] | None = None) -> Tensor:
+        if order is None:
+            return like.new_empty(size, dtype=dtype)
+        return torch.empty_permuted(size, order, dtype=dtype, device=like.device)
+
+    return layouts.Results(empty, dispatch.keeps_layout(backend))
+
+
+def _fake_xfa_forward(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     B, H, D = q.shape[0], q.shape[1], q.shape[-1]
-    return token_major(q, D), q.new_empty((B, H, D * D + 2 * D), dtype=reference.accumulate_dtype(q.dtype))
+    out = fake_results(q, others[-1]).output(q, k, v)
+    return out, q.new_empty((B, H, D * D + 2 * D), dtype=reference.accumulate_dtype(q.dtype))
 
 
-def _fake_xfa_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, temperature: Tensor, *_: Any) -> Any:
-    B, H, N, D = q.shape
-    return q.new_empty((3, B, N, H, D)), torch.empty_like(temperature, memory_format=torch.contiguous_format)
+def _fake_xfa_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, temperature: Tensor, *others: Any) -> Any:
+    *_, packed, backend = others
+    return fake_results(q, backend).gradients(q, k, v, packed), torch.empty_like(
+        temperature, memory_format=torch.contiguous_format
+    )
 
 
 def _fake_gram(a: Tensor, b: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -29,8 +29,13 @@ struct LinearAttention {
         sums_size((size_t)dim * ld_v + ld),
         operands_size((size_t)dim_v * ld + (size_t)dim * ld_v + 2 * ld),
         scratch(pass_scratch<T>(widest)),
-        keys(p.batch, p.heads, p.tokens, widest, block_tokens<T>(widest), sizeof(T)),
-        queries(p.batch, p.heads, p.queries, widest, block_tokens<T>(widest), sizeof(T)) {}
+        keys(plan_of(p.tokens, channel_major(p.k) && channel_major(p.v))),
+        queries(plan_of(p.queries, channel_major(p.q))) {}
+
+  Plan plan_of(int64_t tokens, bool by_rows) const {
+    const int multiple = by_rows ? VL<T> : 0;
+    return Plan(p.batch, p.heads, tokens, widest, block_tokens<T>(widest, by_rows), sizeof(T), multiple);
+  }
 
   struct Operands {
     T *transposed, *matrix, *vector, *highest;

@@ -3,7 +3,7 @@
 
 #include <stdlib.h>
 
-#include "pass.h"
+#include "block.h"
 
 #if defined(_OPENMP)
 #include <omp.h>
@@ -56,25 +56,30 @@ void together([[maybe_unused]] int threads, F f) {
   f(0, 1, [] {});
 }
 
-// How a (batch, heads, tokens) problem is cut, from its shape alone. A unit is (batch, group of heads, chunk of
-// tokens): the heads of a token lie side by side in memory, so a unit walks blocks of tokens and, inside, its heads.
+// How a (batch, heads, tokens) problem is cut, from its shape and layout alone. A unit is (batch, group of heads, chunk
+// of tokens): the heads of a token lie side by side in memory, so a unit walks blocks of tokens and, inside, its heads.
+// Channel-major heads do not, and are walked one after another.
 struct Plan {
   int64_t batch, heads, tokens, chunks, chunk, group, groups;
-  int block;  // tokens packed at a time, at most widest_block
+  int block;             // tokens packed at a time, at most widest_block
+  int64_t together = 8;  // heads of a block at a time: as many as leave their descriptions at hand
 
-  Plan(int64_t batch, int64_t heads, int64_t tokens, int dim, int widest_block, int itemsize)
+  // multiple: of tokens in a block, if they are channel-major
+  Plan(int64_t batch, int64_t heads, int64_t tokens, int dim, int widest_block, int itemsize, int multiple = 0)
       : batch(batch), heads(heads), tokens(tokens) {
     const int64_t target = 64, shortest = 1024;
     int64_t matrix = (int64_t)dim * dim * itemsize;
     chunks = least(divide_up(target, most(batch, 1)), tokens / shortest);
     chunks = most(least(chunks, (512 << 10) / matrix), 1);
     int64_t blocks = divide_up(most(divide_up(tokens, chunks), 1), widest_block);
-    block = int(divide_up(divide_up(divide_up(most(tokens, 1), chunks), blocks), 4) * 4);  // few odd tiles at its end
+    const int64_t whole = multiple ? multiple : 4;  // few odd tiles at the end of a block
+    block = int(divide_up(divide_up(divide_up(most(tokens, 1), chunks), blocks), whole) * whole);
     chunk = blocks * block;
     int64_t fits = most((256 << 10) / matrix, 1), wanted = divide_up(8, most(batch * chunks, 1));
     groups = least(most(divide_up(heads, fits), wanted), heads);
     group = groups ? divide_up(heads, groups) : 1;
     groups = divide_up(heads, group);
+    if (multiple) together = 1;
   }
   int64_t units() const { return batch * groups * chunks; }
 };
@@ -90,21 +95,23 @@ struct Unit {
         n1(least(n0 + p.chunk, p.tokens)) {}
 };
 
-// Walks a unit's tokens; make(h) describes the pass of a head. The heads of a block of tokens are taken together, few
-// enough at a time that their descriptions stay at hand.
+// Walks a unit's tokens; make(h) describes the pass of a head.
 template <class T, class F>
 void sweep(const Plan& plan, const Unit& u, int widest, T* scratch, F make) {
-  constexpr int together = 8;
-  Pass<T> passes[together];
-  for (int64_t h = u.h0; h < u.h1; h += together) {
-    int heads = int(least(u.h1 - h, together));
-    for (int i = 0; i < heads; ++i) passes[i] = make(h + i);
+  Pass<T> passes[8];
+  for (int64_t h = u.h0; h < u.h1; h += plan.together) {
+    int heads = int(least(u.h1 - h, plan.together));
+    for (int i = 0; i < heads; ++i) {
+      passes[i] = make(h + i);
+      choose_rows(passes[i]);
+    }
     for (int64_t n = u.n0; n < u.n1; n += plan.block)
       for (int i = 0; i < heads; ++i) {
         int next = i + 1 < heads ? i + 1 : 0;
         int64_t next_n = next ? n : n + plan.block;
-        run_block<T>(passes[i], n, int(least(plan.block, u.n1 - n)), next_n < u.n1 ? &passes[next] : nullptr, next_n,
-                     widest, scratch);
+        Block<T>(passes[i], n, int(least(plan.block, u.n1 - n)), next_n < u.n1 ? &passes[next] : nullptr, next_n,
+                 widest, scratch)
+            .run();
       }
   }
 }

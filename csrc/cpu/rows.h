@@ -74,6 +74,16 @@ void pack_transposed(const S* p, int64_t stride_d, int tokens, int dim, T* out, 
     }
 }
 
+// The same tokens with features as rows, padded with zeros. The next block follows in memory, and is asked for.
+template <class T, class S>
+void pack_features(const S* p, int64_t stride_d, int tokens, int dim, T* out, int ld) {
+  for (int d = 0; d < dim; ++d, p += stride_d, out += ld)
+    for (int n = 0; n < tokens; n += VL<T>) {
+      __builtin_prefetch(p + n + tokens, 0, 2);
+      store(out + n, tokens - n < VL<T> ? load(p + n, tokens - n) : load(p + n));
+    }
+}
+
 // Row n of out: (token 2n, token 2n + 1) of every feature. After an odd last token comes a zero.
 template <bool Squares>
 void pack_pairs(const bf16* p, int64_t stride_n, int tokens, int dim, float* out, int ld, float* ssq) {
@@ -194,6 +204,34 @@ void quotient_backward(T* rows, const T* u, const T* z, const T* inverse, T* alo
       sum += a * load(u + (ptrdiff_t)n * ld + c);
     }
     store(dz + c, load(dz + c) + sum);
+  }
+}
+
+// out[n] = sum_i a[i,n] b[i], with features as rows.
+template <class T>
+void column_dots(const T* a, const T* b, int dim, int ld, T* out) {
+  for (int n = 0; n < ld; n += VL<T>) {
+    V<T> sum = {};
+    for (int i = 0; i < dim; ++i) sum += load(a + (ptrdiff_t)i * ld + n) * broadcast(b[i]);
+    store(out + n, sum);
+  }
+}
+
+// quotient_backward with features as rows.
+template <class T>
+void quotient_backward_by_rows(T* rows, const T* u, const T* z, const T* inverse, T* along, T* dz, int dim, int ld) {
+  for (int n = 0; n < ld; n += VL<T>) {
+    V<T> dot = {};
+    for (int i = 0; i < dim; ++i) dot += load(rows + (ptrdiff_t)i * ld + n) * load(u + (ptrdiff_t)i * ld + n);
+    store(along + n, -dot * load(inverse + n));
+  }
+  for (int i = 0; i < dim; ++i, rows += ld, u += ld) {
+    V<T> sum = {}, by = broadcast(z[i]);
+    for (int n = 0; n < ld; n += VL<T>) {
+      store(rows + n, load(rows + n) + load(along + n) * by);
+      sum += load(along + n) * load(u + n);
+    }
+    dz[i] += sum_lanes<T>(sum);
   }
 }
 

@@ -144,11 +144,11 @@ XK_INLINE void accumulate(V<T> (&acc)[MR][NR], const T* a, ptrdiff_t row_stride,
 }
 
 // g[r, c] += sum over tokens of a[n, r] * b[n, c], each block of tokens summed by itself first: rounding errors then
-// grow with the number of blocks, not of tokens. a and b are packed blocks (tokens x ld), g is padded to whole vectors.
+// grow with the number of blocks, not of tokens. b is a packed block (tokens x ldb), g is padded to whole vectors.
 template <class T>
 struct GramTile {
   const T *a, *b;
-  ptrdiff_t lda, ldb, tokens;
+  ptrdiff_t a_row, a_k, ldb, tokens;  // a_row: from feature to feature, a_k: from token to token
   T* g;
   ptrdiff_t ldg;
   Ahead ahead0, ahead1;
@@ -162,7 +162,7 @@ void gram_tile(const GramTile<T>& t) {
   for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 8
     for (int c = 0; c < NR; ++c) acc[r][c] = V<T>{};
-  accumulate<T, PAIRS, MR, NR, G>(acc, t.a, 1, t.lda, t.b, t.ldb, t.tokens, t.ahead0, t.ahead1,
+  accumulate<T, PAIRS, MR, NR, G>(acc, t.a, t.a_row, t.a_k, t.b, t.ldb, t.tokens, t.ahead0, t.ahead1,
                                   PAIRS ? 2 * t.tokens : t.tokens, t.line);
 #pragma GCC unroll 16
   for (int r = 0; r < MR; ++r)
@@ -178,6 +178,8 @@ void gram_tile(const GramTile<T>& t) {
 // `divided`: row n is multiplied by divided[n] before all that is added.
 // x may have any strides; w, bias and scale are padded to whole vectors; add and y have unit stride along o, and their
 // last vector has `last_lanes` columns.
+// by_rows: the transposed product, y[o, n], for features as rows. w and x change places; bias and scale are of rows,
+// and `divided` is of columns.
 template <class T>
 struct MixTile {
   const T* x;
@@ -194,7 +196,7 @@ struct MixTile {
   void* y;
   ptrdiff_t ldy;
   int dtype, last_lanes;
-  bool hard_swish;
+  bool hard_swish, by_rows;
   const T* divided;
   const T* after;  // added to what is activated, if given
   ptrdiff_t ld_after;
@@ -227,30 +229,31 @@ void mix_tile(const MixTile<T>& t) {
 #pragma GCC unroll 16
     for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 8
-      for (int c = 0; c < NR; ++c) acc[r][c] *= broadcast(t.divided[r]);
+      for (int c = 0; c < NR; ++c) acc[r][c] *= t.by_rows ? load(t.divided + c * VL<T>) : broadcast(t.divided[r]);
   }
   // Last, since products that are added to larger numbers are rounded at their size.
   if (t.add)
     with_storage<T>(t.add_dtype, [&](auto* storage) {
 #pragma GCC unroll 8
       for (int c = 0; c < NR; ++c) {
-        V<T> scale = t.scale ? load(t.scale + c * VL<T>) : broadcast(T(1));
+        const V<T> scale = t.scale && !t.by_rows ? load(t.scale + c * VL<T>) : broadcast(T(1));
+        auto scale_of = [&](int r) { return t.scale && t.by_rows ? broadcast(t.scale[r]) : scale; };
         auto add = (decltype(storage))t.add + c * VL<T>;
         if (c < NR - 1 || t.last_lanes == VL<T>) {
 #pragma GCC unroll 16
-          for (int r = 0; r < MR; ++r) acc[r][c] += scale * load(add + r * t.ld_add);
+          for (int r = 0; r < MR; ++r) acc[r][c] += scale_of(r) * load(add + r * t.ld_add);
         } else {
 #pragma GCC unroll 16
-          for (int r = 0; r < MR; ++r) acc[r][c] += scale * load(add + r * t.ld_add, t.last_lanes);
+          for (int r = 0; r < MR; ++r) acc[r][c] += scale_of(r) * load(add + r * t.ld_add, t.last_lanes);
         }
       }
     });
   if (t.bias) {
 #pragma GCC unroll 8
     for (int c = 0; c < NR; ++c) {
-      V<T> bias = load(t.bias + c * VL<T>);
+      const V<T> bias = t.by_rows ? V<T>{} : load(t.bias + c * VL<T>);
 #pragma GCC unroll 16
-      for (int r = 0; r < MR; ++r) acc[r][c] += bias;
+      for (int r = 0; r < MR; ++r) acc[r][c] += t.by_rows ? broadcast(t.bias[r]) : bias;
     }
   }
   if (t.hard_swish) {
@@ -338,7 +341,7 @@ void gram_block(const GramTile<T>& whole, int rows, int cols, bool lower_only) {
     int nr = panels.size(p), first_col = vec * VL<T>;
     for_tiles(rows, nr, p + 1 == panels.parts ? sharing<T>(cols) : 0, [&](int row, int size, int s) {
       if (lower_only && row + size <= first_col) return;
-      t.a = whole.a + row;
+      t.a = whole.a + row * t.a_row;
       t.b = whole.b + first_col;
       t.g = whole.g + row * t.ldg + first_col;
       kTiles<T, PAIRS>.gram[s][nr - 1][size - 1](t);
@@ -357,14 +360,17 @@ void mix_block(const MixTile<T>& whole, int tokens, int cols, int y_itemsize) {
     int nr = panels.size(p), first_col = vec * VL<T>, rest = cols - first_col - (nr - 1) * VL<T>;
     t.w = whole.w + first_col;
     if (t.w2) t.w2 = whole.w2 + first_col;
-    if (t.bias) t.bias = whole.bias + first_col;
-    if (t.scale) t.scale = whole.scale + first_col;
+    if (t.bias && !t.by_rows) t.bias = whole.bias + first_col;
+    if (t.scale && !t.by_rows) t.scale = whole.scale + first_col;
+    if (t.divided && t.by_rows) t.divided = whole.divided + first_col;
     t.last_lanes = rest < VL<T> ? rest : VL<T>;
     if (p > 0) t.ahead0.lines = t.ahead1.lines = 0;
     for_tiles(tokens, nr, p + 1 == panels.parts ? sharing<T>(cols) : 0, [&](int row, int size, int s) {
       t.x = whole.x + row * t.x_row;
       if (t.x2) t.x2 = whole.x2 + row * t.x2_row;
-      if (t.divided) t.divided = whole.divided + row;
+      if (t.divided && !t.by_rows) t.divided = whole.divided + row;
+      if (t.scale && t.by_rows) t.scale = whole.scale + row;
+      if (t.bias && t.by_rows) t.bias = whole.bias + row;
       if (t.add) t.add = (const char*)whole.add + (row * t.ld_add + first_col) * itemsize(t.add_dtype);
       if (t.after) t.after = whole.after + row * t.ld_after + first_col;
       t.y = (char*)whole.y + (row * t.ldy + first_col) * y_itemsize;

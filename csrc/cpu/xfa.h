@@ -25,7 +25,8 @@ Head<T> head_of(const xk_xfa_args& p, int64_t b, int64_t h) {
 template <class T>
 struct Xfa {
   const xk_xfa_args& p;
-  int dim, ld, block;
+  int dim, ld;
+  bool by_rows;  // tokens are channel-major, and so is what is written
   bool key_value, token_norm, feature_norm, pairs;
   size_t matrix, sums_size, scratch;
   Plan plan;
@@ -34,7 +35,7 @@ struct Xfa {
       : p(p),
         dim(int(p.dim)),
         ld(padded<T>(dim)),
-        block(block_tokens<T>(dim)),
+        by_rows(channel_major(p.q) && channel_major(p.k) && channel_major(p.v)),
         key_value(p.map == XK_KEY_VALUE),
         token_norm(p.norm == XK_TOKEN_NORM),
         feature_norm(p.norm == XK_FEATURE_NORM),
@@ -43,7 +44,7 @@ struct Xfa {
         matrix((size_t)dim * ld),
         sums_size(matrix + 2 * ld),
         scratch(pass_scratch<T>(dim)),
-        plan(p.batch, p.heads, p.tokens, dim, block, sizeof(T)) {}
+        plan(p.batch, p.heads, p.tokens, dim, block_tokens<T>(dim, by_rows), sizeof(T), by_rows ? VL<T> : 0) {}
 
   static bool pairable(const xk_tensor& t) { return !t.data || (t.stride_d == 1 && t.stride_n % 2 == 0); }
   // W as the mixes read it.

@@ -5,7 +5,7 @@ A backend offers the ops' functions (``xfa_forward``, ``xfa_backward``, ``gram``
 reason why it cannot serve a call. If it has a text ``ONLY_BY_NAME``, ``backend="auto"`` passes over it for that reason.
 It may have ``layer_gram`` and ``layer_mix`` (see :mod:`xformer_kernels.layer.passes`); ``NORMS``, those that its
 ``xfa_forward`` computes; ``linear_attention_forward``, ``linear_attention_backward`` and ``FEATURE_MAPS``, those that
-they compute, with ``takes_linear_attention(dtype, head_dims)``; ``WRITES_PACKED``; ``comes_first(q, spec)`` and
+they compute, with ``takes_linear_attention(dtype, head_dims)``; ``KEEPS_LAYOUT``; ``comes_first(q, spec)`` and
 ``decisions(tokens)`` (see :class:`Backend`). A new one is a module and a line of :data:`PATHS`.
 """
 
@@ -63,9 +63,9 @@ class Backend:
         return takes is None or bool(takes(dtype, head_dims))
 
     @property
-    def writes_packed(self) -> bool:
-        """Whether its backwards write the gradients of parts of one packed tensor into one buffer in its layout."""
-        return getattr(self.module, "WRITES_PACKED", False)
+    def keeps_layout(self) -> bool:
+        """Whether its results have the layout of their tokens, see :class:`layouts.Results`."""
+        return getattr(self.module, "KEEPS_LAYOUT", False)
 
     def comes_first(self, q: torch.Tensor, spec: Spec) -> bool:
         """Whether auto asks it before all others for a call of xfa."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xformer_kernels.backends.layouts import Empty, empty_gradient, empty_packed
+from xformer_kernels.backends.layouts import Results, empty_gradient, empty_packed
 from xformer_kernels.reference import accumulate_dtype
 from xformer_kernels.spec import Spec
 
@@ -40,12 +40,16 @@ def _optional(tensor: Tensor | None, strides: tuple[int, ...] | None = None) -> 
 
 
 def gram(
-    empty: Empty, a: Tensor, b: Tensor, symmetric: bool, token_mask: Tensor | None
+    results: Results, a: Tensor, b: Tensor, symmetric: bool, token_mask: Tensor | None
 ) -> tuple[tuple[Any, ...], tuple[Tensor, Tensor, Tensor]]:
     B, H, N, Da = a.shape
     Db = b.shape[-1]
     dtype = accumulate_dtype(a.dtype)
-    G, ssq_a, ssq_b = empty((B, H, Da, Db), dtype), empty((B, H, Da), dtype), empty((B, H, Db), dtype)
+    G, ssq_a, ssq_b = (
+        results.empty((B, H, Da, Db), dtype),
+        results.empty((B, H, Da), dtype),
+        results.empty((B, H, Db), dtype),
+    )
     arguments = (
         (B, H, N, Da), Db, _DTYPES[a.dtype], a.data_ptr(), a.stride(), b.data_ptr(), b.stride(), symmetric,
         *_mask(token_mask), G.data_ptr(), ssq_a.data_ptr(), ssq_b.data_ptr(),
@@ -54,7 +58,7 @@ def gram(
 
 
 def channel_mix(
-    empty: Empty,
+    results: Results,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -65,7 +69,7 @@ def channel_mix(
 ) -> tuple[tuple[Any, ...], Tensor]:
     B, H, N, I = x.shape  # noqa: E741
     O = weight.shape[-2]  # noqa: E741
-    y = empty((B, N, H, O), x.dtype)
+    y = results.empty((B, N, H, O), x.dtype)
 
     def per_feature(t: Tensor | None) -> tuple[int, tuple[int, ...], int]:
         return _optional(t, None if t is None else (t.stride(0), t.stride(1), 0, t.stride(2)))
@@ -97,16 +101,16 @@ def _xfa(
 
 
 def xfa_forward(
-    empty: Empty, q: Tensor, k: Tensor, v: Tensor, temperature: Tensor, token_mask: Tensor | None, spec: Spec
+    results: Results, q: Tensor, k: Tensor, v: Tensor, temperature: Tensor, token_mask: Tensor | None, spec: Spec
 ) -> tuple[tuple[Any, ...], tuple[Tensor, Tensor]]:
-    B, H, N, D = q.shape
-    out = empty((B, N, H, D), q.dtype)
-    stats = empty((B, H, D * D + 2 * D), accumulate_dtype(q.dtype))
+    B, H, _, D = q.shape
+    out = results.output(q, k, v)
+    stats = results.empty((B, H, D * D + 2 * D), accumulate_dtype(q.dtype))
     return (*_xfa(q, k, v, temperature, stats, token_mask, spec), out.data_ptr(), _heads_first(out)), (out, stats)
 
 
 def xfa_backward(
-    empty: Empty,
+    results: Results,
     dout: Tensor,
     q: Tensor,
     k: Tensor,
@@ -117,10 +121,9 @@ def xfa_backward(
     spec: Spec,
     packed: bool = False,
 ) -> tuple[tuple[Any, ...], tuple[Tensor, Tensor]]:
-    B, H, N, D = q.shape
-    dqkv = empty_packed(empty, q, k).transpose(2, 3) if packed else empty((3, B, N, H, D), q.dtype)
+    dqkv = results.gradients(q, k, v, packed)
     dq, dk, dv = dqkv.transpose(2, 3).unbind(0)
-    dtemperature = empty((H,), temperature.dtype)
+    dtemperature = results.empty((q.shape[1],), temperature.dtype)
     gradients = (dq.data_ptr(), dk.data_ptr(), dv.data_ptr(), dq.stride(), dtemperature.data_ptr())
     shared = _xfa(q, k, v, temperature, stats, token_mask, spec)
     return (*shared, dout.data_ptr(), dout.stride(), *gradients), (dqkv, dtemperature)
@@ -145,18 +148,18 @@ def _linear_attention(
 
 
 def linear_attention_forward(
-    empty: Empty, q: Tensor, k: Tensor, v: Tensor, query_mask: Tensor | None, token_mask: Tensor | None, spec: Spec
+    results: Results, q: Tensor, k: Tensor, v: Tensor, query_mask: Tensor | None, token_mask: Tensor | None, spec: Spec
 ) -> tuple[tuple[Any, ...], tuple[Tensor, Tensor]]:
-    B, H, N, D = q.shape
+    B, H, _, D = q.shape
     Dv = v.shape[-1]
-    out = empty((B, N, H, Dv), q.dtype)
-    stats = empty((B, H, spec.statistics(D, Dv)), accumulate_dtype(q.dtype))
+    out = results.output(q, k, v)
+    stats = results.empty((B, H, spec.statistics(D, Dv)), accumulate_dtype(q.dtype))
     shared = _linear_attention(q, k, v, stats, query_mask, token_mask, spec)
     return (*shared, out.data_ptr(), _heads_first(out), *(0, _NO_STRIDES) * 4), (out, stats)
 
 
 def linear_attention_backward(
-    empty: Empty,
+    results: Results,
     dout: Tensor,
     q: Tensor,
     k: Tensor,
@@ -167,7 +170,7 @@ def linear_attention_backward(
     spec: Spec,
     packed: bool = False,
 ) -> tuple[tuple[Any, ...], list[Tensor]]:
-    gradients = [empty_packed(empty, q, k)] if packed else [empty_gradient(empty, x) for x in (q, k, v)]
+    gradients = [empty_packed(results.empty, q, k)] if packed else [empty_gradient(results.empty, x) for x in (q, k, v)]
     each = gradients[0].unbind(0) if packed else gradients
     shared = _linear_attention(q, k, v, stats, query_mask, token_mask, spec)
     addresses = (address for x in each for address in (x.data_ptr(), x.stride()))

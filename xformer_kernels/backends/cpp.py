@@ -14,6 +14,7 @@ from torch import Tensor
 
 from xformer_kernels import _C
 from xformer_kernels.backends import arguments, unsupported_numbers
+from xformer_kernels.backends.layouts import Results
 
 NAME = "cpp"
 
@@ -25,7 +26,7 @@ _WIDEST = 512
 LEVEL = _C.cpu_level()
 NORMS = arguments.NORMS
 FEATURE_MAPS = arguments.FEATURE_MAPS
-WRITES_PACKED = True
+KEEPS_LAYOUT = True
 
 
 def unsupported(device_type: str, dtypes: Iterable[torch.dtype], head_dims: Iterable[int]) -> list[str]:
@@ -41,45 +42,51 @@ def unsupported(device_type: str, dtypes: Iterable[torch.dtype], head_dims: Iter
     return reasons + unsupported_numbers(dtypes, head_dims, _WIDEST)
 
 
-def _empty(size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    result = torch.empty(size, dtype=dtype, device=_CPU)
+def _empty(size: tuple[int, ...], dtype: torch.dtype, order: tuple[int, ...] | None = None) -> Tensor:
+    if order is None:
+        result = torch.empty(size, dtype=dtype, device=_CPU)
+    else:
+        result = torch.empty_permuted(size, order, dtype=dtype, device=_CPU)
     if result.nbytes >= _LARGE:
         _C.prefer_huge_pages(result.data_ptr(), result.nbytes)
     return result
 
 
+_RESULTS = Results(_empty, keeps_layout=True)
+
+
 def gram(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    addresses, result = arguments.gram(_empty, *args)
+    addresses, result = arguments.gram(_RESULTS, *args)
     _C.gram(*addresses, torch.get_num_threads())
     return result
 
 
 def channel_mix(*args: Any) -> Tensor:
-    addresses, result = arguments.channel_mix(_empty, *args)
+    addresses, result = arguments.channel_mix(_RESULTS, *args)
     _C.channel_mix(*addresses, torch.get_num_threads())
     return result
 
 
 def xfa_forward(*args: Any) -> tuple[Tensor, Tensor]:
-    addresses, result = arguments.xfa_forward(_empty, *args)
+    addresses, result = arguments.xfa_forward(_RESULTS, *args)
     _C.xfa_forward(*addresses, torch.get_num_threads())
     return result
 
 
 def xfa_backward(*args: Any) -> tuple[Tensor, Tensor]:
-    addresses, result = arguments.xfa_backward(_empty, *args)
+    addresses, result = arguments.xfa_backward(_RESULTS, *args)
     _C.xfa_backward(*addresses, torch.get_num_threads())
     return result
 
 
 def linear_attention_forward(*args: Any) -> tuple[Tensor, Tensor]:
-    addresses, result = arguments.linear_attention_forward(_empty, *args)
+    addresses, result = arguments.linear_attention_forward(_RESULTS, *args)
     _C.linear_attention_forward(*addresses, torch.get_num_threads())
     return result
 
 
 def linear_attention_backward(*args: Any) -> list[Tensor]:
-    addresses, result = arguments.linear_attention_backward(_empty, *args)
+    addresses, result = arguments.linear_attention_backward(_RESULTS, *args)
     _C.linear_attention_backward(*addresses, torch.get_num_threads())
     return result
 
@@ -93,7 +100,7 @@ def layer_gram(
     layer_norm_eps: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """gram of a and of b layer-normalised and centred on the way; sums take the place of the sums of squares."""
-    addresses, result = arguments.gram(_empty, a, b, symmetric, token_mask)
+    addresses, result = arguments.gram(_RESULTS, a, b, symmetric, token_mask)
     sums = (result[1].data_ptr(), result[2].data_ptr())
     _C.layer_gram(*addresses, *_prologue(center, layer_norm_eps), *sums, torch.get_num_threads())
     return result
@@ -111,7 +118,7 @@ def layer_mix(
     differentiate: bool,
 ) -> Tensor:
     """channel_mix with x2, or else x, layer-normalised and centred on the way, or that differentiated."""
-    addresses, result = arguments.channel_mix(_empty, x, weight, bias, add, None, x2, weight2)
+    addresses, result = arguments.channel_mix(_RESULTS, x, weight, bias, add, None, x2, weight2)
     _C.layer_mix(*addresses, *_prologue(center, layer_norm_eps), differentiate, torch.get_num_threads())
     return result
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from xformer_kernels import _cuda
 from xformer_kernels.backends import arguments, cuda_first, precision_of_products, tf32_allowed, unsupported_numbers
+from xformer_kernels.backends.layouts import Results
 
 NAME = "cuda"
 NORMS = arguments.NORMS
@@ -83,7 +84,7 @@ def _empty(device: torch.device, size: tuple[int, ...], dtype: torch.dtype) -> T
 def _run(op: str, like: Tensor, *args: Any) -> Any:
     """Allocates results and workspace, and launches on the current stream of the tensors' device."""
     device = like.device
-    addresses, result = getattr(arguments, op)(partial(_empty, device), like, *args)
+    addresses, result = getattr(arguments, op)(Results(partial(_empty, device), keeps_layout=False), like, *args)
     B, H = like.shape[:2]
     if B * H == 0:
         if op == "xfa_backward":

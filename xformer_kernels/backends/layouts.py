@@ -1,15 +1,42 @@
-"""In which order of memory gradients are written: that of what they are the gradients of."""
+"""In which order of memory results are written: outputs as the tokens they are of, gradients as what they are of."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
-Empty = Callable[[tuple[Any, ...], torch.dtype], Tensor]
-"""Gives a tensor of a size and dtype on the device of the call."""
+Empty = Callable[..., Tensor]
+"""Gives a tensor of a size and dtype on the device of the call; `order` is that of :func:`torch.empty_permuted`."""
+
+
+@dataclass(frozen=True)
+class Results:
+    """Allocates the results of a backend that keeps the layout of its tokens (``KEEPS_LAYOUT``), or of one that does
+    not."""
+
+    empty: Empty
+    keeps_layout: bool
+
+    def output(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """(B, N, H, Dv): contiguous, or in (B, H, Dv, N) memory if q, k and v are channel-major."""
+        B, H, N, _ = q.shape
+        return self._token_major((B, N, H, v.shape[-1]), q, k, v)
+
+    def gradients(self, q: Tensor, k: Tensor, v: Tensor, packed: bool) -> Tensor:
+        """(3, B, N, H, D) for those of q, k and v, in one of their layouts likewise, or if packed in that of all."""
+        if packed:
+            return empty_packed(self.empty, q, k).transpose(2, 3)
+        B, H, N, D = q.shape
+        return self._token_major((3, B, N, H, D), q, k, v)
+
+    def _token_major(self, size: tuple[Any, ...], *tokens: Tensor) -> Tensor:
+        if self.keeps_layout and all(map(channel_major, tokens)):
+            first = range(len(size) - 3)
+            return self.empty(size, tokens[0].dtype, order=(*first, *(len(first) + i for i in (1, 2, 0))))
+        return self.empty(size, tokens[0].dtype)
 
 
 def channel_major(x: Tensor) -> bool:

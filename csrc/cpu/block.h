@@ -1,0 +1,273 @@
+// Runs a pass on one block of tokens.
+#pragma once
+
+#include "pass.h"
+
+namespace xk {
+namespace XK_LEVEL {
+
+// Tokens per block, a multiple of what tiles and vectors take; by_rows: of channel-major operands, whose rows lie far
+// apart, so that long pieces of few are better than short ones of many.
+template <class T>
+int block_tokens(int dim, bool by_rows = false) {
+  const int multiple = by_rows ? VL<T> : 12, bytes = by_rows ? 16384 : 8192;
+  const int tokens = bytes / int(sizeof(T)) / padded<T>(dim) / multiple * multiple;
+  return tokens < multiple ? multiple : tokens > 96 ? 96 : tokens;
+}
+// The scratch that one thread needs for a pass whose widest operand has `dim` features: blocks of an operand, and
+// numbers per token.
+template <class T>
+size_t row_of_tokens(int dim) {
+  const int tokens = block_tokens<T>(dim), by_rows = block_tokens<T>(dim, true);
+  return padded<T>(tokens > by_rows ? tokens : by_rows);
+}
+template <class T>
+size_t pass_scratch(int dim) {
+  return row_of_tokens<T>(dim) * ((2 * kMaxOperands + 1) * padded<T>(dim) + kMaxOperands + 2);
+}
+
+// A pass over tokens [first, first + tokens) of one (batch, head), tokens <= block_tokens(widest), in the scratch of
+// its thread: pass_scratch(widest).
+template <class T>
+class Block {
+ public:
+  Block(const Pass<T>& pass, int64_t first, int tokens, const Pass<T>* next, int64_t next_first, int widest, T* scratch)
+      : pass(pass), first(first), next_first(next_first), tokens(tokens), row(padded<T>(tokens)), next(next) {
+    const size_t columns = row_of_tokens<T>(widest), size = columns * padded<T>(widest);
+    staged = scratch + 2 * kMaxOperands * size;
+    for (int i = 0; i < kMaxOperands; ++i) {
+      packed[i] = scratch + i * size;
+      features[i] = scratch + (kMaxOperands + i) * size;
+      norms[i] = staged + size + i * columns;
+    }
+    factors = staged + size + kMaxOperands * columns;
+    along = factors + columns;
+  }
+
+  void run() {
+    for (int i = 0; i < pass.operands; ++i) pack_operand(i);
+    take_quotient();
+    if (pass.gram.g) add_gram();
+    for (int m = 0; m < pass.mixes; ++m) {
+      if (pass.by_rows)
+        mix_by_rows(pass.mix[m]);
+      else
+        mix_by_tokens(pass.mix[m]);
+    }
+  }
+
+ private:
+  static constexpr bool kMayPair = kPairs && sizeof(T) == sizeof(float);
+
+  const Pass<T>& pass;
+  const int64_t first, next_first;
+  const int tokens, row;  // row: columns of features as rows
+  const Pass<T>* const next;
+  T *packed[kMaxOperands], *features[kMaxOperands], *norms[kMaxOperands], *staged;
+  T *factors, *along;    // per token: what mixes are multiplied by; and scratch
+  bool divided = false;  // whether factors hold anything
+
+  bool pairs() const { return kMayPair && pass.pairs; }
+
+  Ahead ahead(const Operand& o) const {
+    if (o.by_rows) return {};  // pack_features asks for its own
+    ptrdiff_t size = itemsize(o.dtype), step = (o.stride_d == 1 ? o.stride_n : o.stride_d) * size;
+    const char* base = o.data + next_first * o.stride_n * size;
+    ptrdiff_t used = o.stride_d == 1 ? o.dim * size : o.stride_n == 1 ? tokens * size : 0;
+    return {base, step, used ? (((ptrdiff_t)base & 63) + used + 63) / 64 : 0, o.stride_d == 1 ? 0 : o.dim};
+  }
+
+  void pack_operand(int i) {
+    const Operand& o = pass.in[i];
+    if constexpr (kMayPair)
+      if (pairs()) {
+        if (!o.by_tokens) return;
+        const bf16* p = (const bf16*)o.data + first * o.stride_n;
+        if (pass.ssq[i])
+          pack_pairs<true>(p, o.stride_n, tokens, o.dim, packed[i], padded<T>(o.dim), pass.ssq[i]);
+        else
+          pack_pairs<false>(p, o.stride_n, tokens, o.dim, packed[i], padded<T>(o.dim), nullptr);
+        return;
+      }
+    if (o.by_rows) pack_by_rows(pass, i, first, tokens, features[i]);
+    if (o.by_tokens) pack(pass, i, first, tokens, packed[i], norms[i]);
+  }
+
+  void take_quotient() {
+    const Quotient<T>& quotient = pass.quotient;
+    divided = quotient.z || quotient.scale != 1;
+    if (quotient.z) {
+      const int dim = pass.in[quotient.of].dim;
+      if (pass.by_rows)
+        column_dots(features[quotient.of], quotient.z, dim, row, factors);
+      else
+        row_dots(packed[quotient.of], quotient.z, 0, tokens, padded<T>(dim), factors);
+      for (int n = 0; n < row; ++n) factors[n] = 1 / (factors[n] + quotient.eps);
+    }
+    if (quotient.scaled < 0) {
+      if (quotient.scale != 1)
+        for (int n = 0; n < row; ++n) factors[n] = quotient.z ? quotient.scale * factors[n] : quotient.scale;
+      return;
+    }
+    if (!divided) return;
+    const Operand& o = pass.in[quotient.scaled];
+    for (int n = 0; n < row; ++n) along[n] = quotient.z ? quotient.scale * factors[n] : quotient.scale;
+    if (o.by_tokens)
+      for (int n = 0; n < tokens; ++n) {
+        T* p = packed[quotient.scaled] + (ptrdiff_t)n * padded<T>(o.dim);
+        for (int c = 0; c < padded<T>(o.dim); c += VL<T>) store(p + c, load(p + c) * broadcast(along[n]));
+      }
+    if (o.by_rows)
+      for (int d = 0; d < o.dim; ++d) {
+        T* p = features[quotient.scaled] + (ptrdiff_t)d * row;
+        for (int n = 0; n < row; n += VL<T>) store(p + n, load(p + n) * load(along + n));
+      }
+  }
+
+  void add_gram() {
+    const Gram<T>& gram = pass.gram;
+    const Operand &a = pass.in[gram.a], &b = pass.in[gram.b];
+    const int ldg = padded<T>(b.dim);
+    const bool by_rows = a.by_rows && gram.a != gram.b;
+    GramTile<T> t{};
+    t.a = by_rows ? features[gram.a] : packed[gram.a];
+    t.a_row = by_rows ? row : 1;
+    t.a_k = by_rows ? 1 : padded<T>(a.dim);
+    t.b = packed[gram.b];
+    t.ldb = t.ldg = ldg;
+    t.g = gram.g;
+    if (next) t.ahead0 = ahead(next->in[gram.a]);
+    if (next && gram.a != gram.b) t.ahead1 = ahead(next->in[gram.b]);
+    t.tokens = pairs() ? (tokens + 1) / 2 : tokens;
+    if constexpr (kMayPair)
+      if (pairs()) gram_block<T, true>(t, a.dim, b.dim, false);
+    if (!pairs()) gram_block(t, a.dim, b.dim, gram.a == gram.b);
+  }
+
+  const char* at(int i) const { return pass.in[i].data + first * pass.in[i].stride_n * itemsize(pass.in[i].dtype); }
+  char* result(const Mix<T>& mix) const { return (char*)mix.y.data + first * mix.y.stride_n * itemsize(mix.y.dtype); }
+
+  MixTile<T> tile(const Mix<T>& mix) const {
+    MixTile<T> t{};
+    if (next && mix.ahead >= 0) t.ahead0 = ahead(next->in[mix.ahead]);
+    if (next) t.ahead1 = ahead(next->mix[&mix - pass.mix].y);
+    t.bias = mix.bias;
+    t.scale = mix.scale;
+    if (divided && pass.quotient.scaled < 0) t.divided = factors;
+    return t;
+  }
+
+  // An operand that need not be packed is read where it lies.
+  void source(int i, const T*& x, ptrdiff_t& x_row, ptrdiff_t& x_k, ptrdiff_t& K) const {
+    const Operand& o = pass.in[i];
+    const bool is_packed = o.by_tokens && !pairs();
+    K = pairs() ? o.dim / 2 : o.dim;
+    x = is_packed ? packed[i] : (const T*)at(i);
+    x_row = pairs() ? o.stride_n / 2 : is_packed ? padded<T>(o.dim) : o.stride_n;
+    x_k = pairs() || is_packed ? 1 : o.stride_d;
+  }
+
+  void mix_by_tokens(const Mix<T>& mix) {
+    const Quotient<T>& quotient = pass.quotient;
+    const int ld = padded<T>(mix.y.dim), size = itemsize(mix.y.dtype);
+    char* y = result(mix);
+    MixTile<T> t = tile(mix);
+    source(mix.x, t.x, t.x_row, t.x_k, t.K);
+    if (mix.x2 >= 0) source(mix.x2, t.x2, t.x2_row, t.x2_k, t.K2);
+    t.w = mix.w;
+    t.w2 = mix.w2;
+    t.ldw = ld;
+    const bool layer_norm = mix.unit >= 0 && pass.in[mix.unit].layer_norm;
+    if (mix.add >= 0 && !layer_norm) {
+      const Operand& o = pass.in[mix.add];
+      bool lies = o.stride_d == 1;
+      t.add = lies ? (const void*)at(mix.add) : packed[mix.add];
+      t.ld_add = lies ? o.stride_n : padded<T>(o.dim);
+      t.add_dtype = lies ? o.dtype : kNative<T>;
+    }
+    const bool across = mix.y.channel_major();
+    if (mix.unit < 0 && !across) {
+      t.y = y;
+      t.ldy = mix.y.stride_n;
+      t.dtype = mix.y.dtype;
+      if constexpr (kMayPair)
+        if (pairs()) mix_block<T, true>(t, tokens, mix.y.dim, size);
+      if (!pairs()) mix_block(t, tokens, mix.y.dim, size);
+    } else {
+      t.y = staged;
+      t.ldy = ld;
+      t.dtype = kNative<T>;
+      mix_block(t, tokens, ld, int(sizeof(T)));
+      if (layer_norm) {
+        const T* add = nullptr;
+        ptrdiff_t ld_add = 0, step = 0, columns = 0;
+        if (mix.add >= 0) source(mix.add, add, ld_add, step, columns);
+        layer_norm_backward(staged, packed[mix.unit], pass.center[mix.unit], norms[mix.unit], add, ld_add, tokens,
+                            mix.y.dim, ld);
+      } else if (mix.unit >= 0 && !pass.in[mix.unit].unit_rows) {
+        const T* u = packed[mix.unit];
+        if (quotient.z) quotient_backward(staged, u, quotient.z, factors, along, quotient.dz, tokens, ld);
+        features_backward(pass.in[mix.unit].features, staged, u, tokens, mix.y.dim, ld);
+      } else if (mix.unit >= 0) {
+        unit_rows_backward(staged, packed[mix.unit], norms[mix.unit], tokens, ld, pass.eps);
+      }
+      if (pass.mask && across)
+        for (int n = 0; n < tokens; ++n)
+          if (!pass.mask[(first + n) * pass.mask_stride]) memset(staged + (ptrdiff_t)n * ld, 0, ld * sizeof(T));
+      with_storage<T>(mix.y.dtype, [&](auto* storage) {
+        auto to = (decltype(storage))y;
+        if (across)
+          unpack_transposed(staged, ld, tokens, mix.y.dim, to, mix.y.stride_d);
+        else
+          unpack(staged, ld, tokens, mix.y.dim, to, mix.y.stride_n);
+      });
+    }
+    if (pass.mask && !across)
+      for (int n = 0; n < tokens; ++n)
+        if (!pass.mask[(first + n) * pass.mask_stride])
+          memset(y + n * mix.y.stride_n * size, 0, (size_t)mix.y.dim * size);
+  }
+
+  // The transposed product: w is its left operand, and rows of x are vectors of tokens.
+  void mix_by_rows(const Mix<T>& mix) {
+    const Quotient<T>& quotient = pass.quotient;
+    const int dim = mix.y.dim, size = itemsize(mix.y.dtype);
+    char* y = result(mix);
+    MixTile<T> t = tile(mix);
+    t.by_rows = true;
+    t.x = mix.w;
+    t.x_row = 1;
+    t.x_k = padded<T>(dim);
+    t.K = pass.in[mix.x].dim;
+    t.w = features[mix.x];
+    t.ldw = row;
+    if (mix.add >= 0) {
+      t.add = features[mix.add];
+      t.ld_add = row;
+      t.add_dtype = kNative<T>;
+    }
+    if (mix.unit < 0) {
+      t.y = y;
+      t.ldy = mix.y.stride_d;
+      t.dtype = mix.y.dtype;
+      mix_block(t, dim, tokens, size);
+    } else {
+      const T* u = features[mix.unit];
+      t.y = staged;
+      t.ldy = row;
+      t.dtype = kNative<T>;
+      mix_block(t, dim, row, int(sizeof(T)));
+      if (quotient.z) quotient_backward_by_rows(staged, u, quotient.z, factors, along, quotient.dz, dim, row);
+      features_backward(pass.in[mix.unit].features, staged, u, dim, tokens, row);
+      with_storage<T>(mix.y.dtype,
+                      [&](auto* storage) { unpack(staged, row, dim, tokens, (decltype(storage))y, mix.y.stride_d); });
+    }
+    if (pass.mask)
+      for (int n = 0; n < tokens; ++n)
+        if (!pass.mask[(first + n) * pass.mask_stride])
+          for (int d = 0; d < dim; ++d) memset(y + (d * mix.y.stride_d + n) * size, 0, size);
+  }
+};
+
+}  // namespace XK_LEVEL
+}  // namespace xk
