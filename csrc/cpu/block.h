@@ -70,11 +70,10 @@ class Block {
   bool pairs() const { return kMayPair && pass.pairs; }
 
   Ahead ahead(const Operand& o) const {
-    if (o.by_rows) return {};  // pack_features asks for its own
-    ptrdiff_t size = itemsize(o.dtype), step = (o.stride_d == 1 ? o.stride_n : o.stride_d) * size;
+    if (o.stride_d != 1) return {};  // what packs channel-major tokens asks for the next ones
+    const ptrdiff_t size = itemsize(o.dtype), used = o.dim * size;
     const char* base = o.data + next_first * o.stride_n * size;
-    ptrdiff_t used = o.stride_d == 1 ? o.dim * size : o.stride_n == 1 ? tokens * size : 0;
-    return {base, step, used ? (((ptrdiff_t)base & 63) + used + 63) / 64 : 0, o.stride_d == 1 ? 0 : o.dim};
+    return {base, o.stride_n * size, (((ptrdiff_t)base & 63) + used + 63) / 64};
   }
 
   void pack_operand(int i) {
@@ -233,6 +232,9 @@ class Block {
     const Quotient<T>& quotient = pass.quotient;
     const int dim = mix.y.dim, size = itemsize(mix.y.dtype);
     char* y = result(mix);
+    for (int d = 0; next && d < dim; ++d)  // where the next block is written
+      for (int line = 0; line < tokens * size; line += 64)
+        __builtin_prefetch(y + d * mix.y.stride_d * size + tokens * size + line, 0, 2);
     MixTile<T> t = tile(mix);
     t.by_rows = true;
     t.x = mix.w;

@@ -54,7 +54,8 @@ void pack_strided(const S* p, int64_t stride_n, int64_t stride_d, int tokens, in
   }
 }
 
-// Tokens side by side in memory (stride_n == 1), as in a (batch, channels, height, width) feature map.
+// Tokens side by side in memory (stride_n == 1), as in a (batch, channels, height, width) feature map. The next block
+// follows, and is asked for.
 template <class T, class S>
 void pack_transposed(const S* p, int64_t stride_d, int tokens, int dim, T* out, int ld) {
   for (int d = 0; d < ld; d += VL<T>)
@@ -64,6 +65,7 @@ void pack_transposed(const S* p, int64_t stride_d, int tokens, int dim, T* out, 
 #pragma GCC unroll 16
       for (int i = 0; i < VL<T>; ++i) {
         const S* row = p + (d + i) * stride_d + n;
+        if (d + i < dim) __builtin_prefetch(row + tokens, 0, 2);
         x[i] = d + i >= dim ? V<T>{} : lanes == VL<T> ? load(row) : load(row, lanes);
       }
       transpose_registers<T>(x);
@@ -74,7 +76,7 @@ void pack_transposed(const S* p, int64_t stride_d, int tokens, int dim, T* out, 
     }
 }
 
-// The same tokens with features as rows, padded with zeros. The next block follows in memory, and is asked for.
+// The same with features as rows, padded with zeros.
 template <class T, class S>
 void pack_features(const S* p, int64_t stride_d, int tokens, int dim, T* out, int ld) {
   for (int d = 0; d < dim; ++d, p += stride_d, out += ld)

@@ -92,16 +92,12 @@ XK_INLINE void accumulate(V<T> (&acc)[MR][NR], const T* a, ptrdiff_t row_stride,
 #pragma GCC unroll 16
   for (int g = 0; g < kPointers; ++g) p[g] = (const char*)a + 3 * g * row_bytes;
   constexpr int at_once = PAIRS ? 2 : 1;  // lines of each operand per step: a step is worth two tokens, or features
-  Lines<at_once> lines0(ahead0, b, rows, line), lines1(ahead1, b, rows, line);
-  for (ptrdiff_t k = 0; k < K;) {
-    lines0.begin_line();
-    lines1.begin_line();
-    const ptrdiff_t left = lines0.left < lines1.left ? lines0.left : lines1.left;
-    const ptrdiff_t stop = K - k < left ? K : k + left;
-    lines0.left -= stop - k, lines1.left -= stop - k;
-    const char *next0 = lines0.next, *next1 = lines1.next;
-    const ptrdiff_t step0 = lines0.step, step1 = lines1.step;
-    lines0.next += (stop - k) * at_once * step0, lines1.next += (stop - k) * at_once * step1;
+  const ptrdiff_t steps = (rows + at_once - 1) / at_once;
+  for (ptrdiff_t k = 0; k < K; ++line) {
+    const bool idle = line >= ahead0.lines && line >= ahead1.lines;
+    const ptrdiff_t stop = idle || K - k < steps ? K : k + steps;
+    const char *next0 = ahead0.at(line, b), *next1 = ahead1.at(line, b);
+    const ptrdiff_t step0 = ahead0.step(line), step1 = ahead1.step(line);
     for (; k < stop; ++k, b += ldb) {
 #pragma GCC unroll 2
       for (int i = 0; i < at_once; ++i, next0 += step0, next1 += step1) {
@@ -346,8 +342,6 @@ void gram_block(const GramTile<T>& whole, int rows, int cols, bool lower_only) {
       t.g = whole.g + row * t.ldg + first_col;
       kTiles<T, PAIRS>.gram[s][nr - 1][size - 1](t);
       ++t.line;
-      t.ahead0.advance(t.tokens);
-      t.ahead1.advance(t.tokens);
     });
   }
 }
@@ -374,11 +368,9 @@ void mix_block(const MixTile<T>& whole, int tokens, int cols, int y_itemsize) {
       if (t.add) t.add = (const char*)whole.add + (row * t.ld_add + first_col) * itemsize(t.add_dtype);
       if (t.after) t.after = whole.after + row * t.ld_after + first_col;
       t.y = (char*)whole.y + (row * t.ldy + first_col) * y_itemsize;
-      if (!t.ahead0.features) t.ahead0.base = whole.ahead0.base + row * t.ahead0.row;
-      if (!t.ahead1.features) t.ahead1.base = whole.ahead1.base + row * t.ahead1.row;
+      t.ahead0.base = whole.ahead0.base + row * t.ahead0.row;
+      t.ahead1.base = whole.ahead1.base + row * t.ahead1.row;
       kTiles<T, PAIRS>.mix[s][nr - 1][size - 1](t);
-      t.ahead0.advance(t.K);
-      t.ahead1.advance(t.K);
     });
   }
 }
