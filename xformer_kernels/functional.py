@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xformer_kernels import dispatch, ops, parallel, reference, validate
+from xformer_kernels import autocast, dispatch, ops, parallel, reference, validate
 from xformer_kernels.spec import Spec
 
 
@@ -50,7 +50,7 @@ def xfa(
 
     Args:
         q, k, v: (B, H, N, D), one dtype of float32, float64, bfloat16, float16 and one device, of any strides (views
-            of a packed projection are read in place).
+            of a packed projection are read in place; in training, make them by :func:`split_qkv`).
         temperature: (H,), (H, 1, 1) or one element; any floating dtype; learnable.
         map, norm, activation, eps: see the formulas.
         token_mask: (B, N) bool. False tokens take no part, whatever they hold: their output and gradients are 0.
@@ -62,10 +62,10 @@ def xfa(
             ``XFORMER_KERNELS_BACKEND`` replaces "auto".
 
     Returns:
-        (B, H, N, D) in the dtype of q: a view of (B, N, H, D) memory, so ``.transpose(1, 2).flatten(2)`` is free. Sums,
-        norms and maps are float32 (float64 for float64), results are deterministic. Where a processor multiplies
-        bfloat16 by bfloat16, the map is rounded to it for that. With autocast on, q, k and v are cast as they are for
-        ``scaled_dot_product_attention``.
+        (B, H, N, D) in the dtype of q: a view of (B, N, H, D) memory, so ``.transpose(1, 2).flatten(2)`` is free. The
+        CPU kernels return a view of (B, H, D, N) memory if q, k and v are such views (images). Sums, norms and maps are
+        float32 (float64 for float64), results are deterministic. Where a processor multiplies bfloat16 by bfloat16, the
+        map is rounded to it for that. With autocast on, q, k and v are cast as for ``scaled_dot_product_attention``.
 
     A float64 temperature beside tokens of another dtype promotes, as in PyTorch: all is computed in float64, of copies
     of the tokens, and the output is rounded to their dtype.
@@ -137,7 +137,7 @@ def _rounded(a: Arguments, backend: str) -> tuple[Tensor]:
 def _reference(a: Arguments) -> tuple[Tensor]:
     note_reference("xfa")
     map_fn = None if a.map_fn is None else _checked_result(a.map_fn)
-    with ops.without_autocast(a.q):
+    with autocast.disabled(a.q):
         out = reference.xfa(*a.tensors, **a.spec.of_xfa, token_mask=a.token_mask, dropout_p=a.dropout_p, map_fn=map_fn)
     return (out.transpose(1, 2),)
 
@@ -174,7 +174,7 @@ def gram(
         TypeError, ValueError, RuntimeError: as :func:`xfa`; ValueError if ``symmetric`` and ``b`` is not ``a``.
     """
     if isinstance(a, Tensor):
-        a, b = ops.autocast(a) * 2 if a is b else ops.autocast(a, b)  # type: ignore[assignment]
+        a, b = autocast.cast_tokens(a) * 2 if a is b else autocast.cast_tokens(a, b)  # type: ignore[assignment]
     validate.gram(a, b, symmetric, token_mask)
     if not isinstance(sums, bool):
         raise TypeError(f"sums must be True or False, got {type(sums).__name__}: {sums!r}")
@@ -186,7 +186,7 @@ def gram(
         b = a if same else b.unsqueeze(1)
     if name == "reference":
         note_reference("gram")
-        with ops.without_autocast(a):
+        with autocast.disabled(a):
             result: tuple[Tensor, ...] = reference.gram(a, b, symmetric=symmetric, token_mask=token_mask)
     else:
         result = ops.call("gram", name, (a, b), bool(symmetric), token_mask)
@@ -231,8 +231,8 @@ def channel_mix(
             without add.
     """
     if isinstance(x, Tensor):
-        x, add, x2 = ops.autocast(x, add, x2)  # type: ignore[assignment]
-        weight, bias, add_scale, weight2 = ops.autocast_weights(x, weight, bias, add_scale, weight2)
+        x, add, x2 = autocast.cast_tokens(x, add, x2)  # type: ignore[assignment]
+        weight, bias, add_scale, weight2 = autocast.cast_weights(x, weight, bias, add_scale, weight2)
     validate.channel_mix(x, weight, bias, add, add_scale, x2, weight2)
     heads = x.shape[1] if x.dim() == 4 else 1
     O = weight.shape[-2]  # noqa: E741
@@ -248,7 +248,7 @@ def channel_mix(
         x, add, x2 = (None if t is None else t.unsqueeze(1) for t in (x, add, x2))  # type: ignore[assignment]
     if name == "reference":
         note_reference("channel_mix")
-        with ops.without_autocast(x):
+        with autocast.disabled(x):
             y = reference.channel_mix(x, weight, bias=bias, add=add, add_scale=add_scale, x2=x2, weight2=weight2)
     else:
         y = ops.call("channel_mix", name, (x, weight, bias, add, add_scale, x2, weight2)).transpose(1, 2)
@@ -308,7 +308,7 @@ def backend_of(
 def _prepare(q: Any, k: Any, v: Any, temperature: Any, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Autocast and checked arguments, with the temperature as (H,)."""
     if isinstance(q, Tensor):
-        q, k, v = ops.autocast(q, k, v)
+        q, k, v = autocast.cast_tokens(q, k, v)
     validate.xfa(q, k, v, temperature, *others)
     if temperature.dim() != 1:
         temperature = temperature.reshape(-1)

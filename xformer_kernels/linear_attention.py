@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xformer_kernels import dispatch, functional, linear_ops, ops, reference, validate
+from xformer_kernels import autocast, dispatch, functional, linear_ops, ops, reference, validate
 from xformer_kernels.spec import Spec
 
 
@@ -55,7 +55,7 @@ def linear_attention(
         backend: see :func:`xfa`.
 
     Returns:
-        (B, H, N, Dv) in the dtype of q: a view of (B, N, H, Dv) memory. Numerators, denominators, S and z are float32
+        (B, H, N, Dv) in the dtype of q: a view of memory as of :func:`xfa`. Numerators, denominators, S and z are float32
         (float64 for float64). Where the call is composed of :func:`gram` and :func:`channel_mix`, feature maps of
         16-bit keys are rounded to their dtype.
 
@@ -69,7 +69,7 @@ def linear_attention(
     """
     spec = Spec.of_linear_attention(feature_map, normalize, scale, eps)
     if isinstance(q, Tensor):
-        q, k, v = ops.autocast(q, k, v)  # type: ignore[assignment]
+        q, k, v = autocast.cast_tokens(q, k, v)  # type: ignore[assignment]
     _validate(q, k, v, query_mask, token_mask)
     spec = spec.with_normal_eps(reference.accumulate_dtype(q.dtype))
     D, Dv = functional.head_dims(q, v)
@@ -79,7 +79,7 @@ def linear_attention(
         return out.transpose(1, 2)
     if normalize and name != "reference":  # composed, the denominator is one feature more
         name = functional.backend_of(backend, (q, k, v), (q.dtype,), (D, Dv + 1))
-    with ops.without_autocast(q):
+    with autocast.disabled(q):
         if name == "reference":
             functional.note_reference("linear_attention")
             return reference.linear_attention(q, k, v, **spec.of_linear, query_mask=query_mask, token_mask=token_mask)

@@ -8,7 +8,7 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
-from xformer_kernels import dispatch, ops, parallel, reference, validate
+from xformer_kernels import autocast, dispatch, parallel, reference, validate
 from xformer_kernels.functional import shared, xfa
 from xformer_kernels.layer import xfa_block, xfa_layer
 from xformer_kernels.layer.call import FORMS, Call, Projections
@@ -205,7 +205,7 @@ def attend(layer: Any, x: Tensor, call: Call) -> Tensor:
         return _through_modules(layer, x, call, p)
     call = call._replace(dropout_p=p)
     if _may_skip_checks(layer, x, call):
-        (x,) = ops.autocast(x)  # type: ignore[assignment]
+        (x,) = autocast.cast_tokens(x)  # type: ignore[assignment]
         return prepared(call, Operands(x, *weights(layer)))()[0]
     return xfa_layer(x, *weights(layer), **call.keywords())
 

@@ -21,7 +21,6 @@ backend. A backend's function takes the first two, with the Spec itself; an auto
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -30,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from xformer_kernels import dispatch, reference
+from xformer_kernels import autocast, dispatch, reference
 from xformer_kernels import torch_internals as internals
 from xformer_kernels.backends import layouts
 from xformer_kernels.spec import Spec
@@ -224,7 +223,7 @@ def differentiated_again(
     gradient of its output and its inputs, from `grads`, those of the gradients of its inputs."""
     dtype = reference.accumulate_dtype(tensors[1].dtype)
     again = torch.is_grad_enabled()
-    with torch.enable_grad(), without_autocast(tensors[1]):
+    with torch.enable_grad(), autocast.disabled(tensors[1]):
         # new points to differentiate at, connected to the old ones in case the result is differentiated too
         points = [x.to(dtype).view_as(x) if x.requires_grad else x.detach().to(dtype) for x in tensors]
         dout, *inputs = (x if x.requires_grad else x.requires_grad_() for x in points)
@@ -344,40 +343,6 @@ def _fake_channel_mix(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
     return token_major(x, weight.shape[-2])
 
 
-def _autocast_on(x: Tensor) -> bool:
-    device_type = x.device.type
-    # is_autocast_enabled refuses devices that have no autocast; torch.compile of torch 2.11 cannot trace the question
-    has_autocast = device_type in ("cpu", "cuda") or torch.amp.is_autocast_available(device_type)
-    return has_autocast and torch.is_autocast_enabled(device_type)
-
-
-def autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Tokens in the dtype that autocast asks for on the device of x, as it would for a matmul; float64 stays."""
-    if not _autocast_on(x):
-        return x, *others
-    dtype = torch.get_autocast_dtype(x.device.type)
-    return tuple(t.to(dtype) if isinstance(t, Tensor) and _castable(t) else t for t in (x, *others))
-
-
-def autocast_weights(x: Tensor, *weights: Any) -> tuple[Any, ...]:
-    """With autocast on, weights of neither the dtype of x nor its accumulate dtype in that of x, as F.linear does."""
-    if not _autocast_on(x):
-        return weights
-    accepted = (x.dtype, reference.accumulate_dtype(x.dtype))
-    return tuple(
-        w.to(x.dtype) if isinstance(w, Tensor) and w.dtype not in accepted and _castable(w) else w for w in weights
-    )
-
-
-def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    """A region in which operators compute in the dtypes that they are given."""
-    return torch.autocast(x.device.type, enabled=False) if _autocast_on(x) else nullcontext()
-
-
-def _castable(t: Tensor) -> bool:
-    return t.is_floating_point() and t.dtype != torch.float64
-
-
 def register(
     op: str,
     fake: Any,
@@ -411,7 +376,7 @@ def register(
 
     def under_autocast(*args: Any) -> Any:
         given = dict(zip(names, args, strict=True))
-        given |= zip(tokens, autocast(*(given[name] for name in tokens)), strict=True)
+        given |= zip(tokens, autocast.cast_tokens(*(given[name] for name in tokens)), strict=True)
         with internals.without_autocast_key():
             return overload(*given.values())
 

@@ -70,9 +70,10 @@ class _Split(torch.autograd.Function):
         if torch.is_grad_enabled() or not _one_buffer(parts):
             return torch.stack(parts, ctx.dim), None
         first, second = parts[:2]
-        sizes, strides = list(first.shape), list(first.stride())
+        sizes: list[int] = [*first.shape]
+        strides: list[int] = [*first.stride()]
         sizes.insert(ctx.dim, len(parts))
-        strides.insert(ctx.dim, second.storage_offset() - first.storage_offset())
+        strides.insert(ctx.dim, int(second.storage_offset() - first.storage_offset()))
         return first.as_strided(sizes, strides), None
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from xformer_kernels import ops
+from xformer_kernels import autocast
 from xformer_kernels.integrations.parts import has_parts, heads_of_image, is_channels_last, serves_tensor
 from xformer_kernels.layer.call import Call
 from xformer_kernels.linear_attention import linear_attention
@@ -26,7 +26,7 @@ def lite_mla(module: Any, call: Call, x: Tensor) -> Tensor:
     """
     qkv = module.qkv(x)
     scales = (qkv, *(aggregate(qkv) for aggregate in module.aggreg))
-    with ops.without_autocast(qkv):
+    with autocast.disabled(qkv):
         out = _of_scales(scales, module.dim, module.eps, call.backend)
     if is_channels_last(qkv):
         image = torch.cat([t.transpose(1, 2).flatten(2) for t in out], -1).unflatten(1, x.shape[2:]).movedim(-1, 1)

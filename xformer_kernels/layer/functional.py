@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xformer_kernels import dispatch, functional, ops, parallel, reference
+from xformer_kernels import autocast, dispatch, functional, ops, parallel, reference
 from xformer_kernels.inference import LayerNorm
 from xformer_kernels.layer import cost
 from xformer_kernels.layer.call import Call
@@ -82,7 +82,7 @@ def xfa_layer(
         RuntimeError: a backend asked for by name cannot serve the call.
     """
     if isinstance(x, Tensor):
-        (x,) = ops.autocast(x)  # type: ignore[assignment]
+        (x,) = autocast.cast_tokens(x)  # type: ignore[assignment]
     call = Call(Spec(map, norm, activation, eps), token_mask, dropout_p, form, group, backend)
     o = _as_autocast(Operands(x, qkv_weight, qkv_bias, temperature, proj_weight, proj_bias))
     if group is not None:
@@ -187,7 +187,7 @@ def explain_layer(
     :func:`xfa_layer` would raise for the same arguments.
     """
     if isinstance(x, Tensor):
-        (x,) = ops.autocast(x)  # type: ignore[assignment]
+        (x,) = autocast.cast_tokens(x)  # type: ignore[assignment]
     call = Call(Spec(map, norm, activation, eps), token_mask, dropout_p, form, group, backend)
     o = _as_autocast(Operands(x, qkv_weight, qkv_bias, temperature, proj_weight, proj_bias))
     call.check(o)
@@ -277,7 +277,7 @@ def _as_autocast(o: Operands) -> Operands:
     if not isinstance(o.x, Tensor):
         return o
     weights = dict(o._asdict(), x=None, temperature=None)
-    cast = dict(zip(weights, ops.autocast_weights(o.x, *weights.values()), strict=True))
+    cast = dict(zip(weights, autocast.cast_weights(o.x, *weights.values()), strict=True))
     return Operands(**dict(cast, x=o.x, temperature=o.temperature))
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from xformer_kernels import dispatch, ops, parallel, reference
+from xformer_kernels import autocast, dispatch, ops, parallel, reference
 from xformer_kernels.layer import algebra, passes
 from xformer_kernels.reference import accumulate_dtype
 from xformer_kernels.spec import Spec
@@ -123,7 +123,7 @@ def _forward(backend: str, *args: Any) -> tuple[Tensor, ...]:
     dispatch.note(backend, "layer_forward")
     x, mask, (gram, mix) = o.x, choices.token_mask, passes.of(backend)
     heads = x.unsqueeze(1)
-    with ops.without_autocast(x):
+    with autocast.disabled(x):
         w = _weights(o)
         around, count = parallel.total(choices.group, *passes.sample(x, mask, choices.ln_eps))
         c = (around / count.clamp_min(1)).contiguous()  # kernels read it by address
@@ -144,7 +144,7 @@ def _backward(backend: str, dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
     o, saved, choices, _ = ops.records(args, Operands, Saved, Choices)
     dispatch.note(backend, "layer_backward")
     x, mask, (gram, mix) = o.x, choices.token_mask, passes.of(backend)
-    with ops.without_autocast(x):
+    with autocast.disabled(x):
         w = _weights(o)
         C, (H, D) = x.shape[-1], w.qkv.shape[1:3]
         s, n, c, norms = saved.vectors.split((C, 1, C, 2 * H * D), 1)
@@ -213,7 +213,7 @@ class _LayerBackward(torch.autograd.Function):
             raise NotImplementedError("second derivatives of a layer whose tokens are split over ranks (group=...)")
         dtype = accumulate_dtype(tensors[1].dtype)
         again = torch.is_grad_enabled()
-        with torch.enable_grad(), ops.without_autocast(tensors[1]):
+        with torch.enable_grad(), autocast.disabled(tensors[1]):
             # new points to differentiate at, connected to the old ones in case the result is differentiated too
             points = [
                 None if x is None else x.to(dtype).view_as(x) if x.requires_grad else x.detach().to(dtype)
