@@ -13,6 +13,7 @@ from cases import CONFIGS, LOW_PRECISION, RESULTS, Config, Problem, make_problem
 import xformer_kernels as xk
 from xformer_kernels import backends, reference
 from xformer_kernels.backends import arguments, cuda_first
+from xformer_kernels.backends.layouts import Results
 from xformer_kernels.testing import assert_bitwise, assert_close
 
 PATHS = ("one launch", "two passes")
@@ -139,8 +140,8 @@ def test_primitives_stay_within_their_tensors(at_page, features, dtype):
 def test_what_lies_beyond_is_reported(cuda, at_page):
     """That the tests above would fail; and an error of a launch names the kernel, the runtime's error and its text."""
     a = at_page(randn(1, 1, 21, 5, seed=0))
-    empty = partial(cuda._empty, a.device)
-    call, _ = arguments.gram(empty=empty, a=a, b=a, symmetric=False, token_mask=None)
+    results = Results(partial(cuda._empty, a.device), keeps_layout=False)
+    call, _ = arguments.gram(results=results, a=a, b=a, symmetric=False, token_mask=None)
     assert call.count(a.data_ptr()) == 2
     for step in (-1, 1):
         moved = tuple(a.data_ptr() + 4096 * step if x == a.data_ptr() else x for x in call)
