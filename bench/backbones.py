@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,12 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import xformer
-from bench import baselines, machine, measure, modules, report
+from bench import baselines, machine, measure, modules, report, runtimes
 from bench.providers import Errors
 from bench.terminal import Line, Terminal
+from xformer_kernels import info
 
 PEERS = {
-    "xformer_s": ("edgenext_small", "mobilevit_s"),
+    "xformer_s": ("edgenext_small", "mobilevit_s", "efficientnet_b0"),
     "xformer_xs": ("edgenext_x_small", "mobilevit_xs"),
     "xformer_xxs": ("edgenext_xx_small", "mobilevit_xxs"),
 }
@@ -36,6 +38,7 @@ VARIANTS = {
     "oneDNN operations that inductor calls (private to torch) for convolutions and linear layers and the activation "
     "behind them, 1x1 convolutions as linear layers",
     "compiled": "torch.compile of the unfused model with inductor's freezing (public)",
+    **runtimes.RUNTIMES,
 }
 SHAPES = ((224, 8), (512, 8), (1024, 2))
 """(pixels of a side, images) of training: what 24 GiB hold with eager XFA."""
@@ -60,6 +63,7 @@ class Forward:
     spread: float
     samples: int
     over_ours: float  # its time over that of our model of this size in the same variant
+    over_fused: float  # its time over that of our fused model of this size
     error: float  # of the output: largest difference from the unfused one, relative to the largest number
 
 
@@ -103,9 +107,12 @@ def variants(name: str, compile: bool) -> dict[str, nn.Module]:
     return result
 
 
-def forward_rows(ours: str, images: int, size: int, seconds: float, compile: bool) -> list[Forward]:
-    x = torch.randn(images, 3, size, size, generator=torch.Generator().manual_seed(0))
-    x = x.contiguous(memory_format=torch.channels_last)
+def forward_rows(
+    ours: str, images: int, size: int, seconds: float, compile: bool, others: Sequence[str] = ()
+) -> list[Forward]:
+    """`others`: of :data:`bench.runtimes.RUNTIMES`."""
+    nchw = torch.randn(images, 3, size, size, generator=torch.Generator().manual_seed(0))
+    x = nchw.contiguous(memory_format=torch.channels_last)
     calls: dict[tuple[str, str], measure.Call] = {}
     errors: dict[tuple[str, str], float] = {}
     if compile:
@@ -115,15 +122,17 @@ def forward_rows(ours: str, images: int, size: int, seconds: float, compile: boo
         torch.compiler.reset()
     with torch.inference_mode():
         for name in (ours, *PEERS[ours]):
-            expected = None
-            for variant, model in variants(name, compile).items():
-                y = model(x)
-                expected = y if expected is None else expected
-                error = ((y - expected).abs().max() / expected.abs().max()).item()
+            models = variants(name, compile)
+            expected = models["unfused"](x)
+            runs = {variant: partial(model, x) for variant, model in models.items()}
+            for variant, run in runtimes.load(models["unfused"], name, tuple(x.shape), others).items():
+                runs[variant] = partial(run, nchw)
+            for variant, run in runs.items():
+                error = ((run() - expected).abs().max() / expected.abs().max()).item()
                 if not error <= EQUAL:
                     raise AssertionError(f"{variant} {name}: its output is off by {error:.1e} of the largest")
                 errors[name, variant] = error
-                calls[name, variant] = partial(model, x)
+                calls[name, variant] = run
         times = measure.interleaved({"/".join(key): call for key, call in calls.items()}, seconds)
     rows = []
     for name, variant in calls:
@@ -138,6 +147,7 @@ def forward_rows(ours: str, images: int, size: int, seconds: float, compile: boo
                 spread=timing.spread,
                 samples=len(timing.samples),
                 over_ours=timing.median / times[f"{ours}/{variant}"].median,
+                over_fused=timing.median / times[f"{ours}/fused"].median,
                 error=errors[name, variant],
             )
         )
@@ -152,16 +162,20 @@ def run_forward(options: argparse.Namespace, terminal: Terminal) -> list[Forward
         for name in sizes:
             for images in batches:
                 begin(f"{name}, {images} images")
-                rows += forward_rows(name, images, pixels, options.seconds, options.compile)
+                rows += forward_rows(name, images, pixels, options.seconds, options.compile, options.runtimes)
     lines = [
         Line(
-            (row.model, str(row.images), row.variant, f"{row.ms:.2f}", f"{row.spread:.0%}", f"{row.over_ours:.2f}"),
+            (
+                *(row.model, str(row.images), row.variant),
+                *(f"{row.ms:.2f}", f"{row.spread:.0%}", f"{row.over_ours:.2f}", f"{row.over_fused:.2f}"),
+            ),
             new=row.variant == "unfused" and row.model in PEERS,
             bold=row.model in PEERS,
         )
         for row in rows
     ]
-    terminal.table("forward", ("model", "images", "variant", "ms", "spread", "x ours"), 3, lines)
+    headings = ("model", "images", "variant", "ms", "spread", "x ours", "x ours fused")
+    terminal.table("forward", headings, 3, lines)
     return rows
 
 
@@ -336,6 +350,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("what", choices=("forward", "training"))
     parser.add_argument("--models", default=",".join(PEERS), help="comma-separated, of forward")
     parser.add_argument("--compile", action="store_true", help="of forward: also under torch.compile")
+    parser.add_argument("--runtimes", default=",".join(runtimes.RUNTIMES), help="comma-separated, of forward")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=0.0, help="measuring time of one comparison")
     parser.add_argument("--quick", action="store_true", help="the smallest model, tiny images, little time")
@@ -345,9 +360,11 @@ def main(arguments: list[str] | None = None) -> None:
     if options.allocator == "raised":
         machine.restart_with_raised_allocator()
     options.models = options.models.split(",")
-    unknown = set(options.models) - set(PEERS)
-    if unknown:
-        parser.error(f"--models {', '.join(sorted(unknown))}: there are {', '.join(PEERS)}")
+    options.runtimes = [name for name in options.runtimes.split(",") if name]
+    for option, known in (("models", PEERS), ("runtimes", runtimes.RUNTIMES)):
+        unknown = set(getattr(options, option)) - set(known)
+        if unknown:
+            parser.error(f"--{option} {', '.join(sorted(unknown))}: there are {', '.join(known)}")
     options.seconds = options.seconds or (1.0 if options.quick else 45.0)
     torch.set_num_threads(options.threads)
     terminal = Terminal()
@@ -355,6 +372,11 @@ def main(arguments: list[str] | None = None) -> None:
     rows: list[Any] = []
     if options.what == "forward":
         facts["variants"] = VARIANTS
+        level = info.collect()["extension"].get("level in use")
+        facts["instructions"] = {"torch": torch.backends.cpu.get_cpu_capability(), "xformer-kernels": level}
+        for name in [name for name in options.runtimes if runtimes.missing(name)]:
+            terminal.print(f"{name} is left out: {', '.join(runtimes.missing(name))} not installed")
+            options.runtimes.remove(name)
         rows += run_forward(options, terminal)
     else:
         facts.update(providers=PROVIDERS, model="xformer_xxs" if options.quick else "xformer_s")
@@ -363,6 +385,8 @@ def main(arguments: list[str] | None = None) -> None:
         return
     suffix = ("-quick" if options.quick else "") + ("-compile" if options.compile else "")
     suffix += "-raised" if facts["allocator"] == "raised" else ""
+    asked = os.environ.get("XFORMER_KERNELS_CPU_LEVEL")
+    suffix += f"-{asked}" if asked else ""
     stem = options.out / machine.slug("cpu") / f"backbones-{options.what}-cpu-float32{suffix}"
     written = report.save(stem, facts, rows)
     if options.what == "training" and report.can_plot():

@@ -6,6 +6,7 @@ Softmax attention and XCA stay timm's; everything around them is treated as ours
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,14 +20,19 @@ ACTIVATIONS = {"Identity": ("none", ""), "SiLU": ("swish", ""), "GELU": ("gelu",
 
 def fold(model: nn.Module) -> nn.Module:
     """A copy in eval mode whose batch norms are part of the convolutions before them, by public means alone."""
-    from timm.layers import ConvNormAct
+    from timm.layers import BatchNormAct2d, ConvNormAct
 
     def visit(module: nn.Module) -> None:
+        conv = ""  # the name of a convolution, if the child before is one
         for name, child in module.named_children():
             if isinstance(child, ConvNormAct) and isinstance(child.bn.drop, nn.Identity):
                 setattr(module, name, nn.Sequential(fuse_conv_bn_eval(child.conv, child.bn), child.bn.act))
+            elif conv and isinstance(child, BatchNormAct2d) and isinstance(child.drop, nn.Identity):
+                setattr(module, conv, nn.Sequential(fuse_conv_bn_eval(getattr(module, conv), child), child.act))
+                setattr(module, name, nn.Identity())
             else:
                 visit(child)
+            conv = name if type(child) is nn.Conv2d else ""
 
     folded = copy.deepcopy(model).eval()
     visit(folded)
@@ -36,21 +42,22 @@ def fold(model: nn.Module) -> nn.Module:
 def fuse(model: nn.Module) -> nn.Module:
     """The same with oneDNN's operations, private to torch: convolutions and linear layers that take the activation
     behind them into the same call, 1x1 convolutions as linear layers over pixels. Without gradients, in float32."""
-    from timm.layers import Mlp
 
     def visit(module: nn.Module) -> None:
+        last: tuple[str, nn.Module] | None = None  # the child before and its name, if an activation may go into it
         for name, child in module.named_children():
-            parts = list(child) if type(child) is nn.Sequential else [child]
-            if isinstance(parts[0], nn.Conv2d) and len(parts) == 2 and _known(parts[1]):
-                setattr(module, name, Conv(parts[0], parts[1]))
-            elif type(child) is nn.Conv2d:
-                setattr(module, name, Conv(child, nn.Identity()))
-            elif type(child) is nn.Linear:
-                setattr(module, name, Linear(child, nn.Identity()))
+            parts = list(child) if type(child) is nn.Sequential and len(child) == 2 else [child]
+            fused = FUSED.get(type(parts[0]))
+            if fused and len(parts) == 1:
+                setattr(module, name, fused(child, nn.Identity()))
+            elif fused and _known(parts[1]):
+                setattr(module, name, fused(*parts))
+            elif last and _known(child):
+                setattr(module, last[0], FUSED[type(last[1])](last[1], child))
+                setattr(module, name, nn.Identity())
             else:
-                if isinstance(child, Mlp) and _known(child.act):
-                    child.fc1, child.act = Linear(child.fc1, child.act), nn.Identity()
                 visit(child)
+            last = (name, child) if type(child) in FUSED else None
 
     fused = fold(model)
     visit(fused)
@@ -97,3 +104,6 @@ class Conv(nn.Module):
             x, self.weight, self.bias, *self.shape, self.act, [], self.algorithm
         )
         return y
+
+
+FUSED: dict[type[nn.Module], Any] = {nn.Conv2d: Conv, nn.Linear: Linear}

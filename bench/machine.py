@@ -55,7 +55,7 @@ def slug(device: str) -> str:
 def facts(device: str) -> dict[str, Any]:
     """Date, versions, machine, threads, allocator and commit."""
     versions = {"python": platform.python_version(), "torch": torch.__version__}
-    for name in ("xformer-kernels", "torchvision", "timm", "triton"):
+    for name in ("xformer-kernels", "torchvision", "timm", "triton", "onnxruntime", "openvino"):
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

@@ -22,7 +22,7 @@ def deviation(model: nn.Module, like: nn.Module) -> float:
     return ((y - expected).abs().max() / expected.abs().max()).item()
 
 
-@pytest.mark.parametrize("name", ["mobilevit_xxs", "edgenext_xx_small"])
+@pytest.mark.parametrize("name", ["mobilevit_xxs", "edgenext_xx_small", "efficientnet_b0"])
 def test_fused_baselines_are_equal_to_unfused_ones(name, load):
     baselines = load("baselines")
     torch.manual_seed(0)
@@ -68,7 +68,7 @@ def test_files_have_all_columns(what, load, need_backend, monkeypatch, capsys, t
     need_backend("cpp")
     backbones, report = load("backbones"), load("report")
     monkeypatch.setattr(backbones, "limit_memory", lambda: None)
-    backbones.main([what, "--quick", "--seconds", "0.05", "--out", str(tmp_path)])
+    backbones.main([what, "--quick", "--seconds", "0.05", "--runtimes", "", "--out", str(tmp_path)])
     assert "written" in capsys.readouterr().out
     (folder,) = tmp_path.iterdir()
     stem = folder / f"backbones-{what}-cpu-float32-quick"
