@@ -17,7 +17,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from xformer import products
 from xformer_kernels import XFA
 from xformer_kernels.inference import BatchNorm, LayerNorm
-from xformer_kernels.modules import runs_forward_of
+from xformer_kernels.modules import dropout_p, runs_forward_of
 
 
 def to_tokens(x: Tensor) -> Tensor:
@@ -113,40 +113,45 @@ class ConvNorm(Foldable):
 
     def forward(self, x: Tensor, before: nn.Module | None = None, add: Tensor | None = None) -> Tensor:
         """``add + act(bn(conv(before(x))))``, what is given of it; `before`: a layer norm over channels."""
-        if self.kernels and products.in_inference() and self._as_made(before):
-            return self._at_once(x, before, add)
+        conv, bn, act = self.conv, self.bn, self.act
+        if self.kernels and products.in_inference() and _as_made(conv, bn, act, before):
+            return _at_once(x, conv, bn, isinstance(act, HardSwish), before, add)
         if before is not None:
             x = to_image(before(to_tokens(x)), *x.shape[2:])
-        y: Tensor = self.act(self.bn(self.conv(x)))
+        y: Tensor = act(bn(conv(x)))
         return y if add is None else add + y
-
-    def _as_made(self, before: nn.Module | None) -> bool:
-        conv, bn, act = self.conv, self.bn, self.act
-        return (
-            (runs_forward_of(conv, Pointwise) or pads_with_zeros(conv))
-            and (runs_forward_of(act, HardSwish) or runs_forward_of(act, nn.Identity))
-            and (is_norm(bn) or runs_forward_of(bn, nn.Identity))
-            and (before is None or (runs_forward_of(before, nn.LayerNorm) and isinstance(conv, Pointwise)))
-        )
-
-    def _at_once(self, x: Tensor, before: Any, add: Tensor | None) -> Tensor:
-        conv, bn, act = self.conv, self.bn, type(self.act) is HardSwish
-        norm = running(bn) if isinstance(bn, nn.BatchNorm2d) else None
-        if isinstance(conv, nn.Conv2d):
-            y = products.conv2d(x, conv, batch_norm=norm, hard_swish=act)
-            return y if add is None else add + y
-        layer_norm = None if before is None else LayerNorm(before.weight, before.bias, before.eps)
-        tokens = products.linear(
-            x.permute(0, 2, 3, 1), conv.weight, conv.bias, batch_norm=norm, layer_norm=layer_norm, hard_swish=act,
-            add=None if add is None else add.permute(0, 2, 3, 1),
-        )  # fmt: skip
-        return tokens.permute(0, 3, 1, 2)
 
     def fold(self) -> None:
         folded = norm_folded(self.conv, self.bn)
         if folded is not None:
             set_weights(self.conv, *folded)
             self.bn = nn.Identity()
+
+
+def _as_made(conv: nn.Module, bn: nn.Module, act: nn.Module, before: nn.Module | None) -> bool:
+    """Whether the parts of a :class:`ConvNorm` run the forwards that :func:`_at_once` reproduces."""
+    return (
+        (runs_forward_of(conv, Pointwise) or pads_with_zeros(conv))
+        and runs_forward_of(act, HardSwish, nn.Identity)
+        and (runs_forward_of(bn, nn.Identity) or is_norm(bn))
+        and (before is None or (runs_forward_of(before, nn.LayerNorm) and isinstance(conv, Pointwise)))
+    )
+
+
+def _at_once(
+    x: Tensor, conv: nn.Conv2d | Pointwise, bn: nn.Module, hard_swish: bool, before: Any, add: Tensor | None
+) -> Tensor:
+    """``add + act(bn(conv(before(x))))``, see :class:`ConvNorm`."""
+    norm = running(bn) if isinstance(bn, nn.BatchNorm2d) else None
+    if isinstance(conv, nn.Conv2d):
+        y = products.conv2d(x, conv, batch_norm=norm, hard_swish=hard_swish)
+        return y if add is None else add + y
+    layer_norm = None if before is None else LayerNorm(before.weight, before.bias, before.eps)
+    tokens = products.linear(
+        x.permute(0, 2, 3, 1), conv.weight, conv.bias, batch_norm=norm, layer_norm=layer_norm, hard_swish=hard_swish,
+        add=None if add is None else add.permute(0, 2, 3, 1),
+    )  # fmt: skip
+    return tokens.permute(0, 3, 1, 2)
 
 
 def pads_with_zeros(conv: nn.Module) -> bool:
@@ -253,19 +258,23 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if products.in_inference() and self._as_made():
-            layer_norm = LayerNorm(self.norm.weight, self.norm.bias, self.norm.eps)
-            y = products.linear(x, self.fc1.weight, self.fc1.bias, layer_norm=layer_norm, hard_swish=True)
-            return products.linear(y, self.fc2.weight, self.fc2.bias, add=x)
+            norm, fc1, fc2 = self.norm, self.fc1, self.fc2
+            layer_norm = LayerNorm(norm.weight, norm.bias, norm.eps)
+            y = products.linear(x, fc1.weight, fc1.bias, layer_norm=layer_norm, hard_swish=True)
+            return products.linear(y, fc2.weight, fc2.bias, add=x)
         return x + self.drop_path(self.drop(self.fc2(self.act(self.fc1(self.norm(x))))))
 
     def _as_made(self) -> bool:
+        fc1, fc2 = self.fc1, self.fc2
         return (
-            all(runs_forward_of(fc, Linear) and fc.kernels for fc in (self.fc1, self.fc2))
+            runs_forward_of(fc1, Linear)
+            and runs_forward_of(fc2, Linear)
+            and fc1.kernels
+            and fc2.kernels
             and runs_forward_of(self.norm, nn.LayerNorm)
             and runs_forward_of(self.act, HardSwish)
             and drops_nothing(self.drop_path)
-            and runs_forward_of(self.drop, nn.Dropout)
-            and not (self.drop.training and self.drop.p > 0)
+            and dropout_p(self.drop) == 0
         )
 
 

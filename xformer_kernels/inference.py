@@ -160,17 +160,27 @@ def _may_serve(
     layer_norm: LayerNorm | None,
 ) -> bool:
     """Whether the kernels are asked, and may be called with these tensors' memory."""
-    for name, value, kind in (("batch_norm", batch_norm, BatchNorm), ("layer_norm", layer_norm, LayerNorm)):
-        if value is not None and not isinstance(value, kind):
-            raise TypeError(f"{name} must be an inference.{kind.__name__} or None, got {type(value).__name__}")
-    return asked(x, weight) and ops.plain(x, weight, bias, add, *(batch_norm or ())[:4], *(layer_norm or ())[:2])
+    norms: list[Tensor | None] = []
+    if batch_norm is not None:
+        _check_kind("batch_norm", batch_norm, BatchNorm)
+        norms += batch_norm[:4]
+    if layer_norm is not None:
+        _check_kind("layer_norm", layer_norm, LayerNorm)
+        norms += layer_norm[:2]
+    return asked(x, weight) and ops.plain(x, weight, bias, add, *norms)
+
+
+def _check_kind(name: str, value: Any, kind: type[BatchNorm | LayerNorm]) -> None:
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be an inference.{kind.__name__} or None, got {type(value).__name__}")
 
 
 def _are(shape: tuple[int, ...], *tensors: Tensor | None) -> bool:
     """Whether each is None, or of this shape, contiguous and of float32 on the CPU."""
-    return all(
-        t is None or (t.shape == shape and t.dtype is torch.float32 and t.is_cpu and t.is_contiguous()) for t in tensors
-    )
+    for t in tensors:
+        if t is not None and not (t.shape == shape and t.dtype is torch.float32 and t.is_cpu and t.is_contiguous()):
+            return False
+    return True
 
 
 def _normalises(features: int, norm: BatchNorm | None) -> bool:

@@ -21,7 +21,8 @@ def has_global_hooks() -> bool:
     Those of :class:`torch.utils.module_tracker.ModuleTracker` do not count: they only note names, so that
     ``FlopCounterMode`` counts what runs without it.
     """
-    if not any(GLOBAL_HOOKS):
+    forward, forward_pre, backward, backward_pre = GLOBAL_HOOKS
+    if not (forward or forward_pre or backward or backward_pre):
         return False
     return any(
         not isinstance(getattr(hook, "__self__", None), ModuleTracker)

@@ -185,7 +185,8 @@ def weights(layer: Any) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor |
     temperature = layer.temperature
     if isinstance(temperature, Tensor) and temperature.numel() == 1 and temperature.shape != (layer.num_heads, 1, 1):
         temperature = shared(temperature.reshape(1), (layer.num_heads,))
-    return layer.qkv.weight, layer.qkv.bias, temperature, layer.proj.weight, layer.proj.bias
+    qkv, proj = layer.qkv, layer.proj
+    return qkv.weight, qkv.bias, temperature, proj.weight, proj.bias
 
 
 def has_plain_projections(layer: Any) -> bool:

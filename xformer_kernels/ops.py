@@ -64,18 +64,20 @@ def plain(*tensors: Tensor | None) -> bool:
 
     No compiler, tracer, mode or transform, no tensor subclass, no view that negates its memory's numbers.
     """
-    return (
-        not torch.compiler.is_compiling()
-        and not internals.dispatch_modes()
-        and not internals.function_modes()
-        and internals.transform() is None
-        and internals.tracing_state() is None
-        and not internals.forward_ad_is_on()
+    if (
+        torch.compiler.is_compiling()
+        or internals.dispatch_modes()
+        or internals.function_modes()
+        or internals.transform() is not None
+        or internals.tracing_state() is not None
+        or internals.forward_ad_is_on()
+    ):
+        return False
+    for t in tensors:
         # gradients that torch.autograd.grad batches (is_grads_batched) have the type Tensor too
-        and all(
-            t is None or (type(t) in _PLAIN and not t.is_neg() and not internals.is_legacy_batched(t)) for t in tensors
-        )
-    )
+        if t is not None and (type(t) not in _PLAIN or t.is_neg() or internals.is_legacy_batched(t)):
+            return False
+    return True
 
 
 def torch_only(*tensors: Tensor | None) -> bool:
