@@ -110,9 +110,8 @@ def variants(name: str, compile: bool) -> dict[str, nn.Module]:
 def forward_rows(
     ours: str, images: int, size: int, seconds: float, compile: bool, others: Sequence[str] = ()
 ) -> list[Forward]:
-    """`others`: of :data:`bench.runtimes.RUNTIMES`."""
-    nchw = torch.randn(images, 3, size, size, generator=torch.Generator().manual_seed(0))
-    x = nchw.contiguous(memory_format=torch.channels_last)
+    """`others`: of :data:`bench.runtimes.RUNTIMES`; one whose output is not equal is said and left out."""
+    x = torch.randn(images, 3, size, size, generator=torch.manual_seed(0)).contiguous(memory_format=torch.channels_last)
     calls: dict[tuple[str, str], measure.Call] = {}
     errors: dict[tuple[str, str], float] = {}
     if compile:
@@ -126,11 +125,15 @@ def forward_rows(
             expected = models["unfused"](x)
             runs = {variant: partial(model, x) for variant, model in models.items()}
             for variant, run in runtimes.load(models["unfused"], name, tuple(x.shape), others).items():
-                runs[variant] = partial(run, nchw)
+                runs[variant] = partial(run, x.contiguous())
             for variant, run in runs.items():
                 error = ((run() - expected).abs().max() / expected.abs().max()).item()
                 if not error <= EQUAL:
-                    raise AssertionError(f"{variant} {name}: its output is off by {error:.1e} of the largest")
+                    unequal = f"{variant} {name}: its output is off by {error:.1e} of the largest"
+                    if variant not in others:
+                        raise AssertionError(unequal)
+                    print(f"left out: {unequal}")
+                    continue
                 errors[name, variant] = error
                 calls[name, variant] = run
         times = measure.interleaved({"/".join(key): call for key, call in calls.items()}, seconds)
@@ -174,8 +177,7 @@ def run_forward(options: argparse.Namespace, terminal: Terminal) -> list[Forward
         )
         for row in rows
     ]
-    headings = ("model", "images", "variant", "ms", "spread", "x ours", "x ours fused")
-    terminal.table("forward", headings, 3, lines)
+    terminal.table("forward", ("model", "images", "variant", "ms", "spread", "x ours", "x ours fused"), 3, lines)
     return rows
 
 

@@ -32,6 +32,15 @@ def test_what_is_not_installed_is_left_out(load, monkeypatch, capsys):
     assert set(asked) == {"onnxruntime"}
 
 
+def test_unequal_outputs_are_left_out(load, monkeypatch, capsys):
+    backbones, runtimes = load("backbones"), load("runtimes")
+    wrong = {"openvino": lambda images: torch.ones(len(images), 1000)}
+    monkeypatch.setattr(runtimes, "load", lambda model, name, shape, wanted: wrong)
+    rows = backbones.forward_rows("xformer_xxs", 1, 64, 0.01, False, ["openvino"])
+    assert "left out: openvino xformer_xxs: its output is off by" in capsys.readouterr().out
+    assert {row.variant for row in rows} == {"unfused", "folded", "fused"}
+
+
 def test_unknown_runtimes_are_refused(load, capsys):
     with pytest.raises(SystemExit):
         load("backbones").main(["forward", "--runtimes", "onnxruntime,abacus"])
