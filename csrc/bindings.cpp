@@ -67,11 +67,16 @@ xk_batch_norm batch_norm(const Norm& n) {
 }
 
 void linear(int64_t tokens, int64_t dim_in, int64_t dim_out, uintptr_t x, uintptr_t layer_norm_weight,
-            uintptr_t layer_norm_bias, std::optional<double> layer_norm_eps, uintptr_t weight, uintptr_t bias,
-            const Norm& norm, bool hard_swish, uintptr_t add, uintptr_t y, int threads) {
-  call(xk_linear, xk_linear_args{tokens, dim_in, dim_out, floats(x), floats(layer_norm_weight), floats(layer_norm_bias),
-                                 layer_norm_eps.has_value(), layer_norm_eps.value_or(0), floats(weight), floats(bias),
-                                 batch_norm(norm), hard_swish, floats(add), reinterpret_cast<float*>(y), threads});
+            uintptr_t layer_norm_bias, std::optional<double> layer_norm_eps, uintptr_t weight, uintptr_t packed,
+            uintptr_t bias, const Norm& norm, bool hard_swish, uintptr_t add, uintptr_t y, int threads) {
+  call(xk_linear,
+       xk_linear_args{tokens, dim_in, dim_out, floats(x), floats(layer_norm_weight), floats(layer_norm_bias),
+                      layer_norm_eps.has_value(), layer_norm_eps.value_or(0), floats(weight), floats(packed),
+                      floats(bias), batch_norm(norm), hard_swish, floats(add), reinterpret_cast<float*>(y), threads});
+}
+
+void pack_linear(int64_t dim_in, int64_t dim_out, uintptr_t weight, uintptr_t packed) {
+  call(xk_pack_linear, xk_pack_linear_args{dim_in, dim_out, floats(weight), reinterpret_cast<float*>(packed)});
 }
 
 void depthwise(int64_t batch, int64_t height, int64_t width, int64_t channels, int kernel, int stride, uintptr_t x,
@@ -127,6 +132,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("linear_attention_forward", on_cpu(linear_attention_args, xk_linear_attention_forward));
   m.def("linear_attention_backward", on_cpu(linear_attention_args, xk_linear_attention_backward));
   m.def("linear", &linear);
+  m.def("pack_linear", &pack_linear);
   m.def("depthwise", &depthwise);
   m.def("prefer_huge_pages", &prefer_huge_pages);
   m.def("cpu_level", &xk_cpu_level);

@@ -172,6 +172,29 @@ def test_bits_do_not_depend_on_threads():
         torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("shape", [*SHAPES, (1, 40, 72), (64, 160, 900)], ids=str)
+def test_packed_weights_give_the_same_bits(shape):
+    N, I, O = shape  # noqa: E741
+    x, weight = torch.randn(N, I), torch.randn(O, I)
+    packed, others = inference.KERNELS.pack_linear(weight), (torch.randn(O), None, (None, None, 1e-6), True, None)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            expected = inference.KERNELS.linear(x, weight, *others)
+            assert_bitwise(inference.KERNELS.linear(x, weight, *others, packed), expected, f"{count} threads")
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_packed_weights_have_no_batch_norm():
+    x, weight = torch.randn(20, 8), torch.randn(6, 8)
+    with pytest.raises(ValueError):
+        inference.KERNELS.linear(
+            x, weight, None, batch_norm(6), None, False, None, inference.KERNELS.pack_linear(weight)
+        )
+
+
 def refused_linears():
     x, weight, bias = torch.randn(20, 8), torch.randn(6, 8), torch.randn(6)
     yield "few tokens", (x[:15], weight, bias), {}

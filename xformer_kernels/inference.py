@@ -104,11 +104,11 @@ def linear(
         or not 0 < I <= WIDEST
         or x.numel() < FEWEST_TOKENS * I
         or not x.is_contiguous()
-        or not _are((O, I), weight)
-        or not _are((O,), bias)
+        or not are((O, I), weight)
+        or not are((O,), bias)
         or not _normalises(O, batch_norm)
-        or not (layer_norm is None or (_are((I,), *layer_norm[:2]) and layer_norm.eps >= 0))
-        or not _are((*x.shape[:-1], O), add)
+        or not (layer_norm is None or (are((I,), *layer_norm[:2]) and layer_norm.eps >= 0))
+        or not are((*x.shape[:-1], O), add)
     ):
         return None
     result: Tensor = KERNELS.linear(x, weight, bias, batch_norm, layer_norm, hard_swish, add)
@@ -142,13 +142,13 @@ def depthwise(
         or weight.shape[1:] not in ((1, 3, 3), (1, 5, 5))
         or stride not in (1, 2)
         or not x.is_contiguous(memory_format=torch.channels_last)
-        or not _are(weight.shape, weight)
-        or not _are((C,), bias)
+        or not are(weight.shape, weight)
+        or not are((C,), bias)
         or not _normalises(C, batch_norm)
     ):
         return None
-    result: Tensor = KERNELS.depthwise(x, weight, bias, stride, batch_norm, hard_swish)
-    return result
+    result: Tensor = KERNELS.depthwise(x.permute(0, 2, 3, 1), weight, bias, stride, batch_norm, hard_swish)
+    return result.permute(0, 3, 1, 2)
 
 
 def _may_serve(
@@ -175,7 +175,7 @@ def _check_kind(name: str, value: Any, kind: type[BatchNorm | LayerNorm]) -> Non
         raise TypeError(f"{name} must be an inference.{kind.__name__} or None, got {type(value).__name__}")
 
 
-def _are(shape: tuple[int, ...], *tensors: Tensor | None) -> bool:
+def are(shape: tuple[int, ...], *tensors: Tensor | None) -> bool:
     """Whether each is None, or of this shape, contiguous and of float32 on the CPU."""
     for t in tensors:
         if t is not None and not (t.shape == shape and t.dtype is torch.float32 and t.is_cpu and t.is_contiguous()):
@@ -185,4 +185,4 @@ def _are(shape: tuple[int, ...], *tensors: Tensor | None) -> bool:
 
 def _normalises(features: int, norm: BatchNorm | None) -> bool:
     """Whether it is None, or of so many features."""
-    return norm is None or (norm.mean is not None and norm.variance is not None and _are((features,), *norm[:4]))
+    return norm is None or (norm.mean is not None and norm.variance is not None and are((features,), *norm[:4]))

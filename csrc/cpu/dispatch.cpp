@@ -16,6 +16,7 @@
   int run_linear_attention_forward(const xk_linear_attention_args*);  \
   int run_linear_attention_backward(const xk_linear_attention_args*); \
   int run_linear(const xk_linear_args*);                              \
+  int run_pack_linear(const xk_pack_linear_args*);                    \
   int run_depthwise(const xk_depthwise_args*);                        \
   }                                                                   \
   }
@@ -31,6 +32,7 @@
    xk::level::run_linear_attention_forward,  \
    xk::level::run_linear_attention_backward, \
    xk::level::run_linear,                    \
+   xk::level::run_pack_linear,               \
    xk::level::run_depthwise}
 
 #ifdef XK_HAVE_x86_64_v4
@@ -79,6 +81,7 @@ struct Level {
   int (*linear_attention_forward)(const xk_linear_attention_args*);
   int (*linear_attention_backward)(const xk_linear_attention_args*);
   int (*linear)(const xk_linear_args*);
+  int (*pack_linear)(const xk_pack_linear_args*);
   int (*depthwise)(const xk_depthwise_args*);
 };
 
@@ -165,5 +168,6 @@ int xk_linear_attention_backward(const xk_linear_attention_args* p) {
   return call(level_for(p->dim_v, p->q.dtype), &Level::linear_attention_backward, p);
 }
 int xk_linear(const xk_linear_args* p) { return call(level_for(p->dim_out, XK_F32), &Level::linear, p); }
+int xk_pack_linear(const xk_pack_linear_args* p) { return call(level_for(p->dim_out, XK_F32), &Level::pack_linear, p); }
 int xk_depthwise(const xk_depthwise_args* p) { return call(level_for(p->channels, XK_F32), &Level::depthwise, p); }
 }

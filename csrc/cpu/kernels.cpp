@@ -182,7 +182,13 @@ int run_linear_attention_backward(const xk_linear_attention_args* p) {
   return p->q.dtype == XK_F64 ? LinearAttention<double>(*p).backward() : LinearAttention<float>(*p).backward();
 }
 int run_linear(const xk_linear_args* p) {
-  return p->dim_in < 1 || p->dim_out < 1 ? int(XK_BAD_ARGUMENT) : p->tokens ? Linear(*p).run() : int(XK_OK);
+  if (p->dim_in < 1 || p->dim_out < 1 || (p->packed && p->norm.variance)) return XK_BAD_ARGUMENT;
+  return p->tokens ? Linear(*p).run() : int(XK_OK);
+}
+int run_pack_linear(const xk_pack_linear_args* p) {
+  if (p->dim_in < 1 || p->dim_out < 1) return XK_BAD_ARGUMENT;
+  pack_linear(*p);
+  return XK_OK;
 }
 int run_depthwise(const xk_depthwise_args* p) { return p->channels < 1 ? int(XK_BAD_ARGUMENT) : depthwise(*p); }
 

@@ -2,8 +2,9 @@
 //
 //     y = act(batch_norm(layer_norm(x) w^T + bias)) + add
 //
-// W, batch norm in it, is packed once a call: input features as rows, output features in whole vectors. A block of
-// tokens is layer-normalised into rows of its own, if it is to be, and mixed by the register tiles of tile.h.
+// W, batch norm in it, is packed once a call, or before by pack_linear: input features as rows, output features in
+// whole vectors. A block of tokens is layer-normalised into rows of its own, if it is to be, and mixed by the register
+// tiles of tile.h.
 #pragma once
 
 #include "norm.h"
@@ -28,10 +29,11 @@ class Linear {
         // each thread has as many tokens as the others, and blocks of one size
         block(divide_up(divide_up(p.tokens, threads), divide_up(divide_up(p.tokens, threads), kLinearBlock))),
         rows_size(p.layer_norm ? (block + 1) * ld_in + block : 0),
-        w((size_t)(in + 2) * ld),
+        w((size_t)((p.packed ? 0 : in) + 2) * ld),
         rows(threads * rows_size),
-        scale(w.data + (size_t)in * ld),
-        shift(scale + ld) {}
+        shift(w.data),
+        scale(shift + ld),
+        own(scale + ld) {}
 
   int run() {
     if (!w.data || !rows.data) return XK_OUT_OF_MEMORY;
@@ -49,17 +51,19 @@ class Linear {
   const int in, out, ld, ld_in, threads;
   const int64_t block, rows_size;
   Buffer<float> w, rows;
-  float *const scale, *const shift;
+  float *const shift, *const scale, *const own;  // own: W as this call packs it
 
   // Threads pack rows of W together, wait for each other, and take blocks of tokens.
   void by_tokens() {
     const int64_t vectors = ld_in / VL<float>, blocks = divide_up(p.tokens, block);
     together(threads, [&](int thread, int count, auto wait) {
       auto share = [&](int64_t total, int which) { return total * which / count; };
-      pack(share(vectors, thread) * VL<float>, least(share(vectors, thread + 1) * VL<float>, in), 0, out, w.data, ld);
-      wait();  // every thread reads all of W
+      if (!p.packed) {
+        pack(share(vectors, thread) * VL<float>, least(share(vectors, thread + 1) * VL<float>, in), 0, out, own, ld);
+        wait();  // every thread reads all of W
+      }
       for (int64_t b = share(blocks, thread); b < share(blocks, thread + 1); ++b)
-        mix(b * block, 0, out, w.data, ld, rows.data + thread * rows_size);
+        mix(b * block, 0, out, p.packed ? p.packed : own, ld, rows.data + thread * rows_size);
     });
   }
 
@@ -68,9 +72,10 @@ class Linear {
     parallel_for(threads, threads, [&](int64_t part, int thread) {
       const int first = int(vectors * part / threads) * VL<float>;
       const int end = int(least(vectors * (part + 1) / threads * VL<float>, out)), wide = padded<float>(end - first);
-      float* own = w.data + (size_t)first * in;
-      pack(0, in, first, end, own, wide);
-      for (int64_t n = 0; n < p.tokens; n += block) mix(n, first, end, own, wide, rows.data + thread * rows_size);
+      float* columns = own + (size_t)first * in;
+      if (!p.packed) pack(0, in, first, end, columns, wide);
+      for (int64_t n = 0; n < p.tokens; n += block)
+        mix(n, first, end, p.packed ? p.packed + first : columns, p.packed ? ld : wide, rows.data + thread * rows_size);
     });
   }
 
@@ -119,6 +124,11 @@ class Linear {
     }
   }
 };
+
+inline void pack_linear(const xk_pack_linear_args& p) {
+  const int out = int(p.dim_out);
+  pack_transposed<float>(p.weight, p.dim_in, int(p.dim_in), out, p.packed, padded<float>(out));
+}
 
 }  // namespace
 }  // namespace XK_LEVEL

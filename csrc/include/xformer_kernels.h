@@ -132,19 +132,28 @@ typedef struct {
 
 // y = act(norm(layer_norm(x) weight^T + bias)) + add, of float32: x (tokens, dim_in), weight (dim_out, dim_in),
 // add and y (tokens, dim_out), all side by side.
-// layer_norm: whether there is one; its weight and bias, bias and add may be null. Only the CPU has it.
+// layer_norm: whether there is one; its weight and bias, bias and add may be null. packed: null, or what xk_pack_linear
+// has made of the weight, which is not read then; there is no batch norm then. Only the CPU has it.
 typedef struct {
   int64_t tokens, dim_in, dim_out;
   const float *x, *layer_norm_weight, *layer_norm_bias;
   int32_t layer_norm;
   double layer_norm_eps;
-  const float *weight, *bias;
+  const float *weight, *packed, *bias;
   xk_batch_norm norm;
   int32_t hard_swish;
   const float* add;
   float* y;
   int32_t threads;
 } xk_linear_args;
+
+// packed: dim_in rows of dim_out numbers, rounded up to a multiple of 16. How many of these are used depends on the
+// instruction level: what one has packed is for no other.
+typedef struct {
+  int64_t dim_in, dim_out;
+  const float* weight;
+  float* packed;
+} xk_pack_linear_args;
 
 // y = act(norm(convolution of every channel by itself + bias)), of float32: x (batch, height, width, channels) side by
 // side, weight (channels, kernel, kernel), y (batch, ceil(height / stride), ceil(width / stride), channels). kernel is
@@ -168,6 +177,7 @@ int xk_xfa_backward(const xk_xfa_args* args);
 int xk_linear_attention_forward(const xk_linear_attention_args* args);  // of the CPU only, as what follows
 int xk_linear_attention_backward(const xk_linear_attention_args* args);
 int xk_linear(const xk_linear_args* args);
+int xk_pack_linear(const xk_pack_linear_args* args);
 int xk_depthwise(const xk_depthwise_args* args);
 
 // Asks the system to back fresh memory with huge pages, where it knows how: a large result is otherwise page-faulted

@@ -131,16 +131,29 @@ def linear(
     layer_norm: tuple[Any, ...] | None,
     hard_swish: bool,
     add: Tensor | None,
+    packed: Tensor | None = None,
 ) -> Tensor:
-    """See :func:`xformer_kernels.inference.linear`, which knows that everything is contiguous and of float32."""
+    """See :func:`xformer_kernels.inference.linear`, which knows that everything is contiguous and of float32.
+
+    packed: of :func:`pack_linear`; there is no batch norm then.
+    """
     O, I = weight.shape  # noqa: E741
     y = _empty((*x.shape[:-1], O), x.dtype)
     ln_weight, ln_bias, ln_eps = (None, None, None) if layer_norm is None else layer_norm
     _C.linear(
         x.numel() // I, I, O, x.data_ptr(), _address(ln_weight), _address(ln_bias), ln_eps, weight.data_ptr(),
-        _address(bias), _batch_norm(batch_norm), hard_swish, _address(add), y.data_ptr(), torch.get_num_threads(),
+        _address(packed), _address(bias), _batch_norm(batch_norm), hard_swish, _address(add), y.data_ptr(),
+        torch.get_num_threads(),
     )  # fmt: skip
     return y
+
+
+def pack_linear(weight: Tensor) -> Tensor:
+    """A contiguous weight (O, I) of float32 as :func:`linear` reads it at this process's instruction level."""
+    O, I = weight.shape  # noqa: E741
+    packed = torch.empty(I * -(-O // 16) * 16, dtype=weight.dtype, device=_CPU)
+    _C.pack_linear(I, O, weight.data_ptr(), packed.data_ptr())
+    return packed
 
 
 def depthwise(
@@ -151,11 +164,9 @@ def depthwise(
     batch_norm: tuple[Any, ...] | None,
     hard_swish: bool,
 ) -> Tensor:
-    """See :func:`xformer_kernels.inference.depthwise`."""
-    B, C, H, W = x.shape
-    y = torch.empty(
-        (B, C, -(-H // stride), -(-W // stride)), dtype=x.dtype, device=_CPU, memory_format=torch.channels_last
-    )
+    """See :func:`xformer_kernels.inference.depthwise`; x and the result are (B, H, W, C), contiguous."""
+    B, H, W, C = x.shape
+    y = _empty((B, -(-H // stride), -(-W // stride), C), x.dtype)
     _C.depthwise(
         B, H, W, C, weight.shape[-1], stride, x.data_ptr(), weight.data_ptr(), _address(bias), _batch_norm(batch_norm),
         hard_swish, y.data_ptr(), torch.get_num_threads(),
