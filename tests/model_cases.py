@@ -56,7 +56,12 @@ class Recorded:
 
 
 def kernels_called(monkeypatch: Any, function: Any, *inputs: Any) -> list[str]:
-    """Those of :mod:`xformer_kernels.inference` that a call without gradients takes, in order."""
+    """Those of :mod:`xformer_kernels.inference` that a call without gradients takes, in order; packing is none."""
+    return [name for name in all_called(monkeypatch, function, *inputs) if name != "pack_linear"]
+
+
+def all_called(monkeypatch: Any, function: Any, *inputs: Any) -> list[str]:
+    """With those that pack weights."""
     with monkeypatch.context() as patch, torch.no_grad():
         recorded = Recorded(inference.KERNELS)
         patch.setattr(inference, "KERNELS", inference.KERNELS and recorded)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 timm = pytest.importorskip("timm", reason="the models that are compared with are timm's")
-products = pytest.importorskip("xformer.products")
+onednn = pytest.importorskip("xformer.fused.onednn")
 
 
 def deviation(model: nn.Module, like: nn.Module) -> float:
@@ -36,7 +36,7 @@ def test_fused_baselines_are_equal_to_unfused_ones(name, load):
     folded = baselines.fold(model)
     assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
     assert deviation(folded, model) < 1e-5
-    if not products.HAS_ONEDNN:
+    if not onednn.IS_THERE:
         pytest.skip("fused products need a torch with oneDNN")
     fused = baselines.fuse(model)
     left = [type(module).__name__ for module in fused.modules() if isinstance(module, (nn.Linear, nn.Conv2d))]

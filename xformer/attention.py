@@ -17,9 +17,9 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xformer.layers import DropPath, Linear, drops_nothing
-from xformer.products import KERNELS
+from xformer.layers import DropPath
 from xformer_kernels import XFABlock
+from xformer_kernels.modules import runs_forward_of
 from xformer_kernels.nn import half_block
 
 Factory = Callable[..., nn.Module]
@@ -27,17 +27,16 @@ Factory = Callable[..., nn.Module]
 
 
 class XFAHalf(XFABlock):
-    """:class:`xformer_kernels.XFABlock` with drop path, which projects by :mod:`xformer.products`; its arguments, and
-    ``drop_path``."""
+    """:class:`xformer_kernels.XFABlock` with drop path; its arguments, and ``drop_path``."""
 
     def __init__(self, dim: int, num_heads: int, *, drop_path: float = 0.0, **choices: Any) -> None:
         super().__init__(dim, num_heads, **choices)
         self.drop_path = DropPath(drop_path)
-        self.attn.projections = KERNELS
 
     def forward(self, x: Tensor, token_mask: Tensor | None = None, group: Any = None) -> Tensor:
-        drop_path = None if drops_nothing(self.drop_path) else self.drop_path
-        return half_block(x, self.norm, self.attn, self.layer_scale, drop_path, token_mask, group)
+        drop_path = self.drop_path
+        drops = not runs_forward_of(drop_path, DropPath) or (drop_path.training and drop_path.drop_prob > 0)
+        return half_block(x, self.norm, self.attn, self.layer_scale, drop_path if drops else None, token_mask, group)
 
 
 class SoftmaxHalf(nn.Module):
@@ -49,8 +48,8 @@ class SoftmaxHalf(nn.Module):
         super().__init__()
         self.num_heads, self.attn_drop = num_heads, attn_drop
         self.norm = nn.LayerNorm(dim, eps=1e-6)
-        self.qkv = Linear(dim, 3 * dim, bias=False)
-        self.proj = Linear(dim, dim)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
         self.drop_path = DropPath(drop_path)
 

@@ -7,17 +7,14 @@ convolution is a linear layer over tokens: no library has to find out, and oneDN
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from xformer import products
 from xformer_kernels import XFA
-from xformer_kernels.inference import BatchNorm, LayerNorm
-from xformer_kernels.modules import dropout_p, runs_forward_of
+from xformer_kernels.modules import runs_forward_of
 
 
 def to_tokens(x: Tensor) -> Tensor:
@@ -30,16 +27,7 @@ def to_image(tokens: Tensor, height: int, width: int) -> Tensor:
     return tokens.transpose(1, 2).unflatten(2, (height, width))
 
 
-class Linear(nn.Linear):
-    """torch's, in inference on the CPU by :mod:`xformer.products`."""
-
-    kernels = True
-
-    def forward(self, x: Tensor) -> Tensor:
-        return products.linear(x, self.weight, self.bias) if self.kernels else super().forward(x)
-
-
-class Pointwise(Linear):
+class Pointwise(nn.Linear):
     """1x1 convolution: (B, I, H, W) to (B, O, H, W), as one matrix product over all tokens of the batch."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -86,9 +74,6 @@ def set_weights(layer: nn.Conv2d | nn.Linear, weight: Tensor, bias: Tensor | Non
 class ConvNorm(Foldable):
     """``act(bn(conv(x)))``: a convolution without bias, batch norm and perhaps hard-swish.
 
-    In inference on the CPU all of it is one pass by :mod:`xformer.products`, where its parts are as made here: nothing
-    that it computes is kept, so that nothing can be out of date.
-
     Args:
         in_chans, out_chans: channels.
         kernel: size of the kernel; 1 is :class:`Pointwise`.
@@ -96,8 +81,6 @@ class ConvNorm(Foldable):
         groups: of the convolution; ``in_chans`` makes it depthwise.
         act: whether hard-swish follows.
     """
-
-    kernels = True
 
     def __init__(
         self, in_chans: int, out_chans: int, kernel: int = 1, stride: int = 1, groups: int = 1, act: bool = True
@@ -111,15 +94,9 @@ class ConvNorm(Foldable):
         self.bn: nn.Module = nn.BatchNorm2d(out_chans)
         self.act = HardSwish() if act else nn.Identity()
 
-    def forward(self, x: Tensor, before: nn.Module | None = None, add: Tensor | None = None) -> Tensor:
-        """``add + act(bn(conv(before(x))))``, what is given of it; `before`: a layer norm over channels."""
-        conv, bn, act = self.conv, self.bn, self.act
-        if self.kernels and products.in_inference() and _as_made(conv, bn, act, before):
-            return _at_once(x, conv, bn, isinstance(act, HardSwish), before, add)
-        if before is not None:
-            x = to_image(before(to_tokens(x)), *x.shape[2:])
-        y: Tensor = act(bn(conv(x)))
-        return y if add is None else add + y
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.act(self.bn(self.conv(x)))
+        return y
 
     def fold(self) -> None:
         folded = norm_folded(self.conv, self.bn)
@@ -128,58 +105,14 @@ class ConvNorm(Foldable):
             self.bn = nn.Identity()
 
 
-def _as_made(conv: nn.Module, bn: nn.Module, act: nn.Module, before: nn.Module | None) -> bool:
-    """Whether the parts of a :class:`ConvNorm` run the forwards that :func:`_at_once` reproduces."""
-    return (
-        (runs_forward_of(conv, Pointwise) or pads_with_zeros(conv))
-        and runs_forward_of(act, HardSwish, nn.Identity)
-        and (runs_forward_of(bn, nn.Identity) or is_norm(bn))
-        and (before is None or (runs_forward_of(before, nn.LayerNorm) and isinstance(conv, Pointwise)))
-    )
-
-
-def _at_once(
-    x: Tensor, conv: nn.Conv2d | Pointwise, bn: nn.Module, hard_swish: bool, before: Any, add: Tensor | None
-) -> Tensor:
-    """``add + act(bn(conv(before(x))))``, see :class:`ConvNorm`."""
-    norm = running(bn) if isinstance(bn, nn.BatchNorm2d) else None
-    if isinstance(conv, nn.Conv2d):
-        y = products.conv2d(x, conv, batch_norm=norm, hard_swish=hard_swish)
-        return y if add is None else add + y
-    layer_norm = None if before is None else LayerNorm(before.weight, before.bias, before.eps)
-    tokens = products.linear(
-        x.permute(0, 2, 3, 1), conv.weight, conv.bias, batch_norm=norm, layer_norm=layer_norm, hard_swish=hard_swish,
-        add=None if add is None else add.permute(0, 2, 3, 1),
-    )  # fmt: skip
-    return tokens.permute(0, 3, 1, 2)
-
-
-def pads_with_zeros(conv: nn.Module) -> bool:
-    """Whether it is a convolution as torch makes it, padded with zeros by whole numbers."""
-    if not isinstance(conv, nn.Conv2d) or not runs_forward_of(conv, nn.Conv2d):
-        return False
-    return conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
-
-
-def is_norm(bn: nn.Module) -> bool:
-    """Whether it normalises by running statistics and is batch norm as torch makes it."""
-    return runs_forward_of(bn, nn.BatchNorm2d) and not bn.training and bn.running_mean is not None
-
-
-def running(bn: nn.BatchNorm2d) -> BatchNorm:
-    """What it normalises by in eval mode."""
-    assert bn.running_mean is not None and bn.running_var is not None
-    return BatchNorm(bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps)
-
-
 class SqueezeExcite(nn.Module):
     """Channels scaled by what their means over the image say: (B, C, H, W) to the same."""
 
     def __init__(self, channels: int, ratio: float = 0.25) -> None:
         super().__init__()
         hidden = max(8, int(channels * ratio + 4) // 8 * 8)
-        self.reduce = Linear(channels, hidden)
-        self.expand = Linear(hidden, channels)
+        self.reduce = nn.Linear(channels, hidden)
+        self.expand = nn.Linear(hidden, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         gate = F.hardsigmoid(self.expand(F.relu(self.reduce(x.mean((2, 3))))))
@@ -205,11 +138,6 @@ class DropPath(nn.Module):
         return f"drop_prob={self.drop_prob:.3g}"
 
 
-def drops_nothing(drop_path: Any) -> bool:
-    """Whether it gives back what it gets."""
-    return runs_forward_of(drop_path, DropPath) and not (drop_path.training and drop_path.drop_prob > 0)
-
-
 class MBConv(nn.Module):
     """Inverted residual: 1x1 to ``expand`` times the channels, depthwise, 1x1 back; plus x where the shapes agree."""
 
@@ -233,14 +161,8 @@ class MBConv(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.se(self.depthwise(self.expand(x)))
-        if not self.skip:
-            z: Tensor = self.project(y)
-            return z
-        if drops_nothing(self.drop_path) and runs_forward_of(self.project, ConvNorm):
-            z = self.project(y, add=x)
-            return z
-        return x + self.drop_path(self.project(y))
+        y: Tensor = self.project(self.se(self.depthwise(self.expand(x))))
+        return x + self.drop_path(y) if self.skip else y
 
 
 class Mlp(nn.Module):
@@ -250,32 +172,14 @@ class Mlp(nn.Module):
         super().__init__()
         hidden = int(dim * ratio)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
-        self.fc1 = Linear(dim, hidden)
+        self.fc1 = nn.Linear(dim, hidden)
         self.act = HardSwish()
-        self.fc2 = Linear(hidden, dim)
+        self.fc2 = nn.Linear(hidden, dim)
         self.drop = nn.Dropout(drop)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
-        if products.in_inference() and self._as_made():
-            norm, fc1, fc2 = self.norm, self.fc1, self.fc2
-            layer_norm = LayerNorm(norm.weight, norm.bias, norm.eps)
-            y = products.linear(x, fc1.weight, fc1.bias, layer_norm=layer_norm, hard_swish=True)
-            return products.linear(y, fc2.weight, fc2.bias, add=x)
         return x + self.drop_path(self.drop(self.fc2(self.act(self.fc1(self.norm(x))))))
-
-    def _as_made(self) -> bool:
-        fc1, fc2 = self.fc1, self.fc2
-        return (
-            runs_forward_of(fc1, Linear)
-            and runs_forward_of(fc2, Linear)
-            and fc1.kernels
-            and fc2.kernels
-            and runs_forward_of(self.norm, nn.LayerNorm)
-            and runs_forward_of(self.act, HardSwish)
-            and drops_nothing(self.drop_path)
-            and dropout_p(self.drop) == 0
-        )
 
 
 class XFBlock(nn.Module):
@@ -306,7 +210,7 @@ class XFBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.local = ConvNorm(channels, channels, 3, groups=channels, act=False)
-        self.reduce = Linear(channels, dim)
+        self.reduce = nn.Linear(channels, dim)
         self.layers = nn.Sequential(
             *(nn.Sequential(attention(dim, p), Mlp(dim, mlp_ratio, drop, p)) for p in drop_path)
         )
@@ -316,9 +220,6 @@ class XFBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         t = self.layers(self.reduce(to_tokens(self.local(x))))
-        if drops_nothing(self.drop_path) and runs_forward_of(self.expand, ConvNorm):
-            y: Tensor = self.expand(to_image(t, x.shape[2], x.shape[3]), before=self.norm, add=x)
-            return y
         return x + self.drop_path(self.expand(to_image(self.norm(t), x.shape[2], x.shape[3])))
 
 

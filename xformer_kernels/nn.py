@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from xformer_kernels import autocast, dispatch, parallel, reference, validate
 from xformer_kernels.functional import shared, xfa
 from xformer_kernels.layer import xfa_block, xfa_layer
-from xformer_kernels.layer.call import FORMS, Call, Projections
+from xformer_kernels.layer.call import FORMS, Call
 from xformer_kernels.layer.functional import prepared
 from xformer_kernels.layer.ops import Operands
 from xformer_kernels.modules import dropout_p, runs_forward_of
@@ -49,8 +49,6 @@ class XFA(nn.Module):
     Raises:
         TypeError, ValueError: at construction for a bad argument; in ``forward`` for an x that is not (B, N, C).
     """
-
-    projections: Projections | None = None
 
     def __init__(
         self,
@@ -105,7 +103,7 @@ class XFA(nn.Module):
 
     def call(self, token_mask: Tensor | None = None, group: Any = None) -> Call:
         """The choices of the constructor as :func:`attend` takes them."""
-        return Call(self.spec, token_mask, 0.0, self.form, group, self.backend, self.projections)
+        return Call(self.spec, token_mask, 0.0, self.form, group, self.backend)
 
     def _traced_call(self, token_mask: Tensor | None, group: Any) -> Call:
         """For torch.fx, whose graph calls xfa_layer; what it must not leave out cannot be traced."""

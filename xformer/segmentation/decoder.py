@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xformer.layers import Foldable, HardSwish, Pointwise, init_weights, norm_folded, set_weights
-from xformer.products import linear
 from xformer_kernels.modules import runs_forward_of
 
 FORMS = ("commuted", "concatenated")
@@ -115,9 +114,8 @@ class Decoder(Foldable):
             yield from self._projected(features)
             return
         columns = self.fuse.get_parameter("weight").split(self.width, 1)
-        multiply = linear if getattr(self.fuse, "kernels", True) else F.linear
         for x, fuse, project in zip(features, columns, self.project, strict=True):
-            yield multiply(x.permute(0, 2, 3, 1), fuse @ project.get_parameter("weight")).permute(0, 3, 1, 2)
+            yield F.linear(x.permute(0, 2, 3, 1), fuse @ project.get_parameter("weight")).permute(0, 3, 1, 2)
 
     @torch.no_grad()
     def fold(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -16,17 +15,6 @@ from xformer_kernels.spec import Spec
 FORMS = ("auto", "gram", "direct")
 
 
-class Projections(NamedTuple):
-    """Who projects in the direct form in the place of torch's linear layers, and what that costs.
-
-    ``linear(x, weight, bias, layer_norm=, add=)`` also does the layer norm before it and the sum behind it.
-    """
-
-    linear: Callable[..., Tensor]
-    takes: Callable[[Tensor, Tensor], bool]  # whether it makes a product of x and a weight other than torch
-    machine: str  # of cost.MACHINES, where it does
-
-
 class Call(NamedTuple):
     """What a call says beside its tensors."""
 
@@ -36,11 +24,11 @@ class Call(NamedTuple):
     form: str
     group: Any
     backend: str
-    projections: Projections | None = None
+    kernels: bool = False  # whether xformer_kernels.inference projects in the direct form
 
     def keywords(self) -> dict[str, Any]:
         """As :func:`xfa_layer` and :func:`xfa_block` take them."""
-        others = {name: value for name, value in self._asdict().items() if name not in ("spec", "projections")}
+        others = {name: value for name, value in self._asdict().items() if name not in ("spec", "kernels")}
         return {**self.spec.of_xfa, **others}
 
     def check(self, o: Operands, *block: Any) -> None:
@@ -144,7 +132,5 @@ class Call(NamedTuple):
             return "direct" if self.always_direct(o) else self.form
         if self.against_gram(o):
             return "direct"
-        shape, device = self._shape(o, tokens), o.x.device.type
-        if self.projections is not None and self.projections.takes(o.x, o.qkv_weight):
-            device = self.projections.machine
+        shape, device = self._shape(o, tokens), "kernels" if self.kernels else o.x.device.type
         return cost.cheaper(shape, device) if torch.compiler.is_compiling() else cost.cached(shape, device)

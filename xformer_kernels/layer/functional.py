@@ -235,13 +235,12 @@ def prepared(
 
 def _direct(call: Call, o: Operands, ln_eps: float | None, residual: bool) -> tuple[Tensor]:
     x, u = o.x, o.x
-    linear = _linear if call.projections is None else call.projections.linear
     if call.token_mask is not None:  # the gradients of weights would meet what masked tokens hold
         # layer norm with an eps of 0 needs features that differ
         instead: Any = 0 if ln_eps is None else torch.arange(x.shape[-1], device=x.device).remainder(2).to(x.dtype)
         u = torch.where(call.token_mask.unsqueeze(-1), x, instead)
     norm = LayerNorm(_as(o.ln_weight, x), _as(o.ln_bias, x), ln_eps) if ln_eps is not None else None
-    qkv = linear(u, _as(o.qkv_weight, u), _as(o.qkv_bias, u), layer_norm=norm)
+    qkv = _linear(u, _as(o.qkv_weight, u), _as(o.qkv_bias, u), layer_norm=norm)
     q, k, v = heads_of(qkv, o.temperature.shape[0])
     attention = functional.Arguments(q, k, v, o.temperature, call.spec, call.token_mask, call.dropout_p)
     if call.group is None:
@@ -252,7 +251,7 @@ def _direct(call: Call, o: Operands, ln_eps: float | None, residual: bool) -> tu
         compute = partial(functional.composed, attention, backend, call.group)
     out = compute()[0].flatten(2)
     add = x if residual and o.layer_scale is None and out.dtype == x.dtype else None
-    y = linear(out, _as(o.proj_weight, out), _as(o.proj_bias, out), add=add)
+    y = _linear(out, _as(o.proj_weight, out), _as(o.proj_bias, out), add=add)
     if o.layer_scale is not None:
         y = y * _as(o.layer_scale, y)
     return (y if add is not None or not residual else _as(x + y, x),)

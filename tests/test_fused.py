@@ -1,0 +1,168 @@
+"""Fused modules: what they keep of parameters is never out of date, and what kernels cannot do is computed plainly."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from model_cases import all_called, as_trained, kernels_called
+from torch import nn
+
+import xformer
+from xformer import fuse_for_inference
+from xformer.attention import XFAHalf
+from xformer.fused import swap
+from xformer.fused.layers import Fused
+from xformer.layers import ConvNorm, MBConv, Mlp, Pointwise, XFBlock
+from xformer_kernels import XFABlock, inference
+
+
+def images(*size):
+    return torch.randn(size).contiguous(memory_format=torch.channels_last)
+
+
+LAYERS = {
+    "Linear": (lambda: nn.Linear(16, 20), lambda: torch.randn(3, 16)),
+    "Pointwise": (lambda: Pointwise(16, 20), lambda: images(2, 16, 7, 9)),
+    "1x1": (lambda: ConvNorm(16, 20), lambda: images(2, 16, 7, 9)),
+    "depthwise": (lambda: ConvNorm(16, 16, 5, 2, groups=16), lambda: images(2, 16, 7, 9)),
+    "dense": (lambda: ConvNorm(3, 16, 3, 2), lambda: images(2, 3, 16, 9)),
+    "MBConv": (lambda: MBConv(16, 16, 3), lambda: images(2, 16, 7, 9)),
+    "MBConv with se": (lambda: MBConv(16, 24, 3, 5, 2, se=True), lambda: images(2, 16, 7, 9)),
+    "Mlp": (lambda: Mlp(24), lambda: torch.randn(2, 9, 24)),
+    "XFABlock": (lambda: XFABlock(64, 2, qkv_bias=True), lambda: torch.randn(2, 40, 64)),
+    "XFAHalf": (lambda: XFAHalf(64, 2, activation="identity"), lambda: torch.randn(2, 40, 64)),
+    "XFBlock": (lambda: XFBlock(16, 64, lambda dim, p: XFAHalf(dim, 2, drop_path=p)), lambda: images(2, 16, 7, 9)),
+}
+
+
+@pytest.fixture(params=LAYERS)
+def case(request):
+    """A folded layer, the fused one with the same numbers, and an input."""
+    torch.manual_seed(0)
+    make, inputs = LAYERS[request.param]
+    layer = make()
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    plain = fuse_for_inference(layer, kernels=False)
+    return plain, fuse_for_inference(layer), inputs()
+
+
+def check(fused, plain, x):
+    with torch.no_grad():
+        y, expected = fused(x), plain(x)
+    assert y.dtype == expected.dtype
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_one_module_takes_the_place_of_a_layer(case, need_backend, monkeypatch):
+    need_backend("cpp")
+    plain, fused, x = case
+    assert isinstance(fused, Fused) and isinstance(fused, type(plain)) and type(plain) in swap.FUSED
+    assert list(fused.state_dict()) == list(plain.state_dict())
+    check(fused, plain, x)
+    if inference.KERNELS is not None and fused.kernels:
+        assert (called := kernels_called(monkeypatch, fused, x))
+        # a weight is packed again when it has changed, alone
+        assert all_called(monkeypatch, fused, x) == called
+        with torch.no_grad():
+            next(t for name, t in fused.named_parameters() if name.endswith("weight") and t.dim() > 1).mul_(2)
+        assert all_called(monkeypatch, fused, x).count("pack_linear") == ("depthwise" not in called[:1])
+    assert type(fuse_for_inference(fused, kernels=False)) is type(plain)
+
+
+def test_weights_that_are_changed_in_place(case):
+    plain, fused, x = case
+    for _ in range(2):
+        check(fused, plain, x)
+        with torch.no_grad():
+            for own, others in zip(fused.parameters(), plain.parameters(), strict=True):
+                own.mul_(1.1)
+                others.copy_(own)
+
+
+def test_weights_that_are_loaded(case):
+    plain, fused, x = case
+    for assign in (False, True, True):
+        check(fused, plain, x)
+        state = {name: t + 0.1 * torch.randn_like(t) for name, t in plain.state_dict().items()}
+        plain.load_state_dict(state)
+        fused.load_state_dict(state, assign=assign)
+    check(fused, plain, x)
+
+
+def test_weights_of_other_dtypes(case):
+    plain, fused, x = case
+    check(fused, plain, x)
+    check(fused.double(), plain.double(), x.double())
+    # rounded to bfloat16, in what may be the memory of the first weights
+    check(fused.bfloat16().float(), plain.bfloat16().float(), x)
+    fused.bfloat16()
+    with torch.no_grad(), pytest.raises((RuntimeError, TypeError)):
+        fused(x)
+
+
+def test_plain_results_in_bfloat16_and_with_gradients(case):
+    plain, fused, x = case
+    torch.testing.assert_close(fused(x), plain(x), rtol=0, atol=0)
+    fused(x).square().sum().backward()
+    plain(x).square().sum().backward()
+    for own, others in zip(fused.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(own.grad, others.grad)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(fused(x), plain(x), rtol=0, atol=0)
+    fused, plain, x = fused.bfloat16(), plain.bfloat16(), x.bfloat16()
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x), plain(x), rtol=0, atol=0)
+
+
+def test_copies_and_files(case):
+    plain, fused, x = case
+    check(fused, plain, x)
+    other = copy.deepcopy(fused)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.zero_()
+    check(fused, plain, x)
+    check(other, copy.deepcopy(plain).apply(lambda m: [p.data.zero_() for p in m.parameters(recurse=False)]), x)
+    check(pickle.loads(pickle.dumps(fused)), plain, x)
+    file = io.BytesIO()
+    torch.save(fused, file)
+    assert len(file.getvalue()) < sum(t.nbytes for t in fused.state_dict().values()) + 40_000
+    file.seek(0)
+    check(torch.load(file, weights_only=False), plain, x)
+
+
+def test_inputs_that_kernels_cannot_read(case):
+    plain, fused, x = case
+    strided = torch.randn(*x.shape[:-1], 2 * x.shape[-1])[..., ::2]
+    check(fused, plain, strided.copy_(x))
+    check(fused, plain, x[:0])
+    if x.dim() == 4:
+        check(fused, plain, x.contiguous())
+    with torch.no_grad(), pytest.raises((RuntimeError, ValueError)):
+        fused(torch.randn(2, 5, 5, 5) if x.dim() == 4 else torch.randn(2, 9, 5))
+
+
+def test_in_inference_mode():
+    """Of a model that is made there, too, whose parameters have no version counters."""
+    with torch.inference_mode():
+        model = xformer.xformer_xxs(num_classes=10).eval()
+        x = torch.randn(1, 3, 64, 64)
+        fused = fuse_for_inference(model)
+        for _ in range(2):
+            check(fused, model, x)
+            for each in (model, fused):
+                each.head_conv.conv.weight.mul_(2)
+
+
+def test_compiled():
+    model = as_trained(xformer.xformer_xxs(num_classes=10)).eval()
+    fused, x = fuse_for_inference(model), torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        y = torch.compile(fused, backend="eager", fullgraph=True)(x)
+        torch.testing.assert_close(y, model(x), rtol=1e-5, atol=1e-5)

@@ -1,0 +1,156 @@
+"""Kernels with the parameters of torch's modules: looked at when these change, and not in every call.
+
+Tokens and images have their features last, (B, N, C) and (B, H, W, C), and are contiguous.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from xformer.fused import onednn
+from xformer_kernels import dispatch, inference, ops
+from xformer_kernels.layer.ops import Operands
+from xformer_kernels.nn import XFABlock, weights
+
+MOST = 400_000
+"""Outputs of a depthwise convolution up to which our kernel is asked: it is for maps that stay in caches."""
+
+
+class Kernel:
+    """What is kept about parameters is left out of copies and files.
+
+    A change is seen by the address and the version counter of a parameter, so that changes through ``.data`` that leave
+    it where it is are not.
+    """
+
+    _seen: Any = None  # addresses and versions of the parameters that were looked at last
+    _arguments: tuple[Any, ...] | None = None  # what the kernel gets of them; None: it cannot read them
+
+    def ready(self) -> bool:
+        """Whether the kernel can read the parameters as they are now. To be asked before every call."""
+        parameters = self._parameters()
+        seen = [None if t is None else (t.data_ptr(), _version(t)) for t in parameters]
+        if seen != self._seen:
+            readable = ops.plain(*parameters) and not any(t is not None and t.is_inference() for t in parameters)
+            self._arguments = self._read(*parameters) if readable else None
+            self._seen = seen
+        return self._arguments is not None
+
+    def _parameters(self) -> tuple[Tensor | None, ...]:
+        raise NotImplementedError
+
+    def _read(self, *parameters: Any) -> tuple[Any, ...] | None:
+        """Of parameters: what the kernel gets, which also keeps their addresses from being used again."""
+        raise NotImplementedError
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("_seen", "_arguments")}
+
+
+def _version(t: Tensor) -> int:
+    return -1 if t.is_inference() else t._version
+
+
+class LinearKernel(Kernel):
+    """``act(linear(layer_norm(x))) + add``, with the weight packed.
+
+    Args:
+        linear: what multiplies. layer_norm: over its input features. hard_swish: whether that is act.
+    """
+
+    def __init__(self, linear: nn.Linear, layer_norm: nn.LayerNorm | None = None, hard_swish: bool = False) -> None:
+        self.linear, self.layer_norm, self.hard_swish = linear, layer_norm, hard_swish
+        self.features, self.out = linear.in_features, linear.out_features
+
+    def __call__(self, x: Tensor, add: Tensor | None = None) -> Tensor:
+        assert self._arguments is not None
+        packed, *arguments = self._arguments
+        y: Tensor = inference.KERNELS.linear(x, *arguments, add, packed)
+        return y
+
+    def _parameters(self) -> tuple[Tensor | None, ...]:
+        linear, norm = self.linear, self.layer_norm
+        if norm is None:
+            return linear.weight, linear.bias
+        return linear.weight, linear.bias, norm.weight, norm.bias
+
+    def _read(self, weight: Any, bias: Any, *affine: Any) -> tuple[Any, ...] | None:
+        O, I, norm = self.out, self.features, self.layer_norm  # noqa: E741
+        if not 0 < I <= inference.WIDEST or not inference.are((O, I), weight) or not inference.are((O,), bias):
+            return None
+        if norm is not None and not (norm.normalized_shape == (I,) and inference.are((I,), *affine) and norm.eps >= 0):
+            return None
+        layer_norm = None if norm is None else (*affine, norm.eps)
+        return inference.KERNELS.pack_linear(weight), weight, bias, None, layer_norm, self.hard_swish
+
+
+class DepthwiseKernel(Kernel):
+    """``act(conv(x))`` of a depthwise convolution that :func:`is_depthwise`; of a large map oneDNN's."""
+
+    def __init__(self, conv: nn.Conv2d, hard_swish: bool) -> None:
+        self.conv, self.hard_swish = conv, hard_swish
+        self.features, self.side, self.stride = conv.in_channels, conv.kernel_size[0], conv.stride[0]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        B, H, W, C = x.shape
+        if B * C * -(-H // self.stride) * -(-W // self.stride) > MOST:
+            y = onednn.conv2d(x.permute(0, 3, 1, 2), self.conv, self.hard_swish)
+            return y.permute(0, 2, 3, 1).contiguous()
+        assert self._arguments is not None
+        y = inference.KERNELS.depthwise(x, *self._arguments)
+        return y
+
+    def _parameters(self) -> tuple[Tensor | None, ...]:
+        return self.conv.weight, self.conv.bias
+
+    def _read(self, weight: Any, bias: Any) -> tuple[Any, ...] | None:
+        C, K = self.features, self.side
+        if not inference.are((C, 1, K, K), weight) or not inference.are((C,), bias):
+            return None
+        return weight, bias, self.stride, None, self.hard_swish
+
+
+def is_depthwise(conv: nn.Conv2d) -> bool:
+    """Whether it has a shape that the kernel knows."""
+    kernel, stride = conv.kernel_size[0], conv.stride[0]
+    return (
+        conv.groups == conv.in_channels == conv.out_channels
+        and kernel in (3, 5)
+        and stride in (1, 2)
+        and conv.kernel_size == (kernel, kernel)
+        and conv.stride == (stride, stride)
+        and conv.padding == (kernel // 2, kernel // 2)
+        and conv.dilation == (1, 1)
+    )
+
+
+class AttentionKernel(Kernel):
+    """XFA between the projections of a half block: q, k and v side by side (B, N, 3 C) to (B, N, C)."""
+
+    def __init__(self, block: XFABlock) -> None:
+        self.block, self.heads = block, block.attn.num_heads
+        self.spec = block.attn.spec.with_normal_eps(torch.float32)
+
+    def __call__(self, qkv: Tensor) -> Tensor:
+        assert self._arguments is not None
+        B, N, _ = qkv.shape
+        q, k, v = qkv.view(B, N, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        out: Tensor = dispatch.kernel("cpp", "xfa_forward")(q, k, v, *self._arguments)[0]
+        return out.view(B, N, -1)
+
+    def is_direct(self, x: Tensor) -> bool:
+        """Whether tokens x take the direct form."""
+        block = self.block
+        call = block.attn.call()._replace(kernels=True)
+        return call.choose(Operands(x, *weights(block.attn), block.norm.weight, block.norm.bias)) == "direct"
+
+    def _parameters(self) -> tuple[Tensor | None, ...]:
+        return (self.block.attn.temperature,)
+
+    def _read(self, temperature: Any) -> tuple[Any, ...] | None:
+        if not inference.are((self.heads, 1, 1), temperature):
+            return None
+        return temperature.view(-1), None, self.spec

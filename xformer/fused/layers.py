@@ -1,0 +1,186 @@
+"""Fused modules of one layer, of an MBConv and of an MLP."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from xformer.fused import onednn
+from xformer.fused.kernels import DepthwiseKernel, LinearKernel, is_depthwise
+from xformer.layers import ConvNorm, DropPath, HardSwish, MBConv, Mlp, Pointwise, SqueezeExcite
+from xformer_kernels import inference, ops
+from xformer_kernels.modules import dropout_p, runs_forward_of
+
+
+class Fused(nn.Module):
+    """What fused modules have in common; a subclass has that of the layer as its second base."""
+
+    kernels: tuple[Any, ...]
+    inside: ClassVar[tuple[str, ...]] = ()
+    """Children that are modules of their own when fused."""
+
+    @classmethod
+    def of(cls, plain: Any) -> Fused | None:
+        """With the parameters, buffers and children of a layer; None where its parts are not as this package makes
+        them, or have hooks."""
+        kernels = cls.kernels_of(plain)
+        if kernels is None or None in kernels:
+            return None
+        fused = cls.__new__(cls)
+        fused.__dict__.update(plain.__dict__, kernels=kernels)
+        return fused
+
+    @staticmethod
+    def kernels_of(plain: Any) -> tuple[Any, ...] | None:
+        """Kernels that compute the layer, the one that reads x first; None, or None among them: they cannot."""
+        raise NotImplementedError
+
+    def run(self, x: Tensor) -> Tensor:
+        """forward by kernels, of contiguous x with its features last, where :meth:`serves` and :meth:`ready`."""
+        raise NotImplementedError
+
+    def serves(self, x: Tensor) -> bool:
+        """Whether nothing but kernels has to see a call with x."""
+        return not self.training and inference.asked(x, x) and ops.plain(x)
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether :meth:`run` can read x."""
+        return x.shape[-1] == self.kernels[0].features and x.is_contiguous() and x.numel() > 0 and self.ready()
+
+    def ready(self) -> bool:
+        """Whether kernels can read all parameters, which are packed again where they have changed."""
+        return all([kernel.ready() for kernel in self.kernels])
+
+
+class FusedTokens(Fused):
+    """A module of tokens (..., C)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.serves(x) and x.dim() > 0 and self.takes(x):
+            return self.run(x)
+        y: Tensor = super().forward(x)
+        return y
+
+
+class FusedImages(Fused):
+    """A module of images (B, C, H, W) in channels_last memory."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.serves(x) and x.dim() == 4 and self.takes(last := x.permute(0, 2, 3, 1)):
+            return self.run(last).permute(0, 3, 1, 2)
+        y: Tensor = super().forward(x)
+        return y
+
+
+class OneKernel(Fused):
+    """Whose run is that of its only kernel."""
+
+    def run(self, x: Tensor) -> Tensor:
+        y: Tensor = self.kernels[0](x)
+        return y
+
+
+class FusedLinear(OneKernel, FusedTokens, nn.Linear):
+    @staticmethod
+    def kernels_of(plain: nn.Linear) -> tuple[Any, ...]:
+        return (LinearKernel(plain) if runs_forward_of(plain, nn.Linear) else None,)
+
+
+class FusedPointwise(OneKernel, FusedImages, Pointwise):
+    @staticmethod
+    def kernels_of(plain: Pointwise) -> tuple[Any, ...]:
+        return (LinearKernel(plain) if runs_forward_of(plain, Pointwise) else None,)
+
+
+def of_conv_norm(layer: nn.Module, before: nn.Module | None = None) -> LinearKernel | DepthwiseKernel | None:
+    """The kernel of a folded :class:`ConvNorm`, 1x1 or depthwise; `before`: a layer norm over its channels."""
+    if not _is_folded(layer) or not (before is None or runs_forward_of(before, nn.LayerNorm)):
+        return None
+    conv: Any = layer.conv
+    norm: Any = before
+    hard_swish = isinstance(layer.act, HardSwish)
+    if runs_forward_of(conv, Pointwise):
+        return LinearKernel(conv, norm, hard_swish)
+    return DepthwiseKernel(conv, hard_swish) if before is None and is_depthwise(conv) else None
+
+
+def _is_folded(layer: Any) -> bool:
+    """Whether calling a :class:`ConvNorm` runs a convolution and perhaps hard-swish, and nothing else."""
+    return (
+        runs_forward_of(layer, ConvNorm)
+        and (runs_forward_of(layer.conv, Pointwise) or _pads_with_zeros(layer.conv))
+        and runs_forward_of(layer.bn, nn.Identity)
+        and runs_forward_of(layer.act, HardSwish, nn.Identity)
+    )
+
+
+def _pads_with_zeros(conv: nn.Module) -> bool:
+    if not isinstance(conv, nn.Conv2d) or not runs_forward_of(conv, nn.Conv2d):
+        return False
+    return conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
+
+
+class FusedConvNorm(OneKernel, FusedImages, ConvNorm):
+    """A 1x1 or depthwise one."""
+
+    @staticmethod
+    def kernels_of(plain: ConvNorm) -> tuple[Any, ...]:
+        return (of_conv_norm(plain),)
+
+
+class FusedDenseConvNorm(Fused, ConvNorm):
+    """Any other one, by oneDNN."""
+
+    @staticmethod
+    def kernels_of(plain: ConvNorm) -> tuple[Any, ...] | None:
+        return () if onednn.IS_THERE and _is_folded(plain) and isinstance(plain.conv, nn.Conv2d) else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        conv: Any = self.conv
+        if not self.training and onednn.serves(x, conv.weight):
+            return onednn.conv2d(x, conv, isinstance(self.act, HardSwish))
+        return super().forward(x)
+
+
+class FusedMBConv(FusedImages, MBConv):
+    inside = ("se",)
+
+    @staticmethod
+    def kernels_of(plain: MBConv) -> tuple[Any, ...] | None:
+        if not (
+            runs_forward_of(plain, MBConv)
+            and runs_forward_of(plain.se, SqueezeExcite, nn.Identity)
+            and runs_forward_of(plain.drop_path, DropPath)
+        ):
+            return None
+        return of_conv_norm(plain.expand), of_conv_norm(plain.depthwise), of_conv_norm(plain.project)
+
+    def run(self, x: Tensor) -> Tensor:
+        expand, depthwise, project = self.kernels
+        y = depthwise(expand(x))
+        if isinstance(self.se, SqueezeExcite):
+            y = self.se(y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).contiguous()
+        y = project(y, x if self.skip else None)
+        return y
+
+
+class FusedMlp(FusedTokens, Mlp):
+    @staticmethod
+    def kernels_of(plain: Mlp) -> tuple[Any, ...] | None:
+        if not (
+            runs_forward_of(plain, Mlp)
+            and runs_forward_of(plain.norm, nn.LayerNorm)
+            and runs_forward_of(plain.fc1, nn.Linear)
+            and runs_forward_of(plain.act, HardSwish)
+            and runs_forward_of(plain.fc2, nn.Linear)
+            and dropout_p(plain.drop) == 0
+            and runs_forward_of(plain.drop_path, DropPath)
+        ):
+            return None
+        return LinearKernel(plain.fc1, plain.norm, hard_swish=True), LinearKernel(plain.fc2)
+
+    def run(self, x: Tensor) -> Tensor:
+        fc1, fc2 = self.kernels
+        y: Tensor = fc2(fc1(x), x)
+        return y

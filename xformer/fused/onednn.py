@@ -1,0 +1,49 @@
+"""oneDNN's convolution with a hard-swish in the same call: private to torch, and what ``torch.compile`` calls.
+
+It is asked for on x86 alone, where it has been run; ``torch.backends.mkldnn.flags(enabled=False)`` turns it off.
+"""
+
+from __future__ import annotations
+
+import platform
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from xformer_kernels import inference, ops
+
+
+def _is_there() -> bool:
+    return (
+        torch.backends.mkldnn.is_available()
+        and platform.machine().lower() in ("x86_64", "amd64")
+        and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
+    )
+
+
+IS_THERE = _is_there()
+"""Whether this torch has the convolution."""
+
+
+def serves(x: Tensor, weight: Tensor) -> bool:
+    """Whether it convolves in the place of torch: plain float32 on the CPU, nothing recorded or transformed."""
+    return (
+        IS_THERE
+        and inference.eager_float32(x, weight)
+        and x.numel() > 0
+        and torch._C._get_mkldnn_enabled()
+        and ops.plain(x, weight)
+    )
+
+
+def conv2d(x: Tensor, conv: nn.Conv2d, hard_swish: bool) -> Tensor:
+    """``act(conv(x))`` without gradients, of a convolution that is padded with zeros by whole numbers."""
+    if not serves(x, conv.weight):
+        y = F.conv2d(x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+        return F.hardswish(y, inplace=True) if hard_swish else y
+    shape = [list(part) for part in (conv.padding, conv.stride, conv.dilation)]
+    y = torch.ops.mkldnn._convolution_pointwise(
+        x, conv.weight, conv.bias, *shape, conv.groups, "hardswish" if hard_swish else "none", [], ""
+    )
+    return y
