@@ -6,19 +6,26 @@
 #include <stdexcept>
 #include <tuple>
 
+#include "program.h"
+
 namespace {
 
-template <class Args>
-void call(int (*function)(const Args*), const Args& args) {
+template <class F>
+void without_gil(F f) {
   int status;
   {
     py::gil_scoped_release release;
-    status = function(&args);
+    status = f();
   }
   if (status == XK_OUT_OF_MEMORY) throw std::bad_alloc();
   if (status != XK_OK) {
     throw std::invalid_argument("xformer_kernels._C: a tensor without features, or no usable instruction level");
   }
+}
+
+template <class Args>
+void call(int (*function)(const Args*), const Args& args) {
+  without_gil([&] { return function(&args); });
 }
 
 // A Python function of what `build` takes and of the number of threads.
@@ -134,6 +141,14 @@ PYBIND11_MODULE(_C, m) {
   m.def("linear", &linear);
   m.def("pack_linear", &pack_linear);
   m.def("depthwise", &depthwise);
+  py::class_<Program>(m, "Program")
+      .def(py::init<>())
+      .def("linear", &Program::linear)
+      .def("depthwise", &Program::depthwise)
+      .def("xfa", &Program::xfa)
+      .def("run", [](const Program& program, const std::vector<uintptr_t>& blocks, int threads) {
+        without_gil([&] { return program.run(blocks, threads); });
+      });
   m.def("prefer_huge_pages", &prefer_huge_pages);
   m.def("cpu_level", &xk_cpu_level);
   m.def("build_info", &build_info);

@@ -49,7 +49,8 @@ class Recorded:
         kernel = getattr(self.kernels, name)
 
         def call(*args: Any) -> Any:
-            self.called.append(name)
+            # a program is one call of several
+            self.called += [step for step in args[0].names if step != "xfa"] if name == "run" else [name]
             return kernel(*args)
 
         return call
@@ -57,11 +58,11 @@ class Recorded:
 
 def kernels_called(monkeypatch: Any, function: Any, *inputs: Any) -> list[str]:
     """Those of :mod:`xformer_kernels.inference` that a call without gradients takes, in order; packing is none."""
-    return [name for name in all_called(monkeypatch, function, *inputs) if name != "pack_linear"]
+    return [name for name in all_called(monkeypatch, function, *inputs) if name not in ("pack_linear", "record")]
 
 
 def all_called(monkeypatch: Any, function: Any, *inputs: Any) -> list[str]:
-    """With those that pack weights."""
+    """With those that pack weights and record programs."""
     with monkeypatch.context() as patch, torch.no_grad():
         recorded = Recorded(inference.KERNELS)
         patch.setattr(inference, "KERNELS", inference.KERNELS and recorded)

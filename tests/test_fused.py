@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import pickle
+import random
 
 import pytest
 import torch
@@ -17,7 +19,8 @@ from xformer.attention import XFAHalf
 from xformer.fused import swap
 from xformer.fused.layers import Fused
 from xformer.layers import ConvNorm, MBConv, Mlp, Pointwise, XFBlock
-from xformer_kernels import XFABlock, inference
+from xformer_kernels import XFABlock, dispatch, inference
+from xformer_kernels.backends.program import Recorder
 
 
 def images(*size):
@@ -146,6 +149,43 @@ def test_inputs_that_kernels_cannot_read(case):
         check(fused, plain, x.contiguous())
     with torch.no_grad(), pytest.raises((RuntimeError, ValueError)):
         fused(torch.randn(2, 5, 5, 5) if x.dim() == 4 else torch.randn(2, 9, 5))
+
+
+def test_a_stage_is_one_call(need_backend, monkeypatch):
+    need_backend("cpp")
+    if inference.KERNELS is None:
+        pytest.skip(f"the kernels serve at the instruction levels {inference.LEVELS}")
+    model = fuse_for_inference(xformer.xformer_xxs())
+    calls, run = [], inference.KERNELS.run
+    monkeypatch.setattr(inference.KERNELS, "run", lambda program, x: (calls.append(program), run(program, x))[1])
+    with torch.no_grad(), dispatch.record() as ran:
+        for size, programs in ((64, 4), (96, 8), (64, 8)):
+            model(torch.randn(2, 3, size, size))
+            assert len({id(program) for program in calls}) == programs
+    assert len(calls) == 3 * len(model.stages) and ran == [("cpp", "xfa_forward")] * 3 * 7
+    # of a large image the workspace is large, and the kernels are called one by one
+    calls.clear()
+    with torch.no_grad():
+        model.stages[0](images(8, 16, 256, 256))
+    assert calls == []
+
+
+def test_buffers_of_a_program_lie_beside_each_other_while_they_are_needed():
+    numbers = random.Random(0)
+    for _ in range(50):
+        recorder = Recorder()
+        values = [recorder.new((numbers.randint(1, 100),)) for _ in range(4)]
+        for _ in range(20):
+            values.append(recorder.new((numbers.randint(1, 100),)))
+            recorder.step("step", *numbers.sample(values[-6:-1], 2), values[-1])
+        placed = (values[0].buffer, values[-1].buffer)
+        offsets, size = recorder.offsets(placed)
+        assert set(offsets) == set(recorder.first) - set(placed)
+        ends = {b: offsets[b] + recorder.sizes[b] for b in offsets}
+        assert size == max(ends.values()) and size < sum(recorder.sizes)
+        for a, b in itertools.combinations(offsets, 2):
+            together = recorder.first[a] <= recorder.last[b] and recorder.first[b] <= recorder.last[a]
+            assert not together or ends[a] <= offsets[b] or ends[b] <= offsets[a]
 
 
 def test_in_inference_mode():

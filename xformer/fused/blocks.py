@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from xformer.attention import XFAHalf
-from xformer.fused.kernels import AttentionKernel, LinearKernel
+from xformer.fused.kernels import AttentionKernel, LinearKernel, tensor
 from xformer.fused.layers import Fused, FusedImages, FusedMlp, of_conv_norm
 from xformer.layers import DropPath, XFBlock
 from xformer_kernels import XFA, XFABlock, dispatch, inference
@@ -37,15 +37,14 @@ class FusedXFABlock(Fused, XFABlock):
 
     def forward(self, x: Tensor, token_mask: Tensor | None = None, group: Any = None) -> Tensor:
         if token_mask is None and group is None and self.serves(x) and x.dim() == 3 and self.takes(x):
-            return self.run(x)
+            return self.compute(x)
         return super().forward(x, token_mask, group)
 
-    def run(self, x: Tensor) -> Tensor:
+    def run(self, x: Any) -> Any:
         qkv, attend, proj = self.kernels
-        if not attend.is_direct(x):
-            return super().forward(x)
-        y: Tensor = proj(attend(qkv(x)), x)
-        return y
+        if not attend.is_direct(x.shape):
+            return super().forward(tensor(x))
+        return proj(attend(qkv(x)), x)
 
 
 class FusedXFAHalf(FusedXFABlock, XFAHalf):
@@ -82,16 +81,16 @@ class FusedXFBlock(FusedImages, XFBlock):
             return None
         return of_conv_norm(plain.local), LinearKernel(plain.reduce), of_conv_norm(plain.expand, plain.norm)
 
-    def run(self, x: Tensor) -> Tensor:
+    @staticmethod
+    def runs(plain: XFBlock) -> list[Any]:
+        return _halves(plain)
+
+    def run(self, x: Any) -> Any:
         local, reduce, expand = self.kernels
         t = reduce(local(x)).flatten(1, 2)
         for half in _halves(self):
             t = half.run(t).contiguous()
-        y: Tensor = expand(t, x).view(x.shape)
-        return y
-
-    def ready(self) -> bool:
-        return super().ready() and all([half.ready() for half in _halves(self)])
+        return expand(t, x).view(x.shape)
 
 
 def _halves(block: XFBlock) -> list[Any]:

@@ -1,6 +1,7 @@
 """Kernels with the parameters of torch's modules: looked at when these change, and not in every call.
 
-Tokens and images have their features last, (B, N, C) and (B, H, W, C), and are contiguous.
+Tokens and images have their features last, (B, N, C) and (B, H, W, C), and are contiguous. Kernels are called with
+them, or with values in their place, and are then recorded.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from xformer.fused import onednn
 from xformer_kernels import dispatch, inference, ops
+from xformer_kernels.backends.program import Unrecordable, Value
 from xformer_kernels.layer.ops import Operands
 from xformer_kernels.nn import XFABlock, weights
 
@@ -28,15 +30,19 @@ class Kernel:
 
     _seen: Any = None  # addresses and versions of the parameters that were looked at last
     _arguments: tuple[Any, ...] | None = None  # what the kernel gets of them; None: it cannot read them
+    changes = 0  # how often they were looked at
 
     def ready(self) -> bool:
         """Whether the kernel can read the parameters as they are now. To be asked before every call."""
         parameters = self._parameters()
-        seen = [None if t is None else (t.data_ptr(), _version(t)) for t in parameters]
+        try:
+            seen = [(t.data_ptr(), t._version) for t in parameters if t is not None]
+        except RuntimeError:  # made in inference mode, where tensors have no version counter
+            return False
         if seen != self._seen:
-            readable = ops.plain(*parameters) and not any(t is not None and t.is_inference() for t in parameters)
-            self._arguments = self._read(*parameters) if readable else None
+            self._arguments = self._read(*parameters) if ops.plain(*parameters) else None
             self._seen = seen
+            self.changes += 1
         return self._arguments is not None
 
     def _parameters(self) -> tuple[Tensor | None, ...]:
@@ -47,11 +53,15 @@ class Kernel:
         raise NotImplementedError
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_seen", "_arguments")}
+        kept = (name for name in self.__dict__ if not name.startswith("_") and name != "changes")
+        return {name: self.__dict__[name] for name in kept}
 
 
-def _version(t: Tensor) -> int:
-    return -1 if t.is_inference() else t._version
+def tensor(x: Any) -> Tensor:
+    """x, for what is no kernel."""
+    if not isinstance(x, Tensor):
+        raise Unrecordable
+    return x
 
 
 class LinearKernel(Kernel):
@@ -65,11 +75,12 @@ class LinearKernel(Kernel):
         self.linear, self.layer_norm, self.hard_swish = linear, layer_norm, hard_swish
         self.features, self.out = linear.in_features, linear.out_features
 
-    def __call__(self, x: Tensor, add: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Any, add: Any = None) -> Any:
         assert self._arguments is not None
-        packed, *arguments = self._arguments
-        y: Tensor = inference.KERNELS.linear(x, *arguments, add, packed)
-        return y
+        packed, weight, bias, layer_norm = self._arguments
+        if isinstance(x, Value):
+            return x.linear(packed, bias, layer_norm, self.hard_swish, add, self.out)
+        return inference.KERNELS.linear(x, weight, bias, None, layer_norm, self.hard_swish, add, packed)
 
     def _parameters(self) -> tuple[Tensor | None, ...]:
         linear, norm = self.linear, self.layer_norm
@@ -84,7 +95,7 @@ class LinearKernel(Kernel):
         if norm is not None and not (norm.normalized_shape == (I,) and inference.are((I,), *affine) and norm.eps >= 0):
             return None
         layer_norm = None if norm is None else (*affine, norm.eps)
-        return inference.KERNELS.pack_linear(weight), weight, bias, None, layer_norm, self.hard_swish
+        return inference.KERNELS.pack_linear(weight), weight, bias, layer_norm
 
 
 class DepthwiseKernel(Kernel):
@@ -94,14 +105,16 @@ class DepthwiseKernel(Kernel):
         self.conv, self.hard_swish = conv, hard_swish
         self.features, self.side, self.stride = conv.in_channels, conv.kernel_size[0], conv.stride[0]
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Any) -> Any:
         B, H, W, C = x.shape
         if B * C * -(-H // self.stride) * -(-W // self.stride) > MOST:
-            y = onednn.conv2d(x.permute(0, 3, 1, 2), self.conv, self.hard_swish)
+            y = onednn.conv2d(tensor(x).permute(0, 3, 1, 2), self.conv, self.hard_swish)
             return y.permute(0, 2, 3, 1).contiguous()
         assert self._arguments is not None
-        y = inference.KERNELS.depthwise(x, *self._arguments)
-        return y
+        weight, bias = self._arguments
+        if isinstance(x, Value):
+            return x.depthwise(weight, bias, self.stride, self.hard_swish)
+        return inference.KERNELS.depthwise(x, weight, bias, self.stride, None, self.hard_swish)
 
     def _parameters(self) -> tuple[Tensor | None, ...]:
         return self.conv.weight, self.conv.bias
@@ -110,7 +123,7 @@ class DepthwiseKernel(Kernel):
         C, K = self.features, self.side
         if not inference.are((C, 1, K, K), weight) or not inference.are((C,), bias):
             return None
-        return weight, bias, self.stride, None, self.hard_swish
+        return weight, bias
 
 
 def is_depthwise(conv: nn.Conv2d) -> bool:
@@ -133,19 +146,31 @@ class AttentionKernel(Kernel):
     def __init__(self, block: XFABlock) -> None:
         self.block, self.heads = block, block.attn.num_heads
         self.spec = block.attn.spec.with_normal_eps(torch.float32)
+        self._direct: dict[torch.Size, bool] = {}
 
-    def __call__(self, qkv: Tensor) -> Tensor:
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _direct={})
+
+    def __call__(self, qkv: Any) -> Any:
         assert self._arguments is not None
+        (temperature,) = self._arguments
+        if isinstance(qkv, Value):
+            return qkv.xfa(self.heads, temperature, self.spec)
         B, N, _ = qkv.shape
         q, k, v = qkv.view(B, N, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-        out: Tensor = dispatch.kernel("cpp", "xfa_forward")(q, k, v, *self._arguments)[0]
+        out = dispatch.kernel("cpp", "xfa_forward")(q, k, v, temperature, None, self.spec)[0]
         return out.view(B, N, -1)
 
-    def is_direct(self, x: Tensor) -> bool:
-        """Whether tokens x take the direct form."""
-        block = self.block
-        call = block.attn.call()._replace(kernels=True)
-        return call.choose(Operands(x, *weights(block.attn), block.norm.weight, block.norm.bias)) == "direct"
+    def is_direct(self, shape: torch.Size) -> bool:
+        """Whether tokens of a shape take the direct form, which is decided once."""
+        found = self._direct.get(shape)
+        if found is None:
+            block = self.block
+            call = block.attn.call()._replace(kernels=True)
+            x = torch.empty(shape)
+            form = call.choose(Operands(x, *weights(block.attn), block.norm.weight, block.norm.bias))
+            found = self._direct[shape] = form == "direct"
+        return found
 
     def _parameters(self) -> tuple[Tensor | None, ...]:
         return (self.block.attn.temperature,)
@@ -153,4 +178,4 @@ class AttentionKernel(Kernel):
     def _read(self, temperature: Any) -> tuple[Any, ...] | None:
         if not inference.are((self.heads, 1, 1), temperature):
             return None
-        return temperature.view(-1), None, self.spec
+        return (temperature.view(-1),)

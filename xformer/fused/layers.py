@@ -7,18 +7,25 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from xformer.fused import onednn
-from xformer.fused.kernels import DepthwiseKernel, LinearKernel, is_depthwise
+from xformer.fused.kernels import DepthwiseKernel, LinearKernel, is_depthwise, tensor
 from xformer.layers import ConvNorm, DropPath, HardSwish, MBConv, Mlp, Pointwise, SqueezeExcite
-from xformer_kernels import inference, ops
+from xformer_kernels import dispatch, inference, ops
 from xformer_kernels.modules import dropout_p, runs_forward_of
+
+SHAPES = 16
+"""Of inputs, for which programs are kept."""
 
 
 class Fused(nn.Module):
     """What fused modules have in common; a subclass has that of the layer as its second base."""
 
-    kernels: tuple[Any, ...]
-    inside: ClassVar[tuple[str, ...]] = ()
-    """Children that are modules of their own when fused."""
+    kernels: tuple[Any, ...] = ()
+    all_kernels: tuple[Any, ...] = ()
+    """With those of fused modules inside it."""
+    programs: dict[Any, tuple[int, Any]]
+    """By shape: of which state of the kernels it is, and :meth:`run` in one call; None if that is not possible."""
+    inside: ClassVar[tuple[str, ...] | None] = ()
+    """Children that are modules of their own when fused; None: all."""
 
     @classmethod
     def of(cls, plain: Any) -> Fused | None:
@@ -28,7 +35,8 @@ class Fused(nn.Module):
         if kernels is None or None in kernels:
             return None
         fused = cls.__new__(cls)
-        fused.__dict__.update(plain.__dict__, kernels=kernels)
+        inner = (kernel for child in cls.runs(plain) for kernel in child.all_kernels)
+        fused.__dict__.update(plain.__dict__, kernels=kernels, all_kernels=(*kernels, *inner), programs={})
         return fused
 
     @staticmethod
@@ -36,21 +44,49 @@ class Fused(nn.Module):
         """Kernels that compute the layer, the one that reads x first; None, or None among them: they cannot."""
         raise NotImplementedError
 
-    def run(self, x: Tensor) -> Tensor:
+    @staticmethod
+    def runs(plain: Any) -> list[Any]:
+        """Fused modules inside a layer, which :meth:`run` runs without asking each of them."""
+        return []
+
+    def run(self, x: Any) -> Any:
         """forward by kernels, of contiguous x with its features last, where :meth:`serves` and :meth:`ready`."""
         raise NotImplementedError
 
     def serves(self, x: Tensor) -> bool:
         """Whether nothing but kernels has to see a call with x."""
-        return not self.training and inference.asked(x, x) and ops.plain(x)
+        return bool(self.all_kernels) and not self.training and inference.asked(x, x) and ops.plain(x)
 
     def takes(self, x: Tensor) -> bool:
         """Whether :meth:`run` can read x."""
-        return x.shape[-1] == self.kernels[0].features and x.is_contiguous() and x.numel() > 0 and self.ready()
+        features: int = self.all_kernels[0].features
+        return x.shape[-1] == features and x.is_contiguous() and x.numel() > 0 and self.ready()
+
+    def compute(self, x: Tensor) -> Tensor:
+        """What :meth:`run` gives, in one call where kernels alone make it up."""
+        if len(self.all_kernels) == 1:
+            return self.run(x)
+        changes = sum([kernel.changes for kernel in self.all_kernels])
+        found = self.programs.get(x.shape)
+        if found is None or found[0] != changes:
+            if len(self.programs) == SHAPES:
+                self.programs.clear()
+            found = self.programs[x.shape] = changes, inference.KERNELS.record(x.shape, self.run)
+        program = found[1]
+        if program is None:
+            return self.run(x)
+        for name in program.names:
+            if name == "xfa":
+                dispatch.note("cpp", "xfa_forward")
+        y: Tensor = inference.KERNELS.run(program, x)
+        return y
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "programs": {}}
 
     def ready(self) -> bool:
         """Whether kernels can read all parameters, which are packed again where they have changed."""
-        return all([kernel.ready() for kernel in self.kernels])
+        return all([kernel.ready() for kernel in self.all_kernels])
 
 
 class FusedTokens(Fused):
@@ -58,7 +94,7 @@ class FusedTokens(Fused):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.serves(x) and x.dim() > 0 and self.takes(x):
-            return self.run(x)
+            return self.compute(x)
         y: Tensor = super().forward(x)
         return y
 
@@ -68,7 +104,7 @@ class FusedImages(Fused):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.serves(x) and x.dim() == 4 and self.takes(last := x.permute(0, 2, 3, 1)):
-            return self.run(last).permute(0, 3, 1, 2)
+            return self.compute(last).permute(0, 3, 1, 2)
         y: Tensor = super().forward(x)
         return y
 
@@ -76,9 +112,8 @@ class FusedImages(Fused):
 class OneKernel(Fused):
     """Whose run is that of its only kernel."""
 
-    def run(self, x: Tensor) -> Tensor:
-        y: Tensor = self.kernels[0](x)
-        return y
+    def run(self, x: Any) -> Any:
+        return self.kernels[0](x)
 
 
 class FusedLinear(OneKernel, FusedTokens, nn.Linear):
@@ -156,13 +191,35 @@ class FusedMBConv(FusedImages, MBConv):
             return None
         return of_conv_norm(plain.expand), of_conv_norm(plain.depthwise), of_conv_norm(plain.project)
 
-    def run(self, x: Tensor) -> Tensor:
+    def run(self, x: Any) -> Any:
         expand, depthwise, project = self.kernels
         y = depthwise(expand(x))
         if isinstance(self.se, SqueezeExcite):
-            y = self.se(y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).contiguous()
-        y = project(y, x if self.skip else None)
-        return y
+            y = self.se(tensor(y).permute(0, 3, 1, 2)).permute(0, 2, 3, 1).contiguous()
+        return project(y, x if self.skip else None)
+
+
+class FusedSequential(FusedImages, nn.Sequential):
+    """Of fused modules of images, such as a stage of the backbone."""
+
+    inside = None
+
+    @staticmethod
+    def kernels_of(plain: nn.Sequential) -> tuple[Any, ...] | None:
+        served = runs_forward_of(plain, nn.Sequential) and all(
+            isinstance(m, FusedImages) and runs_forward_of(m, type(m)) for m in plain
+        )
+        return () if served and len(plain) else None
+
+    @staticmethod
+    def runs(plain: nn.Sequential) -> list[Any]:
+        return list(plain)
+
+    def run(self, x: Any) -> Any:
+        layers: Any = self
+        for layer in layers:
+            x = layer.run(x)
+        return x
 
 
 class FusedMlp(FusedTokens, Mlp):
@@ -180,7 +237,6 @@ class FusedMlp(FusedTokens, Mlp):
             return None
         return LinearKernel(plain.fc1, plain.norm, hard_swish=True), LinearKernel(plain.fc2)
 
-    def run(self, x: Tensor) -> Tensor:
+    def run(self, x: Any) -> Any:
         fc1, fc2 = self.kernels
-        y: Tensor = fc2(fc1(x), x)
-        return y
+        return fc2(fc1(x), x)

@@ -16,6 +16,7 @@ from xformer.fused.layers import (
     FusedMBConv,
     FusedMlp,
     FusedPointwise,
+    FusedSequential,
 )
 from xformer.layers import ConvNorm, MBConv, Mlp, Pointwise, XFBlock
 from xformer_kernels import XFA, XFABlock
@@ -29,6 +30,7 @@ FUSED: dict[type[nn.Module], tuple[type[Fused], ...]] = {
     XFABlock: (FusedXFABlock,),
     XFAHalf: (FusedXFAHalf,),
     XFBlock: (FusedXFBlock,),
+    nn.Sequential: (FusedSequential,),
 }
 """By the class of a folded layer: the first that can be made of it takes its place."""
 
@@ -54,7 +56,8 @@ def plain(module: nn.Module) -> nn.Module:
     if kind is None:
         return module
     result = kind.__new__(kind)
-    result.__dict__.update((name, value) for name, value in module.__dict__.items() if name != "kernels")
+    kept = ("kernels", "all_kernels", "programs")
+    result.__dict__.update((name, value) for name, value in module.__dict__.items() if name not in kept)
     return result
 
 

@@ -82,6 +82,11 @@ def channel_mix(
     return arguments, y
 
 
+def choices(spec: Spec) -> tuple[int, int, int, float]:
+    """Codes of the map, the norm and the activation; eps."""
+    return _MAPS[spec.map], NORMS[spec.norm], _ACTIVATIONS[spec.activation], spec.eps
+
+
 def _xfa(
     q: Tensor,
     k: Tensor,
@@ -93,7 +98,7 @@ def _xfa(
 ) -> tuple[Any, ...]:
     """What forward and backward have in common."""
     return (
-        q.shape, _DTYPES[q.dtype], _MAPS[spec.map], NORMS[spec.norm], _ACTIVATIONS[spec.activation], spec.eps,
+        q.shape, _DTYPES[q.dtype], *choices(spec),
         q.data_ptr(), q.stride(), k.data_ptr(), k.stride(), v.data_ptr(), v.stride(),
         temperature.data_ptr(), temperature.stride(0), _DTYPES[temperature.dtype], *_mask(token_mask),
         stats.data_ptr(),

@@ -15,6 +15,7 @@ from torch import Tensor
 from xformer_kernels import _C
 from xformer_kernels.backends import arguments, unsupported_numbers
 from xformer_kernels.backends.layouts import Results
+from xformer_kernels.backends.program import Program, Unrecordable
 
 NAME = "cpp"
 
@@ -154,6 +155,25 @@ def pack_linear(weight: Tensor) -> Tensor:
     packed = torch.empty(I * -(-O // 16) * 16, dtype=weight.dtype, device=_CPU)
     _C.pack_linear(I, O, weight.data_ptr(), packed.data_ptr())
     return packed
+
+
+def record(shape: tuple[int, ...], function: Any) -> Program | None:
+    """The program of a function of a contiguous tensor of float32.
+
+    None if it is made of more than kernels, or if its workspace would be mapped afresh at every call.
+    """
+    try:
+        program = Program(_C.Program(), shape, function)
+    except Unrecordable:
+        return None
+    return program if program.workspace * 4 < _LARGE else None
+
+
+def run(program: Program, x: Tensor) -> Tensor:
+    y, workspace = _empty(program.shape, x.dtype), _empty((program.workspace,), x.dtype)
+    blocks = [x.data_ptr(), y.data_ptr(), workspace.data_ptr()]
+    program.calls.run(blocks, torch.get_num_threads())
+    return y
 
 
 def depthwise(
