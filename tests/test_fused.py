@@ -102,8 +102,13 @@ def test_weights_of_other_dtypes(case):
     plain, fused, x = case
     check(fused, plain, x)
     check(fused.double(), plain.double(), x.double())
-    # rounded to bfloat16, in what may be the memory of the first weights
-    check(fused.bfloat16().float(), plain.bfloat16().float(), x)
+    # rounded to bfloat16, in what may be the memory of the weights before
+    for _ in range(3):
+        check(fused.bfloat16().float(), plain.bfloat16().float(), x)
+        with torch.no_grad():
+            for own, others in zip(fused.parameters(), plain.parameters(), strict=True):
+                others.copy_(own.mul_(1.01))
+        check(fused, plain, x)
     fused.bfloat16()
     with torch.no_grad(), pytest.raises((RuntimeError, TypeError)):
         fused(x)

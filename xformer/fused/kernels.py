@@ -29,6 +29,7 @@ class Kernel:
     """
 
     _seen: Any = None  # addresses and versions of the parameters that were looked at last
+    _kept: Any = ()
     _arguments: tuple[Any, ...] | None = None  # what the kernel gets of them; None: it cannot read them
     changes = 0  # how often they were looked at
 
@@ -40,7 +41,9 @@ class Kernel:
         except RuntimeError:  # made in inference mode, where tensors have no version counter
             return False
         if seen != self._seen:
-            self._arguments = self._read(*parameters) if ops.plain(*parameters) else None
+            # their memory stays theirs, so that no other tensor has these addresses
+            self._kept = [None if t is None else t.detach() for t in parameters]
+            self._arguments = self._read(*self._kept) if ops.plain(*parameters) else None
             self._seen = seen
             self.changes += 1
         return self._arguments is not None
@@ -49,7 +52,7 @@ class Kernel:
         raise NotImplementedError
 
     def _read(self, *parameters: Any) -> tuple[Any, ...] | None:
-        """Of parameters: what the kernel gets, which also keeps their addresses from being used again."""
+        """Of parameters: what the kernel gets."""
         raise NotImplementedError
 
     def __getstate__(self) -> dict[str, Any]:
