@@ -67,10 +67,10 @@ XK_INLINE V<T> spread(const char* p) {
     return broadcast(*(const T*)p);
 }
 
-// rows: how many tokens each line is fetched for; line: the first one. G > 1: the last of the NR vectors is shared.
+// G > 1: the last of the NR vectors is shared.
 template <class T, bool PAIRS, int MR, int NR, int G = 1>
 XK_INLINE void accumulate(V<T> (&acc)[MR][NR], const T* a, ptrdiff_t row_stride, ptrdiff_t k_stride, const T* b,
-                          ptrdiff_t ldb, ptrdiff_t K, Ahead ahead0, Ahead ahead1, ptrdiff_t rows, ptrdiff_t line) {
+                          ptrdiff_t ldb, ptrdiff_t K, Ahead& ahead0, Ahead& ahead1) {
   constexpr typename FirstLanes<VL<T>>::type lanes{};
   constexpr int own = G > 1 ? NR - 1 : NR;  // vectors that each row has to itself
   V<T> shared[MR / G];
@@ -92,12 +92,12 @@ XK_INLINE void accumulate(V<T> (&acc)[MR][NR], const T* a, ptrdiff_t row_stride,
 #pragma GCC unroll 16
   for (int g = 0; g < kPointers; ++g) p[g] = (const char*)a + 3 * g * row_bytes;
   constexpr int at_once = PAIRS ? 2 : 1;  // lines of each operand per step: a step is worth two tokens, or features
-  const ptrdiff_t steps = (rows + at_once - 1) / at_once;
-  for (ptrdiff_t k = 0; k < K; ++line) {
-    const bool idle = line >= ahead0.lines && line >= ahead1.lines;
-    const ptrdiff_t stop = idle || K - k < steps ? K : k + steps;
-    const char *next0 = ahead0.at(line, b), *next1 = ahead1.at(line, b);
-    const ptrdiff_t step0 = ahead0.step(line), step1 = ahead1.step(line);
+  for (ptrdiff_t k = 0; k < K;) {
+    const ptrdiff_t steps = ahead1.at_most(ahead0.at_most(K - k, at_once), at_once), stop = k + steps;
+    const char *next0 = ahead0.tokens ? ahead0.next : (const char*)b,
+               *next1 = ahead1.tokens ? ahead1.next : (const char*)b;
+    const ptrdiff_t step0 = ahead0.tokens ? 64 : 0, step1 = ahead1.tokens ? 64 : 0;
+    ahead0.took(steps * at_once), ahead1.took(steps * at_once);
     for (; k < stop; ++k, b += ldb) {
 #pragma GCC unroll 2
       for (int i = 0; i < at_once; ++i, next0 += step0, next1 += step1) {
@@ -147,8 +147,7 @@ struct GramTile {
   ptrdiff_t a_row, a_k, ldb, tokens;  // a_row: from feature to feature, a_k: from token to token
   T* g;
   ptrdiff_t ldg;
-  Ahead ahead0, ahead1;
-  ptrdiff_t line;
+  Ahead* ahead;  // two
 };
 
 template <class T, bool PAIRS, int MR, int NR, int G>
@@ -158,8 +157,7 @@ void gram_tile(const GramTile<T>& t) {
   for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 8
     for (int c = 0; c < NR; ++c) acc[r][c] = V<T>{};
-  accumulate<T, PAIRS, MR, NR, G>(acc, t.a, t.a_row, t.a_k, t.b, t.ldb, t.tokens, t.ahead0, t.ahead1,
-                                  PAIRS ? 2 * t.tokens : t.tokens, t.line);
+  accumulate<T, PAIRS, MR, NR, G>(acc, t.a, t.a_row, t.a_k, t.b, t.ldb, t.tokens, *t.ahead, t.ahead[1]);
 #pragma GCC unroll 16
   for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 8
@@ -196,7 +194,7 @@ struct MixTile {
   const T* divided;
   const T* after;  // added to what is activated, if given
   ptrdiff_t ld_after;
-  Ahead ahead0, ahead1;
+  Ahead* ahead;  // two
 };
 
 template <class T, int MR, int NR, class S>
@@ -219,8 +217,8 @@ void mix_tile(const MixTile<T>& t) {
   for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 8
     for (int c = 0; c < NR; ++c) acc[r][c] = V<T>{};
-  accumulate<T, PAIRS, MR, NR, G>(acc, t.x, t.x_row, t.x_k, t.w, t.ldw, t.K, t.ahead0, t.ahead1, MR, 0);
-  if (t.x2) accumulate<T, PAIRS, MR, NR, G>(acc, t.x2, t.x2_row, t.x2_k, t.w2, t.ldw, t.K2, Ahead{}, Ahead{}, t.K2, 0);
+  accumulate<T, PAIRS, MR, NR, G>(acc, t.x, t.x_row, t.x_k, t.w, t.ldw, t.K, *t.ahead, t.ahead[1]);
+  if (t.x2) accumulate<T, PAIRS, MR, NR, G>(acc, t.x2, t.x2_row, t.x2_k, t.w2, t.ldw, t.K2, *t.ahead, t.ahead[1]);
   if (t.divided) {
 #pragma GCC unroll 16
     for (int r = 0; r < MR; ++r)
@@ -332,7 +330,6 @@ template <class T, bool PAIRS = false>
 void gram_block(const GramTile<T>& whole, int rows, int cols, bool lower_only) {
   Cut panels((cols + VL<T> - 1) / VL<T>, kMaxNR);
   GramTile<T> t = whole;
-  t.line = 0;
   for (int p = 0, vec = 0; p < panels.parts; vec += panels.size(p++)) {
     int nr = panels.size(p), first_col = vec * VL<T>;
     for_tiles(rows, nr, p + 1 == panels.parts ? sharing<T>(cols) : 0, [&](int row, int size, int s) {
@@ -341,7 +338,6 @@ void gram_block(const GramTile<T>& whole, int rows, int cols, bool lower_only) {
       t.b = whole.b + first_col;
       t.g = whole.g + row * t.ldg + first_col;
       kTiles<T, PAIRS>.gram[s][nr - 1][size - 1](t);
-      ++t.line;
     });
   }
 }
@@ -358,7 +354,6 @@ void mix_block(const MixTile<T>& whole, int tokens, int cols, int y_itemsize) {
     if (t.scale && !t.by_rows) t.scale = whole.scale + first_col;
     if (t.divided && t.by_rows) t.divided = whole.divided + first_col;
     t.last_lanes = rest < VL<T> ? rest : VL<T>;
-    if (p > 0) t.ahead0.lines = t.ahead1.lines = 0;
     for_tiles(tokens, nr, p + 1 == panels.parts ? sharing<T>(cols) : 0, [&](int row, int size, int s) {
       t.x = whole.x + row * t.x_row;
       if (t.x2) t.x2 = whole.x2 + row * t.x2_row;
@@ -368,8 +363,6 @@ void mix_block(const MixTile<T>& whole, int tokens, int cols, int y_itemsize) {
       if (t.add) t.add = (const char*)whole.add + (row * t.ld_add + first_col) * itemsize(t.add_dtype);
       if (t.after) t.after = whole.after + row * t.ld_after + first_col;
       t.y = (char*)whole.y + (row * t.ldy + first_col) * y_itemsize;
-      t.ahead0.base = whole.ahead0.base + row * t.ahead0.row;
-      t.ahead1.base = whole.ahead1.base + row * t.ahead1.row;
       kTiles<T, PAIRS>.mix[s][nr - 1][size - 1](t);
     });
   }
