@@ -181,13 +181,12 @@ class Block {
   }
 
   // An operand that need not be packed is read where it lies.
-  void source(int i, const T*& x, ptrdiff_t& x_row, ptrdiff_t& x_k, ptrdiff_t& K) const {
+  void source(int i, const T*& x, ptrdiff_t& row_stride, ptrdiff_t& K) const {
     const Operand& o = pass.in[i];
     const bool is_packed = o.by_tokens && !pairs();
     K = pairs() ? o.dim / 2 : o.dim;
     x = is_packed ? packed[i] : (const T*)at(i);
-    x_row = pairs() ? o.stride_n / 2 : is_packed ? padded<T>(o.dim) : o.stride_n;
-    x_k = pairs() || is_packed ? 1 : o.stride_d;
+    row_stride = pairs() ? o.stride_n / 2 : is_packed ? padded<T>(o.dim) : o.stride_n;
   }
 
   void mix_by_tokens(const Mix<T>& mix) {
@@ -195,8 +194,9 @@ class Block {
     const int ld = padded<T>(mix.y.dim), size = itemsize(mix.y.dtype);
     char* y = result(mix);
     MixTile<T> t = tile(mix);
-    source(mix.x, t.x, t.x_row, t.x_k, t.K);
-    if (mix.x2 >= 0) source(mix.x2, t.x2, t.x2_row, t.x2_k, t.K2);
+    source(mix.x, t.x, t.x_row, t.K);
+    t.x_k = 1;
+    if (mix.x2 >= 0) source(mix.x2, t.x2, t.x2_row, t.K2);
     t.w = mix.w;
     t.w2 = mix.w2;
     t.ldw = ld;
@@ -223,8 +223,8 @@ class Block {
       mix_block(t, tokens, ld, int(sizeof(T)));
       if (layer_norm) {
         const T* add = nullptr;
-        ptrdiff_t ld_add = 0, step = 0, columns = 0;
-        if (mix.add >= 0) source(mix.add, add, ld_add, step, columns);
+        ptrdiff_t ld_add = 0, columns = 0;
+        if (mix.add >= 0) source(mix.add, add, ld_add, columns);
         layer_norm_backward(staged, packed[mix.unit], pass.center[mix.unit], norms[mix.unit], add, ld_add, tokens,
                             mix.y.dim, ld);
       } else if (mix.unit >= 0 && !pass.in[mix.unit].unit_rows) {
