@@ -1,5 +1,5 @@
 # make demo   set up everything and run the main job      make test   set up and test
-# make lint | bench | fuzz | sanitize | sanitize-emulated | gpu-sanitize | clean
+# make lint | bench | fuzz | sanitize | sanitize-emulated | gpu-sanitize | test-arm64 | clean
 # The active virtual or conda environment is used if there is one, else .venv is made here.
 PYTHON ?= python3
 ENV := $(or $(VIRTUAL_ENV),$(CONDA_PREFIX),$(CURDIR)/.venv)
@@ -7,13 +7,13 @@ BIN := $(ENV)/bin
 # Set up once for each environment, and again when what is installed or compiled has changed.
 STAMP := build/stamps/$(subst /,_,$(ENV))
 BUILT_FROM := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
-CXX_FILES := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h)
+CXX_FILES := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h tests/native/*.cpp tests/native/*.h)
 JOBS ?= 2
 # CUDA kernels, where there is a toolkit, for this machine's GPU alone, or for sm_90: those of all take minutes.
 GPU := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2> /dev/null | head -n 1 | tr -d .)
 export XFORMER_KERNELS_CUDA_ARCHS ?= $(or $(GPU),90)
 
-.PHONY: demo test lint bench fuzz sanitize sanitize-emulated gpu-sanitize setup clean
+.PHONY: demo test lint bench fuzz sanitize sanitize-emulated gpu-sanitize test-arm64 setup clean
 
 demo: setup
 	$(BIN)/python -m bench.demo
@@ -78,6 +78,10 @@ sanitize-emulated: setup
 # The Triton and the CUDA kernels under the tools of compute-sanitizer; needs a GPU and the CUDA toolkit.
 gpu-sanitize: setup
 	bash tests/gpu/sanitize.sh $(BIN)/python
+
+# The C API on arm64, under emulation; cross-compiled objects stay in build/arm64.
+test-arm64: setup
+	PATH="$(BIN):$$PATH" bash tests/native/arm64.sh
 
 setup: $(STAMP)
 
