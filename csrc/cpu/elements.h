@@ -68,7 +68,8 @@ struct Broadcasts {
   }
 };
 
-// Rows side by side. The last vector of them is read whole, up to VL - 1 elements beyond the last row.
+// Rows side by side. The last vector of them is read whole, up to VL - 1 elements beyond the last row, of packed
+// blocks, which scratch follows.
 template <class T, int MR>
 struct VectorsOfRows {
   static constexpr int kSteps = 2, kVectors = (MR + VL<T> - 1) / VL<T>;

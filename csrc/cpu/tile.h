@@ -2,9 +2,9 @@
 //
 //     acc[r][c] += a[r, k] * b[k, c]        r < MR rows, c < NR vectors of columns, k < K
 //
-// with a broadcast element by element and b read by vectors. (PAIRS: the elements are pairs of bf16, and their products
-// sums of two; everything else is the same.) A Gram tile has features as rows and tokens as k; a mix
-// tile has tokens as rows and input features as k. MR * NR accumulators, NR vectors of b and one broadcast fit the
+// with a broadcast element by element (elements.h) and b read by vectors. (PAIRS: the elements are pairs of bf16, and
+// their products sums of two; everything else is the same.) A Gram tile has features as rows and tokens as k; a mix
+// tile has tokens as rows and input features as k. MR * NR accumulators, NR vectors of b and what is read of a fit the
 // registers. Rows and column vectors of a product are cut into tiles of almost equal size (`Cut`).
 #pragma once
 

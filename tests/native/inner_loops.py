@@ -61,11 +61,9 @@ def inner_loop(code: list[tuple[int, str, str]]) -> list[tuple[int, str, str]]:
 def compiled(folder: Path) -> dict[str, Loop]:
     source, output = folder / "probe.cpp", folder / "probe.o"
     source.write_text(PROBE)
-    subprocess.run(
-        ["aarch64-linux-gnu-g++", *FLAGS, "-Wno-psabi", "-DXK_LEVEL=probe", "-I", ROOT, "-c", source, "-o", output],
-        check=True,
-    )
-    command = ["aarch64-linux-gnu-objdump", "-dC", "--no-show-raw-insn", output]
+    compile_ = ["aarch64-linux-gnu-g++", *FLAGS, "-Wno-psabi", "-DXK_LEVEL=probe", f"-I{ROOT}", "-c", str(source)]
+    subprocess.run([*compile_, "-o", str(output)], check=True)
+    command = ["aarch64-linux-gnu-objdump", "-dC", "--no-show-raw-insn", str(output)]
     functions: dict[tuple[str, int, int], list[tuple[int, str, str]]] = {}
     code: list[tuple[int, str, str]] = []
     for line in subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines():

@@ -38,9 +38,11 @@ def test_c_api(tmp_path):
 
 
 def test_inner_loops_of_arm64(tmp_path):
-    """Instructions per multiply-add of the tiles that most of a product is cut into, and no register spilled. Figures
-    are those of GCC 12; others have come close."""
+    """Instructions per multiply-add of the tiles that most of a product is cut into, and no register spilled."""
     need("aarch64-linux-gnu-g++", "aarch64-linux-gnu-objdump")
+    version = run("aarch64-linux-gnu-g++", "-dumpversion").strip()
+    if version.split(".")[0] != "12":
+        pytest.skip(f"the figures are those of GCC 12, and this is {version}")
     gram, mix = (compiled(tmp_path)[kind] for kind in ("gram", "mix"))
     assert (gram.rows, gram.vectors, mix.rows, mix.vectors) == (6, 4, 5, 4)
     # two steps of k at once, and four
