@@ -75,17 +75,17 @@ XK_INLINE void accumulate(V<T> (&acc)[MR][NR], Elements a, const T* b, ptrdiff_t
   const ptrdiff_t turns = K / kSteps;
   for (ptrdiff_t k = 0; k < turns;) {
     const ptrdiff_t count = ahead1.at_most(ahead0.at_most(turns - k, at_once), at_once), stop = k + count;
+    // b, which is at hand, where nothing is to be asked for
     const char *next0 = ahead0.tokens ? ahead0.next : (const char*)b,
                *next1 = ahead1.tokens ? ahead1.next : (const char*)b;
-    const ptrdiff_t step0 = ahead0.tokens ? 64 : 0, step1 = ahead1.tokens ? 64 : 0;
     ahead0.took(count * at_once), ahead1.took(count * at_once);
     for (; k < stop; ++k) {
 #pragma GCC unroll 4
       for (int i = 0; i < at_once; ++i) {
-        __builtin_prefetch(next0 + i * step0, 0, 2);
-        __builtin_prefetch(next1 + i * step1, 0, 2);
+        __builtin_prefetch(next0 + i * 64, 0, 2);
+        __builtin_prefetch(next1 + i * 64, 0, 2);
       }
-      next0 += at_once * step0, next1 += at_once * step1;
+      next0 += at_once * 64, next1 += at_once * 64;
 #pragma GCC unroll 4
       for (int step = 0; step < kSteps; ++step, b += ldb) {
         a.read(step);
