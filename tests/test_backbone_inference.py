@@ -15,7 +15,7 @@ from xformer import fuse_for_inference, products
 from xformer.attention import XFAHalf
 from xformer.layers import ConvNorm, HardSwish, MBConv, Mlp, Pointwise, XFBlock
 from xformer_kernels import XFA, XFABlock, inference
-from xformer_kernels.layer import cost
+from xformer_kernels.layer import calibration, cost
 
 needs_onednn = pytest.mark.skipif(not products.HAS_ONEDNN, reason="needs a torch with oneDNN on x86")
 
@@ -260,33 +260,34 @@ def test_fewer_operations(called):
 
 
 def test_faster_projections_move_the_choice_of_form():
-    shape = cost.Shape(B=1, N=1024, C=192, H=6, inner=192, out=192, itemsize=4, training=False)
-    assert cost.cheaper(shape, "cpu") == "gram" and cost.cheaper(shape, "kernels") == "direct"
-    assert cost.cheaper(shape._replace(N=16384), "kernels") == "gram"
+    shape, machine = cost.Shape(1, 1024, 192, 6, 192, 192, itemsize=4, training=False), cost.built_in("cpu")
+    assert cost.cheaper(shape, machine) == "gram" and cost.cheaper(shape._replace(kernels=True), machine) == "direct"
+    assert cost.cheaper(shape._replace(N=16384, kernels=True), machine) == "gram"
 
 
 @pytest.mark.parametrize("kind", [XFA, XFABlock, XFAHalf], ids=lambda kind: kind.__name__)
 def test_auto_knows_who_projects(kind, called, monkeypatch):
     """By the kernels the direct form is the cheaper one for these tokens, by torch's products it is the other."""
-    machines, cheaper = [], cost.cheaper
-    monkeypatch.setattr(cost, "cached", lambda shape, machine: (machines.append(machine), cheaper(shape, machine))[1])
+    by_kernels, cheaper = [], cost.cheaper
+    monkeypatch.setattr(calibration, "decided", lambda *_: None)
+    monkeypatch.setattr(cost, "cheaper", lambda shape, m: (by_kernels.append(shape.kernels), cheaper(shape, m))[1])
     torch.manual_seed(0)
     plain = fuse_for_inference(nn.Sequential(kind(192, 6)), kernels=False)
     fused, x = fuse_for_inference(plain), torch.randn(1, 1024, 192)
     assert called(fused, x) == ["linear", "linear"] and called(plain, x) == []
-    assert machines == ["kernels", "cpu"]
+    assert by_kernels == [True, False]
     assert "xformer_kernels.xfa_forward" in operations(fused, x)
     assert "xformer_kernels.layer_forward" in operations(plain, x)
     if kind is XFAHalf:
         assert called(nn.Sequential(kind(192, 6)).eval(), x) == ["linear", "linear"]
     with torch.no_grad():
         torch.testing.assert_close(fused(x), plain(x), rtol=1e-5, atol=1e-5)
-        machines.clear()
+        by_kernels.clear()
         with torch.autocast("cpu", torch.bfloat16):
             fused(x)
         fused.double()(x.double())
     fused.float()(x)
-    assert machines == ["cpu"] * 3
+    assert by_kernels == [False] * 3
 
 
 def test_what_kernels_cannot_take_is_computed_plainly():

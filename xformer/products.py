@@ -114,5 +114,5 @@ def asks_onednn(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-KERNELS = Projections(linear, inference.asked, "kernels")
+KERNELS = Projections(linear, inference.asked)
 """:func:`linear` for XFA in its direct form."""

@@ -144,14 +144,16 @@ def xfa_block(
 class LayerExplanation(NamedTuple):
     """Which form a layer takes, and what it costs in both. Print it.
 
-    ``gram`` and ``direct`` are estimates, see :mod:`xformer_kernels.layer.cost`; ``reason`` says why the Gram form is
-    not taken whatever it costs, if so; ``backend`` is the explanation of the backend of the form that is taken.
+    ``gram`` and ``direct`` are estimates, see :mod:`xformer_kernels.layer.cost`; ``figures`` says where the figures of
+    the machine are from, see :mod:`xformer_kernels.layer.calibration`; ``reason`` why the Gram form is not taken
+    whatever it costs, if so; ``backend`` is the explanation of the backend of the form that is taken.
     """
 
     form: str
     asked: str
     gram: cost.Cost
     direct: cost.Cost
+    figures: str
     reason: str
     backend: dispatch.Explanation
 
@@ -160,7 +162,7 @@ class LayerExplanation(NamedTuple):
         for name, price in (("gram", self.gram), ("direct", self.direct)):
             refused = f": not taken, {self.reason}" if name == "gram" and self.reason else ""
             lines.append(f"  {name}: {price}{refused}")
-        return "\n".join((*lines, str(self.backend)))
+        return "\n".join((*lines, f"  figures: {self.figures}", str(self.backend)))
 
 
 def explain_layer(
@@ -183,8 +185,8 @@ def explain_layer(
 ) -> LayerExplanation:
     """Which form and backend the same call of :func:`xfa_layer` would take, and the costs of both: print the result.
 
-    Computes nothing, and asks no other rank of a group: "auto" is as if no rank had more tokens. Raises what
-    :func:`xfa_layer` would raise for the same arguments.
+    Computes and measures nothing: where the call would, "auto" is by the figures known so far. Asks no other rank of a
+    group: "auto" is as if no rank had more tokens. Raises what :func:`xfa_layer` would raise for the same arguments.
     """
     if isinstance(x, Tensor):
         (x,) = autocast.cast_tokens(x)  # type: ignore[assignment]
@@ -218,7 +220,7 @@ def prepared(
     """
     ln_eps, residual = None if ln_eps is None else float(ln_eps), bool(residual)
     o = o._replace(temperature=o.temperature.reshape(-1))
-    if call.choose(o) == "direct":
+    if call.choose(o, run=(prepared, ln_eps, residual)) == "direct":
         return partial(_direct, call, o, ln_eps, residual)
     x, dtype, keep = o.x, reference.accumulate_dtype(o.x.dtype), None
     backend = dispatch.choose(call.backend, x.device.type, (x.dtype,), functional.head_dims(x))
