@@ -1,7 +1,7 @@
 """The two forms of layers, and which one ``form="auto"`` takes: ``python -m bench layer --shapes grid``.
 
 No result is checked and nobody else is measured. Times are the least of the samples, to which what else the machine
-does adds, and with one thread those of its own processor time; the regret is that of the form taken over the faster one.
+does adds, and with one thread of its own processor time. The regret is that of the form taken over the faster one.
 """
 
 from __future__ import annotations

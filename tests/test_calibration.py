@@ -310,15 +310,20 @@ def test_long_calls_are_timed_once(monkeypatch):
         calls.append(form)
         return each
 
-    timing.faster(partial(seconds, each=0.3))
+    timing.faster(partial(seconds, each=0.6), 1.0)
     assert sorted(calls) == ["direct", "gram"]
     calls.clear()
-    timing.faster(partial(seconds, each=1e-3))
+    timing.faster(partial(seconds, each=1e-3), 1.0)
     assert len(calls) == 8
 
 
 def test_timing_goes_on_until_the_least_times_agree():
     """Here the direct form is the faster one, and something else runs during most of its calls."""
     times = {"gram": iter([2.5e-3, 2e-3] * 40), "direct": iter([9e-3, 8e-3, 7e-3, 6e-3, 1e-3, 5e-3, 1.01e-3] * 8)}
-    assert timing.faster(lambda form: next(times[form])) == "direct"
+    assert timing.faster(lambda form: next(times[form]), 1.0) == "direct"
     assert next(times["direct"]) == 9e-3
+
+
+def test_what_was_timed_once_counts_as_much_as_the_figures():
+    for gram, estimated, form in ((0.9, 1.2, "direct"), (0.9, 1.1, "gram"), (1.1, 0.8, "gram"), (1.1, 1.0, "direct")):
+        assert timing.faster(lambda form, gram=gram: gram if form == "gram" else 1.0, estimated) == form

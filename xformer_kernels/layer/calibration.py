@@ -177,7 +177,7 @@ def _measured(s: cost.Shape, dtype: torch.dtype, known: Known, seconds: Callable
         return cost.cheaper(s, figures)
     bucket = _bucket(s, dtype)
     if bucket not in known.timed:
-        known.timed[bucket] = timing.faster(seconds)
+        known.timed[bucket] = timing.faster(seconds, cost.ratio(s, figures))
         save(known, key())
     return known.timed[bucket]
 

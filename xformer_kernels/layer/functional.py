@@ -61,6 +61,8 @@ def xfa_layer(
         map, norm, activation, eps, dropout_p: as in :func:`xformer_kernels.xfa`.
         token_mask: (B, N) bool. False tokens take no part in the attention: theirs is proj_bias, as of a zero.
         form: "auto", "gram" or "direct". ``norm="feature"`` has no Gram form. In ``torch.export`` "auto" is "direct".
+            On the CPU "auto" measures the machine once, and times both forms where the choice is close: see
+            :mod:`xformer_kernels.layer.calibration`. ``XFORMER_KERNELS_CALIBRATION=off`` measures nothing.
         group: a ``torch.distributed.ProcessGroup`` over whose ranks the tokens of every image are split, unevenly if
             need be: see :mod:`xformer_kernels.parallel`. ``torch.compile`` leaves such a call out of its graphs.
         backend: as in :func:`xformer_kernels.xfa`.
