@@ -60,7 +60,8 @@ class Key:
 class Known:
     """What a file holds, ``machines`` by dtype, ``timed`` by shape.
 
-    ``path`` is None where none is written; ``measures`` is False once no figures fitted what was measured.
+    ``path`` is None where none is written. ``measures`` is False once no figures fitted what was measured: then layers
+    are timed wherever the built-in figures are within CLOSE, and nothing more is written.
     """
 
     path: Path | None
@@ -71,7 +72,7 @@ class Known:
 
     def source(self, dtype: torch.dtype) -> str:
         if name(dtype) not in self.machines:
-            return "built-in"
+            return "built-in" if self.measures else "built-in, since none fit what was measured"
         return f"measured {self.date}, " + (f"in {self.path}" if self.path else "kept in this process")
 
 
@@ -162,23 +163,23 @@ def answer(s: cost.Shape, dtype: torch.dtype) -> str | None:
 
 
 def _measured(s: cost.Shape, dtype: torch.dtype, known: Known, seconds: Callable[[str], float]) -> str:
-    figures = known.machines.get(name(dtype))
+    figures, margin = known.machines.get(name(dtype)), cost.MARGIN
     if figures is None:
-        first = cost.built_in("cpu")
-        if not known.measures or not cost.within(CLOSE, s, first):
-            return cost.cheaper(s, first)
-        figures = timing.measure(dtype)
-        if figures is None:
+        figures, margin = cost.built_in("cpu"), CLOSE
+        found = timing.measure(dtype) if known.measures and cost.within(CLOSE, s, figures) else None
+        if found is not None:
+            known.machines[name(dtype)], known.date = found, now()
+            save(known, key())
+            figures, margin = found, cost.MARGIN
+        elif cost.within(CLOSE, s, figures):
             known.measures = False
-            return cost.cheaper(s, first)
-        known.machines[name(dtype)], known.date = figures, now()
-        save(known, key())
-    if not cost.within(cost.MARGIN, s, figures):
+    if not cost.within(margin, s, figures):
         return cost.cheaper(s, figures)
     bucket = _bucket(s, dtype)
     if bucket not in known.timed:
         known.timed[bucket] = timing.faster(seconds, cost.ratio(s, figures))
-        save(known, key())
+        if known.measures:
+            save(known, key())
     return known.timed[bucket]
 
 
