@@ -56,8 +56,8 @@ LEVELS = {"x86_64_v4": "avx512", "zen4": "avx512", "x86_64_v3": "avx2", "x86_64_
 def processor() -> str:
     """A short name: AMD's by their cores, others by their brand."""
     try:
-        fields = dict(line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line)
-        found = {key.strip(): value.strip() for key, value in fields.items()}
+        lines = (line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines())
+        found = {key.strip(): value.strip() for key, _, value in lines}
         family, model = int(found["cpu family"]), int(found["model"])
     except (OSError, KeyError, ValueError):
         found, family, model = {}, 0, 0
