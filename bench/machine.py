@@ -45,7 +45,7 @@ def give_memory_back() -> None:
 
 
 # AMD's cores by CPU family and ranges of models; the brand name of a server says nothing of them.
-ZEN = {
+ZEN: dict[int, dict[str, tuple[tuple[int, int], ...]]] = {
     23: {"zen": ((0, 0x2F),), "zen2": ((0x30, 0xFF),)},
     25: {"zen4": ((0x10, 0x1F), (0x60, 0x7F), (0xA0, 0xAF)), "zen3": ((0, 0xFF),)},
     26: {"zen5": ((0, 0xFF),)},
