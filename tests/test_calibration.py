@@ -324,15 +324,15 @@ def test_long_calls_are_timed_once(monkeypatch):
     timing.faster(partial(seconds, each=0.6), 1.0)
     assert sorted(calls) == ["direct", "gram"]
     calls.clear()
-    timing.faster(partial(seconds, each=1e-3), 1.0)
+    timing.faster(partial(seconds, each=0.05), 1.0)
     assert len(calls) == 8
 
 
 def test_timing_goes_on_until_the_least_times_agree():
     """Here the direct form is the faster one, and something else runs during most of its calls."""
-    times = {"gram": iter([2.5e-3, 2e-3] * 40), "direct": iter([9e-3, 8e-3, 7e-3, 6e-3, 1e-3, 5e-3, 1.01e-3] * 8)}
+    times = {"gram": iter([0.025, 0.02] * 9), "direct": iter([0.09, 0.08, 0.07, 0.06, 0.01, 0.05, 0.0101] * 2)}
     assert timing.faster(lambda form: next(times[form]), 1.0) == "direct"
-    assert next(times["direct"]) == 9e-3
+    assert next(times["direct"]) == 0.09
 
 
 def test_what_was_timed_once_counts_as_much_as_the_figures():

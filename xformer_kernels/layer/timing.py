@@ -28,8 +28,8 @@ LONGEST = 0.6
 
 
 AGREED = 1.03
-ENOUGH = 1.0
-"""Seconds after which no round of calls is begun to choose the form of one layer."""
+LEAST, ENOUGH = 0.06, 1.0
+"""Seconds of calls to choose the form of one layer: before, they are not believed, and after, no round is begun."""
 
 
 def usable_clock() -> bool:
@@ -72,11 +72,12 @@ def faster(seconds: Callable[[str], float], estimated: float) -> str:
     """
     taken: dict[str, list[float]] = {form: [] for form in FORMS}
     agreed = False
-    for i in range(50):
+    for i in range(100):
         for form in FORMS[:: 1 if i % 2 else -1]:
             taken[form] = sorted([*taken[form], seconds(form)])
-        agreed = i >= 3 and all(second <= AGREED * first for first, second, *_ in taken.values())
-        if agreed or sum(map(sum, taken.values())) > ENOUGH:
+        spent = sum(map(sum, taken.values()))
+        agreed = i >= 3 and spent > LEAST and all(second <= AGREED * first for first, second, *_ in taken.values())
+        if agreed or spent > ENOUGH:
             break
     gram, direct = (taken[form][0] for form in FORMS)
     if gram == direct:  # by a clock that has stopped too
