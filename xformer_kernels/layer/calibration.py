@@ -95,13 +95,13 @@ def name(dtype: torch.dtype) -> str:
 
 
 def decided(s: cost.Shape, dtype: torch.dtype) -> str | None:
-    """The form of a layer on the CPU, if :func:`decide` has told it for good."""
-    return _forms.get(_settings(s, dtype))
+    """The form of a layer on the CPU, if :func:`decide` has told it for good; asked at every call."""
+    return _forms.get(_key_of(s, dtype))
 
 
-def _settings(*of: Any) -> tuple[Any, ...]:
-    """With what else the answer depends on."""
-    return (os.environ.get(ENVIRONMENT), torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(), *of)
+def _key_of(s: cost.Shape, dtype: torch.dtype) -> tuple[Any, ...]:
+    """With what else the form depends on."""
+    return os.environ.get(ENVIRONMENT), torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(), dtype, s
 
 
 def decide(s: cost.Shape, dtype: torch.dtype, seconds: Callable[[str], float] | None) -> str:
@@ -119,7 +119,7 @@ def decide(s: cost.Shape, dtype: torch.dtype, seconds: Callable[[str], float] | 
             _measuring.release()
     if len(_forms) >= MOST_FORMS:
         _forms.clear()
-    _forms[_settings(s, dtype)] = found
+    _forms[_key_of(s, dtype)] = found
     return found
 
 

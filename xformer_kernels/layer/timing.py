@@ -77,7 +77,7 @@ def faster(seconds: Callable[[str], float], estimated: float) -> str:
             taken[form] = sorted([*taken[form], seconds(form)])
         spent = sum(map(sum, taken.values()))
         agreed = i >= 3 and spent > LEAST and all(second <= AGREED * first for first, second, *_ in taken.values())
-        if agreed or spent > ENOUGH:
+        if agreed or spent > ENOUGH or spent == 0:
             break
     gram, direct = (taken[form][0] for form in FORMS)
     if gram == direct:  # by a clock that has stopped too
