@@ -191,7 +191,7 @@ def test_the_file_of_the_user(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("LOCALAPPDATA", str(tmp_path))
     path, of = calibration.path(), calibration.key()
-    assert path.parent == tmp_path / "xformer_kernels"
+    assert path.parent == tmp_path / "xformer-kernels"
     assert of.threads == torch.get_num_threads() and of.torch == torch.__version__
     torch.set_num_threads(1)
     assert calibration.path() != path

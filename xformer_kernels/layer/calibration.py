@@ -217,7 +217,7 @@ def path() -> Path:
         folder = os.environ.get("LOCALAPPDATA") or "~/AppData/Local"
     else:
         folder = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(folder).expanduser() / "xformer_kernels" / key().file_name
+    return Path(folder).expanduser() / "xformer-kernels" / key().file_name
 
 
 def now() -> str:
