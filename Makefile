@@ -50,10 +50,12 @@ lint: setup
 
 # The compiled kernels once more, instrumented, under the tests that reach all of them. Warnings are not errors in this
 # build: with sanitizers on, GCC warns of the deliberately undefined values in its own intrinsics. An instruction level
-# takes minutes, and is built only if these tests run it here: the one in use, and Zen 4's beside x86_64_v4.
+# takes minutes, and is built only if these tests run it here: the one in use, and Zen 4's beside x86_64_v4 on AMD's
+# family 25.
 SANITIZED := build/sanitized
 SANITIZED_LEVELS = $(shell $(BIN)/python -c "from xformer_kernels import _C; used = _C.cpu_level(); \
-  print(used + ';zen4' * (used == 'x86_64_v4' and 'zen4' in _C.build_info()['levels']))")
+  zen = 'cpu family\t: 25\n' in open('/proc/cpuinfo').read(); \
+  print(used + ';zen4' * (zen and used == 'x86_64_v4' and 'zen4' in _C.build_info()['levels']))")
 SANITIZED_TESTS := tests/test_xfa.py tests/test_map_fn.py tests/test_primitives.py tests/test_determinism.py \
   tests/test_layer.py tests/test_inference_kernels.py tests/test_linear_attention.py
 sanitize: setup

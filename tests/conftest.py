@@ -144,7 +144,8 @@ def pytest_generate_tests(metafunc):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Of a test marked ``one_in(n)``, slow kernels run one in n of the combinations at a push, and all each night.
+    """What a push does not wait for: tests marked ``nightly``, and of a test marked ``one_in(n)`` all but one in n of
+    the combinations of slow kernels.
 
     The names of the combinations decide which, so that these are the same everywhere.
     """
@@ -153,7 +154,8 @@ def pytest_collection_modifyitems(config, items):
     left_out = []
     for item in items:
         mark = item.get_closest_marker("one_in")
-        if mark and is_slow(item.callspec.params) and zlib.crc32(item.name.encode()) % mark.args[0]:
+        slow = mark and (is_slow(item.callspec.params) or ("triton" in item.path.parts and INTERPRETING))
+        if item.get_closest_marker("nightly") or (slow and zlib.crc32(item.name.encode()) % mark.args[0]):
             left_out.append(item)
     if left_out:
         config.hook.pytest_deselected(items=left_out)
