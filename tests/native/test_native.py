@@ -22,6 +22,7 @@ def run(*command, **more):
     return done.stdout
 
 
+@pytest.mark.nightly
 def test_c_api(tmp_path):
     """At the level that compiles fastest: half a minute of one core. Others are test_levels.py's, and arm64 make's."""
     need("cmake", "ninja", os.environ.get("CXX", "c++"))
