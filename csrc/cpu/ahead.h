@@ -18,7 +18,7 @@ struct Ahead {
   ptrdiff_t tokens = 0;  // with the one at hand; 0: nothing is asked for
 
   Ahead() = default;
-  // dim numbers of `count` tokens from p on
+  // `bytes` of each of `count` tokens, from p on
   Ahead(const char* p, ptrdiff_t row, ptrdiff_t bytes, ptrdiff_t count)
       : next(p), row(row), lines((((ptrdiff_t)p & 63) + bytes + 63) / 64), left(lines), tokens(count) {}
 
