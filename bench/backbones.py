@@ -109,7 +109,8 @@ def forward_rows(
     ours: str, images: int, size: int, seconds: float, compile: bool, others: Sequence[str] = ()
 ) -> list[Forward]:
     """`others`: of :data:`bench.runtimes.RUNTIMES`; one whose output is not equal is said and left out."""
-    x = torch.randn(images, 3, size, size, generator=torch.manual_seed(0)).contiguous(memory_format=torch.channels_last)
+    x = torch.randn(images, 3, size, size, generator=torch.Generator().manual_seed(0))
+    x = x.contiguous(memory_format=torch.channels_last)
     calls: dict[tuple[str, str], measure.Call] = {}
     errors: dict[tuple[str, str], float] = {}
     if compile:
