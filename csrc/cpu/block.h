@@ -26,10 +26,12 @@ size_t pass_scratch(int dim) {
   return row_of_tokens<T>(dim) * ((2 * kMaxOperands + 1) * padded<T>(dim) + kMaxOperands + 2);
 }
 
+constexpr int kHeadsTogether = 8;  // as many as leave their descriptions at hand
+
 // The heads whose blocks of the same tokens are walked one after another, and which of them it is.
 template <class T>
 struct Heads {
-  Pass<T> passes[8];
+  Pass<T> passes[kHeadsTogether];
   int count, index;
   int64_t tokens, end;  // tokens of a block; the end of all
 };

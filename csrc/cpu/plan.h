@@ -61,8 +61,8 @@ void together([[maybe_unused]] int threads, F f) {
 // Channel-major heads do not, and are walked one after another.
 struct Plan {
   int64_t batch, heads, tokens, chunks, chunk, group, groups;
-  int block;             // tokens packed at a time, at most widest_block
-  int64_t together = 8;  // heads of a block at a time: as many as leave their descriptions at hand
+  int block;                          // tokens packed at a time, at most widest_block
+  int64_t together = kHeadsTogether;  // heads of a block at a time
 
   // multiple: of tokens in a block, if they are channel-major
   Plan(int64_t batch, int64_t heads, int64_t tokens, int dim, int widest_block, int itemsize, int multiple = 0)
