@@ -1,5 +1,5 @@
 # make demo   set up everything and run the main job      make test   set up and test
-# make lint | bench | fuzz | sanitize | sanitize-emulated | gpu-sanitize | clean
+# make lint | bench | fuzz | sanitize | sanitize-emulated | gpu-sanitize | test-arm64 | clean
 # The active virtual or conda environment is used if there is one, else .venv is made here.
 PYTHON ?= python3
 ENV := $(or $(VIRTUAL_ENV),$(CONDA_PREFIX),$(CURDIR)/.venv)
@@ -7,13 +7,13 @@ BIN := $(ENV)/bin
 # Set up once for each environment, and again when what is installed or compiled has changed.
 STAMP := build/stamps/$(subst /,_,$(ENV))
 BUILT_FROM := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
-CXX_FILES := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h)
+CXX_FILES := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h tests/native/*.cpp tests/native/*.h)
 JOBS ?= 2
 # CUDA kernels, where there is a toolkit, for this machine's GPU alone, or for sm_90: those of all take minutes.
 GPU := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2> /dev/null | head -n 1 | tr -d .)
 export XFORMER_KERNELS_CUDA_ARCHS ?= $(or $(GPU),90)
 
-.PHONY: demo test lint bench fuzz sanitize sanitize-emulated gpu-sanitize setup clean
+.PHONY: demo test lint bench fuzz sanitize sanitize-emulated gpu-sanitize test-arm64 setup clean
 
 demo: setup
 	$(BIN)/python -m bench.demo
@@ -50,12 +50,15 @@ lint: setup
 
 # The compiled kernels once more, instrumented, under the tests that reach all of them. Warnings are not errors in this
 # build: with sanitizers on, GCC warns of the deliberately undefined values in its own intrinsics. An instruction level
-# takes minutes, and is built only if these tests run it here: the one in use, and Zen 4's beside x86_64_v4.
+# takes minutes, and is built only if these tests run it here: the one in use, and Zen 4's beside x86_64_v4 on AMD's
+# family 25.
 SANITIZED := build/sanitized
 SANITIZED_LEVELS = $(shell $(BIN)/python -c "from xformer_kernels import _C; used = _C.cpu_level(); \
-  print(used + ';zen4' * (used == 'x86_64_v4' and 'zen4' in _C.build_info()['levels']))")
+  import pathlib; cpu = pathlib.Path('/proc/cpuinfo'); \
+  zen = cpu.exists() and 'cpu family\t: 25\n' in cpu.read_text(); \
+  print(used + ';zen4' * (zen and used == 'x86_64_v4' and 'zen4' in _C.build_info()['levels']))")
 SANITIZED_TESTS := tests/test_xfa.py tests/test_map_fn.py tests/test_primitives.py tests/test_determinism.py \
-  tests/test_layer.py tests/test_inference_kernels.py tests/test_linear_attention.py
+  tests/test_layer.py tests/test_inference_kernels.py tests/test_linear_attention.py tests/test_layouts.py
 sanitize: setup
 	XFORMER_KERNELS_SANITIZE=address,undefined XFORMER_KERNELS_REQUIRE_EXTENSION=1 XFORMER_KERNELS_WERROR=0 \
 	  XFORMER_KERNELS_CUDA=0 CMAKE_ARGS="$(CMAKE_ARGS) -DXK_LEVELS=$(SANITIZED_LEVELS)" \
@@ -63,7 +66,7 @@ sanitize: setup
 	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  XFORMER_KERNELS_EXPECTED_LOCATION=$(SANITIZED) XFORMER_KERNELS_REQUIRE_EXTENSION=1 PYTHONPATH=$(SANITIZED) \
-	  $(BIN)/pytest -q -n $(JOBS) --dist worksteal -k "not reference and not triton and not cuda" $(SANITIZED_TESTS)
+	  $(BIN)/pytest -q -n $(JOBS) --dist worksteal -k "not reference and not triton and not cuda and not compiled" $(SANITIZED_TESTS)
 
 # The emulated CUDA kernels likewise, under all tests that run them; too long for each change.
 EMULATED_TESTS := cuda and not gpu and not packaging and not test_shim and not test_tsan and not test_resources \
@@ -78,6 +81,10 @@ sanitize-emulated: setup
 # The Triton and the CUDA kernels under the tools of compute-sanitizer; needs a GPU and the CUDA toolkit.
 gpu-sanitize: setup
 	bash tests/gpu/sanitize.sh $(BIN)/python
+
+# The C API on arm64, under emulation; cross-compiled objects stay in build/arm64.
+test-arm64: setup
+	PATH="$(BIN):$$PATH" bash tests/native/arm64.sh
 
 setup: $(STAMP)
 

@@ -3,7 +3,8 @@
 python -m bench op|layer|model [--device cpu] [--dtype float32] [--shapes main,xcit] [--quick] [--out bench/results]
 python -m bench model --task segment [--help] [--out bench/results]
 
-Sets of layers whose names end in "blocks" have layer norm, layer scale and residual around the layer.
+Sets of layers whose names end in "blocks" have layer norm, layer scale and residual around the layer. Of the set "grid"
+both forms are timed, and the regret of form="auto" is printed; see bench/forms.py.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 
 import torch
 
-from bench import machine, measure, modules, providers, report, segment, workloads
+from bench import forms, machine, measure, modules, providers, report, segment, workloads
 from bench.modules import FORMS, KERNELS
 from bench.terminal import Terminal
 
@@ -105,7 +106,13 @@ def main(arguments: list[str] | None = None) -> int:
     wrong: dict[tuple[str, str], str] = {}
     late: list[str] = []
     for name in options.shapes:
-        _run(name, dict(facts), yardsticks, wrong, late, begun, options, terminal)
+        if options.what == "layer" and name == workloads.GRID:
+            rows = forms.run(workloads.LAYER_SHAPES[name], options, terminal)
+            if options.out:
+                written = report.save(_stem(name, facts, options), facts, rows)
+                terminal.print("written: " + ", ".join(map(str, written)))
+        else:
+            _run(name, dict(facts), yardsticks, wrong, late, begun, options, terminal)
     for message in wrong.values():
         terminal.print(f"WRONG: {message}", style="bold red")
     if late:
@@ -174,9 +181,7 @@ def _save(
     options: argparse.Namespace,
     terminal: Terminal,
 ) -> list[Path]:
-    suffix = "" if name == "main" else f"-{name}"
-    suffix += "-raised" if facts["allocator"] == "raised" else ""
-    stem = options.out / machine.slug(options.device) / f"{options.what}-{options.device}-{options.dtype}{suffix}"
+    stem = _stem(name, facts, options)
     written = report.save(stem, facts, rows)
     if not report.can_plot():
         terminal.print("no plots: matplotlib is not installed")
@@ -188,6 +193,13 @@ def _save(
             if len(tokens) > 2:
                 written.append(report.plot_over_tokens(stem, facts, rows, tokens, "B{}-H{}-D{}".format(*key)))
     return written
+
+
+def _stem(name: str, facts: dict[str, Any], options: argparse.Namespace) -> Path:
+    suffix = "" if name == "main" else f"-{name}"
+    suffix += "-raised" if facts["allocator"] == "raised" else ""
+    folder: Path = options.out / machine.slug(options.device)
+    return folder / f"{options.what}-{options.device}-{options.dtype}{suffix}"
 
 
 def _right(case: providers.Case, shape: object, wrong: dict[tuple[str, str], str], device: str) -> bool:

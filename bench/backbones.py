@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +22,6 @@ import xformer
 from bench import baselines, machine, measure, modules, report, runtimes
 from bench.providers import Errors
 from bench.terminal import Line, Terminal
-from xformer_kernels import info
 
 PEERS = {
     "xformer_s": ("edgenext_small", "mobilevit_s", "efficientnet_b0"),
@@ -111,7 +109,8 @@ def forward_rows(
     ours: str, images: int, size: int, seconds: float, compile: bool, others: Sequence[str] = ()
 ) -> list[Forward]:
     """`others`: of :data:`bench.runtimes.RUNTIMES`; one whose output is not equal is said and left out."""
-    x = torch.randn(images, 3, size, size, generator=torch.manual_seed(0)).contiguous(memory_format=torch.channels_last)
+    x = torch.randn(images, 3, size, size, generator=torch.Generator().manual_seed(0))
+    x = x.contiguous(memory_format=torch.channels_last)
     calls: dict[tuple[str, str], measure.Call] = {}
     errors: dict[tuple[str, str], float] = {}
     if compile:
@@ -374,8 +373,6 @@ def main(arguments: list[str] | None = None) -> None:
     rows: list[Any] = []
     if options.what == "forward":
         facts["variants"] = VARIANTS
-        level = info.collect()["extension"].get("level in use")
-        facts["instructions"] = {"torch": torch.backends.cpu.get_cpu_capability(), "xformer-kernels": level}
         for name in [name for name in options.runtimes if runtimes.missing(name)]:
             terminal.print(f"{name} is left out: {', '.join(runtimes.missing(name))} not installed")
             options.runtimes.remove(name)
@@ -387,8 +384,6 @@ def main(arguments: list[str] | None = None) -> None:
         return
     suffix = ("-quick" if options.quick else "") + ("-compile" if options.compile else "")
     suffix += "-raised" if facts["allocator"] == "raised" else ""
-    asked = os.environ.get("XFORMER_KERNELS_CPU_LEVEL")
-    suffix += f"-{asked}" if asked else ""
     stem = options.out / machine.slug("cpu") / f"backbones-{options.what}-cpu-float32{suffix}"
     written = report.save(stem, facts, rows)
     if options.what == "training" and report.can_plot():

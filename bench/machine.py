@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from xformer_kernels import backends
 from xformer_kernels.info import processor_name
 
 ROOT = Path(__file__).parent.parent
@@ -43,17 +44,53 @@ def give_memory_back() -> None:
             trim(0)
 
 
+# AMD's cores by CPU family and ranges of models; the brand name of a server says nothing of them.
+ZEN: dict[int, dict[str, tuple[tuple[int, int], ...]]] = {
+    23: {"zen": ((0, 0x2F),), "zen2": ((0x30, 0xFF),)},
+    25: {"zen4": ((0x10, 0x1F), (0x60, 0x7F), (0xA0, 0xAF)), "zen3": ((0, 0xFF),)},
+    26: {"zen5": ((0, 0xFF),)},
+}
+LEVELS = {"x86_64_v4": "avx512", "zen4": "avx512", "x86_64_v3": "avx2", "x86_64_v2": "sse4"}
+
+
+def processor() -> str:
+    """A short name: AMD's by their cores, others by their brand."""
+    try:
+        lines = (line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines())
+        found = {key.strip(): value.strip() for key, _, value in lines}
+        family, model = int(found["cpu family"]), int(found["model"])
+    except (OSError, KeyError, ValueError):
+        found, family, model = {}, 0, 0
+    if found.get("vendor_id") == "AuthenticAMD":
+        for core, ranges in ZEN.get(family, {}).items():
+            if any(first <= model <= last for first, last in ranges):
+                return f"amd {core}"
+    return re.sub(r"\((r|tm)\)|\b(cpu|processor)\b.*", "", processor_name().lower()).strip()
+
+
+def level() -> str:
+    """The instructions in use: those of our kernels, which the environment may have limited."""
+    cpp = backends.load("cpp")[0]
+    if cpp is None or not cpp.module.LEVEL:
+        return "no-kernels"
+    used: str = cpp.module.LEVEL
+    return LEVELS.get(used, "neon" if platform.machine() in ("aarch64", "arm64") else used)
+
+
 def device_name(device: str) -> str:
-    return torch.cuda.get_device_name() if device == "cuda" else f"{processor_name()}, {os.cpu_count()} cores"
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    return f"{processor_name()}, {os.cpu_count()} cores, {level()}"
 
 
 def slug(device: str) -> str:
     """The name of this machine's folder of results."""
-    return re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
+    name = torch.cuda.get_device_name() if device == "cuda" else f"{processor()} {os.cpu_count()} cores {level()}"
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def facts(device: str) -> dict[str, Any]:
-    """Date, versions, machine, threads, allocator and commit."""
+    """Date, versions, machine, instructions, threads, allocator and commit."""
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     for name in ("xformer-kernels", "torchvision", "timm", "triton", "onnxruntime", "openvino"):
         try:
@@ -64,6 +101,7 @@ def facts(device: str) -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "machine": device_name(device),
         "system": platform.platform(),
+        "instructions": {"torch": torch.backends.cpu.get_cpu_capability().lower(), "xformer-kernels": level()},
         "threads": torch.get_num_threads(),
         "allocator": allocator(),
         "versions": versions,

@@ -56,14 +56,14 @@ class Limits:
         return max(flops / self.flops_per_second, least_bytes / self.bytes_per_second)
 
 
-def time_once(call: Call, repeat: int, device: str) -> float:
-    """Seconds of one of `repeat` calls."""
+def time_once(call: Call, repeat: int, device: str, clock: Callable[[], float] = time.perf_counter) -> float:
+    """Seconds of one of `repeat` calls, on the CPU by a clock."""
     if device == "cuda":
         return _time_on_stream(call, repeat)
-    start = time.perf_counter()
+    start = clock()
     for _ in range(repeat):
         call()
-    return (time.perf_counter() - start) / repeat
+    return (clock() - start) / repeat
 
 
 def _time_on_stream(call: Call, repeat: int) -> float:
@@ -77,7 +77,9 @@ def _time_on_stream(call: Call, repeat: int) -> float:
     return before.elapsed_time(after) / 1e3 / repeat
 
 
-def interleaved(calls: dict[str, Call], seconds: float, device: str = "cpu") -> dict[str, Timing]:
+def interleaved(
+    calls: dict[str, Call], seconds: float, device: str = "cpu", clock: Callable[[], float] = time.perf_counter
+) -> dict[str, Timing]:
     """Rounds in which each call runs once untimed, to bring its memory and threads back, and once timed.
 
     Each round starts with another call. A call stops when it has used its share of `seconds` and has 5 samples (3 if
@@ -97,7 +99,7 @@ def interleaved(calls: dict[str, Call], seconds: float, device: str = "cpu") -> 
         for name in list(names):
             call, start = calls[name], time.perf_counter()
             call()
-            samples[name].append(time_once(call, repeat[name], device))
+            samples[name].append(time_once(call, repeat[name], device, clock))
             used[name] += time.perf_counter() - start
             enough = 3 if first[name] > share else 5
             if used[name] > share and len(samples[name]) >= enough:

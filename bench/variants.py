@@ -2,7 +2,8 @@
 
 Providers of each row: the model's own code (``eager``), the same under torch.compile, and ours. Inputs are views of the
 packed projection in the layout that the model has, the output is what its next projection takes, and gradients are
-those of the packed projection.
+those of the packed projection. The limit is that of ``bench op``: the larger of the time of the FLOPs at the speed of a
+large matrix product, and of reading the inputs and writing the results once at the speed of a copy.
 """
 
 from __future__ import annotations
@@ -120,7 +121,7 @@ MODELS: dict[str, Variant] = {
 
 
 def measured(model: str, shape: OpShape, seconds: float) -> list[report.Row]:
-    variant, rows = MODELS[model], []
+    variant, rows, yardsticks = MODELS[model], [], measure.Yardsticks(torch.float32, "cpu")
     x = variant.packed(shape)
     ours = dispatch.choose("auto", "cpu", (x.dtype,), (shape.D,))
     functions = {"eager": variant.eager, "compile": compiled(variant.eager), ours: variant.ours}
@@ -147,8 +148,12 @@ def measured(model: str, shape: OpShape, seconds: float) -> list[report.Row]:
 
     for direction, call_of in (("forward", forward), ("forward+backward", lambda f: partial(results, f, leaf))):
         calls: dict[str, measure.Call] = {name: call_of(function) for name, function in functions.items()}
-        times = measure.interleaved(calls, seconds)
-        for name, timing in times.items():
+        backward = direction != "forward"
+        times = measure.interleaved({**calls, **yardsticks.calls}, seconds)
+        least = shape.least_bytes(backward, x.itemsize)
+        limit = yardsticks.limits(times).seconds(shape.flops(backward), least)
+        for name in calls:
+            timing = times[name]
             peak = measure.peak_extra_bytes(calls[name], "cpu")
             rows.append(
                 report.Row(
@@ -158,9 +163,9 @@ def measured(model: str, shape: OpShape, seconds: float) -> list[report.Row]:
                     ms=timing.median * 1e3,
                     spread=timing.spread,
                     samples=len(timing.samples),
-                    gb_per_s=None,
-                    limit_ms=None,
-                    fraction_of_limit=None,
+                    gb_per_s=least / timing.median / 1e9,
+                    limit_ms=limit * 1e3,
+                    fraction_of_limit=limit / timing.median,
                     speedup_over_eager=times["eager"].median / timing.median,
                     speedup_over_compile=times["compile"].median / timing.median,
                     speedup_over_graphs=None,
@@ -170,7 +175,8 @@ def measured(model: str, shape: OpShape, seconds: float) -> list[report.Row]:
             row = rows[-1]
             print(
                 f"{row.workload:28} {direction:17} {name:8} {row.ms:9.3f} ms  {row.speedup_over_eager:5.2f} x eager  "
-                f"{row.speedup_over_compile:5.2f} x compile  {row.peak_extra_mb or 0:7.1f} MB",
+                f"{row.speedup_over_compile:5.2f} x compile  {row.fraction_of_limit:5.2f} of limit  "
+                f"{row.peak_extra_mb or 0:7.1f} MB",
                 flush=True,
             )
     return rows
@@ -179,7 +185,7 @@ def measured(model: str, shape: OpShape, seconds: float) -> list[report.Row]:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.variants", description=__doc__)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=3.0, help="for the three providers together, per direction")
+    parser.add_argument("--seconds", type=float, default=5.0, help="for all providers together, per direction")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--allocator", choices=("default", "raised"), default="default")
     parser.add_argument("--out", type=Path, help="also write JSON and CSV to OUT/<machine>/")

@@ -142,6 +142,17 @@ VARIANTS: dict[str, tuple[OpShape, ...]] = {
 }
 """By model, for ``bench.variants``."""
 MANY = {"op": "N >= 1024", "layer": "N >= 8C"}
+GRID = "grid"
+"""The set of layers of which both forms are timed, and what auto takes: see :mod:`bench.forms`."""
+# where the choice of a form is easy and where it is not; features of a head from 16 to 96
+_GRID = (
+    (1, 49, 384, 8), (1, 196, 192, 4), (1, 784, 64, 4), (1, 784, 192, 6), (1, 784, 384, 8), (1, 784, 768, 8),
+    (1, 1024, 96, 4), (1, 1024, 256, 8), (1, 2304, 128, 4), (1, 3136, 48, 2), (1, 4096, 192, 4), (1, 4096, 512, 8),
+    (1, 16384, 48, 1), (1, 16384, 128, 8), (1, 16384, 384, 8), (1, 65536, 64, 4),
+    (4, 49, 192, 4), (4, 256, 160, 8), (4, 784, 256, 8), (4, 1024, 48, 1), (4, 1024, 384, 8), (4, 3136, 96, 6),
+    (4, 4096, 128, 4), (8, 196, 384, 8), (8, 256, 192, 4), (8, 784, 384, 8),
+    (16, 64, 240, 4), (16, 196, 128, 4), (16, 784, 192, 6), (16, 1024, 64, 4),
+)  # fmt: skip
 LAYER_SHAPES: dict[str, tuple[LayerShape, ...]] = {
     "main": (
         LayerShape(1, 65536, 64, 4),
@@ -155,6 +166,7 @@ LAYER_SHAPES: dict[str, tuple[LayerShape, ...]] = {
     ),
     "xcit": (LayerShape(8, 784, 128, 4), LayerShape(8, 784, 384, 8), LayerShape(1, 2304, 128, 4)),
     "edgenext": (LayerShape(8, 1024, 96, 8), LayerShape(8, 256, 160, 8), LayerShape(8, 64, 304, 8)),
+    GRID: tuple(LayerShape(*shape) for shape in _GRID),
     "gpu": (LayerShape(32, 16384, 256, 8), LayerShape(64, 3136, 384, 8), LayerShape(128, 784, 384, 8)),
     "gpu-latency": (LayerShape(1, 196, 384, 8), LayerShape(1, 2304, 128, 4), LayerShape(1, 784, 1024, 8)),
 }

@@ -1,5 +1,5 @@
-// Calls that follow each other in one: what they are given is fixed beforehand, but for the blocks of memory in which
-// their tensors lie.
+// A sequence of kernel calls whose arguments are fixed in advance, except for the addresses of three memory blocks
+// (input, output, workspace) that hold their tensors.
 #pragma once
 
 #include <functional>
@@ -9,7 +9,7 @@
 
 #include "bindings.h"
 
-// A block, and floats from its start. No block, -1: no tensor.
+// Index of a memory block, and offset in it in floats. Index -1 stands for no tensor.
 typedef std::pair<int, int64_t> Place;
 
 class Program {
@@ -44,7 +44,7 @@ class Program {
     });
   }
 
-  // xfa of q, k and v side by side, qkv (batch, tokens, 3, heads, dim), to out (batch, tokens, heads, dim).
+  // From packed qkv (batch, tokens, 3, heads, dim) to out (batch, tokens, heads, dim).
   void xfa(int64_t batch, int64_t tokens, int64_t heads, int64_t dim, int map, int norm, int activation, double eps,
            uintptr_t temperature, const Place& qkv, const Place& stats, const Place& out) {
     const int64_t width = heads * dim;

@@ -263,3 +263,15 @@ def test_table_of_layers(load, monkeypatch, tmp_path):
     readme = f"a\n{table.BEGIN}\n1\n{table.END}\nb\n{table.LAYERS}\n2\n{table.END}\nc\n"
     replaced = table.replace(readme, text)
     assert replaced == f"a\n{table.BEGIN}\n1\n{table.END}\nb\n{text}\nc\n"
+
+
+@pytest.mark.parametrize(
+    "family, model, name", [(25, 0x01, "zen3"), (25, 0x11, "zen4"), (25, 0x61, "zen4"), (26, 0x02, "zen5")]
+)
+def test_folders_are_named_by_cores_and_instructions(family, model, name, load, monkeypatch):
+    machine = load("machine")
+    text = f"vendor_id\t: AuthenticAMD\ncpu family\t: {family}\nmodel\t\t: {model}\nmodel name\t: AMD EPYC\n"
+    monkeypatch.setattr(machine.Path, "read_text", lambda path, **_: text)
+    monkeypatch.setattr(machine, "level", lambda: "avx2")
+    monkeypatch.setattr(machine.os, "cpu_count", lambda: 2)
+    assert machine.slug("cpu") == f"amd-{name}-2-cores-avx2"

@@ -18,6 +18,7 @@ def test_models_of_others_keep_as_many_pixels_as_ours(load, name):
     assert theirs.shape[2:] == ours.shape[2:] == (2, 2)
 
 
+@pytest.mark.nightly
 def test_runs_are_written_once(load, tmp_path):
     learning = load("learning")
     out = tmp_path / "results"

@@ -67,6 +67,7 @@ def test_detections_are_counted_by_our_categories(ssdlite):
     assert metrics.compute()["map"] > 99.9
 
 
+@pytest.mark.nightly
 def test_runs_of_both_models_are_written(load, work):
     scenes = load("scenes")
     out = work / "results"

@@ -19,6 +19,7 @@ def threads_of(kernel):
     return THREADS if kernel == "cpp" else (2, 2)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -35,6 +36,7 @@ def test_xfa_bits_do_not_depend_on_threads(shape, masked, dtype, kernel, device,
             assert_bitwise(x, expected[name], f"{name} with {threads} threads")
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_xfa_bits_of_every_config(config, kernel, device, shorter):
     p = make_problem(shorter((3, 2500, 2, 20)), config, device=device)

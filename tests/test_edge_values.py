@@ -28,6 +28,7 @@ def nan_filled_allocations():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
@@ -113,6 +114,7 @@ def check(p: Problem, backend: str, ran) -> dict[str, torch.Tensor]:
     return result
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("eps", [1e-12, 0.1])
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
@@ -135,6 +137,7 @@ def test_all_zero(config, backend, device, ran):
     assert result["out"].abs().max() == 0
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("eps", [1e-36, 1e-30, 1e-6, 3.0, 1e6])
 @pytest.mark.parametrize("norm", ["token", "feature"])
 def test_eps(norm, eps, backend, device, ran):
@@ -146,6 +149,7 @@ def test_eps(norm, eps, backend, device, ran):
     check(p, backend, ran)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("scale", [1e-11, 1e-5, 1e6, 1e12])
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_magnitudes_of_q_and_k(config, scale, backend, device, ran):
@@ -156,6 +160,7 @@ def test_magnitudes_of_q_and_k(config, scale, backend, device, ran):
     check(p, backend, ran)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("temperature", [0.0, -2.0, 1e-3, 100.0, 1e4])
 def test_temperatures(temperature, dtype, backend, device, ran):
@@ -176,6 +181,7 @@ def test_a_mean_far_above_the_spread(backend, device, ran, shorter):
 # -------------------------------------------------------------------------------------------------------- NaN and Inf
 
 
+@pytest.mark.one_in(3)
 # bf16 may be multiplied by pairs, of tokens and of features: an even number of features, an odd one of tokens
 @pytest.mark.parametrize("dtype, N, D", [(torch.float32, 40, 5), (torch.bfloat16, 41, 6)], ids=str)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -225,6 +231,7 @@ def test_nan_temperature_stays_in_its_head(backend, device, ran):
     assert result["out"][:, 1].isnan().all()
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_what_masked_tokens_hold_does_not_matter(config, value, backend, device, ran):

@@ -170,6 +170,7 @@ def check_maps(got, model, x):
         assert (y - wanted).abs().max() <= 1e-5 * wanted.abs().max()
 
 
+@pytest.mark.nightly
 def test_maps_as_pt2(of_task, tmp_path, capsys):
     """Of any size, odd ones too, by the command, without this package's ops; only terminals are told the steps."""
     model, card = of_task

@@ -21,6 +21,7 @@ from xformer.fused.layers import Fused
 from xformer.layers import ConvNorm, MBConv, Mlp, Pointwise, XFBlock
 from xformer_kernels import XFABlock, dispatch, inference
 from xformer_kernels.backends.program import Recorder
+from xformer_kernels.layer import calibration, timing
 
 
 def images(*size):
@@ -191,6 +192,32 @@ def test_buffers_of_a_program_lie_beside_each_other_while_they_are_needed():
         for a, b in itertools.combinations(offsets, 2):
             together = recorder.first[a] <= recorder.last[b] and recorder.first[b] <= recorder.last[a]
             assert not together or ends[a] <= offsets[b] or ends[b] <= offsets[a]
+
+
+@pytest.mark.parametrize("form", ["gram", "direct"])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_close_choice_of_form_is_timed(form, mode, tmp_path, need_backend, monkeypatch):
+    need_backend("cpp")
+    if inference.KERNELS is None:
+        pytest.skip(f"the kernels serve at the instruction levels {inference.LEVELS}")
+    timed = {}
+
+    def faster(seconds, _):
+        timed.update((each, seconds(each)) for each in timing.FORMS)
+        return form
+
+    monkeypatch.setenv(calibration.ENVIRONMENT, str(tmp_path / "figures.json"))
+    monkeypatch.setattr(timing, "measure", lambda _: None)
+    monkeypatch.setattr(timing, "faster", faster)
+    calibration.forget()
+    plain = XFABlock(192, 6, qkv_bias=True).eval()
+    fused, x = fuse_for_inference(plain), torch.randn(1, 3000, 192)
+    with mode(), dispatch.record() as ran:
+        y = fused(x)
+    calibration.forget()
+    assert min(timed.values()) > 0 and {"gram": "layer_forward", "direct": "xfa_forward"}[form] == ran[-1][1]
+    with torch.no_grad():
+        torch.testing.assert_close(y, plain(x), rtol=1e-5, atol=1e-5)
 
 
 def test_in_inference_mode():

@@ -29,6 +29,7 @@ def fewer(slow):
     return lambda shape: (min(shape[0], 2), min(shape[1], 300), *shape[2:]) if slow else shape
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("block", [False, True], ids=["layer", "block"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", LAYER_SHAPES, ids=str)
@@ -221,6 +222,7 @@ def test_nan_propagates(kernel, device):
     assert y[0].isnan().all() and y[1].isfinite().all()
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("config", GRAM_CONFIGS, ids=str)
 @pytest.mark.parametrize("block", [False, True], ids=["layer", "block"])
 def test_derivatives(block, config, kernel, device, slow):

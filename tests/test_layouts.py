@@ -10,7 +10,7 @@ from cases import CONFIGS, DTYPES, LAYOUTS, Config, Problem, make_problem, randn
 from test_linear_attention import MAPS, check, inputs
 
 import xformer_kernels as xk
-from xformer_kernels import packed
+from xformer_kernels.backends import layouts
 from xformer_kernels.testing import assert_bitwise
 
 channel_major = LAYOUTS["token_contiguous"]
@@ -44,7 +44,7 @@ def ran_keeper(keeper, ran_backend):
 
 @pytest.fixture
 def always_a_node(monkeypatch):
-    monkeypatch.setattr(packed, "_WORTH_A_NODE", 0)
+    monkeypatch.setattr(layouts, "WORTH_PACKING", 0)
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
@@ -127,11 +127,28 @@ def test_gradients_of_some_parts(always_a_node):
     assert unused is None and q.shape == k.shape == v.shape == (2, 5, 2, 4)
 
 
-def test_second_derivatives_of_packed(keeper, always_a_node):
-    x = randn(1, 3, 3, 1, 2, seed=1, dtype=torch.float64).requires_grad_()
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_batched_gradients_of_packed(operator, keeper, always_a_node):
+    """By torch.autograd.grad's is_grads_batched, and by torch.vmap over it."""
+    x = randn(2, 9, 3, 2, 4, seed=1).requires_grad_()
+    douts = randn(3, 2, 2, 9, 4, seed=2)
+    out = OPERATORS[operator](*(t.transpose(1, 2) for t in xk.split_qkv(x, 2)), backend=keeper)
+
+    def gradient(dout, **kwargs):
+        return torch.autograd.grad(out, x, dout, retain_graph=True, **kwargs)[0]
+
+    expected = torch.stack([gradient(dout) for dout in douts])
+    torch.testing.assert_close(gradient(douts, is_grads_batched=True), expected)
+    torch.testing.assert_close(torch.vmap(gradient)(douts), expected)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_second_derivatives_of_packed(operator, keeper, always_a_node):
+    x = randn(1, 3, 3, 1, 2, seed=1, dtype=torch.float64)
+    x = (x.abs() + 0.1).requires_grad_()  # away from the kink of relu
 
     def function(x):
-        return OPERATORS["xfa"](*(t.transpose(1, 2) for t in xk.split_qkv(x, 2)), backend=keeper)
+        return OPERATORS[operator](*(t.transpose(1, 2) for t in xk.split_qkv(x, 2)), backend=keeper)
 
     assert torch.autograd.gradcheck(function, x) and torch.autograd.gradgradcheck(function, x)
 
@@ -155,6 +172,9 @@ def test_compiled_as_eager(layout, keeper):
 def test_what_split_qkv_refuses():
     with pytest.raises(TypeError, match=r"packed must be a torch.Tensor"):
         xk.split_qkv([1], 0)
+    for dim in ("1", 1.0, True, None):
+        with pytest.raises(TypeError, match=r"dim must be an integer, got \w+: "):
+            xk.split_qkv(torch.zeros(3, 3), dim)
     for dim in (1, 3, -4):
         with pytest.raises(ValueError, match=rf"packed must have 3 at dim {dim}, .*\(2, 4, 3\)"):
             xk.split_qkv(torch.zeros(2, 4, 3), dim)

@@ -68,6 +68,7 @@ def check(tensors, ran, backend, **kwargs):
 # and Triton as much as shows every map, every dtype and every choice of normalize with each of the others.
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("feature_map", [*MAPS, *PAIRS], ids=str)
 def test_feature_maps(feature_map, dtype, backend, device, ran, interpreted):
@@ -128,6 +129,7 @@ def test_gradients_of_images(feature_map, kernel, device, ran):
             assert all(g.stride(2) == 1 for g in gradients)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("feature_map", MAPS)
 def test_masked_tokens_take_no_part(feature_map, dtype, backend, device, ran, interpreted):
@@ -156,6 +158,7 @@ def test_masked_tokens_take_no_part(feature_map, dtype, backend, device, ran, in
     torch.testing.assert_close(clean["out"][1:, :, query_mask[1]], alone["out"], **tolerance)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("normalize", [True, False], ids=["normalize", "plain"])
 @pytest.mark.parametrize("feature_map", MAPS)
 def test_derivatives(feature_map, normalize, backend, device, ran, slow, interpreted):

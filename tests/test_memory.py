@@ -32,6 +32,7 @@ def saved_bytes(function, inputs) -> tuple[int, torch.Tensor]:
     return sum(saved.values()), out
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 @pytest.mark.parametrize("D", [8, 256])

@@ -84,6 +84,7 @@ def everything(q, k, v, temperature, weight, mask, backend):
     )
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("compiler", ["inductor", "aot_eager"])
 def test_compile_fullgraph_dynamic(compiler, backend, device, ran, slow):
     """One graph, compiled once for every number of tokens and every batch, forward and backward."""

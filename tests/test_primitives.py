@@ -117,6 +117,7 @@ def test_symmetric_gram(D, dtype, backend, device, ran, need_features):
         assert_bitwise(G.diagonal(dim1=2, dim2=3), ssq_a, "the diagonal")
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
 @pytest.mark.parametrize("symmetric", [False, True], ids=["", "symmetric"])
 def test_gram_derivatives(symmetric, masked, backend, device, ran, slow):
@@ -243,6 +244,7 @@ def test_channel_mix_of_single_head(kernel, device, ran):
     torch.testing.assert_close(xk.channel_mix(x, weight[0], backend=kernel), x @ weight[0].T, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     "chosen",
     [(), ("bias",), ("add",), ("add", "add_scale"), ("x2",), ("bias", "add", "add_scale", "x2")],

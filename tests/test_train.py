@@ -1,6 +1,7 @@
 """Runs of the engine on a few small images: where they go, where they go on, and what they say."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -31,6 +32,7 @@ from xformer.engine.commands import eval_weights
 from xformer.errors import UsageError
 from xformer.recipe import load_recipe
 from xformer.weights import load_model, load_weights
+from xformer_kernels.layer.calibration import ENVIRONMENT
 
 
 @pytest.fixture(scope="module")
@@ -314,3 +316,15 @@ def test_the_command_line_changes_a_recipe(capsys):
     assert shown["model_options"] == {"stem_stride": 1, "se": True, "mlp_ratio": 3.0}
     assert main(["train", "--config", "small", "--show", "--model-options"]) == 0
     assert json.loads(capsys.readouterr().out)["model_options"] == {}
+
+
+def test_forms_of_layers_do_not_depend_on_times(monkeypatch):
+    """Unless asked for: a run that is resumed takes those that it took before."""
+    asked = []
+    monkeypatch.setattr("xformer.engine.loop.train", lambda *_: asked.append(os.environ.get(ENVIRONMENT)) or {})
+    for given, expected in ((None, "off"), ("figures.json", "figures.json")):
+        monkeypatch.setenv(ENVIRONMENT, given or "")  # what the run leaves is undone
+        if given is None:
+            monkeypatch.delenv(ENVIRONMENT)
+        assert main(["train", "--config", "small"]) == 0
+        assert asked.pop() == expected

@@ -27,6 +27,7 @@ def problem(shape, config, **changes):
     return p
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -38,6 +39,7 @@ def test_xfa(shape, dtype, config, kernel, device, ran, shorter):
         p.check(p.run(xk.xfa, backend=kernel))
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 @pytest.mark.parametrize("form", ["gram", "direct"])
 @pytest.mark.parametrize("block", [False, True], ids=["layer", "block"])

@@ -34,6 +34,7 @@ def check(problem: Problem, backend: str, ran) -> dict[str, torch.Tensor]:
     return result
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_shapes_and_dtypes(shape, dtype, backend, device, ran, need_features, shorter):
@@ -41,6 +42,7 @@ def test_shapes_and_dtypes(shape, dtype, backend, device, ran, need_features, sh
     check(make_problem(shorter(shape), dtype=dtype, device=device), backend, ran)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 @pytest.mark.parametrize("shape", MIDDLING, ids=str)
@@ -55,6 +57,7 @@ def test_low_precision_is_rounded_last(shape, config, dtype, kernel, device, ran
         assert (x - y).abs().max() <= torch.finfo(dtype).eps * y.abs().max(), name
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("dtype", [torch.float32, *LOW_PRECISION], ids=str)
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 # of many tokens the masked ones: those that are not are in the other tests
@@ -67,6 +70,7 @@ def test_configs(shape, config, masked, dtype, backend, device, ran, shorter):
     check(make_problem(shorter(shape), config, dtype=dtype, masked=masked, device=device), backend, ran)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 @pytest.mark.parametrize("D", [130, 200])
 def test_wide_heads(D, config, backend, device, ran):
@@ -81,6 +85,7 @@ def pairs_of_layouts():
         yield layout, dout, (torch.bfloat16, torch.float64)[i % 2]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("layout, dout, dtype", list(pairs_of_layouts()), ids=str)
 def test_layouts(layout, dout, dtype, backend, device, ran):
     masked = dtype == torch.float32
@@ -169,6 +174,7 @@ def test_temperature_shapes_and_dtypes(view, dtype, backend, device, ran):
     p.check({**result, "out": out.detach(), "dtemperature": grad.view(3)})
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_float64_temperature(dtype, config, backend, device, ran):
@@ -251,6 +257,7 @@ def test_same_bits_with_and_without_grad(kernel, device, ran):
         assert_bitwise(xk.xfa(*tensors, backend=kernel), expected, "inference_mode")
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_derivatives(config, masked, backend, device, ran, slow):
@@ -305,6 +312,7 @@ def test_penalty_on_the_gradient(backend, device, ran):
 # ------------------------------------------------------------------------------------------------------------- masks
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_masked_tokens_are_as_if_absent(config, backend, device, ran):
     """Each sequence alone, with its masked tokens cut out, gives the same; masked rows are exactly 0."""

@@ -1,4 +1,4 @@
-"""A model as inference wants it: batch norms folded, and modules replaced by fused ones."""
+"""Prepare a model for inference: fold batch norms and swap in fused modules."""
 
 from __future__ import annotations
 
@@ -16,20 +16,21 @@ Model = TypeVar("Model", bound=nn.Module)
 
 @torch.inference_mode(False)
 def fuse_for_inference(model: Model, kernels: bool = True) -> Model:
-    """A copy in eval mode whose batch norms are part of the convolutions and linear layers before them.
+    """A copy of the model in eval mode, with batch norms folded and layers swapped for fused ones.
 
-    Its layers are replaced by the fused ones of :mod:`xformer.fused`: in float32 without gradients on an x86 CPU they
-    compute a layer, or several, in one call, with weights that are packed once. All else they compute as the layers do:
-    other dtypes and devices, gradients, what modes, transforms and ``torch.compile`` have to see.
+    Each batch norm is folded into the convolution or linear layer before it. Layers are swapped for those of
+    :mod:`xformer.fused`: in float32 without gradients on an x86 CPU these compute one or several layers in one call,
+    with weights that are packed once. In every other call (other dtypes and devices, gradients, dispatch modes,
+    transforms, ``torch.compile``) they run the original forward.
 
-    Outputs are those of ``model.eval()`` to rounding; the state dict has other names. The copy is not for training:
-    there are no batch statistics any more. What has hooks, computed weights or other parts than this package gave it
-    stays as it is. Parameters may be changed afterwards, though not in place through ``.data``; hooks and modules that
-    are put into a fused module are not seen.
+    The outputs equal those of ``model.eval()`` up to rounding; the state dict has other names. The copy cannot be
+    trained, as it has no batch statistics. Layers with hooks, parametrized weights or replaced parts are not changed.
+    Parameters may be changed afterwards, except in place through ``.data``. Hooks that are registered, and modules that
+    are replaced, inside a fused module afterwards are ignored.
 
     Args:
-        model: any that is made of this package's layers.
-        kernels: False: no layers are replaced, and operations are torch's public ones alone, beside XFA.
+        model: a model made of this package's layers.
+        kernels: if False, no layers are swapped; the copy then uses public torch operations only, apart from XFA.
     """
     copied = swap.plain(copy.deepcopy(model).eval())
     for module in copied.modules():

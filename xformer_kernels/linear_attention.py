@@ -55,9 +55,9 @@ def linear_attention(
         backend: see :func:`xfa`.
 
     Returns:
-        (B, H, N, Dv) in the dtype of q: a view of memory as of :func:`xfa`. Numerators, denominators, S and z are float32
-        (float64 for float64). Where the call is composed of :func:`gram` and :func:`channel_mix`, feature maps of
-        16-bit keys are rounded to their dtype.
+        (B, H, N, Dv) in the dtype of q, a view of memory as that of :func:`xfa`. Numerators, denominators, S and z are
+        float32 (float64 for float64). Where the call is composed of :func:`gram` and :func:`channel_mix`, feature maps
+        of 16-bit keys are rounded to their dtype.
 
     Derivatives are of any order. Autocast, the transforms of ``torch.func`` and tensor subclasses are treated as by
     :func:`xfa`.

@@ -2,10 +2,9 @@
 
     linear_attention_forward   -> (out, stats)      out (B, N, H, Dv) as of xfa_forward; stats: what the same backend's
                                                     backward needs
-    linear_attention_backward  -> [dq, dk, dv]      (B, H, N, D), (B, H, M, D), (B, H, M, Dv): each in (B, N, H, D)
+    linear_attention_backward  -> (dq, dk, dv)      (B, H, N, D), (B, H, M, D), (B, H, M, Dv): each in (B, N, H, D)
                                                     memory, or in (B, H, D, N) memory where its input is channel-major;
-                                                    with ``packed`` a backend may give [dqkv], (3, B, H, N, D) in the
-                                                    memory order of what q, k and v are parts of
+                                                    with ``packed`` views of one buffer, as of xfa_backward
     gram_and_sum               -> (G, sum_a)        G[i,j] = sum_n a[n,i] b[n,j], sum_a[i] = sum_n a[n,i]
 
 Tokens, backends and what is eager are as in :mod:`xformer_kernels.ops`.
@@ -13,7 +12,6 @@ Tokens, backends and what is eager are as in :mod:`xformer_kernels.ops`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -29,7 +27,7 @@ _CHOICES = "Tensor? query_mask, Tensor? token_mask, str spec, str backend"
 ops.library.define(f"linear_attention_forward({_INPUTS}, {_CHOICES}) -> (Tensor out, Tensor stats)")
 ops.library.define(
     f"linear_attention_backward(Tensor dout, {_INPUTS}, Tensor stats, Tensor? query_mask, Tensor? token_mask, str spec,"
-    " bool packed, str backend) -> Tensor[]"
+    " bool packed, str backend) -> (Tensor dq, Tensor dk, Tensor dv)"
 )
 ops.library.define("gram_and_sum(Tensor a, Tensor b, str backend) -> (Tensor G, Tensor sum_a)")
 
@@ -54,9 +52,9 @@ class _LinearAttention(torch.autograd.Function):
             return (None,) * 7
         q, k, v, stats, *masks = ctx.saved_tensors
         operands = (dout.transpose(1, 2), q, k, v)
-        packed = ops.writes_packed(ctx.backend, q, k, v)
+        packed = ops.writes_packed(ctx.backend, dout, q, k, v)
         gradients = ops.call("linear_attention_backward", ctx.backend, operands, stats, *masks, ctx.spec, packed)
-        return None, *_each(gradients), None, None, None
+        return None, *gradients, None, None, None
 
 
 class _LinearAttentionBackward(torch.autograd.Function):
@@ -71,7 +69,7 @@ class _LinearAttentionBackward(torch.autograd.Function):
         ctx.spec = spec
         ctx.set_materialize_grads(False)
         kernel = ops.below_autograd("linear_attention_backward", backend, dout, q, k, v)
-        return tuple(kernel(dout, q, k, v, stats, query_mask, token_mask, spec, packed))
+        return kernel(dout, q, k, v, stats, query_mask, token_mask, spec, packed)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -79,13 +77,7 @@ class _LinearAttentionBackward(torch.autograd.Function):
         function = partial(
             reference.linear_attention, **ctx.spec.of_linear, query_mask=query_mask, token_mask=token_mask
         )
-        grads = (None,) * 3 if gradients == (None,) else _each(gradients)
-        return None, *ops.differentiated_again(function, tensors, grads), None, None, None, None, None
-
-
-def _each(gradients: Sequence[Any]) -> Sequence[Any]:
-    """dq, dk and dv, of these or of one tensor of all: views that may be modified in place."""
-    return gradients if len(gradients) == 3 else [gradients[0].select(0, i) for i in range(3)]
+        return None, *ops.differentiated_again(function, tensors, gradients), None, None, None, None, None
 
 
 def _fake_forward(
@@ -96,11 +88,11 @@ def _fake_forward(
     return ops.fake_results(q, backend).output(q, k, v), stats
 
 
-def _fake_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> list[Tensor]:
+def _fake_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, ...]:
     def empty(size: tuple[Any, ...], dtype: torch.dtype) -> Tensor:
         return q.new_empty(size, dtype=dtype)
 
-    return [layouts.empty_gradient(empty, x) for x in (q, k, v)]
+    return tuple(layouts.empty_gradient(empty, x) for x in (q, k, v))
 
 
 ops.register("linear_attention_forward", _fake_forward, _LinearAttention, ("q", "k", "v"))

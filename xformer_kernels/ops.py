@@ -184,16 +184,25 @@ class _Xfa(torch.autograd.Function):
             return (None,) * 7
         q, k, v, temperature, stats, token_mask = ctx.saved_tensors
         operands = (dout.transpose(1, 2), q, k, v, temperature)
-        packed = writes_packed(ctx.backend, q, k, v)
+        packed = writes_packed(ctx.backend, dout, q, k, v)
         dqkv, dtemperature = call("xfa_backward", ctx.backend, operands, stats, token_mask, ctx.spec, packed)
         # views that may be modified in place, which those of unbind may not
         dqkv = dqkv.transpose(2, 3)
         return None, dqkv.select(0, 0), dqkv.select(0, 1), dqkv.select(0, 2), dtemperature, None, None
 
 
-def writes_packed(backend: str, q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether a backward may write one buffer in the layout of packed q, k and v: in graphs, strides are fixed."""
-    return dispatch.keeps_layout(backend) and plain(q, k, v) and layouts.are_packed(q, k, v)
+def writes_packed(backend: str, dout: Tensor, q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether a backward may write one buffer in the layout of packed q, k and v.
+
+    Graphs fix the strides of results, and what autograd records may not be views of one tensor.
+    """
+    return (
+        dispatch.keeps_layout(backend)
+        and not torch.is_grad_enabled()
+        and plain(dout, q, k, v)
+        and 3 * q.nbytes >= layouts.WORTH_PACKING
+        and layouts.are_packed(q, k, v)
+    )
 
 
 class _XfaBackward(torch.autograd.Function):

@@ -16,8 +16,6 @@ from torch import Tensor
 from xformer_kernels import ops, validate
 from xformer_kernels.backends import layouts
 
-_WORTH_A_NODE = 1 << 20  # bytes whose copy takes longer than a Python autograd.Function, about 20 us
-
 
 def split_qkv(packed: Tensor, dim: int) -> tuple[Tensor, ...]:
     """``packed.unbind(dim)``, for the q, k and v of a packed projection.
@@ -33,13 +31,16 @@ def split_qkv(packed: Tensor, dim: int) -> tuple[Tensor, ...]:
         Views of `packed` without that dimension. They may not be modified in place, as those of ``unbind``.
 
     Raises:
-        TypeError: packed is no tensor.
+        TypeError: packed is no tensor, or dim no integer.
         ValueError: packed has not 3 at `dim`.
     """
     validate.tensor("packed", packed)
+    if isinstance(dim, bool) or not hasattr(dim, "__index__"):
+        raise TypeError(f"dim must be an integer, got {type(dim).__name__}: {dim!r}")
     if not -packed.dim() <= dim < packed.dim() or packed.shape[dim] != 3:
         raise ValueError(f"packed must have 3 at dim {dim}, that of q, k and v, got {tuple(packed.shape)}")
-    if not torch.compiler.is_compiling() and packed.nbytes >= _WORTH_A_NODE and _in_training(packed):
+    # sizes last: traced ones are not to be compared
+    if ops.wants_grad(packed) and ops.plain(packed) and packed.is_cpu and packed.nbytes >= layouts.WORTH_PACKING:
         parts: tuple[Tensor, ...] = _Split.apply(packed, dim % packed.dim())
         return parts
     return packed.unbind(dim)
@@ -48,10 +49,6 @@ def split_qkv(packed: Tensor, dim: int) -> tuple[Tensor, ...]:
 def heads_of(qkv: Tensor, heads: int) -> Iterator[Tensor]:
     """q, k and v as (B, H, N, D), of (B, N, 3 H D): views."""
     return (t.transpose(1, 2) for t in split_qkv(qkv.unflatten(-1, (3, heads, -1)), 2))
-
-
-def _in_training(packed: Tensor) -> bool:
-    return packed.is_cpu and ops.wants_grad(packed) and ops.plain(packed)
 
 
 class _Split(torch.autograd.Function):
@@ -67,7 +64,7 @@ class _Split(torch.autograd.Function):
         if some is None:
             return None, None
         parts = [torch.zeros_like(some) if g is None else g for g in grads]
-        if torch.is_grad_enabled() or not _one_buffer(parts):
+        if torch.is_grad_enabled() or not ops.plain(*parts) or not _one_buffer(parts):
             return torch.stack(parts, ctx.dim), None
         first, second = parts[:2]
         sizes: list[int] = [*first.shape]

@@ -26,13 +26,23 @@ size_t pass_scratch(int dim) {
   return row_of_tokens<T>(dim) * ((2 * kMaxOperands + 1) * padded<T>(dim) + kMaxOperands + 2);
 }
 
+constexpr int kHeadsTogether = 8;  // as many as leave their descriptions at hand
+
+// The heads whose blocks of the same tokens are walked one after another, and which of them it is.
+template <class T>
+struct Heads {
+  Pass<T> passes[kHeadsTogether];
+  int count, index;
+  int64_t tokens, end;  // tokens of a block; the end of all
+};
+
 // A pass over tokens [first, first + tokens) of one (batch, head), tokens <= block_tokens(widest), in the scratch of
 // its thread: pass_scratch(widest).
 template <class T>
 class Block {
  public:
-  Block(const Pass<T>& pass, int64_t first, int tokens, const Pass<T>* next, int64_t next_first, int widest, T* scratch)
-      : pass(pass), first(first), next_first(next_first), tokens(tokens), row(padded<T>(tokens)), next(next) {
+  Block(const Heads<T>& heads, int64_t first, int tokens, int widest, T* scratch)
+      : heads(heads), pass(heads.passes[heads.index]), first(first), tokens(tokens), row(padded<T>(tokens)) {
     const size_t columns = row_of_tokens<T>(widest), size = columns * padded<T>(widest);
     staged = scratch + 2 * kMaxOperands * size;
     for (int i = 0; i < kMaxOperands; ++i) {
@@ -59,21 +69,34 @@ class Block {
  private:
   static constexpr bool kMayPair = kPairs && sizeof(T) == sizeof(float);
 
+  const Heads<T>& heads;
   const Pass<T>& pass;
-  const int64_t first, next_first;
+  const int64_t first;
   const int tokens, row;  // row: columns of features as rows
-  const Pass<T>* const next;
+  Ahead asked[2];
   T *packed[kMaxOperands], *features[kMaxOperands], *norms[kMaxOperands], *staged;
   T *factors, *along;    // per token: what mixes are multiplied by; and scratch
   bool divided = false;  // whether factors hold anything
 
   bool pairs() const { return kMayPair && pass.pairs; }
 
-  Ahead ahead(const Operand& o) const {
-    if (o.stride_d != 1) return {};  // what packs channel-major tokens asks for the next ones
-    const ptrdiff_t size = itemsize(o.dtype), used = o.dim * size;
-    const char* base = o.data + next_first * o.stride_n * size;
-    return {base, o.stride_n * size, (((ptrdiff_t)base & 63) + used + 63) / 64};
+  // Of an operand or result of a pass: of(pass). Where the heads of a token lie side by side, each head's block asks
+  // for all heads of its share of the next tokens; else, for the tokens of the next head.
+  template <class F>
+  Ahead ahead(F of) const {
+    const Operand &o = of(heads.passes[0]), &last = of(heads.passes[heads.count - 1]);
+    if (o.stride_d != 1) return {};  // what packs and writes channel-major tokens asks for the next ones
+    const ptrdiff_t size = itemsize(o.dtype), row = o.stride_n * size, bytes = o.dim * size;
+    const int64_t next = first + heads.tokens;
+    if (last.data - o.data == (heads.count - 1) * bytes) {
+      const int64_t share = (heads.tokens + heads.count - 1) / heads.count, from = next + heads.index * share;
+      const int64_t end = next + heads.tokens < heads.end ? next + heads.tokens : heads.end;
+      if (from >= end) return {};
+      return {o.data + from * row, row, heads.count * bytes, end - from < share ? end - from : share};
+    }
+    const bool wraps = heads.index + 1 == heads.count;
+    if (wraps && next >= heads.end) return {};
+    return {of(heads.passes[wraps ? 0 : heads.index + 1]).data + (wraps ? next : first) * row, row, bytes, tokens};
   }
 
   void pack_operand(int i) {
@@ -135,8 +158,9 @@ class Block {
     t.b = packed[gram.b];
     t.ldb = t.ldg = ldg;
     t.g = gram.g;
-    if (next) t.ahead0 = ahead(next->in[gram.a]);
-    if (next && gram.a != gram.b) t.ahead1 = ahead(next->in[gram.b]);
+    asked[0] = ahead([&](const Pass<T>& p) -> const Operand& { return p.in[gram.a]; });
+    asked[1] = gram.a == gram.b ? Ahead() : ahead([&](const Pass<T>& p) -> const Operand& { return p.in[gram.b]; });
+    t.ahead = asked;
     t.tokens = pairs() ? (tokens + 1) / 2 : tokens;
     if constexpr (kMayPair)
       if (pairs()) gram_block<T, true>(t, a.dim, b.dim, false);
@@ -146,10 +170,12 @@ class Block {
   const char* at(int i) const { return pass.in[i].data + first * pass.in[i].stride_n * itemsize(pass.in[i].dtype); }
   char* result(const Mix<T>& mix) const { return (char*)mix.y.data + first * mix.y.stride_n * itemsize(mix.y.dtype); }
 
-  MixTile<T> tile(const Mix<T>& mix) const {
+  MixTile<T> tile(const Mix<T>& mix) {
     MixTile<T> t{};
-    if (next && mix.ahead >= 0) t.ahead0 = ahead(next->in[mix.ahead]);
-    if (next) t.ahead1 = ahead(next->mix[&mix - pass.mix].y);
+    const ptrdiff_t index = &mix - pass.mix;
+    asked[0] = mix.ahead < 0 ? Ahead() : ahead([&](const Pass<T>& p) -> const Operand& { return p.in[mix.ahead]; });
+    asked[1] = ahead([&](const Pass<T>& p) -> const Operand& { return p.mix[index].y; });
+    t.ahead = asked;
     t.bias = mix.bias;
     t.scale = mix.scale;
     if (divided && pass.quotient.scaled < 0) t.divided = factors;
@@ -157,13 +183,12 @@ class Block {
   }
 
   // An operand that need not be packed is read where it lies.
-  void source(int i, const T*& x, ptrdiff_t& x_row, ptrdiff_t& x_k, ptrdiff_t& K) const {
+  void source(int i, const T*& x, ptrdiff_t& row_stride, ptrdiff_t& K) const {
     const Operand& o = pass.in[i];
     const bool is_packed = o.by_tokens && !pairs();
     K = pairs() ? o.dim / 2 : o.dim;
     x = is_packed ? packed[i] : (const T*)at(i);
-    x_row = pairs() ? o.stride_n / 2 : is_packed ? padded<T>(o.dim) : o.stride_n;
-    x_k = pairs() || is_packed ? 1 : o.stride_d;
+    row_stride = pairs() ? o.stride_n / 2 : is_packed ? padded<T>(o.dim) : o.stride_n;
   }
 
   void mix_by_tokens(const Mix<T>& mix) {
@@ -171,8 +196,9 @@ class Block {
     const int ld = padded<T>(mix.y.dim), size = itemsize(mix.y.dtype);
     char* y = result(mix);
     MixTile<T> t = tile(mix);
-    source(mix.x, t.x, t.x_row, t.x_k, t.K);
-    if (mix.x2 >= 0) source(mix.x2, t.x2, t.x2_row, t.x2_k, t.K2);
+    source(mix.x, t.x, t.x_row, t.K);
+    t.x_k = 1;
+    if (mix.x2 >= 0) source(mix.x2, t.x2, t.x2_row, t.K2);
     t.w = mix.w;
     t.w2 = mix.w2;
     t.ldw = ld;
@@ -199,8 +225,8 @@ class Block {
       mix_block(t, tokens, ld, int(sizeof(T)));
       if (layer_norm) {
         const T* add = nullptr;
-        ptrdiff_t ld_add = 0, step = 0, columns = 0;
-        if (mix.add >= 0) source(mix.add, add, ld_add, step, columns);
+        ptrdiff_t ld_add = 0, columns = 0;
+        if (mix.add >= 0) source(mix.add, add, ld_add, columns);
         layer_norm_backward(staged, packed[mix.unit], pass.center[mix.unit], norms[mix.unit], add, ld_add, tokens,
                             mix.y.dim, ld);
       } else if (mix.unit >= 0 && !pass.in[mix.unit].unit_rows) {
@@ -232,7 +258,7 @@ class Block {
     const Quotient<T>& quotient = pass.quotient;
     const int dim = mix.y.dim, size = itemsize(mix.y.dtype);
     char* y = result(mix);
-    for (int d = 0; next && d < dim; ++d)  // where the next block is written
+    for (int d = 0; d < dim; ++d)  // where the next block is written
       for (int line = 0; line < tokens * size; line += 64)
         __builtin_prefetch(y + d * mix.y.stride_d * size + tokens * size + line, 0, 2);
     MixTile<T> t = tile(mix);

@@ -69,7 +69,10 @@ int gram(const xk_gram_args& p, const xk_layer_gram_args* layer = nullptr) {
     for (int i = 0; i < da; ++i)
       for (int j = 0; j < db; ++j)
         out[(ptrdiff_t)i * db + j] = p.symmetric && j > i ? g[(ptrdiff_t)j * ldb + i] : g[(ptrdiff_t)i * ldb + j];
-    for (int i = 0; i < da && p.symmetric && !layer; ++i) ssq[i] = ssq[lda + i] = g[(ptrdiff_t)i * ldb + i];
+    for (int i = 0; i < da && p.symmetric; ++i) {
+      if (!layer) ssq[lda + i] = g[(ptrdiff_t)i * ldb + i];
+      ssq[i] = ssq[lda + i];
+    }
     T *to_a = (T*)(layer ? layer->sum_a : p.ssq_a), *to_b = (T*)(layer ? layer->sum_b : p.ssq_b);
     if (to_a) memcpy(to_a + bh * da, ssq, da * sizeof(T));
     memcpy(to_b + bh * db, ssq + lda, db * sizeof(T));

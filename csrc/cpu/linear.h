@@ -92,7 +92,9 @@ class Linear {
   // columns [first, end) of a block of tokens
   void mix(int64_t n, int first, int end, const float* w, int ld, float* normed) const {
     const int tokens = int(least(block, p.tokens - n));
+    Ahead nothing[2];
     MixTile<float> t{};
+    t.ahead = nothing;
     t.x = p.x + n * in;
     t.x_row = in;
     if (p.layer_norm) {

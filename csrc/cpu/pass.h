@@ -106,6 +106,7 @@ void choose_rows(Pass<T>& pass) {
   // -1, no operand, has no objection.
   auto may_be_rows = [&](int i) {
     if (i < 0) return true;
+    if (kByLane) return false;  // its tiles have one order of their elements each
     const Operand& o = pass.in[i];
     return o.channel_major() && !o.unit_rows && !o.layer_norm && o.features != XK_SOFTMAX_FEATURES;
   };

@@ -61,8 +61,8 @@ void together([[maybe_unused]] int threads, F f) {
 // Channel-major heads do not, and are walked one after another.
 struct Plan {
   int64_t batch, heads, tokens, chunks, chunk, group, groups;
-  int block;             // tokens packed at a time, at most widest_block
-  int64_t together = 8;  // heads of a block at a time: as many as leave their descriptions at hand
+  int block;                          // tokens packed at a time, at most widest_block
+  int64_t together = kHeadsTogether;  // heads of a block at a time
 
   // multiple: of tokens in a block, if they are channel-major
   Plan(int64_t batch, int64_t heads, int64_t tokens, int dim, int widest_block, int itemsize, int multiple = 0)
@@ -98,21 +98,18 @@ struct Unit {
 // Walks a unit's tokens; make(h) describes the pass of a head.
 template <class T, class F>
 void sweep(const Plan& plan, const Unit& u, int widest, T* scratch, F make) {
-  Pass<T> passes[8];
+  Heads<T> heads;
+  heads.tokens = plan.block;
+  heads.end = u.n1;
   for (int64_t h = u.h0; h < u.h1; h += plan.together) {
-    int heads = int(least(u.h1 - h, plan.together));
-    for (int i = 0; i < heads; ++i) {
-      passes[i] = make(h + i);
-      choose_rows(passes[i]);
+    heads.count = int(least(u.h1 - h, plan.together));
+    for (int i = 0; i < heads.count; ++i) {
+      heads.passes[i] = make(h + i);
+      choose_rows(heads.passes[i]);
     }
     for (int64_t n = u.n0; n < u.n1; n += plan.block)
-      for (int i = 0; i < heads; ++i) {
-        int next = i + 1 < heads ? i + 1 : 0;
-        int64_t next_n = next ? n : n + plan.block;
-        Block<T>(passes[i], n, int(least(plan.block, u.n1 - n)), next_n < u.n1 ? &passes[next] : nullptr, next_n,
-                 widest, scratch)
-            .run();
-      }
+      for (heads.index = 0; heads.index < heads.count; ++heads.index)
+        Block<T>(heads, n, int(least(plan.block, u.n1 - n)), widest, scratch).run();
   }
 }
 

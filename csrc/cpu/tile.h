@@ -2,24 +2,17 @@
 //
 //     acc[r][c] += a[r, k] * b[k, c]        r < MR rows, c < NR vectors of columns, k < K
 //
-// with a broadcast element by element and b read by vectors. (PAIRS: the elements are pairs of bf16, and their products
-// sums of two; everything else is the same.) A Gram tile has features as rows and tokens as k; a mix
-// tile has tokens as rows and input features as k. MR * NR accumulators, NR vectors of b and one broadcast fit the
+// with a broadcast element by element (elements.h) and b read by vectors. (PAIRS: the elements are pairs of bf16, and
+// their products sums of two; everything else is the same.) A Gram tile has features as rows and tokens as k; a mix
+// tile has tokens as rows and input features as k. MR * NR accumulators, NR vectors of b and what is read of a fit the
 // registers. Rows and column vectors of a product are cut into tiles of almost equal size (`Cut`).
 #pragma once
 
 #include "ahead.h"
+#include "elements.h"
 
 namespace xk {
 namespace XK_LEVEL {
-
-constexpr int kMaxNR = kRegisters >= 32 ? 5 : 3;
-// Rows of a tile with nr vectors of columns, the last of them shared by `sharing` rows.
-constexpr int max_rows(int nr, int sharing = 1) {
-  int rows = sharing == 1 ? (kRegisters - 1 - nr) / nr : (kRegisters - 3 - nr) * sharing / (sharing * (nr - 1) + 1);
-  rows = rows / sharing * sharing;
-  return rows < 16 ? rows : 16;
-}
 
 // Cuts `total` into the fewest parts of at most `most`, sizes differing by at most one.
 struct Cut {
@@ -58,19 +51,11 @@ XK_INLINE A add_product(A sum, A a, A b) {
   else
     return sum + a * b;
 }
-template <class T, bool PAIRS>
-XK_INLINE V<T> spread(const char* p) {
-  typedef uint32_t pair __attribute__((aligned(2), may_alias));
-  if constexpr (PAIRS)
-    return (V<T>)(*(const pair*)p - VU32{});
-  else
-    return broadcast(*(const T*)p);
-}
 
-// rows: how many tokens each line is fetched for; line: the first one. G > 1: the last of the NR vectors is shared.
-template <class T, bool PAIRS, int MR, int NR, int G = 1>
-XK_INLINE void accumulate(V<T> (&acc)[MR][NR], const T* a, ptrdiff_t row_stride, ptrdiff_t k_stride, const T* b,
-                          ptrdiff_t ldb, ptrdiff_t K, Ahead ahead0, Ahead ahead1, ptrdiff_t rows, ptrdiff_t line) {
+// G > 1: the last of the NR vectors is shared.
+template <class T, bool PAIRS, int MR, int NR, int G, class Elements>
+XK_INLINE void accumulate(V<T> (&acc)[MR][NR], Elements a, const T* b, ptrdiff_t ldb, ptrdiff_t K, Ahead& ahead0,
+                          Ahead& ahead1) {
   constexpr typename FirstLanes<VL<T>>::type lanes{};
   constexpr int own = G > 1 ? NR - 1 : NR;  // vectors that each row has to itself
   V<T> shared[MR / G];
@@ -85,47 +70,48 @@ XK_INLINE void accumulate(V<T> (&acc)[MR][NR], const T* a, ptrdiff_t row_stride,
       }
     }
   }
-  // Every third row has a pointer: the two after it are reached by scaled index, which keeps all in registers.
-  constexpr int kPointers = (MR + 2) / 3;
-  const char* p[kPointers];
-  const ptrdiff_t row_bytes = row_stride * sizeof(T), k_bytes = k_stride * sizeof(T);
-#pragma GCC unroll 16
-  for (int g = 0; g < kPointers; ++g) p[g] = (const char*)a + 3 * g * row_bytes;
-  constexpr int at_once = PAIRS ? 2 : 1;  // lines of each operand per step: a step is worth two tokens, or features
-  const ptrdiff_t steps = (rows + at_once - 1) / at_once;
-  for (ptrdiff_t k = 0; k < K; ++line) {
-    const bool idle = line >= ahead0.lines && line >= ahead1.lines;
-    const ptrdiff_t stop = idle || K - k < steps ? K : k + steps;
-    const char *next0 = ahead0.at(line, b), *next1 = ahead1.at(line, b);
-    const ptrdiff_t step0 = ahead0.step(line), step1 = ahead1.step(line);
-    for (; k < stop; ++k, b += ldb) {
-#pragma GCC unroll 2
-      for (int i = 0; i < at_once; ++i, next0 += step0, next1 += step1) {
-        __builtin_prefetch(next0, 0, 2);
-        __builtin_prefetch(next1, 0, 2);
+  constexpr int kSteps = Elements::kSteps;
+  constexpr int at_once = PAIRS ? 2 : kSteps;  // lines of each operand per turn: as many as it has tokens, or features
+  const ptrdiff_t turns = K / kSteps;
+  for (ptrdiff_t k = 0; k < turns;) {
+    const ptrdiff_t count = ahead1.at_most(ahead0.at_most(turns - k, at_once), at_once), stop = k + count;
+    // b, which is at hand, where nothing is to be asked for
+    const char *next0 = ahead0.tokens ? ahead0.next : (const char*)b,
+               *next1 = ahead1.tokens ? ahead1.next : (const char*)b;
+    ahead0.took(count * at_once), ahead1.took(count * at_once);
+    for (; k < stop; ++k) {
+#pragma GCC unroll 4
+      for (int i = 0; i < at_once; ++i) {
+        __builtin_prefetch(next0 + i * 64, 0, 2);
+        __builtin_prefetch(next1 + i * 64, 0, 2);
       }
-      V<T> row[NR], mixed{};
+      next0 += at_once * 64, next1 += at_once * 64;
+#pragma GCC unroll 4
+      for (int step = 0; step < kSteps; ++step, b += ldb) {
+        a.read(step);
+        V<T> row[NR], mixed{};
 #pragma GCC unroll 8
-      for (int c = 0; c < NR; ++c) row[c] = load(b + c * VL<T>);
-      if constexpr (G > 1) row[NR - 1] = Shared<T, G>::template unslot<0>(row[NR - 1], lanes);
+        for (int c = 0; c < NR; ++c) row[c] = load(b + c * VL<T>);
+        if constexpr (G > 1) row[NR - 1] = Shared<T, G>::template unslot<0>(row[NR - 1], lanes);
 #pragma GCC unroll 16
-      for (int r = 0; r < MR; ++r) {
-        V<T> x = spread<T, PAIRS>(p[r / 3] + (r % 3) * row_bytes);
-        if constexpr (G > 1) XK_OPAQUE(x);  // seen through, `choose` becomes more instructions than it saves
+        for (int r = 0; r < MR; ++r) {
+          V<T> x = a.at(step, r);
+          if constexpr (G > 1) XK_OPAQUE(x);  // seen through, `choose` becomes more instructions than it saves
 #pragma GCC unroll 8
-        for (int c = 0; c < own; ++c) acc[r][c] = add_product<PAIRS>(acc[r][c], x, row[c]);
-        if constexpr (G > 1) {
-          if (r % G == 0) mixed = x;
-          if (r % G == 1) mixed = Shared<T, G>::template choose<1>(mixed, x, lanes);
-          if (r % G == 2) mixed = Shared<T, G>::template choose<2>(mixed, x, lanes);
-          if (r % G == 3) mixed = Shared<T, G>::template choose<3>(mixed, x, lanes);
-          if (r % G == G - 1) shared[r / G] = add_product<PAIRS>(shared[r / G], mixed, row[NR - 1]);
+          for (int c = 0; c < own; ++c) acc[r][c] = add_product<PAIRS>(acc[r][c], x, row[c]);
+          if constexpr (G > 1) {
+            if (r % G == 0) mixed = x;
+            if (r % G == 1) mixed = Shared<T, G>::template choose<1>(mixed, x, lanes);
+            if (r % G == 2) mixed = Shared<T, G>::template choose<2>(mixed, x, lanes);
+            if (r % G == 3) mixed = Shared<T, G>::template choose<3>(mixed, x, lanes);
+            if (r % G == G - 1) shared[r / G] = add_product<PAIRS>(shared[r / G], mixed, row[NR - 1]);
+          }
         }
       }
-#pragma GCC unroll 16
-      for (int g = 0; g < kPointers; ++g) p[g] += k_bytes;
+      a.next();
     }
   }
+  if constexpr (kSteps > 1) accumulate<T, PAIRS, MR, NR, G>(acc, a.rest(), b, ldb, K % kSteps, ahead0, ahead1);
   if constexpr (G > 1) {
 #pragma GCC unroll 16
     for (int r = 0; r < MR; r += G) {
@@ -147,8 +133,7 @@ struct GramTile {
   ptrdiff_t a_row, a_k, ldb, tokens;  // a_row: from feature to feature, a_k: from token to token
   T* g;
   ptrdiff_t ldg;
-  Ahead ahead0, ahead1;
-  ptrdiff_t line;
+  Ahead* ahead;  // two
 };
 
 template <class T, bool PAIRS, int MR, int NR, int G>
@@ -158,8 +143,8 @@ void gram_tile(const GramTile<T>& t) {
   for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 8
     for (int c = 0; c < NR; ++c) acc[r][c] = V<T>{};
-  accumulate<T, PAIRS, MR, NR, G>(acc, t.a, t.a_row, t.a_k, t.b, t.ldb, t.tokens, t.ahead0, t.ahead1,
-                                  PAIRS ? 2 * t.tokens : t.tokens, t.line);
+  accumulate<T, PAIRS, MR, NR, G>(acc, gram_elements<T, PAIRS, MR>(t.a, t.a_row, t.a_k), t.b, t.ldb, t.tokens, *t.ahead,
+                                  t.ahead[1]);
 #pragma GCC unroll 16
   for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 8
@@ -172,10 +157,10 @@ void gram_tile(const GramTile<T>& t) {
 // y[n, o] = bias[o] + scale[o] * add[n, o] + sum_k x[n, k] w[k, o] (+ the same with x2, w2) for MR tokens, or its
 // hard-swish.
 // `divided`: row n is multiplied by divided[n] before all that is added.
-// x may have any strides; w, bias and scale are padded to whole vectors; add and y have unit stride along o, and their
-// last vector has `last_lanes` columns.
-// by_rows: the transposed product, y[o, n], for features as rows. w and x change places; bias and scale are of rows,
-// and `divided` is of columns.
+// x has unit stride along k (x_k), w, bias and scale are padded to whole vectors; add and y have unit stride along o,
+// and their last vector has `last_lanes` columns.
+// by_rows: the transposed product, y[o, n], for features as rows. w and x change places, so that x has unit stride
+// along its rows; bias and scale are of rows, and `divided` is of columns.
 template <class T>
 struct MixTile {
   const T* x;
@@ -183,7 +168,7 @@ struct MixTile {
   const T* w;
   ptrdiff_t ldw;
   const T* x2;
-  ptrdiff_t x2_row, x2_k, K2;
+  ptrdiff_t x2_row, K2;
   const T* w2;
   const T *bias, *scale;
   const void* add;
@@ -196,7 +181,7 @@ struct MixTile {
   const T* divided;
   const T* after;  // added to what is activated, if given
   ptrdiff_t ld_after;
-  Ahead ahead0, ahead1;
+  Ahead* ahead;  // two
 };
 
 template <class T, int MR, int NR, class S>
@@ -219,8 +204,11 @@ void mix_tile(const MixTile<T>& t) {
   for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 8
     for (int c = 0; c < NR; ++c) acc[r][c] = V<T>{};
-  accumulate<T, PAIRS, MR, NR, G>(acc, t.x, t.x_row, t.x_k, t.w, t.ldw, t.K, t.ahead0, t.ahead1, MR, 0);
-  if (t.x2) accumulate<T, PAIRS, MR, NR, G>(acc, t.x2, t.x2_row, t.x2_k, t.w2, t.ldw, t.K2, Ahead{}, Ahead{}, t.K2, 0);
+  accumulate<T, PAIRS, MR, NR, G>(acc, mix_elements<T, PAIRS, MR>(t.x, t.x_row, t.x_k), t.w, t.ldw, t.K, *t.ahead,
+                                  t.ahead[1]);
+  if (t.x2)
+    accumulate<T, PAIRS, MR, NR, G>(acc, mix_elements<T, PAIRS, MR>(t.x2, t.x2_row, 1), t.w2, t.ldw, t.K2, *t.ahead,
+                                    t.ahead[1]);
   if (t.divided) {
 #pragma GCC unroll 16
     for (int r = 0; r < MR; ++r)
@@ -276,17 +264,15 @@ void mix_tile(const MixTile<T>& t) {
 template <class T, bool PAIRS>
 struct Tiles {
   static constexpr int kSharing = VL<T> >= 16 ? 3 : VL<T> >= 8 ? 2 : 1;  // G = 1, 2, 4: W is never below 4
-  void (*gram[3][kMaxNR][16])(const GramTile<T>&) = {};
-  void (*mix[3][kMaxNR][16])(const MixTile<T>&) = {};
+  void (*gram[3][kMaxNR][kMaxMR])(const GramTile<T>&) = {};
+  void (*mix[3][kMaxNR][kMaxMR])(const MixTile<T>&) = {};
 
   template <int S, int NR, int MR>
   constexpr void fill_rows() {
     constexpr int G = 1 << S;
-    if constexpr (MR <= max_rows(NR, G)) {
-      gram[S][NR - 1][MR - 1] = gram_tile<T, PAIRS, MR, NR, G>;
-      mix[S][NR - 1][MR - 1] = mix_tile<T, PAIRS, MR, NR, G>;
-      fill_rows<S, NR, MR + G>();
-    }
+    if constexpr (MR <= max_gram_rows<T>(NR, G)) gram[S][NR - 1][MR - 1] = gram_tile<T, PAIRS, MR, NR, G>;
+    if constexpr (MR <= max_mix_rows(NR, G)) mix[S][NR - 1][MR - 1] = mix_tile<T, PAIRS, MR, NR, G>;
+    if constexpr (MR + G <= kMaxMR) fill_rows<S, NR, MR + G>();
   }
   template <int S, int NR = 1>
   constexpr void fill() {
@@ -312,12 +298,12 @@ int sharing(int cols) {
   return 0;
 }
 
-// Cuts `rows` rows of one panel into tiles and calls f(first row, rows, sharing). Rows left over from a multiple of the
-// sharing make one last tile that does not share.
+// Cuts `rows` rows of one panel into tiles of at most `most` and calls f(first row, rows, sharing). Rows left over from
+// a multiple of the sharing make one last tile that does not share.
 template <class F>
-void for_tiles(int rows, int nr, int sharing, F f) {
+void for_tiles(int rows, int most, int sharing, F f) {
   int shared_rows = rows >> sharing, row = 0;
-  Cut tiles(shared_rows, max_rows(nr, 1 << sharing) >> sharing);
+  Cut tiles(shared_rows, most >> sharing);
   for (int i = 0; i < tiles.parts; ++i) {
     int size = tiles.size(i) << sharing;
     f(row, size, sharing);
@@ -332,16 +318,14 @@ template <class T, bool PAIRS = false>
 void gram_block(const GramTile<T>& whole, int rows, int cols, bool lower_only) {
   Cut panels((cols + VL<T> - 1) / VL<T>, kMaxNR);
   GramTile<T> t = whole;
-  t.line = 0;
   for (int p = 0, vec = 0; p < panels.parts; vec += panels.size(p++)) {
-    int nr = panels.size(p), first_col = vec * VL<T>;
-    for_tiles(rows, nr, p + 1 == panels.parts ? sharing<T>(cols) : 0, [&](int row, int size, int s) {
+    int nr = panels.size(p), first_col = vec * VL<T>, shared = p + 1 == panels.parts ? sharing<T>(cols) : 0;
+    for_tiles(rows, max_gram_rows<T>(nr, 1 << shared), shared, [&](int row, int size, int s) {
       if (lower_only && row + size <= first_col) return;
       t.a = whole.a + row * t.a_row;
       t.b = whole.b + first_col;
       t.g = whole.g + row * t.ldg + first_col;
       kTiles<T, PAIRS>.gram[s][nr - 1][size - 1](t);
-      ++t.line;
     });
   }
 }
@@ -358,8 +342,8 @@ void mix_block(const MixTile<T>& whole, int tokens, int cols, int y_itemsize) {
     if (t.scale && !t.by_rows) t.scale = whole.scale + first_col;
     if (t.divided && t.by_rows) t.divided = whole.divided + first_col;
     t.last_lanes = rest < VL<T> ? rest : VL<T>;
-    if (p > 0) t.ahead0.lines = t.ahead1.lines = 0;
-    for_tiles(tokens, nr, p + 1 == panels.parts ? sharing<T>(cols) : 0, [&](int row, int size, int s) {
+    const int shared = p + 1 == panels.parts ? sharing<T>(cols) : 0;
+    for_tiles(tokens, max_mix_rows(nr, 1 << shared), shared, [&](int row, int size, int s) {
       t.x = whole.x + row * t.x_row;
       if (t.x2) t.x2 = whole.x2 + row * t.x2_row;
       if (t.divided && !t.by_rows) t.divided = whole.divided + row;
@@ -368,8 +352,6 @@ void mix_block(const MixTile<T>& whole, int tokens, int cols, int y_itemsize) {
       if (t.add) t.add = (const char*)whole.add + (row * t.ld_add + first_col) * itemsize(t.add_dtype);
       if (t.after) t.after = whole.after + row * t.ld_after + first_col;
       t.y = (char*)whole.y + (row * t.ldy + first_col) * y_itemsize;
-      t.ahead0.base = whole.ahead0.base + row * t.ahead0.row;
-      t.ahead1.base = whole.ahead1.base + row * t.ahead1.row;
       kTiles<T, PAIRS>.mix[s][nr - 1][size - 1](t);
     });
   }

@@ -40,6 +40,7 @@ def run(program, *calls, seed=0, planted=""):
     return subprocess.run([program, *calls], capture_output=True, text=True, env=environment, timeout=300)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("seed", SEEDS)
 def test_no_races(program, seed):
     done = run(program, seed=seed)

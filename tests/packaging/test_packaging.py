@@ -230,6 +230,7 @@ def said(done):
     return done.stdout + done.stderr
 
 
+@pytest.mark.nightly
 @needs_compiler
 @needs_nvcc
 def test_wheel_with_cuda(source, tmp_path):

@@ -85,6 +85,7 @@ def models(D, dtype, map, norm, at_once):
     return forward, backward
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("map, norm", CHOICES, ids="-".join)
 @pytest.mark.parametrize("N, D", [(512, 32), (128, 256)])

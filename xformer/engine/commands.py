@@ -13,6 +13,7 @@ from xformer.card import Card
 from xformer.errors import UsageError
 from xformer.files import write_json
 from xformer.recipe import Recipe, add_options, from_options
+from xformer_kernels.layer import calibration
 
 
 def add_parser(subparsers: Any) -> None:
@@ -42,6 +43,8 @@ def run_train(options: argparse.Namespace) -> None:
         return
     from xformer.engine.loop import train
 
+    # a resumed run takes the same forms of layers: none is chosen by times
+    os.environ.setdefault(calibration.ENVIRONMENT, "off")
     result = train(recipe, options.resume)
     if os.environ.get("RANK", "0") == "0":
         print("  ".join(f"{name} {value:.4f}" for name, value in result.items()))

@@ -1,8 +1,8 @@
-"""The backbone's layers as calls of kernels, for inference on the CPU: what :func:`xformer.fuse_for_inference` puts in.
+"""Fused inference modules for the CPU, which :func:`xformer.fuse_for_inference` swaps in.
 
-A fused module has the class of a layer as its base, and that layer's parameters, buffers and state dict. In float32
-without gradients, in eval mode, its forward is a few calls of :mod:`xformer_kernels.inference`'s kernels, or of
-oneDNN's convolution; in every other call it is the layer's own forward. Which one is decided once, where the call
-enters the module: kernels inside it do not ask again. Hooks and other modules that are put into a fused module later
-are not seen.
+A fused module subclasses the layer that it replaces and shares its parameters, buffers and state dict. In eval mode,
+in float32 and without gradients, its forward calls the kernels of :mod:`xformer_kernels.inference` or oneDNN's
+convolution. Every other call takes the layer's own forward. The choice is made once, when the outermost fused module is
+called; fused modules inside it do not check again. Hooks that are registered, and modules that are replaced, inside a
+fused module afterwards are ignored.
 """

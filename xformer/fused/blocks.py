@@ -1,4 +1,4 @@
-"""Fused modules of attention's half block and of a whole XF block."""
+"""Fused versions of the attention half block and of the XF block."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from xformer_kernels.nn import may_fuse
 
 
 class FusedXFABlock(Fused, XFABlock):
-    """In the direct form; in the Gram form it is the half block's own forward."""
+    """Fuses the direct form; the Gram form is computed by the half block's own forward."""
 
     @staticmethod
     def kernels_of(plain: XFABlock) -> tuple[Any, ...] | None:
@@ -42,9 +42,11 @@ class FusedXFABlock(Fused, XFABlock):
 
     def run(self, x: Any) -> Any:
         qkv, attend, proj = self.kernels
-        if not attend.is_direct(x.shape):
-            return super().forward(tensor(x))
-        return proj(attend(qkv(x)), x)
+
+        def direct(x: Any) -> Any:
+            return proj(attend(qkv(x)), x)
+
+        return direct(x) if attend.is_direct(x.shape, direct) else super().forward(tensor(x))
 
 
 class FusedXFAHalf(FusedXFABlock, XFAHalf):
@@ -56,7 +58,7 @@ class FusedXFAHalf(FusedXFABlock, XFAHalf):
 
 
 def _attends(attn: XFA) -> bool:
-    """Whether a kernel computes this attention."""
+    """Whether a C++ kernel computes this attention."""
     if inference.KERNELS is None:
         return False
     features = attn.proj.in_features // attn.num_heads
@@ -65,7 +67,7 @@ def _attends(attn: XFA) -> bool:
 
 
 class FusedXFBlock(FusedImages, XFBlock):
-    """Of fused layers, which it runs without asking each of them."""
+    """An XF block whose half blocks are all fused."""
 
     inside = ("layers",)
 
@@ -94,6 +96,6 @@ class FusedXFBlock(FusedImages, XFBlock):
 
 
 def _halves(block: XFBlock) -> list[Any]:
-    """Half blocks of attention and of an MLP in turn."""
+    """The half blocks in order: attention and MLP alternate."""
     layers: Any = block.layers
     return [half for layer in layers for half in layer]

@@ -1,11 +1,13 @@
-"""Kernels with the parameters of torch's modules: looked at when these change, and not in every call.
+"""Kernels bound to the parameters of torch modules.
 
-Tokens and images have their features last, (B, N, C) and (B, H, W, C), and are contiguous. Kernels are called with
-them, or with values in their place, and are then recorded.
+Parameters are checked and packed when they change, not in every call. Inputs are contiguous with their features last:
+tokens (B, N, C), images (B, H, W, C). A kernel that is called with a :class:`~xformer_kernels.backends.program.Value`
+instead of a tensor records the call into a program.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,34 +16,36 @@ from torch import Tensor, nn
 from xformer.fused import onednn
 from xformer_kernels import dispatch, inference, ops
 from xformer_kernels.backends.program import Unrecordable, Value
+from xformer_kernels.layer.call import Call
+from xformer_kernels.layer.functional import prepared
 from xformer_kernels.layer.ops import Operands
 from xformer_kernels.nn import XFABlock, weights
 
 MOST = 400_000
-"""Outputs of a depthwise convolution up to which our kernel is asked: it is for maps that stay in caches."""
+"""Largest output of a depthwise convolution, in elements, for which our kernel is used: maps should fit in cache."""
 
 
 class Kernel:
-    """What is kept about parameters is left out of copies and files.
+    """Base class. Copies and pickles do not contain packed parameters.
 
-    A change is seen by the address and the version counter of a parameter, so that changes through ``.data`` that leave
-    it where it is are not.
+    Changes are detected by the address and the version counter of each parameter, so writes through ``.data`` go
+    unnoticed.
     """
 
-    _seen: Any = None  # addresses and versions of the parameters that were looked at last
+    _seen: Any = None  # addresses and versions at the last check
     _kept: Any = ()
-    _arguments: tuple[Any, ...] | None = None  # what the kernel gets of them; None: it cannot read them
-    changes = 0  # how often they were looked at
+    _arguments: tuple[Any, ...] | None = None  # packed parameters; None if the kernel does not support them
+    changes = 0  # number of checks that found a change
 
     def ready(self) -> bool:
-        """Whether the kernel can read the parameters as they are now. To be asked before every call."""
+        """Whether the kernel supports the current parameters. Must be called before every call of the kernel."""
         parameters = self._parameters()
         try:
             seen = [(t.data_ptr(), t._version) for t in parameters if t is not None]
-        except RuntimeError:  # made in inference mode, where tensors have no version counter
+        except RuntimeError:  # inference tensors have no version counter
             return False
         if seen != self._seen:
-            # their memory stays theirs, so that no other tensor has these addresses
+            # keeps the memory alive, so that no other tensor can get the same address
             self._kept = [None if t is None else t.detach() for t in parameters]
             self._arguments = self._read(*self._kept) if ops.plain(*parameters) else None
             self._seen = seen
@@ -52,7 +56,7 @@ class Kernel:
         raise NotImplementedError
 
     def _read(self, *parameters: Any) -> tuple[Any, ...] | None:
-        """Of parameters: what the kernel gets."""
+        """The parameters in the form that the kernel takes; None if it does not support them."""
         raise NotImplementedError
 
     def __getstate__(self) -> dict[str, Any]:
@@ -61,18 +65,14 @@ class Kernel:
 
 
 def tensor(x: Any) -> Tensor:
-    """x, for what is no kernel."""
+    """x, or :class:`Unrecordable` if a program is being recorded: for operations other than kernels."""
     if not isinstance(x, Tensor):
         raise Unrecordable
     return x
 
 
 class LinearKernel(Kernel):
-    """``act(linear(layer_norm(x))) + add``, with the weight packed.
-
-    Args:
-        linear: what multiplies. layer_norm: over its input features. hard_swish: whether that is act.
-    """
+    """``act(linear(layer_norm(x))) + add`` with a packed weight; act is hard-swish or the identity."""
 
     def __init__(self, linear: nn.Linear, layer_norm: nn.LayerNorm | None = None, hard_swish: bool = False) -> None:
         self.linear, self.layer_norm, self.hard_swish = linear, layer_norm, hard_swish
@@ -102,7 +102,7 @@ class LinearKernel(Kernel):
 
 
 class DepthwiseKernel(Kernel):
-    """``act(conv(x))`` of a depthwise convolution that :func:`is_depthwise`; of a large map oneDNN's."""
+    """``act(conv(x))`` for a depthwise convolution that :func:`is_depthwise` accepts; by oneDNN for large maps."""
 
     def __init__(self, conv: nn.Conv2d, hard_swish: bool) -> None:
         self.conv, self.hard_swish = conv, hard_swish
@@ -130,7 +130,7 @@ class DepthwiseKernel(Kernel):
 
 
 def is_depthwise(conv: nn.Conv2d) -> bool:
-    """Whether it has a shape that the kernel knows."""
+    """Whether the kernel supports this convolution: depthwise, 3x3 or 5x5, stride 1 or 2, "same" padding."""
     kernel, stride = conv.kernel_size[0], conv.stride[0]
     return (
         conv.groups == conv.in_channels == conv.out_channels
@@ -144,7 +144,7 @@ def is_depthwise(conv: nn.Conv2d) -> bool:
 
 
 class AttentionKernel(Kernel):
-    """XFA between the projections of a half block: q, k and v side by side (B, N, 3 C) to (B, N, C)."""
+    """XFA between the projections of a half block: packed q, k and v (B, N, 3 C) to (B, N, C)."""
 
     def __init__(self, block: XFABlock) -> None:
         self.block, self.heads = block, block.attn.num_heads
@@ -164,15 +164,21 @@ class AttentionKernel(Kernel):
         out = dispatch.kernel("cpp", "xfa_forward")(q, k, v, temperature, None, self.spec)[0]
         return out.view(B, N, -1)
 
-    def is_direct(self, shape: torch.Size) -> bool:
-        """Whether tokens of a shape take the direct form, which is decided once."""
+    def is_direct(self, shape: torch.Size, direct: Callable[[Tensor], Tensor]) -> bool:
+        """Whether ``form="auto"`` is the direct form for tokens of this shape; decided once per shape.
+
+        `direct` computes the direct form with kernels, and is timed where the choice is close.
+        """
         found = self._direct.get(shape)
         if found is None:
-            block = self.block
-            call = block.attn.call()._replace(kernels=True)
-            x = torch.empty(shape)
-            form = call.choose(Operands(x, *weights(block.attn), block.norm.weight, block.norm.bias))
-            found = self._direct[shape] = form == "direct"
+            norm, attn = self.block.norm, self.block.attn
+
+            def in_form_of(call: Call, o: Operands) -> Callable[[], Any]:
+                return prepared(call, o, norm.eps, True) if call.form == "gram" else lambda: (direct(o.x),)
+
+            call = attn.call()._replace(kernels=True)
+            o = Operands(torch.ones(shape), *weights(attn), norm.weight, norm.bias)
+            found = self._direct[shape] = call.choose(o, run=(in_form_of,)) == "direct"
         return found
 
     def _parameters(self) -> tuple[Tensor | None, ...]:

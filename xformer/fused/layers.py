@@ -1,4 +1,4 @@
-"""Fused modules of one layer, of an MBConv and of an MLP."""
+"""Fused versions of single layers, MBConv, MLP, and sequences of these."""
 
 from __future__ import annotations
 
@@ -13,24 +13,23 @@ from xformer_kernels import dispatch, inference, ops
 from xformer_kernels.modules import dropout_p, runs_forward_of
 
 SHAPES = 16
-"""Of inputs, for which programs are kept."""
+"""Number of input shapes for which a module keeps programs."""
 
 
 class Fused(nn.Module):
-    """What fused modules have in common; a subclass has that of the layer as its second base."""
+    """Base class of fused modules, which also inherit from the class of the layer that they replace."""
 
     kernels: tuple[Any, ...] = ()
     all_kernels: tuple[Any, ...] = ()
-    """With those of fused modules inside it."""
+    """Including those of the fused modules that :meth:`run` calls."""
     programs: dict[Any, tuple[int, Any]]
-    """By shape: of which state of the kernels it is, and :meth:`run` in one call; None if that is not possible."""
+    """By input shape: the sum of :attr:`Kernel.changes` at recording, and the program; None if not recordable."""
     inside: ClassVar[tuple[str, ...] | None] = ()
-    """Children that are modules of their own when fused; None: all."""
+    """Names of the children that are swapped on their own first; None means all."""
 
     @classmethod
     def of(cls, plain: Any) -> Fused | None:
-        """With the parameters, buffers and children of a layer; None where its parts are not as this package makes
-        them, or have hooks."""
+        """A fused module that shares the state of `plain`; None if parts of it were replaced or have hooks."""
         kernels = cls.kernels_of(plain)
         if kernels is None or None in kernels:
             return None
@@ -41,29 +40,35 @@ class Fused(nn.Module):
 
     @staticmethod
     def kernels_of(plain: Any) -> tuple[Any, ...] | None:
-        """Kernels that compute the layer, the one that reads x first; None, or None among them: they cannot."""
+        """The kernels that compute the layer, starting with the one that reads x.
+
+        None, or a tuple that contains None, if the layer is not supported.
+        """
         raise NotImplementedError
 
     @staticmethod
     def runs(plain: Any) -> list[Any]:
-        """Fused modules inside a layer, which :meth:`run` runs without asking each of them."""
+        """Fused modules whose :meth:`run` is called by that of this one, without further checks."""
         return []
 
     def run(self, x: Any) -> Any:
-        """forward by kernels, of contiguous x with its features last, where :meth:`serves` and :meth:`ready`."""
+        """The forward computed by kernels, for a contiguous x with its features last.
+
+        Requires :meth:`serves` and :meth:`ready`.
+        """
         raise NotImplementedError
 
     def serves(self, x: Tensor) -> bool:
-        """Whether nothing but kernels has to see a call with x."""
+        """Whether kernels may compute this call: eval mode, float32 on the CPU, nothing recorded or transformed."""
         return bool(self.all_kernels) and not self.training and inference.asked(x, x) and ops.plain(x)
 
     def takes(self, x: Tensor) -> bool:
-        """Whether :meth:`run` can read x."""
+        """Whether :meth:`run` supports the shape and strides of x, and the current parameters."""
         features: int = self.all_kernels[0].features
         return x.shape[-1] == features and x.is_contiguous() and x.numel() > 0 and self.ready()
 
     def compute(self, x: Tensor) -> Tensor:
-        """What :meth:`run` gives, in one call where kernels alone make it up."""
+        """The result of :meth:`run`, by one call of a recorded program if it consists of kernels alone."""
         if len(self.all_kernels) == 1:
             return self.run(x)
         changes = sum([kernel.changes for kernel in self.all_kernels])
@@ -85,12 +90,12 @@ class Fused(nn.Module):
         return {**self.__dict__, "programs": {}}
 
     def ready(self) -> bool:
-        """Whether kernels can read all parameters, which are packed again where they have changed."""
+        """Whether all kernels support their current parameters. Packs parameters that have changed."""
         return all([kernel.ready() for kernel in self.all_kernels])
 
 
 class FusedTokens(Fused):
-    """A module of tokens (..., C)."""
+    """A module on tokens (..., C)."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self.serves(x) and x.dim() > 0 and self.takes(x):
@@ -100,7 +105,7 @@ class FusedTokens(Fused):
 
 
 class FusedImages(Fused):
-    """A module of images (B, C, H, W) in channels_last memory."""
+    """A module on images (B, C, H, W), by kernels if they are in channels_last memory."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self.serves(x) and x.dim() == 4 and self.takes(last := x.permute(0, 2, 3, 1)):
@@ -110,7 +115,7 @@ class FusedImages(Fused):
 
 
 class OneKernel(Fused):
-    """Whose run is that of its only kernel."""
+    """A module that consists of one kernel."""
 
     def run(self, x: Any) -> Any:
         return self.kernels[0](x)
@@ -129,7 +134,7 @@ class FusedPointwise(OneKernel, FusedImages, Pointwise):
 
 
 def of_conv_norm(layer: nn.Module, before: nn.Module | None = None) -> LinearKernel | DepthwiseKernel | None:
-    """The kernel of a folded :class:`ConvNorm`, 1x1 or depthwise; `before`: a layer norm over its channels."""
+    """The kernel of a folded 1x1 or depthwise :class:`ConvNorm`; `before`: a layer norm over the input channels."""
     if not _is_folded(layer) or not (before is None or runs_forward_of(before, nn.LayerNorm)):
         return None
     conv: Any = layer.conv
@@ -141,7 +146,7 @@ def of_conv_norm(layer: nn.Module, before: nn.Module | None = None) -> LinearKer
 
 
 def _is_folded(layer: Any) -> bool:
-    """Whether calling a :class:`ConvNorm` runs a convolution and perhaps hard-swish, and nothing else."""
+    """Whether `layer` is a :class:`ConvNorm` that runs a convolution and optionally hard-swish, and nothing else."""
     return (
         runs_forward_of(layer, ConvNorm)
         and (runs_forward_of(layer.conv, Pointwise) or _pads_with_zeros(layer.conv))
@@ -157,7 +162,7 @@ def _pads_with_zeros(conv: nn.Module) -> bool:
 
 
 class FusedConvNorm(OneKernel, FusedImages, ConvNorm):
-    """A 1x1 or depthwise one."""
+    """1x1 and depthwise."""
 
     @staticmethod
     def kernels_of(plain: ConvNorm) -> tuple[Any, ...]:
@@ -165,7 +170,7 @@ class FusedConvNorm(OneKernel, FusedImages, ConvNorm):
 
 
 class FusedDenseConvNorm(Fused, ConvNorm):
-    """Any other one, by oneDNN."""
+    """All others, by oneDNN."""
 
     @staticmethod
     def kernels_of(plain: ConvNorm) -> tuple[Any, ...] | None:
@@ -200,7 +205,7 @@ class FusedMBConv(FusedImages, MBConv):
 
 
 class FusedSequential(FusedImages, nn.Sequential):
-    """Of fused modules of images, such as a stage of the backbone."""
+    """A sequence of fused modules on images, such as a stage of the backbone."""
 
     inside = None
 

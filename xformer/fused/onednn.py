@@ -1,6 +1,6 @@
-"""oneDNN's convolution with a hard-swish in the same call: private to torch, and what ``torch.compile`` calls.
+"""oneDNN's convolution fused with hard-swish: a private torch operation, which ``torch.compile`` calls too.
 
-It is asked for on x86 alone, where it has been run; ``torch.backends.mkldnn.flags(enabled=False)`` turns it off.
+Used on x86 only, where it was tested. ``torch.backends.mkldnn.flags(enabled=False)`` turns it off.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ def _is_there() -> bool:
 
 
 IS_THERE = _is_there()
-"""Whether this torch has the convolution."""
+"""Whether this build of torch has the operation."""
 
 
 def serves(x: Tensor, weight: Tensor) -> bool:
-    """Whether it convolves in the place of torch: plain float32 on the CPU, nothing recorded or transformed."""
+    """Whether oneDNN is used for this call: float32 on the CPU, nothing recorded or transformed."""
     return (
         IS_THERE
         and inference.eager_float32(x, weight)
@@ -38,7 +38,7 @@ def serves(x: Tensor, weight: Tensor) -> bool:
 
 
 def conv2d(x: Tensor, conv: nn.Conv2d, hard_swish: bool) -> Tensor:
-    """``act(conv(x))`` without gradients, of a convolution that is padded with zeros by whole numbers."""
+    """``act(conv(x))`` without gradients, for a convolution with zero padding given as integers."""
     if not serves(x, conv.weight):
         y = F.conv2d(x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
         return F.hardswish(y, inplace=True) if hard_swish else y

@@ -174,9 +174,12 @@ def linear_attention_backward(
     token_mask: Tensor | None,
     spec: Spec,
     packed: bool = False,
-) -> tuple[tuple[Any, ...], list[Tensor]]:
-    gradients = [empty_packed(results.empty, q, k)] if packed else [empty_gradient(results.empty, x) for x in (q, k, v)]
-    each = gradients[0].unbind(0) if packed else gradients
+) -> tuple[tuple[Any, ...], tuple[Tensor, ...]]:
+    if packed:
+        whole = empty_packed(results.empty, q, k)
+        gradients = tuple(whole.select(0, i) for i in range(3))  # views that may be modified in place
+    else:
+        gradients = tuple(empty_gradient(results.empty, x) for x in (q, k, v))
     shared = _linear_attention(q, k, v, stats, query_mask, token_mask, spec)
-    addresses = (address for x in each for address in (x.data_ptr(), x.stride()))
+    addresses = (address for x in gradients for address in (x.data_ptr(), x.stride()))
     return (*shared, 0, _NO_STRIDES, dout.data_ptr(), dout.stride(), *addresses), gradients

@@ -86,7 +86,7 @@ def linear_attention_forward(*args: Any) -> tuple[Tensor, Tensor]:
     return result
 
 
-def linear_attention_backward(*args: Any) -> list[Tensor]:
+def linear_attention_backward(*args: Any) -> tuple[Tensor, ...]:
     addresses, result = arguments.linear_attention_backward(_RESULTS, *args)
     _C.linear_attention_backward(*addresses, torch.get_num_threads())
     return result

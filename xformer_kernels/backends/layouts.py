@@ -12,6 +12,10 @@ Empty = Callable[..., Tensor]
 """Gives a tensor of a size and dtype on the device of the call; `order` is that of :func:`torch.empty_permuted`."""
 
 
+WORTH_PACKING = 1 << 20
+"""Bytes of q, k and v whose copy takes longer than the Python that avoids it."""
+
+
 @dataclass(frozen=True)
 class Results:
     """Allocates the results of a backend that keeps the layout of its tokens (``KEEPS_LAYOUT``), or of one that does

@@ -1,6 +1,6 @@
-"""CPU kernels that follow each other, in one call: for one shape of the input, with everything known but addresses.
+"""Sequences of CPU kernels that run in one call, recorded for one input shape.
 
-A function of tensors is recorded by calling it with a :class:`Value` in their place.
+A function is recorded by calling it with a :class:`Value` instead of a tensor.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from torch import Tensor
 
 from xformer_kernels.backends import arguments
 
-_LINE = 16  # floats of a cache line
+_LINE = 16  # floats in a cache line
 _NOWHERE = (-1, 0)
 INPUT, OUTPUT, WORKSPACE = range(3)
-"""Blocks of memory that a program is given."""
+"""The memory blocks that a program is called with."""
 
 
 def _or_null(t: Tensor | None) -> Tensor | int:
@@ -25,11 +25,11 @@ def _or_null(t: Tensor | None) -> Tensor | int:
 
 
 class Unrecordable(Exception):
-    """Something other than kernels is in the way."""
+    """Raised while recording a function that calls anything other than kernels."""
 
 
 class Value:
-    """A contiguous tensor of float32 that a program will read or write. Views are of the same buffer."""
+    """Stands for a contiguous float32 tensor while a program is recorded. Views share its buffer."""
 
     def __init__(self, recorder: Recorder, shape: Sequence[int], buffer: int) -> None:
         self.recorder, self.shape, self.buffer = recorder, torch.Size(shape), buffer
@@ -53,7 +53,7 @@ class Value:
         add: Any,
         features: int,
     ) -> Value:
-        """See :func:`xformer_kernels.inference.linear`; `features` are the result's."""
+        """See :func:`xformer_kernels.inference.linear`; `features` is the number of output features."""
         *rows, I = self.shape  # noqa: E741
         y = self.recorder.new((*rows, features))
         weight, shift, eps = layer_norm or (None, None, None)
@@ -73,7 +73,7 @@ class Value:
         return y
 
     def xfa(self, heads: int, temperature: Tensor, spec: Any) -> Value:
-        """Of q, k and v side by side (B, N, 3 C), to (B, N, C)."""
+        """XFA of packed q, k and v (B, N, 3 C), to (B, N, C)."""
         B, N, width = self.shape
         D = width // 3 // heads
         y, stats = self.recorder.new((B, N, heads * D)), self.recorder.new((B, heads, D * D + 2 * D))
@@ -82,7 +82,7 @@ class Value:
 
 
 class Recorder:
-    """Steps, and for each buffer its size and the first and last step that needs it."""
+    """The recorded steps, and for each buffer its size and the first and last step that use it."""
 
     def __init__(self) -> None:
         self.steps: list[tuple[str, tuple[Any, ...]]] = []
@@ -102,8 +102,10 @@ class Recorder:
         self.steps.append((name, args))
 
     def offsets(self, placed: Sequence[int]) -> tuple[dict[int, int], int]:
-        """Of all buffers but `placed` in the workspace, each at the lowest place that is free while it is needed; and
-        the size of the workspace."""
+        """Offsets in the workspace of all buffers except `placed`, and the size of the workspace.
+
+        Each buffer gets the lowest offset that is free from its first to its last use.
+        """
         found: dict[int, int] = {}
         for buffer in (b for b in self.first if b not in placed):
             start = 0
@@ -118,9 +120,16 @@ class Recorder:
 
 
 class Program:
-    """From a contiguous tensor to what a function of it has recorded, by an empty ``_C.Program``.
+    """A recorded function of one contiguous tensor.
 
-    It reads parameters by address, and keeps them.
+    Args:
+        calls: an empty ``_C.Program``, to which the steps are added. It reads parameters by address; this object keeps
+            them alive.
+        shape: of the input.
+        function: from a :class:`Value` to a :class:`Value`.
+
+    Raises:
+        Unrecordable: `function` calls anything other than kernels.
     """
 
     def __init__(self, calls: Any, shape: Sequence[int], function: Callable[[Any], Any]) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from xformer_kernels import dispatch, functional, ops, parallel, validate
-from xformer_kernels.layer import cost
+from xformer_kernels import torch_internals as internals
+from xformer_kernels.layer import calibration, cost, timing
 from xformer_kernels.layer.ops import Operands
 from xformer_kernels.spec import Spec
 
@@ -24,7 +26,7 @@ class Call(NamedTuple):
     form: str
     group: Any
     backend: str
-    kernels: bool = False  # whether xformer_kernels.inference projects in the direct form
+    kernels: bool = False  # whether kernels with packed weights project in the direct form
 
     def keywords(self) -> dict[str, Any]:
         """As :func:`xfa_layer` and :func:`xfa_block` take them."""
@@ -113,10 +115,25 @@ class Call(NamedTuple):
     def _served(self, o: Operands, features: int) -> bool:
         return dispatch.may_serve(self.backend, o.x.device.type, (o.x.dtype,), (features,))
 
-    def costs(self, o: Operands) -> tuple[cost.Cost, cost.Cost]:
-        """Of the Gram form, and of the direct one."""
-        shape, device = self._shape(o), o.x.device.type
-        return cost.gram(shape, device), cost.direct(shape, device)
+    def costs(self, o: Operands) -> tuple[cost.Cost, cost.Cost, str]:
+        """Of the Gram form, and of the direct one; and where the figures are from."""
+        shape, (machine, source) = self._shape(o), self._machine(o)
+        if self._timed_at(o) and calibration.answer(shape, o.x.dtype):
+            source += "; both forms were timed for this shape"
+        return cost.gram(shape, machine), cost.direct(shape, machine), source
+
+    def _machine(self, o: Operands) -> tuple[cost.Machine, str]:
+        if self._timed_at(o):
+            return calibration.machine(o.x.device.type, o.x.dtype)
+        return cost.built_in(o.x.device.type), "built-in"
+
+    def _timed_at(self, o: Operands) -> bool:
+        """Whether measured figures hold for such a call. The ranks of a group must choose alike."""
+        return o.x.is_cpu and self.group is None and self.backend in ("auto", "cpp")
+
+    def _may_time(self, o: Operands) -> bool:
+        """Whether nothing has to see or record what this call computes."""
+        return ops.plain(*o) and not internals.profiler_is_on() and dispatch.asked(self.backend) in ("auto", "cpp")
 
     def _shape(self, o: Operands, tokens: int | None = None) -> cost.Shape:
         """`tokens`: as if x had so many."""
@@ -124,13 +141,26 @@ class Call(NamedTuple):
         B, N, C = o.x.shape
         N = N if tokens is None else tokens
         training = ops.wants_grad(*o)
-        return cost.Shape(B, N, C, o.temperature.numel(), I, O, o.x.element_size(), training)
+        layer_norm = o.ln_weight is not None
+        return cost.Shape(B, N, C, o.temperature.numel(), I, O, o.x.element_size(), training, layer_norm, self.kernels)
 
-    def choose(self, o: Operands, tokens: int | None = None) -> str:
-        """The form; `tokens`: as if x had so many."""
+    def choose(self, o: Operands, tokens: int | None = None, run: tuple[Any, ...] | None = None) -> str:
+        """The form; `tokens`: as if x had so many. `run`: what computes the layer, and its block; None: not timed."""
         if self.form != "auto":
             return "direct" if self.always_direct(o) else self.form
         if self.against_gram(o):
             return "direct"
-        shape, device = self._shape(o, tokens), "kernels" if self.kernels else o.x.device.type
-        return cost.cheaper(shape, device) if torch.compiler.is_compiling() else cost.cached(shape, device)
+        shape = self._shape(o, tokens)
+        if not self._timed_at(o):
+            machine = cost.built_in(o.x.device.type)
+            return cost.cheaper(shape, machine) if torch.compiler.is_compiling() else cost.cached(shape, machine)
+        if torch.compiler.is_compiling():
+            return cost.cheaper(shape, cost.Machine(*calibration.constant(o.x.device.type, o.x.dtype)))
+        found = calibration.decided(shape, o.x.dtype)
+        if found is None:
+            seconds = None
+            if run is not None and self._may_time(o):
+                compute, *block = run
+                seconds = partial(timing.seconds, compute, self, o, tuple(block))
+            found = calibration.decide(shape, o.x.dtype, seconds)
+        return found

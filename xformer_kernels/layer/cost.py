@@ -1,7 +1,7 @@
 """What the two forms of a layer cost: which one ``form="auto"`` takes.
 
 Seconds are those of multiplying (FLOPs by the speed of who does it), of moving bytes, and of starting so many small
-operations. They are estimates to compare with each other, of a machine in proportion to which others are assumed to be.
+operations. All are functions of a shape and a machine alone; calibration.py measures the machine.
 """
 
 from __future__ import annotations
@@ -9,23 +9,29 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import NamedTuple
 
+MARGIN = 1.4
+"""By measured figures, the forms whose estimates differ by more than this factor are rightly told apart."""
+
 
 class Machine(NamedTuple):
-    matmul: float  # FLOP/s of torch's matrix products of many tokens
+    matmul: float  # FLOP/s of torch's matrix products
     kernel: float  # FLOP/s of our passes
-    algebra: float  # FLOP/s of torch's products of C x C matrices, with what is done to each number between them
+    linear: float  # FLOP/s of our products with packed weights
     bandwidth: float  # bytes/s
     start: float  # seconds of one small operation, as in a model: with caches that other layers have filled
 
 
-# cpu: measured on two cores of a Zen 5, torch 2.14, float32; `python -m bench layer` reports the regret of its choices.
-# kernels: with projections by xformer_kernels.inference; matmul is oneDNN's, which was measured in their place.
-# cuda: by design, from the data sheet of an H100 in tf32; not measured.
+# cpu: measured on two cores of a Zen 5, torch 2.14, float32, linear as oneDNN's product. cuda: by design, from the data
+# sheet of an H100 in tf32; not measured.
 MACHINES = {
-    "cpu": Machine(matmul=2.2e11, kernel=2.8e11, algebra=1.2e11, bandwidth=2.5e10, start=1e-5),
-    "kernels": Machine(matmul=4.4e11, kernel=2.8e11, algebra=1.2e11, bandwidth=2.5e10, start=1e-5),
-    "cuda": Machine(matmul=2e14, kernel=1.5e14, algebra=5e13, bandwidth=2.5e12, start=6e-6),
+    "cpu": Machine(matmul=2.2e11, kernel=2.8e11, linear=4.4e11, bandwidth=2.5e10, start=1e-5),
+    "cuda": Machine(matmul=2e14, kernel=1.5e14, linear=2e14, bandwidth=2.5e12, start=6e-6),
 }
+
+
+def built_in(device: str) -> Machine:
+    """The figures that need no measuring."""
+    return MACHINES.get(device, MACHINES["cuda"])
 
 
 class Shape(NamedTuple):
@@ -37,6 +43,23 @@ class Shape(NamedTuple):
     out: int
     itemsize: int
     training: bool
+    layer_norm: bool = False
+    kernels: bool = False  # whether kernels with packed weights project in the direct form
+
+
+class Work(NamedTuple):
+    """What a form does, in the order of what does it in :class:`Machine`: FLOPs, bytes, small operations."""
+
+    matmul: float
+    kernel: float
+    linear: float
+    bytes: float
+    starts: float
+
+    def on(self, m: Machine) -> Cost:
+        flops = self.matmul + self.kernel + self.linear
+        seconds = self.matmul / m.matmul + self.kernel / m.kernel + self.linear / m.linear
+        return Cost(flops, self.bytes, seconds + self.bytes / m.bandwidth + self.starts * m.start)
 
 
 class Cost(NamedTuple):
@@ -50,42 +73,64 @@ class Cost(NamedTuple):
         return f"{self.flops / 1e9:.3g} GFLOP, {self.bytes / 1e6:.3g} MB, about {1e3 * self.seconds:.3g} ms"
 
 
-def _machine(device: str) -> Machine:
-    return MACHINES.get(device, MACHINES["cuda"])
-
-
-def direct(s: Shape, device: str) -> Cost:
+def work_of_direct(s: Shape) -> Work:
     """Two projections and xfa, each from memory to memory; backward twice the products."""
-    m, times = _machine(device), 3 if s.training else 1
+    times = 3 if s.training else 1
     tokens, D = s.B * s.N, s.inner // s.H
-    projections = 2 * tokens * s.inner * (3 * s.C + s.out) * times
+    weights = s.inner * (3 * s.C + s.out)
+    projections = 2 * tokens * weights * times
     xfa = 4 * tokens * s.inner * D * times
     # forward: x, q k v twice, out twice, y; backward: these once more and their gradients
-    numbers = tokens * (s.C + 8 * s.inner + s.out) * times
-    moved = numbers * s.itemsize
-    seconds = projections / m.matmul + xfa / m.kernel + moved / m.bandwidth + 10 * times * m.start
-    return Cost(projections + xfa, moved, seconds)
+    numbers = tokens * (s.C + 8 * s.inner + s.out) + weights
+    if s.layer_norm and not s.kernels:
+        numbers += tokens * 2 * s.C
+    moved = numbers * times * s.itemsize
+    if s.kernels:
+        return Work(0, xfa, projections, moved, 3)
+    return Work(projections, xfa, 0, moved, 10 * times)
 
 
-def gram(s: Shape, device: str) -> Cost:
+def work_of_linear(tokens: int, features: int, out: int) -> Work:
+    """One product with a packed weight, of float32."""
+    return Work(0, 0, 2 * tokens * features * out, 4 * (tokens * (features + out) + features * out), 1)
+
+
+def work_of_gram(s: Shape) -> Work:
     """Two passes over x and algebra of C x C matrices per image; backward two passes more."""
-    m, tokens, D = _machine(device), s.B * s.N, s.inner // s.H
+    times = 3 if s.training else 1
+    tokens, D = s.B * s.N, s.inner // s.H
     forward = s.C * s.C + 2 * s.C * s.out
     backward = 2 * s.C * s.out + 2 * s.C * s.out + 2 * s.C * s.C
     passes = tokens * (forward + (backward if s.training else 0))
     per_image = 2 * s.C * s.inner * (2 * s.C + s.out + 2 * D)
     if s.training:
         per_image += 2 * s.C * s.inner * (4 * s.C + 2 * s.out + 5 * D)
-    algebra = s.B * per_image
     numbers = tokens * (2 * s.C + s.out) + (tokens * (2 * s.C + 2 * s.out + s.C) if s.training else 0)
-    moved = numbers * s.itemsize
-    operations = 130 if s.training else 45
-    seconds = passes / m.kernel + algebra / m.algebra + moved / m.bandwidth + operations * m.start
-    return Cost(passes + algebra, moved, seconds)
+    # what the algebra does to each number of its C x I matrices between products: fitted to measurements
+    numbers += (40 * s.B * s.inner * s.C + 2 * s.inner * (3 * s.C + s.out)) * times
+    return Work(s.B * per_image, passes, 0, numbers * s.itemsize, 130 if s.training else 45)
 
 
-def cheaper(s: Shape, device: str) -> str:
-    return "gram" if gram(s, device).seconds < direct(s, device).seconds else "direct"
+def direct(s: Shape, m: Machine) -> Cost:
+    return work_of_direct(s).on(m)
+
+
+def gram(s: Shape, m: Machine) -> Cost:
+    return work_of_gram(s).on(m)
+
+
+def ratio(s: Shape, m: Machine) -> float:
+    """Seconds of the Gram form over those of the direct one."""
+    return gram(s, m).seconds / direct(s, m).seconds
+
+
+def within(factor: float, s: Shape, m: Machine) -> bool:
+    """Whether neither form is estimated to take `factor` times as long as the other."""
+    return 1 / factor < ratio(s, m) < factor
+
+
+def cheaper(s: Shape, m: Machine) -> str:
+    return "gram" if gram(s, m).seconds < direct(s, m).seconds else "direct"
 
 
 cached = lru_cache(maxsize=4096)(cheaper)

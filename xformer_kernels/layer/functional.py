@@ -61,6 +61,8 @@ def xfa_layer(
         map, norm, activation, eps, dropout_p: as in :func:`xformer_kernels.xfa`.
         token_mask: (B, N) bool. False tokens take no part in the attention: theirs is proj_bias, as of a zero.
         form: "auto", "gram" or "direct". ``norm="feature"`` has no Gram form. In ``torch.export`` "auto" is "direct".
+            On the CPU "auto" measures the machine once, and times both forms where the choice is close: see
+            :mod:`xformer_kernels.layer.calibration`. ``XFORMER_KERNELS_CALIBRATION=off`` measures nothing.
         group: a ``torch.distributed.ProcessGroup`` over whose ranks the tokens of every image are split, unevenly if
             need be: see :mod:`xformer_kernels.parallel`. ``torch.compile`` leaves such a call out of its graphs.
         backend: as in :func:`xformer_kernels.xfa`.
@@ -144,14 +146,16 @@ def xfa_block(
 class LayerExplanation(NamedTuple):
     """Which form a layer takes, and what it costs in both. Print it.
 
-    ``gram`` and ``direct`` are estimates, see :mod:`xformer_kernels.layer.cost`; ``reason`` says why the Gram form is
-    not taken whatever it costs, if so; ``backend`` is the explanation of the backend of the form that is taken.
+    ``gram`` and ``direct`` are estimates, see :mod:`xformer_kernels.layer.cost`; ``figures`` says where the figures of
+    the machine are from, see :mod:`xformer_kernels.layer.calibration`; ``reason`` why the Gram form is not taken
+    whatever it costs, if so; ``backend`` is the explanation of the backend of the form that is taken.
     """
 
     form: str
     asked: str
     gram: cost.Cost
     direct: cost.Cost
+    figures: str
     reason: str
     backend: dispatch.Explanation
 
@@ -160,7 +164,7 @@ class LayerExplanation(NamedTuple):
         for name, price in (("gram", self.gram), ("direct", self.direct)):
             refused = f": not taken, {self.reason}" if name == "gram" and self.reason else ""
             lines.append(f"  {name}: {price}{refused}")
-        return "\n".join((*lines, str(self.backend)))
+        return "\n".join((*lines, f"  figures: {self.figures}", str(self.backend)))
 
 
 def explain_layer(
@@ -183,8 +187,8 @@ def explain_layer(
 ) -> LayerExplanation:
     """Which form and backend the same call of :func:`xfa_layer` would take, and the costs of both: print the result.
 
-    Computes nothing, and asks no other rank of a group: "auto" is as if no rank had more tokens. Raises what
-    :func:`xfa_layer` would raise for the same arguments.
+    Computes and measures nothing: where the call would, "auto" is by the figures known so far. Asks no other rank of a
+    group: "auto" is as if no rank had more tokens. Raises what :func:`xfa_layer` would raise for the same arguments.
     """
     if isinstance(x, Tensor):
         (x,) = autocast.cast_tokens(x)  # type: ignore[assignment]
@@ -218,7 +222,7 @@ def prepared(
     """
     ln_eps, residual = None if ln_eps is None else float(ln_eps), bool(residual)
     o = o._replace(temperature=o.temperature.reshape(-1))
-    if call.choose(o) == "direct":
+    if call.choose(o, run=(prepared, ln_eps, residual)) == "direct":
         return partial(_direct, call, o, ln_eps, residual)
     x, dtype, keep = o.x, reference.accumulate_dtype(o.x.dtype), None
     backend = dispatch.choose(call.backend, x.device.type, (x.dtype,), functional.head_dims(x))

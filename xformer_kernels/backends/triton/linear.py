@@ -150,12 +150,12 @@ def linear_attention_backward(
     token_mask: Tensor | None,
     spec: Spec,
     packed: bool = False,
-) -> list[Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     call = _Call(q, v, spec)
     B, H, N, M, D, Dv = call.B, call.H, call.N, call.M, call.D, call.Dv
     dq, dk, dv = (empty_gradient(call.empty, x) for x in (q, k, v))
     if B * H == 0:
-        return [dq, dk, dv]
+        return dq, dk, dv
     queries = call.split(N, sums=True)
     keys = call.split(M, sums=False)
     mask, mask_strides = ops._mask(token_mask, k)
@@ -182,4 +182,4 @@ def linear_attention_backward(
             OUT_ALIGN_V=launch.out_alignment(Dv, q.element_size()), CHANNEL_MAJOR=channel_major(k),
             CHANNEL_MAJOR_V=channel_major(v),
         )  # fmt: skip
-    return [dq, dk, dv]
+    return dq, dk, dv
