@@ -22,6 +22,8 @@ import torch
 import triton
 from triton.runtime.errors import OutOfResources, PTXASError
 
+from xformer_kernels.backends.triton import replay
+
 AUTOTUNE = "XFORMER_KERNELS_AUTOTUNE"
 CACHE = "XFORMER_KERNELS_CACHE"
 
@@ -245,8 +247,12 @@ def get(key: Key, arch: str) -> Config:
 
 def launch(key: Key, arch: str, run: Callable[[Config], None]) -> None:
     """Runs with the best known choice. `run` may be called many times: it writes its results and reads none of them."""
-    if autotuning() and _name(key, arch) not in _tuned() and not _capturing():
-        _remember(_name(key, arch), fastest(candidates(key, arch), run))
+    if autotuning() and _name(key, arch) not in _tuned():
+        if not _capturing():
+            with replay.paused():
+                _remember(_name(key, arch), fastest(candidates(key, arch), run))
+        elif recorder := replay.recorder():
+            recorder.repeatable = False
     run(get(key, arch))
 
 

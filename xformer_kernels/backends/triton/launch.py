@@ -34,11 +34,14 @@ def target(device: torch.device) -> Target:
     return Target(f"sm_{properties.major}{properties.minor}", properties.multi_processor_count)
 
 
+def is_current(device: torch.device) -> bool:
+    """Whether launches go to this device."""
+    return device.type != "cuda" or torch.cuda.current_device() == device.index
+
+
 def on_device(device: torch.device) -> AbstractContextManager[Any]:
     """Launches go to the current device: makes it that of the tensors."""
-    if device.type != "cuda" or torch.cuda.current_device() == device.index:
-        return nullcontext()
-    return torch.cuda.device(device)
+    return nullcontext() if is_current(device) else torch.cuda.device(device)
 
 
 def _power_of_two(number: int, most: int) -> int:

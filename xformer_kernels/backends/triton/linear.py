@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from xformer_kernels.backends.layouts import channel_major, empty_gradient
-from xformer_kernels.backends.triton import configs, launch, ops, plan
+from xformer_kernels.backends.triton import configs, launch, ops, plan, replay
 from xformer_kernels.backends.triton.kernels.linear import apply_sums_kernel, key_sums_kernel, maxima_kernel
 from xformer_kernels.backends.triton.kernels.linear_backward import key_gradients_kernel, query_gradients_kernel
 from xformer_kernels.reference import accumulate_dtype
@@ -78,10 +78,11 @@ class _Call:
     def sum_first(self, partial: Tensor, parts: int, out: Tensor) -> tuple[Tensor, int]:
         """Where there are many parts: S and z of all of them in `out`."""
         sums = self.D * self.Dv + self.D
-        torch.sum(partial[..., :sums], 0, out=out[..., :sums])
+        ops._reduce(torch.sum, partial[..., :sums], out[..., :sums])
         return out, 1
 
 
+@replay.planned
 def linear_attention_forward(
     q: Tensor, k: Tensor, v: Tensor, query_mask: Tensor | None, token_mask: Tensor | None, spec: Spec
 ) -> tuple[Tensor, Tensor]:
@@ -137,9 +138,10 @@ def _maxima(
         **{name: call.shared[name] for name in ("ACC", "D", "BLOCK_D")}, **masked, **launch.alignment(k=k),
     )  # fmt: skip
     if split.parts > 1:
-        torch.amax(found, 0, out=highest)
+        ops._reduce(torch.amax, found, highest)
 
 
+@replay.planned
 def linear_attention_backward(
     dout: Tensor,
     q: Tensor,

@@ -10,7 +10,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from xformer_kernels.backends.triton import configs, launch, plan
+from xformer_kernels.backends.triton import configs, launch, plan, replay
 from xformer_kernels.backends.triton.kernels.backward import gradients_kernel, map_backward_kernel
 from xformer_kernels.backends.triton.kernels.forward import apply_kernel, forward_kernel
 from xformer_kernels.backends.triton.kernels.gram import gram_kernel
@@ -61,7 +61,10 @@ def _choices(spec: Spec) -> Choices:
 
 
 def _empty(size: tuple[int, ...], dtype: torch.dtype, like: Tensor) -> Tensor:
-    return torch.empty(size, dtype=dtype, device=like.device)
+    buffer = torch.empty(size, dtype=dtype, device=like.device)
+    if recorder := replay.recorder():
+        recorder.buffers.append(buffer)
+    return buffer
 
 
 def _mask(token_mask: Tensor | None, other: Tensor) -> tuple[Tensor, tuple[int, ...]]:
@@ -82,7 +85,17 @@ def transposes(arch: str) -> bool:
 
 def _run(kernel: Any, grid: int, config: configs.Config, *args: Any, **constants: Any) -> None:
     with _one_at_a_time:
-        kernel[(grid,)](*args, **constants, **config.options())
+        compiled = kernel[(grid,)](*args, **constants, **config.options())
+    if recorder := replay.recorder():
+        recorder.launched(kernel, compiled, grid, args, constants)
+
+
+def _reduce(function: Any, partial: Tensor, out: Tensor) -> Tensor:
+    """Sums or maxima over the parts, which come first."""
+    function(partial, 0, out=out)
+    if recorder := replay.recorder():
+        recorder.reduced(function, partial, out)
+    return out
 
 
 def _split(x: Tensor, features: int, key: configs.Key) -> plan.Split:
@@ -136,6 +149,7 @@ def _gram(
     configs.launch(key, arch, run)
 
 
+@replay.planned
 def gram(a: Tensor, b: Tensor, symmetric: bool, token_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     B, H, _, DA = a.shape
     DB = b.shape[-1]
@@ -149,10 +163,15 @@ def gram(a: Tensor, b: Tensor, symmetric: bool, token_mask: Tensor | None) -> tu
     if B * H:
         with launch.on_device(a.device):
             _gram(key, split, a, b, a, token_mask, results, (DA * DB, DA, DB), symmetric=symmetric)
-    G, ssq_a, ssq_b = (x.sum(0) if parts else x for x in results)
-    return G, ssq_a, ssq_b
+    if parts:
+        G, ssq_a, ssq_b = (_empty((B, H, *size), dtype, a) for size in sizes)
+        for partial, out in zip(results, (G, ssq_a, ssq_b), strict=True):
+            _reduce(torch.sum, partial, out)
+        return G, ssq_a, ssq_b
+    return results
 
 
+@replay.planned
 def channel_mix(
     x: Tensor,
     weight: Tensor,
@@ -197,6 +216,7 @@ def channel_mix(
     return y
 
 
+@replay.planned
 def xfa_forward(
     q: Tensor,
     k: Tensor,
@@ -288,7 +308,7 @@ def _forward_in_two(
     )  # fmt: skip
     parts = split.parts
     if split.many:
-        parts, partial = 1, torch.sum(partial, 0, out=stats)
+        parts, partial = 1, _reduce(torch.sum, partial, stats)
     mask, mask_strides = _mask(token_mask, q)
     target = launch.target(q.device)
     constants = {**_of_map(q, choices), **launch.alignment(x=x)}
@@ -312,6 +332,7 @@ def _forward_in_two(
     configs.launch(key, target.arch, run)
 
 
+@replay.planned
 def xfa_backward(
     dout: Tensor,
     q: Tensor,
@@ -367,7 +388,7 @@ def xfa_backward(
             norm_a=norm_x,
         )  # fmt: skip
         if split.many:
-            parts, partial = 1, partial.sum(0)
+            parts, partial = 1, _reduce(torch.sum, partial, _empty((B, H, D * D), stats.dtype, q))
         configs.launch(configs.Key("map_backward", q.dtype, D, choices.name), target.arch, run_map_backward)
         configs.launch(configs.Key("gradients", q.dtype, D, choices.name), target.arch, run_gradients)
     return dqkv, dtemperature

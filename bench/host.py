@@ -1,0 +1,161 @@
+"""Time that the host needs for a call of the Triton kernels: ``python -m bench.host``.
+
+Runs on any machine: kernels are compiled for a GPU, and a driver that launches nothing takes the place of Triton's.
+Tensors are on the CPU. The unit is the time of ``torch.empty(1)`` in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+import xformer_kernels as xk
+from xformer_kernels.backends import triton as backend
+from xformer_kernels.backends.triton import launch
+
+PROCESSORS = 132
+SHAPES = ((1, 196, 8, 48), (8, 3136, 4, 24), (32, 16384, 8, 32))
+
+
+class Launched(NamedTuple):
+    """What a launcher was given; addresses in the place of tensors."""
+
+    kernel: str
+    grid: tuple[int, int, int]
+    args: tuple[Any, ...]
+
+
+class Driver:
+    """A GPU of compute capability 9.0 that records launches if `launches` is a list, and computes nothing."""
+
+    launches: list[Launched] | None = None
+
+    def __init__(self) -> None:
+        self.utils = self
+        outer = self
+
+        class Launcher:
+            def __init__(self, source: Any, _: Any) -> None:
+                self.name = source.fn.__name__
+
+            def __call__(self, x: int, y: int, z: int, *args: Any) -> None:
+                if outer.launches is not None:
+                    plain = (t.data_ptr() if isinstance(t, torch.Tensor) else t for t in args[6:])
+                    outer.launches.append(Launched(self.name, (x, y, z), tuple(plain)))
+
+        self.launcher_cls = Launcher
+
+    def load_binary(self, *_: Any) -> tuple[int, int, int, int, int]:
+        return 1, 2, 64, 0, 1024
+
+    def unload_module(self, _: Any) -> None: ...
+
+    def get_device_properties(self, _: Any) -> dict[str, int]:
+        return {"max_shared_mem": 232448, "multiprocessor_count": PROCESSORS, "warpSize": 32}
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, _: Any) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+def install() -> Driver:
+    """For this process: ops of the backend take tensors on the CPU, and launch nothing."""
+    fake = Driver()
+    driver.set_active(fake)
+    launch.target = lambda _: launch.Target("sm_90", PROCESSORS)  # type: ignore[assignment]
+    backend.unsupported = lambda *_: []
+    return fake
+
+
+def seconds(calls: dict[str, Callable[[], object]], rounds: int = 15, repeat: int = 100) -> dict[str, float]:
+    """Least time of each call, by the processor's time of this thread; calls take turns."""
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            call()
+            begun = time.thread_time()
+            for _ in range(repeat):
+                call()
+            taken[name].append((time.thread_time() - begun) / repeat)
+    return {name: min(samples) for name, samples in taken.items()}
+
+
+def python_calls(call: Callable[[], object]) -> int:
+    """Number of Python functions that a call enters, itself included."""
+    count = 0
+
+    def profile(_: Any, event: str, __: Any) -> None:
+        nonlocal count
+        count += event == "call"
+
+    call()
+    sys.setprofile(profile)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+def cases(B: int, N: int, H: int, D: int) -> dict[str, Callable[[], object]]:
+    """xfa of packed bfloat16 tokens; only addresses are used."""
+    B, N = min(B, 2), N  # the number of launches does not depend on the rest of the batch
+    q, k, v = torch.zeros(B, N, 3, H, D, dtype=torch.bfloat16).permute(2, 0, 3, 1, 4).unbind(0)
+    temperature = torch.ones(H)
+    leaves = [x.detach().requires_grad_() for x in (q, k, v, temperature)]
+    dout = torch.zeros(B, N, H, D, dtype=torch.bfloat16).transpose(1, 2)
+
+    def forward() -> object:
+        with torch.no_grad():
+            return xk.xfa(q, k, v, temperature, backend="triton")
+
+    def both() -> object:
+        return torch.autograd.grad(xk.xfa(*leaves, backend="triton"), leaves, dout)
+
+    return {"forward": forward, "forward+backward": both}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.host", description=__doc__)
+    parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    fake = install()
+    for shape in SHAPES:
+        calls = cases(*shape)
+        counted = {}
+        for name, call in calls.items():
+            call()
+            fake.launches = []
+            call()
+            counted[name], fake.launches = len(fake.launches), None
+        times = seconds({"torch.empty(1)": lambda: torch.empty(1), **calls})
+        unit = times.pop("torch.empty(1)")
+        for name, taken in times.items():
+            print(
+                f"{shape!s:20} {name:17} {taken * 1e6:6.1f} us, {taken / unit:5.1f} x torch.empty(1), "
+                f"{counted[name]} launches, {python_calls(calls[name])} Python calls"
+            )
+    _ = statistics
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""Compares planned launches with those of the same functions without plans, by a driver that launches nothing.
+
+Run by test_replay.py in a process of its own, with the indices of cases. Prints how many planned calls of each function
+were compared, and how many Python functions a call of xfa enters.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from bench import host
+from xformer_kernels.backends.triton import linear, ops, plan
+from xformer_kernels.spec import Spec
+
+fake = host.install()
+B, H, D = 2, 3, 16
+FUNCTIONS: dict[str, Any] = {
+    **{name: getattr(ops, name) for name in ("xfa_forward", "xfa_backward", "gram", "channel_mix")},
+    **{name: getattr(linear, name) for name in ("linear_attention_forward", "linear_attention_backward")},
+}
+SPECS = (Spec(), Spec("key_value", "feature", "identity"), Spec("query_key", "none"))
+# dtype, tokens, layout, whether there are masks, tokens whose sums are cut into parts that are added first
+CASES = (
+    ("bfloat16", 700, "packed", True, 256),
+    ("bfloat16", 5000, "packed", False, 16384),
+    ("float32", 700, "channel-major", True, 256),
+    ("float32", 100, "apart", False, 16384),
+    ("float64", 100, "packed", True, 16384),
+)
+
+
+def tokens(N: int, dtype: torch.dtype, layout: str) -> list[torch.Tensor]:
+    if layout == "packed":
+        x = torch.randn(B, N, 4, H, D).to(dtype).permute(2, 0, 3, 1, 4)
+    elif layout == "channel-major":
+        x = torch.randn(4, B, H, D, N).to(dtype).transpose(3, 4)
+    else:
+        x = torch.randn(4, B, H, N, D).to(dtype)
+    return list(x.unbind(0))
+
+
+def calls(dtype: torch.dtype, N: int, layout: str, masked: bool, same: bool) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """`same`: q, k and v are one object."""
+    q, k, v, dout = tokens(N, dtype, layout)
+    if same:
+        k = v = q
+    mask = torch.rand(B, N) < 0.5 if masked else None
+    wide = torch.float64 if dtype is torch.float64 else torch.float32
+    temperature, stats = torch.ones(H), torch.randn(B, H, D * D + 2 * D, dtype=wide)
+    for spec in SPECS:
+        yield "xfa_forward", (q, k, v, temperature, mask, spec)
+        yield "xfa_backward", (dout, q, k, v, temperature, stats, mask, spec, False)
+    yield "gram", (q, k, False, mask)
+    yield "gram", (q, q, True, mask)
+    weight, vector = torch.randn(B, H, D, D).to(dtype), torch.randn(B, H, D).to(dtype)
+    yield "channel_mix", (q, weight, vector, k, vector, v, weight)
+    yield "channel_mix", (q, weight, None, None, None, None, None)
+    for feature_map in ("relu", "softmax_tokens"):
+        spec = Spec.of_linear_attention(feature_map, True, 1.0, 1e-6)
+        stats = torch.randn(B, H, spec.statistics(D, D), dtype=wide)
+        yield "linear_attention_forward", (q, k, v, mask, mask, spec)
+        yield "linear_attention_backward", (dout, q, k, v, stats, mask, mask, spec, False)
+
+
+def launched(function: Any, args: tuple[Any, ...], memory: list[torch.Tensor]) -> tuple[Any, ...]:
+    """The launches of a call, and where its results are. Its allocations are taken from `memory`, in order."""
+    empty, free = torch.empty, iter(list(memory))
+
+    def from_memory(size: Any, **options: Any) -> torch.Tensor:
+        t = next(free, None)
+        if t is None:
+            memory.append(t := empty(size, **options))
+        assert (t.shape, t.dtype) == (torch.Size(size), options["dtype"])
+        return t
+
+    fake.launches, torch.empty = [], from_memory
+    try:
+        results = function(*args)
+    finally:
+        torch.empty = empty
+    tensors = [results] if isinstance(results, torch.Tensor) else results
+    return fake.launches, [(x.data_ptr(), x.shape, x.stride(), x.dtype) for x in tensors]
+
+
+def compare(cases: list[Any]) -> Counter[str]:
+    compared: Counter[str] = Counter()
+    for name, N, layout, masked, longest in cases:
+        case = (getattr(torch, name), N, layout, masked)
+        plan.LONGEST, plan.SHORT = longest, min(longest, 4096)
+        for function in FUNCTIONS.values():
+            function.plans.clear()
+        for name, args in calls(*case, same=True):
+            FUNCTIONS[name](*args)
+        # what was one object may be several now
+        for name, args in calls(*case, same=False):
+            function, memory = FUNCTIONS[name], []
+            before = dict(function.plans)
+            expected, found = launched(function.__wrapped__, args, memory), launched(function, args, memory)
+            copies_mask = masked and case[0] is torch.float64 and name != "channel_mix"
+            if copies_mask:  # a temporary copy is no buffer of the call, so that there is no plan
+                expected, found = ([launch[:2] for launch in launches] for launches, _ in (expected, found))
+            assert expected and found == expected, (case, name, args[-1], found, expected)
+            assert function.plans == before, f"{name} was planned again: {case}"
+            compared[name] += not copies_mask
+        assert not masked or case[0] is not torch.float64 or not any(FUNCTIONS["gram"].plans.values())
+    return compared
+
+
+def python_calls() -> dict[str, int]:
+    fake.launches = None
+    return {name: host.python_calls(call) for name, call in host.cases(1, 196, 2, 16).items()}
+
+
+if __name__ == "__main__":
+    print(json.dumps([compare([CASES[int(i)] for i in sys.argv[1:]]), python_calls()]))

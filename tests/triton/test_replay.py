@@ -1,0 +1,28 @@
+"""Planned calls launch what the same calls without plans would, with the addresses of their own tensors."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from cases import THOROUGH
+
+pytest.importorskip("triton", reason="kernels of triton")
+
+
+def test_planned_calls_launch_the_same():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    cases = range(5) if THOROUGH else [0]
+    command = [sys.executable, Path(__file__).with_name("replayed.py"), *map(str, cases)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    compared, calls = json.loads(done.stdout)
+    assert set(compared) == {
+        "xfa_forward", "xfa_backward", "gram", "channel_mix", "linear_attention_forward", "linear_attention_backward",
+    } and min(compared.values()) >= 2 * len(cases) - 1  # fmt: skip
+    # with the profiler's function that ends the count
+    assert calls["forward"] <= 80 and calls["forward+backward"] <= 165, calls

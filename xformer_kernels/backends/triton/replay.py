@@ -1,0 +1,211 @@
+"""Replays the launches of a call: they are planned once for each combination of shapes, strides, dtypes and choices.
+
+The first call of a function that is decorated with :func:`planned` runs as it is written, and its allocations, launches
+and reductions are recorded. Later calls with the same key allocate the same buffers and repeat the same launches with
+new addresses. The key has all that a plan depends on: of each tensor its shape, strides, dtype, device and the
+alignment of its address; the other arguments; and whether TF32 is allowed. The environment variable of the tuner is
+only read when a call is planned.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.runtime import driver
+
+from xformer_kernels.backends import tf32_allowed
+from xformer_kernels.backends.triton import launch
+
+MOST = 4096
+"""Number of plans that are kept for a function."""
+
+_current = threading.local()
+
+
+class View(NamedTuple):
+    """Part of a buffer."""
+
+    buffer: int
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+    def of(self, buffers: Sequence[Tensor]) -> Tensor:
+        return buffers[self.buffer].as_strided(self.size, self.stride, self.offset)
+
+
+class Launch:
+    """A launch of a compiled kernel whose arguments are fixed except for addresses, which come first.
+
+    Triton's launcher accepts an address in place of a tensor, and then does not query the driver about it.
+    """
+
+    def __init__(self, kernel: Any, compiled: Any, grid: int, places: list[tuple[int, int]], values: tuple[Any, ...]):
+        self.kernel, self.compiled, self.grid = kernel, compiled, (grid, 1, 1)
+        self.places, self.values = places, values
+        self.run, self.handle = compiled.run, (compiled.function, compiled.packed_metadata)
+
+    def __call__(self, addresses: list[int], buffers: Sequence[Tensor], stream: int) -> None:
+        pointers = [addresses[tensor] + offset for tensor, offset in self.places]
+        if self.kernel.pre_run_hooks or _has_hooks():
+            for hook in self.kernel.pre_run_hooks:
+                hook(*pointers, *self.values)
+            self.compiled[self.grid](*pointers, *self.values, stream=stream)
+        else:
+            self.run(*self.grid, stream, *self.handle, None, None, None, *pointers, *self.values)
+
+
+def _has_hooks() -> bool:
+    """Whether something, such as a profiler, asked Triton to be called at every launch."""
+    runtime = triton.knobs.runtime
+    return any(
+        hook is not None and getattr(hook, "calls", True)
+        for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook)
+    )
+
+
+class Reduction(NamedTuple):
+    """``function(source, 0, out=out)``"""
+
+    function: Callable[..., Tensor]
+    source: View
+    out: View
+
+    def __call__(self, addresses: list[int], buffers: Sequence[Tensor], stream: int) -> None:
+        self.function(self.source.of(buffers), 0, out=self.out.of(buffers))
+
+
+class Recorder:
+    """What a call does, as long as every tensor in it is an argument or (part of) a buffer."""
+
+    def __init__(self, arguments: Sequence[Tensor]) -> None:
+        self.arguments = arguments
+        self.buffers: list[Tensor] = []
+        self.steps: list[Launch | Reduction] = []
+        self.repeatable = True
+
+    def launched(self, kernel: Any, compiled: Any, grid: int, args: Sequence[Any], constants: dict[str, Any]) -> None:
+        places = [self._place(x) for x in args if isinstance(x, Tensor)]
+        values = (*args[len(places) :], *(constants[name] for name in kernel.arg_names[len(args) :]))
+        self.steps.append(Launch(kernel, compiled, grid, places, values))
+
+    def reduced(self, function: Callable[..., Tensor], source: Tensor, out: Tensor) -> None:
+        self.steps.append(Reduction(function, self.view(source), self.view(out)))
+
+    def view(self, t: Tensor) -> View:
+        place, offset = self._place(t)
+        return View(place - len(self.arguments), tuple(t.shape), t.stride(), offset // t.element_size())
+
+    def _place(self, t: Tensor) -> tuple[int, int]:
+        """Index of an argument, or of a buffer behind the arguments; and an offset in bytes."""
+        for i, known in enumerate((*self.arguments, *self.buffers)):
+            if t is known:
+                return i, 0
+        for i, buffer in enumerate(self.buffers, len(self.arguments)):
+            if t.untyped_storage().data_ptr() == buffer.untyped_storage().data_ptr():
+                return i, t.data_ptr() - buffer.data_ptr()
+        self.repeatable = False
+        return 0, 0
+
+
+class Plan:
+    """The recorded steps of a call."""
+
+    def __init__(self, recorder: Recorder, results: Tensor | tuple[Tensor, ...]) -> None:
+        self.device = recorder.buffers[0].device
+        self.buffers = [(tuple(t.shape), t.dtype) for t in recorder.buffers]
+        self.steps = recorder.steps
+        self.single = isinstance(results, Tensor)
+        self.results: list[int | View] = []
+        for t in (results,) if isinstance(results, Tensor) else results:
+            whole = [i for i, buffer in enumerate(recorder.buffers) if buffer is t]
+            self.results.append(whole[0] if whole else recorder.view(t))
+
+    def run(self, addresses: list[int]) -> Any:
+        device = self.device
+        buffers = [torch.empty(size, dtype=dtype, device=device) for size, dtype in self.buffers]
+        addresses += [t.data_ptr() for t in buffers]
+        if launch.is_current(device):
+            self._launch(addresses, buffers)
+        else:
+            with torch.cuda.device(device):
+                self._launch(addresses, buffers)
+        results = [buffers[x] if isinstance(x, int) else x.of(buffers) for x in self.results]
+        return results[0] if self.single else tuple(results)
+
+    def _launch(self, addresses: list[int], buffers: Sequence[Tensor]) -> None:
+        stream = driver.active.get_current_stream(self.device.index)
+        for step in self.steps:
+            step(addresses, buffers, stream)
+
+
+def planned(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorator of functions of tensors and hashable values that return buffers.
+
+    With the interpreter, which compiles nothing, the function is called as it is.
+    """
+    if launch.INTERPRETING:
+        return function
+    plans: dict[tuple[Any, ...], Plan | None] = {}
+
+    @wraps(function)
+    def call(*args: Any) -> Any:
+        key: list[Any] = [args[0].dtype is torch.float32 and tf32_allowed()]
+        addresses = []
+        for x in args:
+            if isinstance(x, Tensor):
+                address = x.data_ptr()
+                addresses.append(address)
+                key += (x.shape, x.stride(), x.dtype, x.device, address % launch.VECTOR_BYTES)
+            else:
+                key.append(x)
+        known = tuple(key)
+        plan = plans.get(known)
+        if plan is not None:
+            return plan.run(addresses)
+        if known in plans:
+            return function(*args)
+        # an object may be given twice here, and two different ones in the next call
+        args = tuple(x.detach() if isinstance(x, Tensor) else x for x in args)
+        with _recording([x for x in args if isinstance(x, Tensor)]) as recorder:
+            results = function(*args)
+        if len(plans) >= MOST:
+            plans.clear()
+        launched = any(isinstance(step, Launch) for step in recorder.steps)
+        plans[known] = Plan(recorder, results) if launched and recorder.repeatable else None
+        return results
+
+    call.plans = plans  # type: ignore[attr-defined]
+    return call
+
+
+@contextmanager
+def _recording(arguments: Sequence[Tensor]) -> Iterator[Recorder]:
+    before = getattr(_current, "recorder", None)
+    _current.recorder = Recorder(arguments)
+    try:
+        yield _current.recorder
+    finally:
+        _current.recorder = before
+
+
+@contextmanager
+def paused() -> Iterator[None]:
+    """For launches that are not part of the call."""
+    before, _current.recorder = getattr(_current, "recorder", None), None
+    try:
+        yield
+    finally:
+        _current.recorder = before
+
+
+def recorder() -> Recorder | None:
+    """Of the call that is being recorded in this thread."""
+    return getattr(_current, "recorder", None)
