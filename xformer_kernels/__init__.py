@@ -9,12 +9,14 @@
     integrations.replace_attention   the same for whole models
     inference                        linear layers and depthwise convolutions with what stands around them, on the CPU
     flops                            what the ops count as, for torch's flop counter and for fvcore
+    decompositions                   the ops in PyTorch operators, for exported programs that run without this package
     explain, explain_layer           which backend serves a call, in which form, and why others do not
 
 ``python -m xformer_kernels.info`` prints what was built and what runs here.
 """
 
 from xformer_kernels import flops, inference, integrations
+from xformer_kernels.decompositions import decompositions
 from xformer_kernels.functional import channel_mix, explain, gram, xfa
 from xformer_kernels.layer import explain_layer, xfa_block, xfa_layer
 from xformer_kernels.linear_attention import linear_attention
@@ -26,6 +28,7 @@ __all__ = [
     "XFA",
     "XFABlock",
     "channel_mix",
+    "decompositions",
     "explain",
     "explain_layer",
     "flops",

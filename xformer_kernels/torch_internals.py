@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import _decomp
 from torch.autograd import forward_ad as _forward_ad
 from torch.autograd import profiler as _profiler
 from torch.nn.modules import module as _module
@@ -52,6 +53,15 @@ def forward_ad_is_on() -> bool:
 def profiler_is_on() -> bool:
     """Whether torch.profiler records: it sees only what the dispatcher calls."""
     return _profiler._is_profiler_enabled
+
+
+def decompose_in_onnx(overload: Any, function: Any, fake: Any) -> None:
+    """Registers the decomposition of an op for torch.onnx, which reads this table and has no public function for it.
+
+    With symbolic shapes, fake tensors prefer a decomposition to the fake of the op, unless there is a meta function.
+    """
+    _decomp.decomposition_table[overload] = function
+    _decomp.meta_table[overload] = fake
 
 
 def process_group(name: str) -> Any:
