@@ -266,8 +266,10 @@ def test_bad_arguments():
         small(stem_stride=4)
     with pytest.raises(ValueError, match="stem_stride must be 1 or 2"):
         small(stage_strides=(2, 2, 2))
-    with pytest.raises(ValueError, match="global_pool must be 'avg' or ''"):
-        small(global_pool="max")
+    with pytest.raises(ValueError, match="global_pool must be '' or one of 'avg', 'max', 'avgmax', 'catavgmax', got"):
+        small(global_pool="median")
+    with pytest.raises(ValueError, match="output_stride is not supported: choose stem_stride and stage_strides"):
+        small(output_stride=16)
     with pytest.raises(ValueError, match="out_indices needs features_only"):
         small(out_indices=(1,))
     for indices in ((4,), (-5,), (), 0, -1, 5):
@@ -287,4 +289,4 @@ def test_bad_arguments():
     with pytest.raises(ValueError, match="drop_prob must be in"):
         small(drop_path_rate=1.0)
     with pytest.raises(ValueError, match="output_fmt"):
-        small().forward_intermediates(images(1, 3, 64, 64), output_fmt="NLC")
+        small().forward_intermediates(images(1, 3, 64, 64), output_fmt="NLHC")

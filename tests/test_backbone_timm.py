@@ -72,6 +72,48 @@ def test_classifier():
     assert model(x.double()).dtype == torch.float64
 
 
+@pytest.mark.parametrize("pool", ["avg", "max", "avgmax", "catavgmax"])
+def test_pooling(timm, pool):
+    """The same as timm's layer of that name."""
+    model = xformer.xformer_xxs(num_classes=10, global_pool=pool).eval()
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        features = model.forward_features(x)
+        pooled = timm.layers.SelectAdaptivePool2d(pool_type=pool, flatten=True)(features)
+        torch.testing.assert_close(model.forward_head(features, pre_logits=True), pooled)
+        torch.testing.assert_close(model(x), model.get_classifier()(pooled))
+        model.reset_classifier(4, "avg")
+        assert model(x).shape == (2, 4)
+
+
+def test_intermediates_as_tokens():
+    model, x = xformer.xformer_xxs().eval(), torch.randn(2, 3, 64, 96)
+    with torch.no_grad():
+        images = model.forward_intermediates(x, (1, 3), intermediates_only=True)
+        final, tokens = model.forward_intermediates(x, (1, 3), output_fmt="NLC")
+    assert final.dim() == 4
+    for image, token in zip(images, tokens, strict=True):
+        assert torch.equal(token, image.flatten(2).transpose(1, 2))
+
+
+def test_pruned():
+    """As timm prunes: the features of the last stage that is kept, without the classifier."""
+    x = torch.randn(2, 3, 64, 64)
+    model = xformer.xformer_xxs(num_classes=10).eval()
+    with torch.no_grad():
+        expected = model.forward_intermediates(x, (0, 2), intermediates_only=True)
+    assert model.prune_intermediate_layers((0, 2)) == [0, 2] and len(model.stages) == 3
+    with torch.no_grad():
+        assert torch.equal(model.forward_features(x), expected[1]) and torch.equal(model(x), expected[1])
+    model.reset_classifier(4, "avg")
+    assert model(x).shape == (2, 4)
+    whole = xformer.xformer_xxs(num_classes=10).eval()
+    with torch.no_grad():
+        y = whole(x)
+        assert whole.prune_intermediate_layers(2, prune_head=False) == [2, 3]
+        assert torch.equal(whole(x), y)
+
+
 def test_temperature_is_not_decayed(timm):
     model = xformer.xformer_xxs()
     kept = model.no_weight_decay()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from xformer.attention import Factory, factory
-from xformer.layers import ConvNorm, MBConv, XFBlock, init_weights
+from xformer.layers import ConvNorm, MBConv, XFBlock, init_weights, to_tokens
 
 HEAD_DIM = 32
 STEM = 16
@@ -61,6 +61,15 @@ VARIANTS = {
         320,
     ),
 }
+
+
+POOLS: dict[str, Callable[[Tensor], Tensor]] = {
+    "avg": lambda x: x.mean((2, 3)),
+    "max": lambda x: x.amax((2, 3)),
+    "avgmax": lambda x: 0.5 * (x.mean((2, 3)) + x.amax((2, 3))),
+    "catavgmax": lambda x: torch.cat((x.mean((2, 3)), x.amax((2, 3))), 1),
+}
+"""Pooling of (B, C, H, W) by the names that timm has for it; "catavgmax" gives 2 C features, the others C."""
 
 
 class FeatureInfo(list[dict[str, Any]]):
@@ -204,7 +213,8 @@ class XFormer(Trunk):
         se: squeeze and excitation in every MBConv.
         drop_rate: dropout before the classifier. proj_drop_rate: after attention and MLPs. attn_drop_rate: of its map.
         drop_path_rate: of the last block; it grows linearly from 0 at the first.
-        global_pool: "avg", or "" for none: logits (B, num_classes, H', W').
+        global_pool: "avg", "max", "avgmax" (their mean) or "catavgmax" (both), as in timm; "" for no pooling: logits
+            (B, num_classes, H', W').
         img_size: only checked: every size works that leaves two tokens or more, odd ones too.
 
     Raises:
@@ -223,24 +233,29 @@ class XFormer(Trunk):
     ) -> None:
         super().__init__(variant, in_chans, **trunk)
         self.num_features = self.head_hidden_size = variant.head
-        self.head_conv = ConvNorm(variant.stages[-1].channels, variant.head)
+        self.head_conv: nn.Module = ConvNorm(variant.stages[-1].channels, variant.head)
         self.head_drop = nn.Dropout(drop_rate)
         self.reset_classifier(num_classes, global_pool)
         init_weights(self)
+
+    @property
+    def num_pooled_features(self) -> int:
+        """Input features of the classifier."""
+        return self.num_features * (2 if self.global_pool == "catavgmax" else 1)
 
     def get_classifier(self) -> nn.Module:
         return self.classifier
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A new classifier; 0 classes: none. Pooling stays where it is None."""
-        if global_pool not in ("avg", "", None):
-            raise ValueError(f"global_pool must be 'avg' or '', got {global_pool!r}")
+        if global_pool is not None and global_pool != "" and global_pool not in POOLS:
+            raise ValueError(f"global_pool must be '' or one of {', '.join(map(repr, POOLS))}, got {global_pool!r}")
         if global_pool is not None:
             self.global_pool = global_pool
         self.num_classes = num_classes
-        like = self.head_conv.conv.weight
+        like = next(self.stem.parameters())
         self.classifier = (
-            nn.Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype)
+            nn.Linear(self.num_pooled_features, num_classes, device=like.device, dtype=like.dtype)
             if num_classes > 0
             else nn.Identity()
         )
@@ -255,7 +270,7 @@ class XFormer(Trunk):
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """From features to logits; `pre_logits`: to what the classifier would get."""
         if self.global_pool:
-            x = self.head_drop(x.mean((2, 3)))
+            x = self.head_drop(POOLS[self.global_pool](x))
             return x if pre_logits else self.classifier(x)
         x = self.head_drop(x)
         return x if pre_logits else self.classifier(x.movedim(1, -1)).movedim(-1, 1)
@@ -274,10 +289,13 @@ class XFormer(Trunk):
     ) -> Any:
         """Outputs of stages, with ``forward_features`` unless `intermediates_only` (timm's convention).
 
-        indices: stages, or how many of the last ones; all by default. `norm` is accepted and means nothing here.
+        Args:
+            indices: of stages, or the number of last stages; all by default.
+            norm: accepted for timm, and has no effect.
+            output_fmt: "NCHW", or "NLC" for intermediates of shape (B, H' * W', C).
         """
-        if output_fmt != "NCHW":
-            raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
         wanted = stage_indices(len(self.stages), indices)
         found: dict[int, Tensor] = {}
         for i, y in enumerate(self.walk(x)):
@@ -285,7 +303,26 @@ class XFormer(Trunk):
             if stop_early and intermediates_only and i == max(wanted):
                 break
         intermediates = [found[i] for i in wanted]
+        if output_fmt == "NLC":
+            intermediates = [to_tokens(x) for x in intermediates]
         return intermediates if intermediates_only else (self.head_conv(y), intermediates)
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Removes the stages behind the last one of `indices`, and returns these (timm's convention).
+
+        The convolution before pooling is removed with the last stage or by `prune_norm`, the classifier and pooling by
+        `prune_head`.
+        """
+        kept = stage_indices(len(self.stages), indices)
+        if prune_head:
+            self.reset_classifier(0, "")
+        if prune_norm or kept[-1] + 1 < len(self.stages):
+            self.head_conv = nn.Identity()
+            self.num_features = self.head_hidden_size = self.feature_info[kept[-1]]["num_chs"]
+        self.stages = self.stages[: kept[-1] + 1]
+        return list(kept)
 
 
 class XFormerFeatures(Trunk):

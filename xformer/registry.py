@@ -44,7 +44,12 @@ def build(
     `options` are theirs; what ``timm.create_model`` adds for models with weights is taken and left.
     """
     if pretrained:
-        raise ValueError(f"there are no pretrained weights of {name}; load your own with load_state_dict")
+        raise ValueError(
+            f"there are no pretrained weights of {name}: train it with `python -m xformer train`, and pass the weights "
+            "as checkpoint_path= to timm.create_model, or to load_state_dict"
+        )
+    if options.pop("output_stride", None) not in (None, 32):
+        raise ValueError("output_stride is not supported: choose stem_stride and stage_strides, whose product it is")
     config = dict(default_cfgs[name])
     for source in ("pretrained_cfg", "pretrained_cfg_overlay"):
         given = options.pop(source, None)
