@@ -242,7 +242,7 @@ def test_table_of_layers_in_the_readme_comes_from_the_result_files(load):
 
 def test_table_of_layers(load, monkeypatch, tmp_path):
     table = load("table")
-    monkeypatch.setattr(table, "ROOT", tmp_path)
+    monkeypatch.setattr("bench.cells.ROOT", tmp_path)
     facts = dict(machine="m", threads=2, versions={"torch": "2"}, date="2026-01-01T", commit="c", copy_gb_per_s=9.6)
     for suffix, prefix in (("", ""), ("-blocks", "block ")):
         rows = [

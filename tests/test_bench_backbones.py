@@ -108,7 +108,7 @@ def test_what_does_not_fit_is_said(load, monkeypatch):
 
 def test_tables(load, monkeypatch, tmp_path):
     table = load("table")
-    monkeypatch.setattr(table, "ROOT", tmp_path)
+    monkeypatch.setattr("bench.cells.ROOT", tmp_path)
     renderers = (table.render_backbones, table.render_forward, table.render_training)
     assert all("Not measured yet." in render(tmp_path) for render in renderers)
     facts = dict(

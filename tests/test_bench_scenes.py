@@ -86,7 +86,7 @@ def test_runs_of_both_models_are_written(load, work):
 def test_table_of_a_run(load, tmp_path, monkeypatch):
     """Seeds as mean, least and most; minutes of runs that were not stopped."""
     table, runs = load("table"), load("runs")
-    monkeypatch.setattr(table, "ROOT", tmp_path)
+    monkeypatch.setattr("bench.cells.ROOT", tmp_path)
     assert "Not measured yet" in table.render_scenes("detect", tmp_path)
     rows = [
         {"model": "ours", "seed": seed, "epochs": 12, "images": 400, "parameters": 1_234_000, "map50": 80.0 + seed,

@@ -119,7 +119,7 @@ def test_files_of_other_sizes_have_other_names(segment):
 
 def test_table(load, monkeypatch, tmp_path):
     table = load("table")
-    monkeypatch.setattr(table, "ROOT", tmp_path)
+    monkeypatch.setattr("bench.cells.ROOT", tmp_path)
     assert "Not measured yet." in table.render_segmentation(tmp_path)
     rows = [
         dict(

@@ -29,6 +29,7 @@ def test_table_of_results_comes_from_the_result_files(monkeypatch):
     for begin, render, text in (
         (table.BACKBONES, table.render_backbones, README),
         (table.GPU, table.render_gpu, README),
+        (table.MACHINES, table.render_machines, README),
         (table.FORWARD, table.render_forward, BACKBONE),
         (table.TRAINING, table.render_training, BACKBONE),
         (table.LEARNING, table.render_learning, TRAINING),
@@ -56,6 +57,17 @@ def test_example_in_the_readme_runs():
         if "timm" in block:
             pytest.importorskip("timm", reason="the README's example of a timm model needs timm")
         exec(compile(block, "README.md", "exec"), {})
+
+
+@pytest.mark.parametrize("page", [INTEGRATIONS, BACKBONE], ids=["integrations", "backbone"])
+def test_examples_of_the_pages_run(page):
+    """Those that read no file."""
+    timm = pytest.importorskip("timm", reason="the model is timm's")
+    model = timm.create_model("xcit_nano_12_p16_224", depth=1, img_size=64)
+    blocks = [block for block in re.findall(r"```python\n(.*?)```", page, re.S) if not re.search("onnx|PIL", block)]
+    assert len(blocks) >= 2
+    for block in blocks:
+        exec(compile(block, "page", "exec"), {"model": model})
 
 
 def test_commands_in_the_readme_exist():
