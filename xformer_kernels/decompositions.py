@@ -81,8 +81,8 @@ def _channel_mix(
 def _linear_attention_forward(
     q: Tensor, k: Tensor, v: Tensor, query_mask: Tensor | None, token_mask: Tensor | None, spec: str, backend: str
 ) -> tuple[Tensor, Tensor]:
-    masks = {"query_mask": query_mask, "token_mask": token_mask}
-    out = reference.linear_attention(q, k, v, **Spec.of_text(spec).of_linear, **masks)
+    choices = Spec.of_text(spec).of_linear
+    out = reference.linear_attention(q, k, v, **choices, query_mask=query_mask, token_mask=token_mask)
     _, statistics = linear_ops._fake_forward(q, k, v, query_mask, token_mask, spec, "reference")
     return out.transpose(1, 2), _not_computed(statistics)
 
