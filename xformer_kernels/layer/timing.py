@@ -27,7 +27,7 @@ LONGEST = 0.6
 """Seconds after which no round of probes is begun but the first three."""
 
 
-AGREED = 1.03
+AGREED, ROUNDS = 1.03, 4
 LEAST, ENOUGH = 0.06, 1.0
 """Seconds of calls to choose the form of one layer: before, they are not believed, and after, no round is begun."""
 
@@ -66,23 +66,24 @@ def seconds(prepared: Callable[..., Any], call: Any, o: Operands, block: tuple[A
 
 
 def faster(seconds: Callable[[str], float], estimated: float) -> str:
-    """The form that takes least, of calls in turn, until the two least times of each agree or it has taken ENOUGH.
+    """The form whose fastest call takes less time. The forms are called in turn.
 
-    Where these do not agree, `estimated`, the ratio by the figures, counts as much as the measured one.
+    Stops when the two fastest calls of each form agree, or after ENOUGH seconds. If calls are so long that there are
+    fewer than ROUNDS by then, `estimated`, the ratio of the costs, counts as much as the measured ratio.
     """
     taken: dict[str, list[float]] = {form: [] for form in FORMS}
-    agreed = False
     for i in range(100):
         for form in FORMS[:: 1 if i % 2 else -1]:
             taken[form] = sorted([*taken[form], seconds(form)])
         spent = sum(map(sum, taken.values()))
-        agreed = i >= 3 and spent > LEAST and all(second <= AGREED * first for first, second, *_ in taken.values())
-        if agreed or spent > ENOUGH or spent == 0:
+        if spent > ENOUGH or spent == 0:
+            break
+        if i + 1 >= ROUNDS and spent > LEAST and all(b <= AGREED * a for a, b, *_ in taken.values()):
             break
     gram, direct = (taken[form][0] for form in FORMS)
     if gram == direct:  # by a clock that has stopped too
         return "gram" if estimated < 1 else "direct"
-    return "gram" if gram * (1 if agreed else estimated) < direct else "direct"
+    return "gram" if gram * (1 if i + 1 >= ROUNDS else estimated) < direct else "direct"
 
 
 def measure(dtype: torch.dtype = torch.float32) -> cost.Machine | None:
