@@ -2,17 +2,17 @@
 
     xfa(q, k, v, temperature)        the operator, see its docstring for the formulas
     gram, channel_mix                the two passes it is made of
-    linear_attention                 with a feature map of q and k, normalised or not
-    split_qkv                        q, k and v of a packed projection, whose gradient is then written once
-    xfa_layer, xfa_block             with projections; and with layer norm and residual: two passes over x
+    linear_attention                 linear attention with feature maps of q and k, normalised or not
+    split_qkv                        splits a packed projection into q, k and v; its gradient is then written once
+    xfa_layer, xfa_block             xfa with projections, and with layer norm and residual: two passes over x
     XFA, XFABlock                    the same as modules; XFA has the state dict of timm's XCA
-    integrations.replace_attention   the same for whole models
-    inference                        linear layers and depthwise convolutions with what stands around them, on the CPU
-    flops                            what the ops count as, for torch's flop counter and for fvcore
+    integrations.replace_attention   replaces the attention layers of whole models
+    inference                        linear layers and depthwise convolutions with adjacent operations fused, on the CPU
+    flops                            FLOP counts of the ops, for torch's flop counter and for fvcore
     decompositions                   the ops in PyTorch operators, for exported programs that run without this package
     explain, explain_layer           which backend serves a call, in which form, and why others do not
 
-``python -m xformer_kernels.info`` prints what was built and what runs here.
+``python -m xformer_kernels.info`` prints what was built and which backends run on this machine.
 """
 
 from xformer_kernels import flops, inference, integrations

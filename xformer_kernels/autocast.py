@@ -1,4 +1,4 @@
-"""What torch.autocast means for tokens, weights and regions of the package."""
+"""Autocast rules for tokens and weights."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from xformer_kernels import reference
 
 def _is_on(x: Tensor) -> bool:
     device_type = x.device.type
-    # is_autocast_enabled refuses devices that have no autocast; torch.compile of torch 2.11 cannot trace the question
+    # is_autocast_enabled raises for devices without autocast; torch.compile of torch 2.11 cannot trace
+    # is_autocast_available
     has_autocast = device_type in ("cpu", "cuda") or torch.amp.is_autocast_available(device_type)
     return has_autocast and torch.is_autocast_enabled(device_type)
 
 
 def cast_tokens(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Tokens in the dtype that autocast asks for on the device of x, as it would for a matmul; float64 stays."""
+    """Casts tokens to the autocast dtype of the device of x, as for a matmul; float64 is not cast."""
     if not _is_on(x):
         return x, *others
     dtype = torch.get_autocast_dtype(x.device.type)
@@ -27,7 +28,7 @@ def cast_tokens(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 def cast_weights(x: Tensor, *weights: Any) -> tuple[Any, ...]:
-    """With autocast on, weights of neither the dtype of x nor its accumulate dtype in that of x, as F.linear does."""
+    """With autocast on, casts weights to the dtype of x, as F.linear does, unless they have its accumulate dtype."""
     if not _is_on(x):
         return weights
     accepted = (x.dtype, reference.accumulate_dtype(x.dtype))
@@ -37,7 +38,7 @@ def cast_weights(x: Tensor, *weights: Any) -> tuple[Any, ...]:
 
 
 def disabled(x: Tensor) -> AbstractContextManager[Any]:
-    """A region in which operators compute in the dtypes that they are given."""
+    """Context manager that disables autocast."""
     return torch.autocast(x.device.type, enabled=False) if _is_on(x) else nullcontext()
 
 

@@ -1,6 +1,6 @@
-"""``python -m xformer_kernels.calibrate [--force]``: the figures of this machine by which ``form="auto"`` chooses.
+"""``python -m xformer_kernels.calibrate [--force]``: the figures of this machine from which ``form="auto"`` chooses.
 
-Measures them where no file holds them, and says what they are and where they are kept; see
+Measures them if no file has them, and prints them and where they are kept; see
 :mod:`xformer_kernels.layer.calibration`.
 """
 
@@ -24,7 +24,8 @@ MEANING = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns 1 where nothing could be measured, else 0; that the file cannot be written is said, and no error."""
+    """Returns 1 if nothing could be measured, otherwise 0. If the file cannot be written, a message is printed, and it
+    is not an error."""
     parser = argparse.ArgumentParser(prog="python -m xformer_kernels.calibrate", description=__doc__.split("\n\n")[0])
     parser.add_argument("--force", action="store_true", help="measure again, and forget the forms that were timed")
     force = parser.parse_args(arguments).force

@@ -1,6 +1,6 @@
 """Decompositions of the forward ops into PyTorch operators, for programs that run without this package.
 
-``torch.onnx.export(..., dynamo=True)`` takes them from the table of PyTorch by itself. Other exporters are given them::
+``torch.onnx.export(..., dynamo=True)`` finds them in PyTorch's table. For other exporters, pass them explicitly::
 
     table = torch.export.default_decompositions() | xformer_kernels.decompositions()
     program = torch.export.export(model, args).run_decompositions(table)
@@ -26,7 +26,7 @@ _decompositions: dict[Any, Callable[..., Any]] = {}
 
 
 def decompositions() -> dict[Any, Callable[..., Any]]:
-    """Functions of PyTorch operators that compute the forward ops, by overload: for ``run_decompositions``.
+    """Implementations of the forward ops in PyTorch operators, by overload, for ``run_decompositions``.
 
     They compute the definitions in :mod:`xformer_kernels.reference`. Statistics that an op returns for its backward are
     filled with NaN.

@@ -1,4 +1,4 @@
-"""Which backend serves a call, and every reason why another does not."""
+"""Selects the backend that serves a call, with every reason why others cannot."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from xformer_kernels import backends
 from xformer_kernels.spec import Spec
 
 ENVIRONMENT = "XFORMER_KERNELS_BACKEND"
-"""Environment variable that replaces ``backend="auto"``; read at every call."""
+"""Environment variable that overrides ``backend="auto"``; read at every call."""
 
 
 def names() -> tuple[str, ...]:
-    """The backends in the order in which auto asks them, and the reference."""
+    """The backends in the order in which auto tries them, then the reference."""
     return (*backends.PATHS, "reference")
 
 
@@ -32,7 +32,7 @@ class Explanation:
     """Which backend serves a call and why the others do not. Print it.
 
     ``reasons`` maps every backend to the reasons why it cannot serve the call; an empty list means that it can.
-    ``decisions`` is how the backend that serves it goes about it, where that depends on settings or strides.
+    ``decisions`` describes how the backend computes the call where that depends on settings or strides.
     """
 
     backend: str
@@ -75,7 +75,7 @@ def _against_auto(
 
 
 def _asked(backend: str) -> tuple[str, str]:
-    """The backend to look for, and how to name the wish in messages."""
+    """The requested backend, and its description for messages."""
     if backend == "auto":
         value = os.environ.get(ENVIRONMENT) or "auto"
         if value != "auto" and value not in names():
@@ -85,7 +85,7 @@ def _asked(backend: str) -> tuple[str, str]:
 
 
 def asked(backend: str) -> str:
-    """The name of the backend that a call asks for, by its argument or by the environment, or "auto"."""
+    """The name of the backend requested by the argument or the environment variable, or "auto"."""
     return _asked(backend)[0]
 
 
@@ -100,14 +100,14 @@ def check_name(backend: str) -> None:
 
 
 def _walk(first: str | None) -> tuple[str, ...]:
-    """The backends in the order in which auto asks them."""
+    """The backends in the order in which auto tries them, `first` before all others."""
     return names() if first is None else (first, *(name for name in names() if name != first))
 
 
 def first_asked(q: torch.Tensor, spec: Spec) -> str | None:
-    """The backend that auto asks before all others, for (B, H, N, D) tokens; None for the usual order.
+    """The backend that auto tries before all others, for (B, H, N, D) tokens; None for the usual order.
 
-    In a graph that is compiled for any length the sizes are unknown, and the usual order stands.
+    While compiling, sizes may be symbolic, so the usual order applies.
     """
     if not q.is_cuda or torch.compiler.is_compiling():
         return None
@@ -126,7 +126,7 @@ def explain(
     first: str | None = None,
     tokens: dict[str, torch.Tensor] | None = None,
 ) -> Explanation:
-    """The walk that :func:`choose` takes, with every reason; `tokens`: by name, what the backend reads."""
+    """The choice of :func:`choose` with every reason; `tokens`: the tensors that the backend reads, by name."""
     check_name(backend)
     wanted, how = _asked(backend)
     against = _against_auto if wanted == "auto" else reasons_against
@@ -140,18 +140,18 @@ def explain(
 
 
 def explain_reference(backend: str, reason: str) -> Explanation:
-    """The reference serves, for one reason that every kernel has against the call."""
+    """The explanation where the reference serves, because all kernels are ruled out for the same reason."""
     check_name(backend)
     return Explanation("reference", {name: [reason] * (name != "reference") for name in names()}, _asked(backend)[1])
 
 
 def _loaded(name: str) -> backends.Backend | None:
-    """None for the reference, and for a backend that cannot be imported."""
+    """The backend; None for the reference and for a backend that cannot be imported."""
     return None if name == "reference" else backends.load(name)[0]
 
 
 def fuses(backend: str, spec: Spec) -> bool:
-    """Whether the ``xfa_forward`` of a backend computes `spec`; else it is composed of gram and channel_mix."""
+    """Whether a backend's ``xfa_forward`` supports `spec`; otherwise the call is composed of gram and channel_mix."""
     found = _loaded(backend)
     return found is not None and found.fuses(spec)
 
@@ -160,14 +160,14 @@ def fuses(backend: str, spec: Spec) -> bool:
 def fuses_linear_attention(
     backend: str, feature_maps: tuple[str, str], dtype: torch.dtype, head_dims: tuple[int, int]
 ) -> bool:
-    """Whether a backend has fused linear attention of these tokens; else it is composed of gram and channel_mix."""
+    """Whether a backend has a fused kernel for the call; otherwise it is composed of gram and channel_mix."""
     found = _loaded(backend)
     return found is not None and found.fuses_linear_attention(feature_maps, dtype, head_dims)
 
 
 @torch.compiler.assume_constant_result
 def keeps_layout(backend: str) -> bool:
-    """Whether the results of a backend have the layout of their tokens; else outputs are contiguous (B, N, H, D)."""
+    """Whether a backend's results keep the layout of their tokens; otherwise outputs are contiguous (B, N, H, D)."""
     found = _loaded(backend)
     return found is not None and found.keeps_layout
 
@@ -181,7 +181,7 @@ def has(backend: str, op: str) -> bool:
 
 @torch.compiler.assume_constant_result
 def may_serve(backend: str, device_type: str, dtypes: tuple[torch.dtype, ...], head_dims: tuple[int, ...]) -> bool:
-    """Whether a backend asked for by name, or by the environment, can serve a call; for auto, whether a kernel does."""
+    """Whether the backend requested by name or environment can serve a call; for auto, whether any kernel can."""
     name = asked(backend)
     if name == "auto":
         return choose(backend, device_type, dtypes, head_dims, warn=False) != "reference"
@@ -197,12 +197,12 @@ def choose(
     first: str | None = None,
     warn: bool = True,
 ) -> str:
-    """The name of the backend that serves the call; auto asks `first` before the others.
+    """The name of the backend that serves the call; auto tries `first` before the others.
 
-    Where auto finds none for the CPU but the reference, it warns once, unless the caller only wants to know.
+    If auto finds only the reference on the CPU, it warns once, unless `warn` is False.
 
-    Raises ValueError for an unknown name and RuntimeError, with every reason, when the backend asked for by name (or by
-    the environment) cannot serve it.
+    Raises ValueError for an unknown name, and RuntimeError, with every reason, if the backend requested by name (or by
+    the environment variable) cannot serve the call.
     """
     check_name(backend)
     asked_by_environment = os.environ.get(ENVIRONMENT) if backend == "auto" else None
@@ -210,7 +210,7 @@ def choose(
     name = _chosen.get(key)
     if name is None:
         if _asked(backend)[0] == "auto":
-            # the first that can: later backends are not even imported
+            # the first that can serve the call; later backends are not imported
             name = next(x for x in _walk(first) if not _against_auto(x, device_type, dtypes, head_dims))
             if name == "reference" and device_type == "cpu" and warn:
                 _warn_of_slow_path(explain(backend, device_type, dtypes, head_dims))
@@ -221,7 +221,7 @@ def choose(
 
 
 def _warn_of_slow_path(explanation: Explanation) -> None:
-    """Once for each kind of call: on the CPU the kernels are expected, and their absence must not go unseen."""
+    """Warns once per kind of call, since on the CPU the kernels are expected to be available."""
     warnings.warn(
         f"no kernel of xformer_kernels serves this call, it runs on the slower reference:\n{explanation}\n"
         f"({ENVIRONMENT}=reference chooses the reference without this warning)",
@@ -244,14 +244,14 @@ def kernel(backend: str, op: str) -> Callable[..., Any]:
 
 @torch.compiler.assume_constant_result
 def note(backend: str, op: str) -> None:
-    """Tells every open :func:`record` that `backend` runs `op`."""
+    """Appends (`backend`, `op`) to the list of every active :func:`record`."""
     for record in _records:
         record.append((backend, op))
 
 
 @contextmanager
 def record() -> Iterator[list[tuple[str, str]]]:
-    """Within it, every (backend, op) that runs is appended to the list it gives: for tests and for the curious."""
+    """Context manager that returns a list to which every (backend, op) that runs is appended; for tests."""
     ran: list[tuple[str, str]] = []
     _records.append(ran)
     try:

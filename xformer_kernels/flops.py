@@ -1,7 +1,7 @@
-"""What the ops count as: for ``torch.utils.flop_counter`` (registered here) and for fvcore (:func:`fvcore_handlers`).
+"""FLOP counts of the ops, for ``torch.utils.flop_counter`` (registered here) and fvcore (:func:`fvcore_handlers`).
 
-Counted are the products that the kernels multiply, one multiply-add (MAC) each: fvcore calls that one FLOP,
-torch two. Norms, softmax, layer norm, biases and residuals are not counted.
+Only matrix products are counted, in multiply-adds (MACs): fvcore counts a MAC as one FLOP, torch as two. Norms,
+softmax, layer norm, biases and residuals are not counted.
 
     op                what is counted in MACs, B images, N tokens; H heads of D features; C features in, I = H D, O out
     xfa_forward       q^T k, A v                                      2 B N I D
@@ -9,15 +9,15 @@ torch two. Norms, softmax, layer norm, biases and residuals are not counted.
     gram              a^T b; half of it and the diagonal if symmetric
     linear_attention_forward    phi(k)^T v, phi(q) S
     linear_attention_backward   gradients of S, v, phi(q) and phi(k)
-    gram_and_sum      a^T b, as linear attention needs it
+    gram_and_sum      a^T b, for linear attention
     channel_mix       weight x, weight2 x2
     layer_forward     x^T x, half and the diagonal; M x               B N (C (C + 1) / 2 + C O), and per image
                       W_q S, W_k S, G, A W_v, W_o (A W_v)             B C I (2 C + 2 D + O)
     layer_backward    dy^T x, M^T dy, R x                             B N (2 C O + C^2), and per image
                       the algebra's derivative                        B C I (4 C + 5 D + 2 O)
 
-For ``map="key_value"`` layers multiply ``W_v S`` too. In the direct form of a layer its projections are
-torch's and counted by the counters themselves; the reference is made of matrix products that they know.
+For ``map="key_value"`` layers also multiply ``W_v S``. In the direct form of a layer, the projections are torch's and
+counted by the counters themselves, as are the matrix products of the reference.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def _channel_mix(
 
 
 def _layer(o: Operands, spec: str) -> tuple[int, ...]:
-    """B, N, C, I, D, O, and of how many of q, k and v the Gram matrix is made, or the map's features."""
+    """B, N, C, I, D, O, and how many of q, k and v the Gram matrix and the norms need."""
     (B, N, C), (H, *_), (O, I) = o.x, o.temperature, o.proj_weight  # type: ignore[misc]  # noqa: E741
     return B, N, C, I, I // H, O, 3 if Spec.of_text(spec).map == "key_value" else 2
 
@@ -90,7 +90,7 @@ MACS: dict[str, Callable[..., int]] = {
     "layer_forward": _layer_forward,
     "layer_backward": _layer_backward,
 }
-"""Multiply-adds of an op by its name, from its arguments with shapes in place of tensors."""
+"""By op name, functions that compute the multiply-adds from the op's arguments, with shapes in place of tensors."""
 
 
 def _register(op: str, macs: Callable[..., int]) -> None:
@@ -114,7 +114,7 @@ def fvcore_handlers() -> dict[str, Callable[[list[Any], list[Any]], int]]:
 
 
 def _known(value: Any) -> Any:
-    """Of a value in a traced graph: the shape of a tensor, or the constant."""
+    """The shape of a tensor in a traced graph, or the value of a constant."""
     sizes = value.type().sizes() if isinstance(value.type(), torch.TensorType) else None
     if sizes is not None:
         return sizes

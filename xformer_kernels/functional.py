@@ -1,4 +1,4 @@
-"""What users call: each function checks its arguments, asks dispatch for a backend and calls the op."""
+"""Public functions: each checks its arguments, selects a backend through dispatch and calls the op."""
 
 from __future__ import annotations
 
@@ -30,56 +30,58 @@ def xfa(
     map_fn: Callable[[Tensor], Tensor] | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Cross feature attention: attention whose map is D x D, features against features, and linear in the tokens.
+    """Cross feature attention: attention between features, with a D x D map, linear in the number of tokens.
 
     ::
 
         norm="token"      q^[n,i] = q[n,i] / max(||q[:,i]||, eps)     one norm per feature, over the tokens (default)
         norm="feature"    q^[n,i] = q[n,i] / max(||q[n,:]||, eps)     one norm per token, over the features
-        norm="none"       q^ = q                                      the temperature is all that scales the map
+        norm="none"       q^ = q                                      the map is scaled by the temperature only
         map="query_key"   A = act(temperature * q^T k^)               out[n,i] = sum_j A[i,j] v[n,j]     (default)
         map="key_value"   M = temperature * k^T v                     out[n,j] = sum_i q^[n,i] M[i,j]
 
     ``act`` is the softmax over the key features j, or the identity; it applies to ``map="query_key"`` only. The default
     is XCiT's XCA (arXiv 2106.09681), EdgeNeXt's cross-covariance attention (arXiv 2206.10589) and Restormer's MDTA
     (arXiv 2111.09881). Without norms, ``xfa(k, v, q, D**-0.5)`` is the channel attention of DaViT (arXiv 2204.03645),
-    and ``xfa(q, k, v, N**-0.5)`` that of Florence-2's image encoder. ``key_value`` is our reading of the abstract of
-    XFormer (arXiv 2207.07268), whose formula is not public. The rule for eps is that of
-    :func:`torch.nn.functional.normalize`, gradient included (a norm equal to eps counts as clamped, as it does since
-    torch 2.14); an eps below the smallest normal number of the accumulate dtype (1.2e-38 for float32) is taken as that.
+    and ``xfa(q, k, v, N**-0.5)`` that of Florence-2's image encoder. ``key_value`` is our interpretation of the
+    abstract of XFormer (arXiv 2207.07268), whose formula is not public. eps is applied as in
+    :func:`torch.nn.functional.normalize`, including its gradient (a norm equal to eps counts as clamped, as it does
+    since torch 2.14), but is raised to at least the smallest normal number of the accumulate dtype (1.2e-38 for
+    float32).
 
     Args:
-        q, k, v: (B, H, N, D), one dtype of float32, float64, bfloat16, float16 and one device, of any strides (views
-            of a packed projection are read in place; in training, make them by :func:`split_qkv`).
+        q, k, v: (B, H, N, D), on the same device, with the same dtype: float32, float64, bfloat16 or float16. Any
+            strides (views of a packed projection are read in place; in training, create them with :func:`split_qkv`).
         temperature: (H,), (H, 1, 1) or one element; any floating dtype; learnable.
         map, norm, activation, eps: see the formulas.
-        token_mask: (B, N) bool. False tokens take no part, whatever they hold: their output and gradients are 0.
-        dropout_p: probability in [0, 1) of dropping an entry of the map, whenever it is above 0 (as in
-            ``scaled_dot_product_attention``); the rest is scaled by 1 / (1 - dropout_p).
-        map_fn: replaces ``act`` (and, for ``key_value``, the identity): from the scaled map (B, H, D, D), in the
-            accumulate dtype, to A of the same shape.
-        backend: "auto", or the name of one backend, see :func:`explain`. The environment variable
-            ``XFORMER_KERNELS_BACKEND`` replaces "auto".
+        token_mask: (B, N) bool. Tokens where it is False are ignored, whatever their values: their output and gradients
+            are 0.
+        dropout_p: probability in [0, 1) of dropping an entry of the map. Dropout is applied whenever it is above 0 (as
+            in ``scaled_dot_product_attention``); the remaining entries are scaled by 1 / (1 - dropout_p).
+        map_fn: replaces ``act`` (and, for ``key_value``, the identity): takes the scaled map (B, H, D, D), in the
+            accumulate dtype, and returns A of the same shape.
+        backend: "auto", or the name of a backend, see :func:`explain`. The environment variable
+            ``XFORMER_KERNELS_BACKEND`` overrides "auto".
 
     Returns:
         (B, H, N, D) in the dtype of q: a view of (B, N, H, D) memory, so ``.transpose(1, 2).flatten(2)`` is free. The
         CPU kernels return a view of (B, H, D, N) memory if q, k and v are such views (images). Sums, norms and maps are
-        float32 (float64 for float64), results are deterministic. Where a processor multiplies bfloat16 by bfloat16, the
-        map is rounded to it for that. With autocast on, q, k and v are cast as for ``scaled_dot_product_attention``.
+        float32 (float64 for float64); results are deterministic. On processors that multiply bfloat16 by bfloat16, the
+        map is rounded to bfloat16 first. With autocast on, q, k and v are cast as for ``scaled_dot_product_attention``.
 
-    A float64 temperature beside tokens of another dtype promotes, as in PyTorch: all is computed in float64, of copies
-    of the tokens, and the output is rounded to their dtype.
+    If the temperature is float64 and the tokens are not, the usual type promotion applies: everything is computed in
+    float64, on copies of the tokens, and the output is rounded to the dtype of the tokens.
 
-    Derivatives are of any order: the first by the kernels, higher ones through the reference. The reference also
-    computes what only PyTorch's own operators have rules for, whichever backend is asked for: the transforms of
-    ``torch.func``, forward-mode AD, and tensor subclasses with a ``__torch_dispatch__`` of their own. With ``map_fn``
-    or ``dropout_p`` the call is composed of :func:`gram`, the map and :func:`channel_mix`; ``norm="feature"`` is then
-    computed in eager PyTorch.
+    Differentiable to any order: first derivatives are computed by the kernels, higher ones through the reference. The
+    transforms of ``torch.func``, forward-mode AD, and tensor subclasses that define ``__torch_dispatch__`` are only
+    supported by PyTorch's own operators, so the reference computes them, whichever backend is requested. With
+    ``map_fn`` or ``dropout_p`` the call is composed of :func:`gram`, the map and :func:`channel_mix`;
+    ``norm="feature"`` is then computed in eager PyTorch.
 
     Raises:
-        TypeError: an argument of another type or dtype.
-        ValueError: an argument of another shape, device or value; an unknown backend.
-        RuntimeError: a backend asked for by name cannot serve the call; the message has every reason.
+        TypeError: an argument has an unsupported type or dtype.
+        ValueError: an argument has an invalid shape, device or value; the backend is unknown.
+        RuntimeError: the backend requested by name cannot serve the call; the message lists every reason.
     """
     spec = Spec(map, norm, activation, eps).check()
     q, k, v, temperature = _prepare(q, k, v, temperature, token_mask, dropout_p, map_fn)
@@ -89,7 +91,7 @@ def xfa(
 
 
 class Arguments(NamedTuple):
-    """Those of :func:`xfa`, known to be right, with the temperature as (H,)."""
+    """The checked arguments of :func:`xfa`, with the temperature as (H,)."""
 
     q: Tensor
     k: Tensor
@@ -106,17 +108,17 @@ class Arguments(NamedTuple):
 
     @property
     def fusible(self) -> bool:
-        """Whether an op of a backend that has this Spec computes it; else it is composed."""
+        """Whether a single op can compute the call, if the backend supports the Spec; otherwise it is composed."""
         return self.map_fn is None and self.dropout_p == 0
 
     @property
     def promotes(self) -> bool:
-        """Whether a float64 temperature makes float64 of the tokens."""
+        """Whether a float64 temperature promotes the tokens to float64."""
         return self.temperature.dtype is torch.float64 and self.q.dtype is not torch.float64
 
 
 def prepared(a: Arguments, backend: str) -> Callable[[], Sequence[Tensor]]:
-    """What computes :func:`xfa`: out (B, N, H, D) comes first."""
+    """A callable that computes :func:`xfa`; its first result is out (B, N, H, D)."""
     if a.promotes:
         return partial(_rounded, a, backend)
     q, tensors, fusible = a.q, a.tensors, a.fusible
@@ -151,7 +153,7 @@ def gram(
     sums: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, ...]:
-    """Gram matrix over the tokens, and the sums of squares of every feature, in one pass.
+    """Gram matrix over the tokens, and the sum of squares of each feature, in one pass.
 
     ::
 
@@ -161,9 +163,9 @@ def gram(
     Args:
         a, b: (B, H, N, Da) and (B, H, N, Db), or (B, N, Da) and (B, N, Db); dtypes, strides and device as in
         :func:`xfa`.
-        symmetric: ``b`` is ``a`` itself: half the work, and G is symmetric to the bit.
-        token_mask: (B, N) bool; False tokens take no part.
-        sums: whether to return the sums of every feature too, by PyTorch's ``sum``.
+        symmetric: ``b`` is ``a`` itself: half the work, and G is bitwise symmetric.
+        token_mask: (B, N) bool; tokens where it is False are ignored.
+        sums: whether to also return the sum of each feature, computed by PyTorch's ``sum``.
         backend: see :func:`xfa`.
 
     Returns:
@@ -207,7 +209,7 @@ def channel_mix(
     weight2: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """A small matrix per head applied to every token, with what is usually added to it, in one pass.
+    """Multiplies every token by a small matrix per head, with optional additive terms, in one pass.
 
     ::
 
@@ -218,7 +220,7 @@ def channel_mix(
         :func:`xfa`.
         weight, weight2: (..., O, I) and (..., O, I2), broadcast over batch and heads; in the dtype of x or in float32
             (float64 for float64).
-        bias, add_scale: (..., O), broadcast likewise, in the same dtypes. Without add_scale, ``add`` is added as it is.
+        bias, add_scale: (..., O), broadcast likewise, in the same dtypes. Without add_scale, ``add`` is not scaled.
         add: (B, H, N, O), or (B, N, O), in the dtype of x.
         backend: see :func:`xfa`.
 
@@ -227,7 +229,7 @@ def channel_mix(
         (float64 for float64). Differentiable to any order.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as :func:`xfa`; ValueError if x2 comes without weight2 or add_scale
+        TypeError, ValueError, RuntimeError: as :func:`xfa`; ValueError if x2 is given without weight2 or add_scale
             without add.
     """
     if isinstance(x, Tensor):
@@ -270,9 +272,9 @@ def explain(
     map_fn: Callable[[Tensor], Tensor] | None = None,
     backend: str = "auto",
 ) -> dispatch.Explanation:
-    """Which backend would serve the same call of :func:`xfa`, and every reason why the others do not: print the result.
+    """Which backend would serve the same call of :func:`xfa`, and every reason why the others do not. Print the result.
 
-    Computes nothing. Raises what :func:`xfa` would raise for the same arguments.
+    Computes nothing. Raises the same errors as :func:`xfa` for the same arguments.
     """
     spec = Spec(map, norm, activation, eps).check()
     q, k, v, temperature = _prepare(q, k, v, temperature, token_mask, dropout_p, map_fn)
@@ -297,7 +299,7 @@ def backend_of(
     dims: tuple[int, ...],
     first: str | None = None,
 ) -> str:
-    """The backend that serves a call; the reference where torch's own operations must."""
+    """The backend that serves a call; the reference if only torch's own operations support the tensors."""
     if ops.torch_only(*tensors):
         dispatch.check_name(asked)
         return "reference"
@@ -306,7 +308,7 @@ def backend_of(
 
 
 def _prepare(q: Any, k: Any, v: Any, temperature: Any, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Autocast and checked arguments, with the temperature as (H,)."""
+    """The arguments after autocast and checks, with the temperature as (H,)."""
     if isinstance(q, Tensor):
         q, k, v = autocast.cast_tokens(q, k, v)
     validate.xfa(q, k, v, temperature, *others)
@@ -318,14 +320,14 @@ def _prepare(q: Any, k: Any, v: Any, temperature: Any, *others: Any) -> tuple[Te
 
 
 def shared(t: Tensor, shape: tuple[Any, ...]) -> Tensor:
-    """`t` expanded to `shape`; its gradient is summed in the accumulate dtype, and rounded once."""
+    """`t` expanded to `shape`; its gradient is summed in the accumulate dtype and rounded once."""
     if t.requires_grad:
         t = t.to(reference.accumulate_dtype(t.dtype))
     return t.expand(shape)
 
 
 def head_dims(*tensors: Tensor) -> tuple[int, ...]:
-    """Numbers of features, for dispatch: a graph is compiled for these, and for any number of tokens."""
+    """Numbers of features, for dispatch. Compiled graphs are specialised on these, but not on the number of tokens."""
     return tuple(operator.index(t.shape[-1]) for t in tensors)
 
 
@@ -359,16 +361,16 @@ def _checked_result(map_fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Te
 
 
 def composed(a: Arguments, backend: str, group: Any = None) -> tuple[Tensor]:
-    """out (B, N, H, D) by the two primitives, with the map between them in eager PyTorch.
+    """out (B, N, H, D) from the two primitives, with the map between them computed in eager PyTorch.
 
-    Tokens may be split over a group.
+    Tokens may be split over the ranks of a group.
     """
     spec, mask = a.spec, a.token_mask
-    # v too: its gradient's Gram matrix would meet what masked tokens hold
+    # v too: the Gram matrix of its gradient would read the values of masked tokens
     q, k, v = (reference.masked(x, mask) for x in (a.q, a.k, a.v))
     eps = spec.eps
     if spec.norm == "feature":
-        # an eps that the dtype rounds to 0 would make NaN of a zero norm
+        # an eps that rounds to 0 in this dtype would give NaN for a zero norm
         eps = max(eps, torch.finfo(q.dtype).smallest_normal * torch.finfo(q.dtype).eps)
         q, k = F.normalize(q, dim=-1, eps=eps), F.normalize(k, dim=-1, eps=eps)
     of_qk = spec.map == "query_key"
@@ -393,6 +395,6 @@ def composed(a: Arguments, backend: str, group: Any = None) -> tuple[Tensor]:
 
 
 def _norm(ssq: Tensor, eps: float) -> Tensor:
-    """max(sqrt(ssq), eps) with the gradient of F.normalize: 0, and not NaN, where ssq is 0."""
+    """max(sqrt(ssq), eps) with the gradient of F.normalize: 0 instead of NaN where ssq is 0."""
     zero = ssq == 0
     return torch.where(zero, 0, torch.where(zero, 1, ssq).sqrt()).clamp_min(eps)

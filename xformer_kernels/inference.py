@@ -1,11 +1,11 @@
-"""Linear layers and depthwise convolutions with what stands around them in a network, each in one pass.
+"""Linear layers and depthwise convolutions fused with adjacent normalization, activation and addition, in one pass.
 
-For inference in float32 on x86 processors with AVX2 (csrc/cpu/linear.h, csrc/cpu/depthwise.h). Batch norm is
-multiplied into weights while they are packed, in every call: nothing is kept, so nothing can be out of date.
+For inference in float32 on x86 processors with AVX2 (csrc/cpu/linear.h, csrc/cpu/depthwise.h). Batch norm is folded
+into the weights while they are packed, in every call; nothing is cached, so nothing can become stale.
 
-:func:`linear` and :func:`depthwise` return None where these kernels do not serve: where gradients are recorded or a
-mode, transform or compiler has to see torch's own operations, of other dtypes, devices, layouts or shapes that do not
-agree. Whoever calls them computes by torch then, whose errors say what was wrong.
+:func:`linear` and :func:`depthwise` return None if these kernels do not support the call: if autograd records it, if a
+mode, transform or compiler must observe torch's own operators, or for other dtypes, devices, layouts or mismatched
+shapes. Callers then compute with torch, which raises the appropriate errors.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from torch import Tensor
 from xformer_kernels import backends, dispatch, ops
 
 LEVELS = ("x86_64_v3", "x86_64_v4")
-"""Instruction levels at which they serve: those with fused multiply-adds."""
+"""Instruction levels for which the kernels exist: those with fused multiply-adds."""
 FEWEST_TOKENS = 16
-"""Below, packing the weight would be most of the work."""
+"""With fewer tokens, packing the weight would dominate the time."""
 WIDEST = 1024
-"""Features of x beyond which a blocked sum, as torch's, is more accurate than one term after another."""
+"""Features of x above which a blocked sum, as in torch, is more accurate than the kernels' sequential sum."""
 
 
 class BatchNorm(NamedTuple):
-    """Running statistics and affine numbers of features: ``weight (z - mean) / sqrt(variance + eps) + bias``."""
+    """Running statistics and affine parameters of features: ``weight (z - mean) / sqrt(variance + eps) + bias``."""
 
     mean: Tensor
     variance: Tensor
@@ -37,7 +37,7 @@ class BatchNorm(NamedTuple):
 
 
 class LayerNorm(NamedTuple):
-    """Of each row over its features, as ``torch.nn.functional.layer_norm``."""
+    """Layer norm of each row over its features, as in ``torch.nn.functional.layer_norm``."""
 
     weight: Tensor | None
     bias: Tensor | None
@@ -51,11 +51,11 @@ def _kernels() -> Any:
 
 
 KERNELS: Any = _kernels()
-"""The module of the kernels, or None."""
+"""The module with the kernels; None if they are not available."""
 
 
 def eager_float32(x: Tensor, weight: Tensor) -> bool:
-    """Whether both are dense float32 on the CPU, and nothing records, casts or compiles what is done with them."""
+    """Whether both are dense float32 on the CPU, without autograd, autocast or compilation."""
     return (
         not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
@@ -67,7 +67,7 @@ def eager_float32(x: Tensor, weight: Tensor) -> bool:
 
 
 def asked(x: Tensor, weight: Tensor) -> bool:
-    """Whether the kernels are asked for products of x and a weight, if no mode or transform has to see these."""
+    """Whether the kernels should compute products of x and weight, provided that no mode or transform is active."""
     return (
         KERNELS is not None
         and eager_float32(x, weight)
@@ -85,7 +85,7 @@ def linear(
     hard_swish: bool = False,
     add: Tensor | None = None,
 ) -> Tensor | None:
-    """``act(batch_norm(layer_norm(x) weight^T + bias)) + add``; what is not given is left out.
+    """``act(batch_norm(layer_norm(x) weight^T + bias)) + add``; operations whose argument is not given are skipped.
 
     Args:
         x: (..., I), contiguous, of :data:`FEWEST_TOKENS` rows or more; I at most :data:`WIDEST`.
@@ -94,7 +94,7 @@ def linear(
         hard_swish: whether act is ``z relu6(z + 3) / 6``. add: (..., O), contiguous.
 
     Returns:
-        (..., O), contiguous; None where the kernels do not serve.
+        (..., O), contiguous; None if the kernels do not support the call.
     """
     if not _may_serve(x, weight, bias, add, batch_norm, layer_norm) or weight.dim() != 2 or x.dim() == 0:
         return None
@@ -131,7 +131,7 @@ def depthwise(
         batch_norm, hard_swish: as in :func:`linear`.
 
     Returns:
-        (B, C, ceil(H / stride), ceil(W / stride)) in channels_last memory; None where the kernels do not serve.
+        (B, C, ceil(H / stride), ceil(W / stride)) in channels_last memory; None if the kernels do not support the call.
     """
     if not _may_serve(x, weight, bias, None, batch_norm, None) or weight.dim() != 4 or x.dim() != 4:
         return None
@@ -159,7 +159,7 @@ def _may_serve(
     batch_norm: BatchNorm | None,
     layer_norm: LayerNorm | None,
 ) -> bool:
-    """Whether the kernels are asked, and may be called with these tensors' memory."""
+    """Whether the kernels should compute the call and may read the memory of these tensors directly."""
     norms: list[Tensor | None] = []
     if batch_norm is not None:
         _check_kind("batch_norm", batch_norm, BatchNorm)
@@ -176,7 +176,7 @@ def _check_kind(name: str, value: Any, kind: type[BatchNorm | LayerNorm]) -> Non
 
 
 def are(shape: tuple[int, ...], *tensors: Tensor | None) -> bool:
-    """Whether each is None, or of this shape, contiguous and of float32 on the CPU."""
+    """Whether each is None, or a contiguous float32 CPU tensor of this shape."""
     for t in tensors:
         if t is not None and not (t.shape == shape and t.dtype is torch.float32 and t.is_cpu and t.is_contiguous()):
             return False
@@ -184,5 +184,5 @@ def are(shape: tuple[int, ...], *tensors: Tensor | None) -> bool:
 
 
 def _normalises(features: int, norm: BatchNorm | None) -> bool:
-    """Whether it is None, or of so many features."""
+    """Whether `norm` is None, or a batch norm over this number of features."""
     return norm is None or (norm.mean is not None and norm.variance is not None and are((features,), *norm[:4]))

@@ -1,7 +1,7 @@
-"""``python -m xformer_kernels.info [--json]``: versions, what was built with what, and what runs here.
+"""``python -m xformer_kernels.info [--json]``: versions, build information, and the backends that run on this machine.
 
-Backends that are off are listed with the reason; a compiled module that is there and cannot be loaded is reported with
-the loader's own words.
+Unavailable backends are listed with the reason; for a compiled module that exists but cannot be loaded, the loader's
+error is reported.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PACKAGE = Path(xformer_kernels.__file__).parent
 
 
 def collect() -> dict[str, Any]:
-    """Everything that is printed, as plain data."""
+    """The printed information as plain data."""
     return {
         "versions": {
             "xformer_kernels": xformer_kernels.__version__,
@@ -52,7 +52,7 @@ def _version(package: str) -> str:
 
 
 def _gpu() -> dict[str, Any]:
-    """The GPU that torch sees, and the backends for it, or that there is none."""
+    """The GPU that torch detects and the backends for it, or that there is no GPU."""
     if not torch.cuda.is_available():
         return {"device": "none that torch sees"}
     reasons = {name: dispatch.reasons_against(name, "cuda", (torch.float32,), (32,)) for name in dispatch.names()}
@@ -64,7 +64,7 @@ def _gpu() -> dict[str, Any]:
 
 
 def processor_name() -> str:
-    """The processor's own name where the system tells it."""
+    """The processor's model name, if the system provides it."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -75,7 +75,7 @@ def processor_name() -> str:
 
 
 def _compiled(name: str, note_of_build: str) -> dict[str, Any]:
-    """A compiled module's facts about itself, or why it is not in use."""
+    """The build information of a compiled module, or why it is not used."""
     try:
         module = importlib.import_module(f"xformer_kernels.{name}")
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""Linear attention with a feature map and an optional denominator: one op, or composed of gram and channel_mix."""
+"""Linear attention with a feature map and an optional denominator: a single op, or gram and channel_mix."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def linear_attention(
     token_mask: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Linear attention: a feature map of queries and keys in place of the softmax over tokens, and a D x Dv matrix.
+    """Linear attention: feature maps of queries and keys replace the softmax over tokens; the state is D x Dv.
 
     ::
 
@@ -38,34 +38,35 @@ def linear_attention(
         "relu"                phi(x) = max(x, 0)                       EfficientViT's LiteMLA, Sana, DC-AE
         "elu1"                phi(x) = elu(x) + 1                      LoFTR
         "softmax_features"    phi(x)[n,i] = exp(x[n,i]) / sum_j exp(x[n,j])
-        "softmax_tokens"      phi(x)[n,i] = exp(x[n,i]) / sum_m exp(x[m,i]), of k only
+        "softmax_tokens"      phi(x)[n,i] = exp(x[n,i]) / sum_m exp(x[m,i]), for k only
 
     Args:
         q: (B, H, N, D).
-        k, v: (B, H, M, D) and (B, H, M, Dv). One dtype of float32, float64, bfloat16, float16 and one device with q, of
-            any strides.
-        feature_map: the name of phi_q and phi_k, or the pair of both. "softmax_tokens" is short for
+        k, v: (B, H, M, D) and (B, H, M, Dv). q, k and v are on the same device and have the same dtype: float32,
+            float64, bfloat16 or float16. Any strides.
+        feature_map: the name of both phi_q and phi_k, or a pair of names. "softmax_tokens" is short for
             ("softmax_features", "softmax_tokens"), as in Efficient Attention (arXiv 1812.01243).
         normalize: whether to divide by the denominator.
-        scale: a factor of the output; it does not multiply the denominator.
-        eps: above 0, added to the denominator. An eps below the smallest normal number of the accumulate dtype (1.2e-38
-            for float32) is taken as that.
-        query_mask: (B, N) bool. The output and the gradient of q are 0 where it is False, whatever q holds there.
-        token_mask: (B, M) bool. False tokens of k and v take no part, whatever they hold: their gradients are 0.
+        scale: multiplies the output, not the denominator.
+        eps: above 0, added to the denominator. It is raised to at least the smallest normal number of the accumulate
+            dtype (1.2e-38 for float32).
+        query_mask: (B, N) bool. Where it is False, the output and the gradient of q are 0, whatever the values of q.
+        token_mask: (B, M) bool. Tokens of k and v where it is False are ignored, whatever their values: their gradients
+            are 0.
         backend: see :func:`xfa`.
 
     Returns:
-        (B, H, N, Dv) in the dtype of q, a view of memory as that of :func:`xfa`. Numerators, denominators, S and z are
-        float32 (float64 for float64). Where the call is composed of :func:`gram` and :func:`channel_mix`, feature maps
-        of 16-bit keys are rounded to their dtype.
+        (B, H, N, Dv) in the dtype of q, with the memory layout that :func:`xfa` returns. Numerators, denominators, S
+        and z are float32 (float64 for float64). If the call is composed of :func:`gram` and :func:`channel_mix`, the
+        feature maps of 16-bit keys are rounded to the dtype of the keys.
 
-    Derivatives are of any order. Autocast, the transforms of ``torch.func`` and tensor subclasses are treated as by
+    Differentiable to any order. Autocast, the transforms of ``torch.func`` and tensor subclasses are handled as in
     :func:`xfa`.
 
     Raises:
-        TypeError: an argument of another type or dtype.
-        ValueError: an argument of another shape, device or value; an unknown backend or feature map.
-        RuntimeError: a backend asked for by name cannot serve the call; the message has every reason.
+        TypeError: an argument has an unsupported type or dtype.
+        ValueError: an argument has an invalid shape, device or value; the backend or feature map is unknown.
+        RuntimeError: the backend requested by name cannot serve the call; the message lists every reason.
     """
     spec = Spec.of_linear_attention(feature_map, normalize, scale, eps)
     if isinstance(q, Tensor):
@@ -77,7 +78,7 @@ def linear_attention(
     if dispatch.fuses_linear_attention(name, spec.feature_maps, q.dtype, (D, Dv)):
         out = ops.call("linear_attention_forward", name, (q, k, v), query_mask, token_mask, spec)[0]
         return out.transpose(1, 2)
-    if normalize and name != "reference":  # composed, the denominator is one feature more
+    if normalize and name != "reference":  # in the composed form the denominator is one extra feature
         name = functional.backend_of(backend, (q, k, v), (q.dtype,), (D, Dv + 1))
     with autocast.disabled(q):
         if name == "reference":
@@ -103,7 +104,7 @@ def _composed(
         features = _exponentials(k, token_mask)
     else:
         features = _features(k, of_k, dtype)
-        if of_k not in ("identity", "relu"):  # which keep the zeros of masked tokens
+        if of_k not in ("identity", "relu"):  # these two map the zeros of masked tokens to zeros
             features = reference.masked(features, token_mask)
     S, z = linear_ops.gram_and_sum(features, v, backend)
     if of_k == "softmax_tokens":
@@ -111,7 +112,8 @@ def _composed(
         S, z = S / torch.where(some, z, 1).unsqueeze(-1), some.to(z.dtype)
     weight = (S if spec.scale == 1 else S * spec.scale).transpose(-2, -1)
     if spec.normalize:
-        # one feature more, the denominator; wide, as a float16 numerator overflows where the quotient does not
+        # the denominator is one extra feature; in the wide dtype, as a float16 numerator can overflow although the
+        # quotient does not
         weight = torch.cat((weight, z.unsqueeze(-2)), -2)
         bias = F.pad(z.new_full((1,), spec.eps), (v.shape[-1], 0)).expand(weight.shape[:-1])
         both = ops.channel_mix(backend, _features(q, of_q, wide), weight, bias)
@@ -123,13 +125,13 @@ def _composed(
 
 def _features(x: Tensor, name: str, dtype: torch.dtype) -> Tensor:
     """phi(x) in `dtype`, rounded once."""
-    if name not in ("identity", "relu"):  # which are exact in any dtype
+    if name not in ("identity", "relu"):  # these two are exact in any dtype
         x = x.to(reference.accumulate_dtype(x.dtype))
     return reference.features(x, name).to(dtype)
 
 
 def _exponentials(k: Tensor, token_mask: Tensor | None) -> Tensor:
-    """The softmax over tokens before its division, which would leave less than float16 holds of each of many tokens."""
+    """The softmax over tokens without its division: for many tokens, the quotients would underflow in float16."""
     wide = k.to(reference.accumulate_dtype(k.dtype))
     if token_mask is not None:
         wide = torch.where(token_mask[:, None, :, None], wide, float("-inf"))
@@ -139,7 +141,7 @@ def _exponentials(k: Tensor, token_mask: Tensor | None) -> Tensor:
 
 
 def _validate(q: Any, k: Any, v: Any, query_mask: Any, token_mask: Any) -> None:
-    """The tensors of linear_attention."""
+    """Checks the tensors of linear_attention."""
     validate.tensor("q", q)
     if q.dim() != 4:
         raise ValueError(f"q must have 4 dimensions, (B, H, N, D), got {q.dim()}: {tuple(q.shape)}")

@@ -1,13 +1,13 @@
-"""The ops of linear attention, and what it is composed of beside ``channel_mix`` where a backend has not fused it.
+"""The ops of linear attention, and ``gram_and_sum``, used with ``channel_mix`` if a backend has no fused kernel.
 
-    linear_attention_forward   -> (out, stats)      out (B, N, H, Dv) as of xfa_forward; stats: what the same backend's
-                                                    backward needs
+    linear_attention_forward   -> (out, stats)      out (B, N, H, Dv) as in xfa_forward; stats: read by the same
+                                                    backend's backward
     linear_attention_backward  -> (dq, dk, dv)      (B, H, N, D), (B, H, M, D), (B, H, M, Dv): each in (B, N, H, D)
-                                                    memory, or in (B, H, D, N) memory where its input is channel-major;
-                                                    with ``packed`` views of one buffer, as of xfa_backward
+                                                    memory, or in (B, H, D, N) memory if its input is channel-major;
+                                                    with ``packed``, views of one buffer, as in xfa_backward
     gram_and_sum               -> (G, sum_a)        G[i,j] = sum_n a[n,i] b[n,j], sum_a[i] = sum_n a[n,i]
 
-Tokens, backends and what is eager are as in :mod:`xformer_kernels.ops`.
+Tokens, backends and eager calls are as in :mod:`xformer_kernels.ops`.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class _LinearAttention(torch.autograd.Function):
 
 
 class _LinearAttentionBackward(torch.autograd.Function):
-    """Its own backward is autograd's, of the reference in the accumulate dtype: right to any order."""
+    """Its own backward applies autograd to the reference in the accumulate dtype: differentiable to any order."""
 
     @staticmethod
     def forward(
@@ -145,13 +145,13 @@ ops.register("gram_and_sum", _fake, _GramAndSum, ("a", "b"), _compute)
 
 
 def quotient(x: Tensor) -> Tensor:
-    """All features of (B, H, N, D + 1) tokens but the last, divided by the last: (B, H, N, D), token-major."""
+    """The first D features of (B, H, N, D + 1) tokens, divided by the last: (B, H, N, D), token-major."""
     y: Tensor = _Quotient.apply(x.transpose(1, 2))
     return y.transpose(1, 2)
 
 
 class _Quotient(torch.autograd.Function):
-    """Its gradient is one tensor, written once: autograd's of two slices would be the sum of two padded ones."""
+    """Writes its gradient once; autograd of two slices would add two zero-padded tensors."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""What calling a module runs, and so whether a fused computation may take its place.
+"""Checks of what calling a module runs, and thus whether a fused computation may replace it.
 
-A module is fused only if everything that torch would run inside it is exactly the class and state that the fusion
-reproduces; otherwise it is called.
+A module is fused only if everything that torch would run inside it has exactly the class and state that the fused
+computation reproduces; otherwise it is called.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from xformer_kernels.torch_internals import GLOBAL_HOOKS, calls_more_than_forwar
 
 
 def has_global_hooks() -> bool:
-    """Whether torch calls a hook for every module.
+    """Whether global module hooks are registered.
 
-    Those of :class:`torch.utils.module_tracker.ModuleTracker` do not count: they only note names, so that
-    ``FlopCounterMode`` counts what runs without it.
+    Hooks of :class:`torch.utils.module_tracker.ModuleTracker` are ignored: they only record names, and
+    ``FlopCounterMode`` should count the same operations that run without it.
     """
     forward, forward_pre, backward, backward_pre = GLOBAL_HOOKS
     if not (forward or forward_pre or backward or backward_pre):
@@ -46,7 +46,7 @@ def runs_forward_of(module: Any, *kinds: type[nn.Module], forward: Any = None) -
 
 
 def dropout_p(module: Any) -> float | None:
-    """The probability with which a module drops elements, as in ``F.dropout``; None: it must be called."""
+    """The probability with which a module drops elements, as in ``F.dropout``; None: the module must be called."""
     if runs_forward_of(module, nn.Identity):
         return 0.0
     if not runs_forward_of(module, nn.Dropout):
@@ -56,9 +56,9 @@ def dropout_p(module: Any) -> float | None:
 
 
 def drops_no_path(module: Any) -> bool:
-    """Whether calling a drop path module returns its input and does nothing else; True for None."""
+    """Whether calling a drop path module only returns its input; True for None."""
     if module is None or runs_forward_of(module, nn.Identity):
         return True
-    # a module of timm's can only be here if timm is loaded
+    # the module can only be timm's if timm is loaded
     timms = getattr(sys.modules.get("timm.layers.drop"), "DropPath", None)
     return timms is not None and runs_forward_of(module, timms) and not (module.training and module.drop_prob > 0)

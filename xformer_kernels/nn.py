@@ -1,4 +1,4 @@
-"""The drop-in layer, and the half block around it."""
+"""XFA and XFABlock: the drop-in attention layer, and the half block around it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from xformer_kernels.modules import dropout_p, runs_forward_of
 from xformer_kernels.packed import heads_of
 from xformer_kernels.spec import Spec
 
-torch.fx.wrap("xfa_layer")  # a node of its own in the graphs of torch.fx.symbolic_trace
+torch.fx.wrap("xfa_layer")  # torch.fx.symbolic_trace records it as a single node
 
 
 class XFA(nn.Module):
@@ -28,26 +28,26 @@ class XFA(nn.Module):
 
         q, k, v = split(qkv(x));  y = proj_drop(proj(xfa(q, k, v, temperature)))
 
-    computed by :func:`xformer_kernels.xfa_layer`, which does not make q, k and v where that costs less.
+    computed by :func:`xformer_kernels.xfa_layer`, which does not materialise q, k and v if that is cheaper.
 
-    A drop-in for timm's ``XCA``: same constructor, same state dict (``temperature``, ``qkv.weight``[, ``qkv.bias``],
-    ``proj.weight``, ``proj.bias``), same numbers.
+    A drop-in replacement for timm's ``XCA``: same constructor, same state dict (``temperature``, ``qkv.weight``[,
+    ``qkv.bias``], ``proj.weight``, ``proj.bias``), same results.
 
     Args:
         dim: features C of a token, a multiple of ``num_heads``.
-        num_heads: heads H; each has C / H features and a temperature of its own.
+        num_heads: heads H; each has C / H features and its own temperature.
         qkv_bias: whether the projection to q, k, v has a bias.
-        attn_drop: dropout on the map, in training.
-        proj_drop: dropout on the result, in training.
+        attn_drop: dropout probability for the map, in training.
+        proj_drop: dropout probability for the output, in training.
         map, norm, activation, backend: as in :func:`xformer_kernels.xfa`.
         form: "auto", "gram" or "direct", as in :func:`xformer_kernels.xfa_layer`.
         device, dtype: of the parameters, as in :class:`torch.nn.Linear`.
 
-    Submodules that were replaced or have hooks are called: ``qkv`` and ``proj`` (the form is "direct" then) and
-    ``attn_drop``, which is given the map (B, H, D, D) in the dtype of q. So are all under global module hooks.
+    Submodules that were replaced or have hooks are called: ``qkv`` and ``proj`` (the form is then "direct") and
+    ``attn_drop``, which receives the map (B, H, D, D) in the dtype of q. With global module hooks, all are called.
 
     Raises:
-        TypeError, ValueError: at construction for a bad argument; in ``forward`` for an x that is not (B, N, C).
+        TypeError, ValueError: at construction if an argument is invalid; in ``forward`` if x is not (B, N, C).
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class XFA(nn.Module):
     def forward(self, x: Tensor, token_mask: Tensor | None = None, group: Any = None) -> Tensor:
         """x (B, N, C) to (B, N, C).
 
-        token_mask (B, N) bool: False tokens take no part in the attention. group: tokens are split over its ranks.
+        token_mask (B, N) bool: the attention ignores tokens where it is False. group: tokens are split over its ranks.
         """
         if isinstance(x, torch.fx.Proxy):
             y = xfa_layer(x, *self.weights(), **self._traced_call(token_mask, group).keywords())
@@ -98,15 +98,15 @@ class XFA(nn.Module):
         return result
 
     def weights(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None]:
-        """In the order of :func:`xformer_kernels.xfa_layer`."""
+        """The weights in the order of :func:`xformer_kernels.xfa_layer`."""
         return weights(self)
 
     def call(self, token_mask: Tensor | None = None, group: Any = None) -> Call:
-        """The choices of the constructor as :func:`attend` takes them."""
+        """The constructor's options in the form that :func:`attend` takes."""
         return Call(self.spec, token_mask, 0.0, self.form, group, self.backend)
 
     def _traced_call(self, token_mask: Tensor | None, group: Any) -> Call:
-        """For torch.fx, whose graph calls xfa_layer; what it must not leave out cannot be traced."""
+        """The call for torch.fx, whose graph calls xfa_layer; raises if that would skip replaced modules or hooks."""
         p = dropout_p(self.attn_drop)
         if p is None or not has_plain_projections(self):
             raise NotImplementedError(
@@ -115,7 +115,7 @@ class XFA(nn.Module):
         return self.call(token_mask, group)._replace(dropout_p=p)
 
     def no_weight_decay(self) -> set[str]:
-        """Parameters that an optimiser should not decay (timm's convention)."""
+        """Parameters that an optimizer should not decay (timm's convention)."""
         return {"temperature"}
 
     def extra_repr(self) -> str:
@@ -134,8 +134,8 @@ class XFABlock(nn.Module):
     Args:
         dim, num_heads, qkv_bias, attn_drop, proj_drop, map, norm, activation, form, backend, device,
             dtype: as in :class:`XFA`.
-        ln_eps: of the layer norm.
-        layer_scale: initial value of the layer scale; None: without it.
+        ln_eps: eps of the layer norm.
+        layer_scale: initial value of the layer scale; None: no layer scale.
 
     Raises:
         TypeError, ValueError: as :class:`XFA`.
@@ -176,9 +176,9 @@ class XFABlock(nn.Module):
 
 
 def weights(layer: Any) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None]:
-    """Of a module with the parameters of timm's ``XCA``, in the order of :func:`xformer_kernels.xfa_layer`.
+    """The weights of a module with the parameters of timm's ``XCA``, in the order of :func:`xformer_kernels.xfa_layer`.
 
-    A temperature of one element is that of all heads.
+    A temperature of one element applies to all heads.
     """
     temperature = layer.temperature
     if isinstance(temperature, Tensor) and temperature.numel() == 1 and temperature.shape != (layer.num_heads, 1, 1):
@@ -188,14 +188,14 @@ def weights(layer: Any) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor |
 
 
 def has_plain_projections(layer: Any) -> bool:
-    """Whether calling qkv and proj runs nothing but torch's linear layer."""
+    """Whether calling qkv and proj runs only torch's linear layer."""
     return runs_forward_of(layer.qkv, nn.Linear) and runs_forward_of(layer.proj, nn.Linear)
 
 
 def attend(layer: Any, x: Tensor, call: Call) -> Tensor:
     """``proj(xfa(split(qkv(x)), temperature))`` of a module with the parameters and submodules of timm's ``XCA``.
 
-    From the weights alone where calling qkv, attn_drop and proj runs nothing but torch's own forward; else the direct
+    Computed from the weights if calling qkv, attn_drop and proj runs only torch's own forward; otherwise in the direct
     form, which calls them.
     """
     _check_tokens(x, layer, call)
@@ -210,16 +210,16 @@ def attend(layer: Any, x: Tensor, call: Call) -> Tensor:
 
 
 def _check_tokens(x: Any, layer: Any, call: Call) -> None:
-    if call.group is not None:  # the op checks, so that an error on one rank is raised on all
+    if call.group is not None:  # xfa_layer checks, so that every rank raises
         return
     validate.tensor("x", x)
-    C = getattr(layer.qkv, "in_features", x.shape[-1])  # other modules than nn.Linear have none
+    C = getattr(layer.qkv, "in_features", x.shape[-1])  # only nn.Linear has this attribute
     if x.dim() != 3 or x.shape[-1] != C:
         raise ValueError(f"x must have shape (B, N, C) with C = {C}, got {tuple(x.shape)}")
 
 
 def _may_skip_checks(layer: Any, x: Any, call: Call) -> bool:
-    """Whether all is as the constructor made it: then x is all that needs to be looked at, and it is right."""
+    """Whether the weights are as the constructor made them and x matches them, so that full checks are unnecessary."""
     weight = layer.qkv.weight
     return (
         call.group is None
@@ -233,7 +233,7 @@ def _may_skip_checks(layer: Any, x: Any, call: Call) -> bool:
 
 
 def _through_modules(layer: Any, x: Tensor, call: Call, p: float | None) -> Tensor:
-    """The direct form, by calling qkv and proj, and attn_drop if `p` is None."""
+    """The direct form, which calls qkv and proj, and attn_drop if `p` is None."""
     if call.form == "gram" or call.group is not None:
         with parallel.together(call.group, x):
             raise ValueError(
@@ -265,7 +265,7 @@ def half_block(
     token_mask: Tensor | None = None,
     group: Any = None,
 ) -> Tensor:
-    """``x + drop_path(layer_scale * attn(norm(x)))`` of an :class:`XFA`: fused where its parts allow it."""
+    """``x + drop_path(layer_scale * attn(norm(x)))`` of an :class:`XFA`; fused if its submodules allow it."""
     if isinstance(attn, XFA) and runs_forward_of(attn, XFA) and not isinstance(x, torch.fx.Proxy):
         call = attn.call(token_mask, group)
         _check_tokens(x, attn, call)
@@ -278,9 +278,9 @@ def half_block(
 
 
 def may_fuse(norm: Any, attn: Any, layer_scale: Any) -> bool:
-    """Whether ``layer_scale * attn(norm(x))`` runs nothing but the forwards that :func:`fused_half_block` reproduces.
+    """Whether ``layer_scale * attn(norm(x))`` runs only the forwards that :func:`fused_half_block` reproduces.
 
-    `attn` is known to compute :func:`attend`.
+    `attn` must compute :func:`attend`.
     """
     return (
         runs_forward_of(norm, nn.LayerNorm)
@@ -297,7 +297,7 @@ def may_fuse(norm: Any, attn: Any, layer_scale: Any) -> bool:
 def fused_half_block(
     x: Tensor, norm: Any, attn: Any, layer_scale: Tensor | None, drop_path: nn.Module | None, call: Call
 ) -> Tensor:
-    """``x + drop_path(layer_scale * attn(norm(x)))`` by :func:`xformer_kernels.xfa_block`, where :func:`may_fuse`."""
+    """``x + drop_path(layer_scale * attn(norm(x)))`` by :func:`xformer_kernels.xfa_block`, if :func:`may_fuse`."""
     residual = drop_path is None
     call = call._replace(dropout_p=dropout_p(attn.attn_drop) or 0.0)
     if _may_skip_checks(attn, x, call):

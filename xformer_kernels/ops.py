@@ -1,21 +1,22 @@
-"""The ops as torch sees them: schemas, kernels, fakes, autograd and autocast; and :func:`call`, which runs one.
+"""Registration of the ops: schemas, kernels, fakes, autograd and autocast; and :func:`call`, which runs an op.
 
     xfa_forward  -> (out, stats)             xfa_backward -> (dqkv, dtemperature)
     gram         -> (G, ssq_a, ssq_b)        channel_mix  -> y
 
-Tokens are (B, H, N, D) of any strides, temperature is (H,), token_mask (B, N) bool, weights (B, H, O, I), bias and
-add_scale (B, H, O). ``out`` and ``y`` are (B, N, H, D), contiguous, but ``out`` of a backend that keeps layouts (see
-:class:`xformer_kernels.backends.layouts.Results`): callers transpose them outside of the autograd.Function, whose
-results may be modified in place only if they are no views. ``stats`` is one (B, H, D * D + 2 * D) tensor in the
-accumulate dtype, meant for the same backend's backward: nothing of size N is saved. ``dqkv`` is one (3, B, N, H, D)
-tensor: allocators reuse one large buffer where they give three back to the system. With ``packed``, which the
-autograd.Function passes in plain eager mode where q, k and v are parts of one packed tensor, a backend that keeps
-layouts gives it the memory order of that tensor.
+Tokens are (B, H, N, D) with any strides, temperature is (H,), token_mask (B, N) bool, weights (B, H, O, I), bias and
+add_scale (B, H, O). ``out`` and ``y`` are (B, N, H, D), contiguous except for ``out`` of a backend that keeps layouts
+(see :class:`xformer_kernels.backends.layouts.Results`). Callers transpose them outside of the autograd.Function, whose
+results may be modified in place only if they are not views. ``stats`` is one (B, H, D * D + 2 * D) tensor in the
+accumulate dtype, read only by the same backend's backward: no additional tensor of size N is saved. ``dqkv`` is one
+(3, B, N, H, D) tensor, because allocators tend to reuse one large buffer but return three to the system. With
+``packed``, which the autograd.Function sets in plain eager mode if q, k and v are parts of one packed tensor, a backend
+that keeps layouts gives ``dqkv`` the memory order of that tensor.
 ``spec`` is the text of a :class:`xformer_kernels.spec.Spec`. ``backend`` names a kernel backend; the reference is not
-behind an op.
+called through an op.
 
-The arguments of an op are its operands (the tensors that may have gradients), then what else there is, then the
-backend. A backend's function takes the first two, with the Spec itself; an autograd.Function takes the backend first.
+The arguments of an op are its operands (the tensors that may have gradients), then the other arguments, then the
+backend. A backend's function takes the first two groups, with a Spec in place of its text; an autograd.Function takes
+the backend first.
 """
 
 from __future__ import annotations
@@ -60,9 +61,10 @@ _PLAIN = (Tensor, Parameter)
 
 
 def plain(*tensors: Tensor | None) -> bool:
-    """True if nothing but the kernel has to see this call.
+    """True if the kernel can be called directly, without the dispatcher.
 
-    No compiler, tracer, mode or transform, no tensor subclass, no view that negates its memory's numbers.
+    This requires that no compiler, tracer, mode or transform is active, and that no tensor is a subclass or a negated
+    view (``Tensor.is_neg``).
     """
     if (
         torch.compiler.is_compiling()
@@ -74,17 +76,17 @@ def plain(*tensors: Tensor | None) -> bool:
     ):
         return False
     for t in tensors:
-        # gradients that torch.autograd.grad batches (is_grads_batched) have the type Tensor too
+        # batched gradients of torch.autograd.grad(is_grads_batched=True) have the type Tensor as well
         if t is not None and (type(t) not in _PLAIN or t.is_neg() or internals.is_legacy_batched(t)):
             return False
     return True
 
 
 def torch_only(*tensors: Tensor | None) -> bool:
-    """Whether torch's own operations must compute this call, because they alone have rules for it.
+    """Whether this call must be computed by torch's own operators, because only they support it.
 
-    Under the transforms of torch.func (vmap, grad, jvp) and forward-mode AD, and for tensor subclasses with a
-    ``__torch_dispatch__`` of their own: quantized weights, DTensor.
+    True under the transforms of torch.func (vmap, grad, jvp) and forward-mode AD, and for tensor subclasses that define
+    ``__torch_dispatch__``: quantized weights, DTensor.
     """
     for t in tensors:
         if t is not None and type(t) not in _PLAIN and _dispatches(type(t)):
@@ -93,18 +95,18 @@ def torch_only(*tensors: Tensor | None) -> bool:
 
 
 def _dispatches(kind: type[Tensor]) -> bool:
-    """Whether a tensor subclass decides what operators do; torch's own FakeTensor and FunctionalTensor know ours."""
+    """Whether a subclass overrides operators; torch's own FakeTensor and FunctionalTensor support our ops."""
     own = kind.__torch_dispatch__ is not Tensor.__torch_dispatch__  # type: ignore[comparison-overlap]
     return own and not kind.__module__.startswith("torch._subclasses.")
 
 
 def wants_grad(*tensors: Any) -> bool:
-    """Whether autograd records a call of these; what is no tensor counts as one without a gradient."""
+    """Whether autograd records a call with these arguments; arguments that are not tensors are ignored."""
     return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
 
 
 def records(args: Sequence[Any], *kinds: Any) -> list[Any]:
-    """Arguments as NamedTuples `kinds`, each of as many as it has fields, and the list of those that are left."""
+    """Splits arguments into NamedTuples of the given `kinds`, and a list of the remaining arguments."""
     rest = iter(args)
     return [*(kind(*islice(rest, len(kind._fields))) for kind in kinds), list(rest)]
 
@@ -114,11 +116,11 @@ _composed: dict[str, Callable[..., Any]] = {}
 
 
 def call(op: str, backend: str, operands: tuple[Tensor | None, ...], *others: Any) -> Any:
-    """Runs an op: by the backend's function or its autograd.Function in plain eager mode, else by the dispatcher.
+    """Runs an op: in plain eager mode through the backend's function or autograd.Function, else through the dispatcher.
 
-    A trip through a Python-registered op costs as much as the whole kernel does on a small tensor.
+    Dispatching a Python-registered op costs as much as the whole kernel does on a small tensor.
     """
-    if plain(*operands) and not internals.profiler_is_on():  # a profiler sees what the dispatcher calls
+    if plain(*operands) and not internals.profiler_is_on():  # a profiler only sees dispatched ops
         if wants_grad(*operands):
             return _functions[op].apply(backend, *operands, *others)
         return _kernel(op, backend)(*operands, *others)
@@ -126,7 +128,7 @@ def call(op: str, backend: str, operands: tuple[Tensor | None, ...], *others: An
 
 
 def below_autograd(op: str, backend: str, *operands: Tensor | None) -> Callable[..., Any]:
-    """What an autograd.Function computes: the kernel, or in any other than plain eager mode the op below autograd."""
+    """What an autograd.Function calls: the kernel in plain eager mode, otherwise the op below autograd."""
     return _kernel(op, backend) if plain(*operands) else partial(_op_below_autograd, op, backend)
 
 
@@ -136,7 +138,7 @@ def _op_below_autograd(op: str, backend: str, *args: Any) -> Any:
 
 
 def _kernel(op: str, backend: str) -> Callable[..., Any]:
-    """The kernel of the backend, or a function of several kernels."""
+    """The kernel of the backend, or a function composed of several kernels."""
     if op in _composed:
         return partial(_composed[op], backend)
     return dispatch.kernel(backend, op)
@@ -152,7 +154,7 @@ def channel_mix(
     x2: Tensor | None = None,
     weight2: Tensor | None = None,
 ) -> Tensor:
-    """(B, H, N, O), a view of what the op gives."""
+    """(B, H, N, O), a view of the op's result."""
     y: Tensor = call("channel_mix", backend, (x, weight, bias, add, add_scale, x2, weight2))
     return y.transpose(1, 2)
 
@@ -186,7 +188,7 @@ class _Xfa(torch.autograd.Function):
         operands = (dout.transpose(1, 2), q, k, v, temperature)
         packed = writes_packed(ctx.backend, dout, q, k, v)
         dqkv, dtemperature = call("xfa_backward", ctx.backend, operands, stats, token_mask, ctx.spec, packed)
-        # views that may be modified in place, which those of unbind may not
+        # select, since its views may be modified in place, unlike those of unbind
         dqkv = dqkv.transpose(2, 3)
         return None, dqkv.select(0, 0), dqkv.select(0, 1), dqkv.select(0, 2), dtemperature, None, None
 
@@ -194,7 +196,7 @@ class _Xfa(torch.autograd.Function):
 def writes_packed(backend: str, dout: Tensor, q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether a backward may write one buffer in the layout of packed q, k and v.
 
-    Graphs fix the strides of results, and what autograd records may not be views of one tensor.
+    Not in graphs, which fix the strides of results, nor if autograd records the call: results must not share memory.
     """
     return (
         dispatch.keeps_layout(backend)
@@ -206,7 +208,7 @@ def writes_packed(backend: str, dout: Tensor, q: Tensor, k: Tensor, v: Tensor) -
 
 
 class _XfaBackward(torch.autograd.Function):
-    """Its own backward is autograd's, of the reference in the accumulate dtype: right to any order."""
+    """Its own backward applies autograd to the reference in the accumulate dtype: differentiable to any order."""
 
     @staticmethod
     def forward(
@@ -230,12 +232,15 @@ class _XfaBackward(torch.autograd.Function):
 def differentiated_again(
     function: Callable[..., Tensor], tensors: Sequence[Tensor], grads: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
-    """The gradients of a backward, by autograd of `function`, the forward: with regard to `tensors`, which are the
-    gradient of its output and its inputs, from `grads`, those of the gradients of its inputs."""
+    """The gradients of a backward, by autograd of the forward `function`.
+
+    `tensors`: the backward's inputs, which are the gradient of the forward's output and the forward's inputs. `grads`:
+    the gradients with respect to the backward's results. Returns the gradients with respect to `tensors`.
+    """
     dtype = reference.accumulate_dtype(tensors[1].dtype)
     again = torch.is_grad_enabled()
     with torch.enable_grad(), autocast.disabled(tensors[1]):
-        # new points to differentiate at, connected to the old ones in case the result is differentiated too
+        # new tensors to differentiate at, connected to the old ones in case the result is differentiated again
         points = [x.to(dtype).view_as(x) if x.requires_grad else x.detach().to(dtype) for x in tensors]
         dout, *inputs = (x if x.requires_grad else x.requires_grad_() for x in points)
         first = torch.autograd.grad(function(*inputs), inputs, dout, create_graph=True)
@@ -361,9 +366,9 @@ def register(
     tokens: tuple[str, ...] = (),
     composed: Callable[..., Any] | None = None,
 ) -> None:
-    """`tokens`: names of the arguments that autocast casts.
+    """Registers an op. `tokens`: names of the arguments that autocast casts.
 
-    `composed` computes an op that is no kernel of a backend: from the backend's name and the other arguments.
+    `composed` computes an op for which backends have no kernel, from the backend's name and the other arguments.
     """
     _functions[op] = function
     if composed is not None:

@@ -1,8 +1,8 @@
-"""Packed projections: q, k and v as views of one tensor, and their gradients as views of one buffer like it.
+"""Packed projections: q, k and v as views of one tensor, and their gradients as views of one buffer of that layout.
 
-autograd joins the gradients of views by a copy of all of them, which takes as long as the kernel that computed them.
-:func:`split_qkv` gives the same views as ``unbind``; where its parts' gradients already lie in one buffer, as the CPU
-kernels write them, that buffer is the gradient.
+autograd combines the gradients of views by copying all of them, which takes as long as the kernel that computed them.
+:func:`split_qkv` returns the same views as ``unbind``; if their gradients already share one buffer, as the CPU kernels
+write them, that buffer becomes the gradient.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ from xformer_kernels.backends import layouts
 def split_qkv(packed: Tensor, dim: int) -> tuple[Tensor, ...]:
     """``packed.unbind(dim)``, for the q, k and v of a packed projection.
 
-    In training, use it in the place of ``unbind`` or ``chunk``: the gradient of `packed` is then written once by the
-    CPU kernels, and not copied together from those of q, k and v.
+    In training, use it instead of ``unbind`` or ``chunk``: the CPU kernels then write the gradient of `packed` once,
+    and it is not copied from the gradients of q, k and v.
 
     Args:
-        packed: of any shape with 3 at `dim`, such as (B, N, 3, H, D), or (B, 3, H, D, N) of an image of channels.
-        dim: the dimension of q, k and v.
+        packed: any shape with size 3 at `dim`, such as (B, N, 3, H, D), or (B, 3, H, D, N) for channels-first images.
+        dim: the dimension that separates q, k and v.
 
     Returns:
-        Views of `packed` without that dimension. They may not be modified in place, as those of ``unbind``.
+        Views of `packed` without that dimension. As with ``unbind``, they must not be modified in place.
 
     Raises:
-        TypeError: packed is no tensor, or dim no integer.
-        ValueError: packed has not 3 at `dim`.
+        TypeError: packed is not a tensor, or dim is not an integer.
+        ValueError: the size of packed at `dim` is not 3.
     """
     validate.tensor("packed", packed)
     if isinstance(dim, bool) or not hasattr(dim, "__index__"):
         raise TypeError(f"dim must be an integer, got {type(dim).__name__}: {dim!r}")
     if not -packed.dim() <= dim < packed.dim() or packed.shape[dim] != 3:
         raise ValueError(f"packed must have 3 at dim {dim}, that of q, k and v, got {tuple(packed.shape)}")
-    # sizes last: traced ones are not to be compared
+    # sizes are compared last, since comparing traced sizes must be avoided
     if ops.wants_grad(packed) and ops.plain(packed) and packed.is_cpu and packed.nbytes >= layouts.WORTH_PACKING:
         parts: tuple[Tensor, ...] = _Split.apply(packed, dim % packed.dim())
         return parts
@@ -47,7 +47,7 @@ def split_qkv(packed: Tensor, dim: int) -> tuple[Tensor, ...]:
 
 
 def heads_of(qkv: Tensor, heads: int) -> Iterator[Tensor]:
-    """q, k and v as (B, H, N, D), of (B, N, 3 H D): views."""
+    """q, k and v (B, H, N, D) as views of a (B, N, 3 H D) projection."""
     return (t.transpose(1, 2) for t in split_qkv(qkv.unflatten(-1, (3, heads, -1)), 2))
 
 

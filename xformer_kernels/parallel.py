@@ -1,17 +1,18 @@
-"""Tokens split over the ranks of a process group: sums of C x C numbers go over the network, never tokens.
+"""Tokens split over the ranks of a process group: ranks exchange C x C sums, never tokens.
 
 Each rank calls :func:`xformer_kernels.xfa_layer` with its own tokens of the same images, (B, N of this rank, C), and
-gets their outputs; N may differ from rank to rank and be 0. Weights are the same on all ranks. All ranks call, and if
-gradients are wanted all ranks go backward through the result: also one that has no tokens.
+gets their outputs; N may differ between ranks and be 0. Weights are the same on all ranks. All ranks must call the
+layer, and if gradients are needed all must run backward through the result, including ranks without tokens.
 
-Gram form, per layer and image, in the accumulate dtype: forward C + 1 numbers (a vector near the tokens' mean), then
-``C C + C + 1``; backward ``O C + O``. Direct form: ``H D D + 2 H D`` forward and the same backward. Dropout on the map
-adds ``H D D`` forward, from the first rank to all. Every call adds a few integers, by which ranks find out that they
-disagree before they wait for each other, and how many tokens the others have: ``form="auto"`` is decided by the most.
+Communication per layer and image, in the accumulate dtype. Gram form: C + 1 numbers in forward (a vector near the mean
+of the tokens), then ``C C + C + 1``; ``O C + O`` in backward. Direct form: ``H D D + 2 H D`` in forward and the same in
+backward. Dropout on the map broadcasts another ``H D D`` in forward, from the first rank. Every call also exchanges a
+few integers, by which ranks detect mismatched arguments instead of deadlocking, and learn the largest number of tokens
+of any rank, for which ``form="auto"`` chooses.
 
-A rank's gradients of weights are such that their *sum* over the ranks is the gradient of the sum of the ranks' losses:
-add them up, as DDP does (DDP then divides by the number of ranks, for all parameters alike). A rank's gradient of its
-own tokens is whole.
+The *sum* over the ranks of the gradients of the weights is the gradient of the sum of the ranks' losses: add them up,
+as DDP does (DDP then divides by the number of ranks, for all parameters alike). The gradient of a rank's own tokens is
+complete.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from torch import Tensor
 
 from xformer_kernels import torch_internals
 
-# What ranks must have alike: numbers that are shown, then codes of what no number says.
+# What must be equal on all ranks: numbers, which messages show, then hash codes of other values.
 _SHOWN = ("the number of images B", "C", "the number of heads", "I", "O")
 _CODED = (
     "dtype and kind of device",
@@ -39,12 +40,12 @@ _FAILED = -1
 
 
 def name(group: Any) -> str:
-    """The name by which ops find a group again; empty for none."""
+    """The name by which ops look up a group; empty for None."""
     return "" if group is None else str(group.group_name)
 
 
 def total(group: str, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """Sums over the ranks, in one all-reduce; the tensors themselves where there is no group."""
+    """Sums over the ranks, in one all-reduce; the tensors themselves if there is no group."""
     if not group:
         return tensors
     flat = torch.cat([t.flatten() for t in tensors])
@@ -54,7 +55,7 @@ def total(group: str, *tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def differentiable_total(group: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """:func:`total` for autograd: what the ranks do with a sum adds up in its gradient."""
+    """:func:`total` with autograd support: its backward sums the gradients over the ranks."""
     if group is None:
         return tensors
     result: tuple[Tensor, ...] = _Total.apply(name(group), *tensors)
@@ -74,7 +75,7 @@ class _Total(torch.autograd.Function):
 
 
 def same(group: Any, t: Tensor) -> Tensor:
-    """The first rank's numbers, on all ranks."""
+    """Broadcasts the first rank's tensor to all ranks."""
     if group is not None:
         dist.broadcast(t, dist.get_global_rank(group, 0), group=group)
     return t
@@ -91,13 +92,13 @@ def _group(name: str) -> Any:
 outside_graphs = torch.compiler.disable(
     reason="group=: ranks compare their arguments at run time, which no graph holds"
 )
-"""Decorates what torch.compile leaves out of its graphs."""
+"""Decorator for functions that torch.compile leaves out of its graphs."""
 
 
 class Exchange:
-    """What this rank tells the others: ``alike``, as :func:`describe` gives it, and its number of ``tokens``.
+    """What this rank sends to the others: ``alike``, the result of :func:`describe`, and its number of ``tokens``.
 
-    Then ``most_tokens`` is that of the rank that has most.
+    After the exchange, ``most_tokens`` is the largest number of tokens of any rank.
     """
 
     def __init__(self) -> None:
@@ -107,9 +108,9 @@ class Exchange:
 
 @contextmanager
 def together(group: Any, x: Any) -> Iterator[Exchange]:
-    """Within it a rank checks its arguments and says what it has; then the ranks compare.
+    """Context in which a rank checks its arguments and fills in the :class:`Exchange`; on exit the ranks compare.
 
-    Raises on every rank, and none waits, if one of them has raised or they differ. Without a group nothing is compared.
+    If a rank raises, or the ranks differ, every rank raises and none waits. Without a group nothing is compared.
     """
     mine = Exchange()
     if group is None:
@@ -138,15 +139,15 @@ def together(group: Any, x: Any) -> Iterator[Exchange]:
 
 
 def describe(x: Tensor, heads: int, inner: int, out: int, *codes: Any) -> list[int]:
-    """What all ranks must have alike, as integers in the order of the names in messages."""
+    """What must be equal on all ranks, as integers, in the order of the names in messages."""
     coded = [zlib.crc32(repr(value).encode()) for value in ((x.dtype, x.device.type), *codes)]
     return [x.shape[0], x.shape[-1], heads, inner, out, *coded]
 
 
 def _meeting_place(group: Any, x: Any) -> torch.device:
-    """Where the ranks compare: known from the group alone, so that it is the same on all, whatever x is.
+    """The device on which the ranks compare: determined by the group, so that it is the same on all, whatever x is.
 
-    Raises what cannot be told to other ranks: there is no group to tell them through.
+    Errors raised here are not sent to other ranks, since there is no group to send them through.
     """
     if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
         outside = "; this process is not one of its ranks" if _is_nobody(group) else ""

@@ -1,7 +1,7 @@
-"""The definition: every public function in differentiable eager PyTorch, on any device and in any floating dtype.
+"""Reference implementations: every public function in differentiable eager PyTorch, for any device and floating dtype.
 
-It is the oracle of every test when given float64, the "eager" of every benchmark, and what serves a call when no kernel
-can. Arguments are those of :mod:`xformer_kernels.functional`, already checked.
+In float64 they are the oracle of the tests; they are also the "eager" baseline of the benchmarks, and serve calls that
+no kernel supports. Arguments are those of :mod:`xformer_kernels.functional`, already checked.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ def xfa(
     dropout_p: float = 0.0,
     map_fn: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """See :func:`xformer_kernels.xfa`; written as timm's ``XCA`` writes it, in the dtype of the inputs."""
+    """See :func:`xformer_kernels.xfa`; implemented as in timm's ``XCA``, in the dtype of the inputs."""
     q, k, v = (masked(x, token_mask) for x in (q, k, v))
     if norm != "none":
         dim = -2 if norm == "token" else -1
-        # an eps that the dtype rounds to 0 would make NaN of a zero norm
+        # an eps that rounds to 0 in this dtype would give NaN for a zero norm
         eps = max(eps, torch.finfo(q.dtype).smallest_normal * torch.finfo(q.dtype).eps)
         q, k = F.normalize(q, dim=dim, eps=eps), F.normalize(k, dim=dim, eps=eps)
     left, right = (q, k) if map == "query_key" else (k, v)
@@ -47,7 +47,7 @@ def xfa(
     A = map_fn(S.to(accumulate_dtype(q.dtype))) if map_fn is not None else activate(S, Spec(map, norm, activation))
     A = F.dropout(A, dropout_p).to(v.dtype)
     out = A @ v.transpose(-2, -1) if map == "query_key" else A.transpose(-2, -1) @ q.transpose(-2, -1)
-    # (B, H, D, N) to the (B, N, H, D) memory that is promised
+    # from (B, H, D, N) to the documented (B, N, H, D) memory
     out = out.permute(0, 3, 1, 2).contiguous().transpose(1, 2)
     return masked(out, token_mask)
 
@@ -61,7 +61,7 @@ def xfa_layer(
     proj_bias: Tensor | None,
     **choices: Any,
 ) -> Tensor:
-    """See :func:`xformer_kernels.xfa_layer`; `choices` are those of :func:`xfa`."""
+    """See :func:`xformer_kernels.xfa_layer`; `choices` are the keyword arguments of :func:`xfa`."""
     q, k, v = (
         t.unflatten(-1, (temperature.numel(), -1)).transpose(1, 2)
         for t in F.linear(x, qkv_weight, qkv_bias).chunk(3, dim=-1)
@@ -84,8 +84,7 @@ def xfa_block(
     residual: bool = True,
     **choices: Any,
 ) -> Tensor:
-    """See :func:`xformer_kernels.xfa_block`; without layer norm if ``ln_eps`` is None, and the layer alone if not
-    ``residual``."""
+    """See :func:`xformer_kernels.xfa_block`; no layer norm if ``ln_eps`` is None, x is added only if ``residual``."""
     normalised = F.layer_norm(x, x.shape[-1:], ln_weight, ln_bias, ln_eps) if ln_eps is not None else x
     y = xfa_layer(normalised, qkv_weight, qkv_bias, temperature, proj_weight, proj_bias, **choices)
     y = y if layer_scale is None else y * layer_scale
@@ -109,13 +108,13 @@ def linear_attention(
     query_mask: Tensor | None = None,
     token_mask: Tensor | None = None,
 ) -> Tensor:
-    """See :func:`xformer_kernels.linear_attention`; in the accumulate dtype, as its models write it."""
+    """See :func:`xformer_kernels.linear_attention`; in the accumulate dtype, implemented as in the models."""
     dtype, wide = q.dtype, accumulate_dtype(q.dtype)
     of_q, of_k = feature_maps(feature_map)
     q = features(masked(q, query_mask).to(wide), of_q)
     k, v = (masked(x, token_mask).to(wide) for x in (k, v))
     if of_k == "softmax_tokens" and token_mask is not None:
-        # finite where all tokens are masked, for their softmax to have a gradient
+        # finite where all tokens are masked, so that their softmax has a gradient
         takes_part = token_mask | ~token_mask.any(1, keepdim=True)
         k = torch.where(takes_part[:, None, :, None], k, float("-inf"))
     k = masked(features(k, of_k), token_mask)

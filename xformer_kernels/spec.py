@@ -1,7 +1,7 @@
-"""What a call computes beside its tensors, in one record: checked where it is made, one argument of the ops.
+"""The formula of a call in one record, which is passed to the ops as a single argument.
 
-One family holds :func:`xformer_kernels.xfa` and :func:`xformer_kernels.linear_attention`: feature maps of q and k,
-norms of them, a D x D map, and a division of the output.
+It covers :func:`xformer_kernels.xfa` and :func:`xformer_kernels.linear_attention`: feature maps of q and k, their
+norms, a D x D map, and a division of the output.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ ACTIVATIONS = ("softmax", "identity")
 FEATURE_MAPS = ("identity", "relu", "elu1", "softmax_features", "softmax_tokens")
 
 LEAST = torch.finfo(torch.float32).tiny
-"""An eps that is normal in every dtype of sums."""
+"""An eps that is a normal number in every accumulate dtype."""
 
 
 class Spec(NamedTuple):
-    """The choices of both functions, which explain them. Hashable."""
+    """The options of both functions; see their docstrings. Hashable."""
 
     map: str = "query_key"
     norm: str = "token"
     activation: str = "softmax"
     eps: float = 1e-12
     feature_maps: tuple[str, str] = ("identity", "identity")
-    """Of q and of k."""
+    """The feature maps of q and of k."""
     normalize: bool = False
     scale: float = 1.0
-    """A factor of the output; xfa has its temperature instead."""
+    """Multiplies the output; xfa uses its temperature instead."""
 
     @staticmethod
     def of_linear_attention(feature_map: str | tuple[str, str], normalize: bool, scale: float, eps: float) -> Spec:
@@ -48,10 +48,10 @@ class Spec(NamedTuple):
         return Spec("key_value", "none", "identity", eps, names, normalize, scale).check()
 
     def check(self) -> Spec:
-        """The spec itself.
+        """Checks the options and returns the spec itself.
 
         Raises:
-            TypeError, ValueError: a choice that there is not, by its name; two choices that have no formula together.
+            TypeError, ValueError: an option is invalid; two options cannot be combined.
         """
         validate.choice("map", self.map, MAPS)
         validate.choice("norm", self.norm, NORMS)
@@ -80,18 +80,18 @@ class Spec(NamedTuple):
         return {"map": self.map, "norm": self.norm, "activation": self.activation, "eps": self.eps}
 
     def with_normal_eps(self, dtype: torch.dtype) -> Spec:
-        """With an eps that `dtype`, of sums, does not round to 0."""
-        if isinstance(self.eps, float) and self.eps >= LEAST:  # as good as always, and without a copy
+        """The spec with eps raised to at least the smallest normal number of `dtype`, the accumulate dtype."""
+        if isinstance(self.eps, float) and self.eps >= LEAST:  # the common case, without a copy
             return self
         return self._replace(eps=max(float(self.eps), torch.finfo(dtype).tiny))
 
     def statistics(self, D: int, Dv: int) -> int:
-        """Numbers that linear attention saves of each head: S, z, and for a softmax over tokens the maxima of k."""
+        """How many values linear attention saves per head: S, z, and for a softmax over tokens the maxima of k."""
         return D * Dv + D + (D if self.feature_maps[1] == "softmax_tokens" else 0)
 
     @property
     def softmax(self) -> bool:
-        """Whether the map is a softmax: the activation is of ``map="query_key"`` alone."""
+        """Whether the map is a softmax; the activation applies to ``map="query_key"`` only."""
         return self.map == "query_key" and self.activation == "softmax"
 
     @property
@@ -103,7 +103,7 @@ class Spec(NamedTuple):
 
     @property
     def text(self) -> str:
-        """As the schemas of the ops take it."""
+        """The spec as a string, for the schemas of the ops."""
         of_q, of_k = self.feature_maps
         return (
             f"{self.map} {self.norm} {self.activation} {float(self.eps)!r} "

@@ -1,10 +1,10 @@
-"""The one rule by which a result is judged.
+"""The tolerance rule for all results.
 
     err(result, oracle) <= 2 err(eager, oracle) + a few ulp
 
-The oracle is the eager reference in float64 and `eager` the same reference in the dtype of the inputs. Errors are taken
-over the whole tensor, both as the largest and as the root mean square, and a ulp is that of the result's dtype at the
-tensor's magnitude. NaN and Inf must stand where the oracle, rounded to the result's dtype, has them.
+The oracle is the reference in float64, `eager` the same reference in the dtype of the inputs. The rule holds for both
+the maximum and the root mean square error over the whole tensor; a ulp is that of the result's dtype at the tensor's
+magnitude. NaN and Inf must be exactly where the oracle, rounded to the result's dtype, has them.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from torch import Tensor
 from xformer_kernels import reference
 
 ULPS = 8
-# Nothing finer than float64 judges float64: the slack holds the oracle's own rounding, over thousands of terms.
+# There is no wider oracle for float64: the slack covers the oracle's own rounding over thousands of terms.
 ULPS_FLOAT64 = 256
 
 
 def assert_close(result: Tensor, eager: Tensor, oracle: Tensor, what: str, terms: Tensor | None = None) -> None:
-    """The rule above.
+    """Asserts the rule above.
 
-    `terms`: what the last subtraction subtracts from, where a result is a difference of larger numbers.
+    `terms`: the minuend of the final subtraction, if a result is a small difference of large numbers.
     """
     assert result.shape == oracle.shape, f"{what}: shape {tuple(result.shape)}, not {tuple(oracle.shape)}"
     assert oracle.dtype == torch.float64, f"{what}: the oracle is {oracle.dtype}"
@@ -51,7 +51,7 @@ def assert_same_nonfinite(result: Tensor, oracle: Tensor, what: str) -> None:
 
 
 def assert_bitwise(a: Tensor, b: Tensor, what: str) -> None:
-    """Equal bits, NaN payloads and signs of zero included."""
+    """Asserts bitwise equality, including NaN payloads and signs of zero."""
     assert a.shape == b.shape and a.dtype == b.dtype, f"{what}: {a.dtype} {a.shape} against {b.dtype} {b.shape}"
     bits = [x.detach().clone(memory_format=torch.contiguous_format).flatten().view(torch.uint8) for x in (a, b)]
     assert torch.equal(*bits), f"{what}: bits differ, by at most {(a.double() - b.double()).abs().max().item():.3e}"
@@ -78,9 +78,10 @@ def gradient_terms(
     eps: float = 1e-12,
     token_mask: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """What the subtractions in the gradients of xfa start from, for :func:`assert_close`; float64 arguments.
+    """The minuends of the subtractions in the gradients of xfa, for :func:`assert_close`; float64 arguments.
 
-    dq = dq^ / |q| less its part along q, with dS = A * dA less its mean; dtemperature is a sum of either sign.
+    dq is dq^ / |q| minus its component along q, and dS is A * dA minus its mean; dtemperature is a sum of terms of both
+    signs.
     """
     dim = 2 if norm == "token" else 3
     if token_mask is not None:
@@ -114,10 +115,10 @@ def linear_attention_terms(
     query_mask: Tensor | None = None,
     token_mask: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """The same of linear_attention; float64 arguments.
+    """The same as :func:`gradient_terms` for linear_attention; float64 arguments.
 
-    The gradients of phi(q) and phi(k) are what they would be without the denominator less what it takes; those of a
-    softmax are less their mean.
+    The gradients of phi(q) and phi(k) are those of the numerator minus those of the denominator; the gradient of a
+    softmax subtracts its mean.
     """
     of_q, of_k = reference.feature_maps(feature_map)
     q, dout = (reference.masked(x, query_mask) for x in (q, dout))

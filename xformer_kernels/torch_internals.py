@@ -1,4 +1,4 @@
-"""Everything private of PyTorch that this package uses, each with the reason why nothing public will do."""
+"""All private PyTorch APIs that this package uses, each with the reason why no public API suffices."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from torch.autograd import forward_ad as _forward_ad
 from torch.autograd import profiler as _profiler
 from torch.nn.modules import module as _module
 
-# Whether a TorchDispatchMode or TorchFunctionMode, a transform of torch.func or torch.jit.trace has to see a call.
-# Nothing public tells, and a trip through the dispatcher, which would ask them, costs as much as a small kernel.
+# Whether a TorchDispatchMode or TorchFunctionMode, a transform of torch.func or torch.jit.trace is active. No public
+# API tells, and going through the dispatcher, which handles them, costs as much as a small kernel.
 dispatch_modes = torch._C._len_torch_dispatch_stack
 function_modes = torch._C._len_torch_function_stack
 transform = torch._C._functorch.peek_interpreter_stack
 tracing_state = torch._C._get_tracing_state
 
-# Tensors of torch.autograd.grad(is_grads_batched=True): their type is Tensor, and their memory is that of many.
+# Tensors of torch.autograd.grad(is_grads_batched=True): their type is Tensor, but their memory holds the whole batch.
 is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
 
-# Guards for kernels of our own ops: torch.library gives them to ops that it registers whole, not to single keys.
+# Dispatch key guards for our ops' kernels: torch.library provides them for whole ops, not for kernels of single keys.
 below_autograd = torch._C._AutoDispatchBelowAutograd
 without_autocast_key = torch._C._DisableAutocast
 
@@ -31,11 +31,11 @@ GLOBAL_HOOKS: tuple[dict[int, Any], ...] = (
     _module._global_backward_hooks,
     _module._global_backward_pre_hooks,
 )
-"""Hooks of all modules: fusing a module must not pass them over, and there is no public list of them."""
+"""Global module hooks: fusing a module must not skip them, and no public API lists them."""
 
 
 def calls_more_than_forward(module: Any) -> bool:
-    """Whether calling a module runs hooks of its own, or what ``module.compile()`` has made."""
+    """Whether calling a module runs its own hooks or the result of ``module.compile()``."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
@@ -46,30 +46,30 @@ def calls_more_than_forward(module: Any) -> bool:
 
 
 def forward_ad_is_on() -> bool:
-    """Whether code runs under ``torch.autograd.forward_ad.dual_level``, which has no public question."""
+    """Whether ``torch.autograd.forward_ad.dual_level`` is active; no public API tells."""
     return _forward_ad._current_level >= 0
 
 
 def profiler_is_on() -> bool:
-    """Whether torch.profiler records: it sees only what the dispatcher calls."""
+    """Whether torch.profiler is recording; it only sees dispatched ops."""
     return _profiler._is_profiler_enabled
 
 
 def decompose_in_onnx(overload: Any, function: Any, fake: Any) -> None:
-    """Registers the decomposition of an op for torch.onnx, which reads this table and has no public function for it.
+    """Registers the decomposition of an op in the table that torch.onnx reads; there is no public API for it.
 
-    With symbolic shapes, fake tensors prefer a decomposition to the fake of the op, unless there is a meta function.
+    With symbolic shapes, fake tensors prefer a decomposition to the op's fake, unless there is a meta function.
     """
     _decomp.decomposition_table[overload] = function
     _decomp.meta_table[overload] = fake
 
 
 def process_group(name: str) -> Any:
-    """The group of a name, which is what the schema of an op can hold."""
+    """The process group with this name; op schemas can hold names, but not groups."""
     resolve: Any = dist.distributed_c10d._resolve_process_group  # type: ignore[attr-defined]
     return resolve(name)
 
 
 def device_types(group: Any) -> list[str]:
-    """Of what a process group can communicate, sorted."""
+    """The device types that a process group supports, sorted."""
     return sorted(device.type for device in group._device_types)

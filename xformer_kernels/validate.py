@@ -1,4 +1,4 @@
-"""Checks of the arguments of public functions: each error names the argument, what came and what is accepted."""
+"""Argument checks of the public functions. Errors name the argument, the given value and what is accepted."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def tensor(name: str, x: Any) -> None:
-    """A dense tensor of one of the dtypes that are accepted."""
+    """Checks for a dense tensor of a supported dtype."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}: {_short(x)}")
     if x.dtype not in DTYPES:
@@ -25,7 +25,7 @@ def tensor(name: str, x: Any) -> None:
 
 
 def like(name: str, x: Any, other_name: str, other: Tensor) -> None:
-    """A tensor of the dtype and on the device of another."""
+    """Checks for a tensor with the dtype and device of another."""
     tensor(name, x)
     if x.dtype != other.dtype:
         raise TypeError(f"{name} must have the dtype of {other_name}, {other.dtype}, got {x.dtype}")
@@ -48,7 +48,7 @@ def choice(name: str, value: Any, accepted: Sequence[str]) -> None:
 
 
 def integer(name: str, value: Any) -> None:
-    """An integer above 0."""
+    """Checks for an integer above 0."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{name} must be an integer above 0, got {type(value).__name__}: {_short(value)}")
     if value <= 0:
@@ -65,7 +65,7 @@ def positive(name: str, value: Any) -> None:
 def finite(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a finite number, got {type(value).__name__}: {_short(value)}")
-    if not -float("inf") < value < float("inf"):  # dynamo traces no math.isfinite of a symbolic number
+    if not -float("inf") < value < float("inf"):  # dynamo cannot trace math.isfinite of a symbolic number
         raise ValueError(f"{name} must be a finite number, got {value}")
 
 
@@ -84,7 +84,7 @@ def probability(name: str, value: Any) -> None:
 
 
 def token_mask(mask: Any, x: Tensor, x_name: str) -> None:
-    """A (B, N) bool mask for (B, ..., N, D) tokens."""
+    """Checks for a (B, N) bool mask of (B, ..., N, D) tokens."""
     if not isinstance(mask, Tensor):
         raise TypeError(f"token_mask must be a torch.Tensor of bool, got {type(mask).__name__}: {_short(mask)}")
     if mask.dtype != torch.bool:
@@ -102,7 +102,7 @@ def xfa(
     dropout_p: Any,
     map_fn: Callable[[Tensor], Tensor] | None,
 ) -> None:
-    """Every argument of xfa, less the backend and those of its Spec."""
+    """Checks every argument of xfa except the backend and those of its Spec."""
     tensor("q", q)
     if q.dim() != 4:
         raise ValueError(f"q must have 4 dimensions, (B, H, N, D), got {q.dim()}: {_dims(q.shape)}")
@@ -138,7 +138,7 @@ def layer(
     ln_bias: Any,
     layer_scale: Any,
 ) -> None:
-    """The tensors of a layer or half block."""
+    """Checks the tensors of a layer or half block."""
     tensor("x", x)
     if x.dim() != 3:
         raise ValueError(f"x must have 3 dimensions, (B, N, C), got {x.dim()}: {_dims(x.shape)}")
@@ -171,7 +171,7 @@ def layer(
 
 
 def gram(a: Any, b: Any, symmetric: Any, mask: Any) -> None:
-    """Every argument of gram, less the backend."""
+    """Checks every argument of gram except the backend."""
     _tokens("a", a)
     like("b", b, "a", a)
     if b.dim() != a.dim() or b.shape[:-1] != a.shape[:-1]:
@@ -185,7 +185,7 @@ def gram(a: Any, b: Any, symmetric: Any, mask: Any) -> None:
 
 
 def channel_mix(x: Any, weight: Any, bias: Any, add: Any, add_scale: Any, x2: Any, weight2: Any) -> None:
-    """Every argument of channel_mix, less the backend and less the shapes of what broadcasts."""
+    """Checks every argument of channel_mix except the backend and the shapes of broadcast arguments."""
     _tokens("x", x)
     weight_of("weight", weight, "x", x)
     if (x2 is None) != (weight2 is None):
@@ -217,7 +217,7 @@ def weight_of(name: str, weight: Any, x_name: str, x: Tensor) -> None:
 
 
 def small(name: str, t: Any, x: Tensor) -> None:
-    """A weight, bias or scale: of the dtype of x, or of the dtype its sums are made in."""
+    """Checks for a weight, bias or scale with the dtype of x or its accumulate dtype."""
     tensor(name, t)
     accumulate = torch.float64 if x.dtype == torch.float64 else torch.float32
     if t.dtype not in (x.dtype, accumulate):

@@ -1,12 +1,13 @@
 """The kernels, one module per backend; none imports another.
 
-A backend offers the ops' functions (``xfa_forward``, ``xfa_backward``, ``gram``, ``channel_mix``) with the schemas of
-:mod:`xformer_kernels.ops` less the ``backend`` argument, and ``unsupported(device_type, dtypes, head_dims)``: every
-reason why it cannot serve a call. If it has a text ``ONLY_BY_NAME``, ``backend="auto"`` passes over it for that reason.
-It may have ``layer_gram`` and ``layer_mix`` (see :mod:`xformer_kernels.layer.passes`); ``NORMS``, those that its
-``xfa_forward`` computes; ``linear_attention_forward``, ``linear_attention_backward`` and ``FEATURE_MAPS``, those that
-they compute, with ``takes_linear_attention(dtype, head_dims)``; ``KEEPS_LAYOUT``; ``comes_first(q, spec)`` and
-``decisions(tokens)`` (see :class:`Backend`). A new one is a module and a line of :data:`PATHS`.
+A backend module defines the ops' functions (``xfa_forward``, ``xfa_backward``, ``gram``, ``channel_mix``) with the
+schemas of :mod:`xformer_kernels.ops` without the ``backend`` argument, and
+``unsupported(device_type, dtypes, head_dims)``, which returns every reason why it cannot serve a call. If it defines
+the string ``ONLY_BY_NAME``, ``backend="auto"`` skips it for that reason. Optional are ``layer_gram`` and ``layer_mix``
+(see :mod:`xformer_kernels.layer.passes`); ``NORMS``, the norms that its ``xfa_forward`` supports;
+``linear_attention_forward``, ``linear_attention_backward`` and ``FEATURE_MAPS``, the feature maps that these support,
+with ``takes_linear_attention(dtype, head_dims)``; ``KEEPS_LAYOUT``; ``comes_first(q, spec)`` and ``decisions(tokens)``
+(see :class:`Backend`). To add a backend, add a module and a line in :data:`PATHS`.
 """
 
 from __future__ import annotations
@@ -25,38 +26,38 @@ PATHS: dict[str, Any] = {
     "triton": "xformer_kernels.backends.triton",
     "cuda": "xformer_kernels.backends.cuda",
 }
-"""The backends, in the order in which ``backend="auto"`` asks them: a module by its name, or what is like one.
+"""The backends, in the order in which ``backend="auto"`` tries them: the name of a module or of a module-like object.
 
-The reference comes after all of them and is none of them.
+The reference is tried last and is not listed here.
 """
 
 
 class Backend:
-    """A backend as the dispatcher sees it: what its module says, or defaults."""
+    """The dispatcher's view of a backend: the attributes of its module, or defaults."""
 
     def __init__(self, name: str, module: Any) -> None:
         self.name, self.module = name, module
 
     def reasons(self, device_type: str, dtypes: Iterable[torch.dtype], head_dims: Iterable[int]) -> list[str]:
-        """Every reason why it cannot serve a call; empty when it can."""
+        """Every reason why the backend cannot serve a call; empty if it can."""
         reasons: list[str] = self.module.unsupported(device_type, dtypes, head_dims)
         return reasons
 
     @property
     def only_by_name(self) -> str:
-        """Why auto passes over it, or nothing."""
+        """Why auto skips the backend; empty if it does not."""
         return getattr(self.module, "ONLY_BY_NAME", "")
 
     def fuses(self, spec: Spec) -> bool:
-        """Whether its ``xfa_forward`` computes `spec`; else the call is composed of ``gram`` and ``channel_mix``."""
+        """Whether ``xfa_forward`` supports `spec`; otherwise the call is composed of ``gram`` and ``channel_mix``."""
         norms: tuple[str, ...] = getattr(self.module, "NORMS", ("token", "feature"))
         return spec.norm in norms
 
     def fuses_linear_attention(
         self, feature_maps: tuple[str, str], dtype: torch.dtype, head_dims: tuple[int, int]
     ) -> bool:
-        """Whether its ``linear_attention_forward`` computes these feature maps of q and k, and takes `head_dims`, of k
-        and of v; else the call is composed."""
+        """Whether ``linear_attention_forward`` supports these feature maps of q and k and `head_dims` of k and v;
+        otherwise the call is composed."""
         if not {*feature_maps} <= {*getattr(self.module, "FEATURE_MAPS", ())}:
             return False
         takes = getattr(self.module, "takes_linear_attention", None)
@@ -64,21 +65,21 @@ class Backend:
 
     @property
     def keeps_layout(self) -> bool:
-        """Whether its results have the layout of their tokens, see :class:`layouts.Results`."""
+        """Whether results keep the layout of the tokens, see :class:`layouts.Results`."""
         return getattr(self.module, "KEEPS_LAYOUT", False)
 
     def comes_first(self, q: torch.Tensor, spec: Spec) -> bool:
-        """Whether auto asks it before all others for a call of xfa."""
+        """Whether auto tries the backend before all others for a call of xfa."""
         first = getattr(self.module, "comes_first", None)
         return first is not None and bool(first(q, spec))
 
     def decisions(self, tokens: dict[str, torch.Tensor]) -> tuple[str, ...]:
-        """How it would compute a call of these tokens, by name, where settings or strides decide that."""
+        """How the backend would compute a call, where that depends on settings or strides; `tokens`: by name."""
         decide = getattr(self.module, "decisions", None)
         return () if decide is None else tuple(decide(tokens))
 
     def function(self, name: str) -> Callable[..., Any] | None:
-        """Of an op, or of the layer's passes; None if it has none."""
+        """The function of an op or of a layer pass; None if the backend does not define it."""
         return getattr(self.module, name, None)
 
 
@@ -99,7 +100,7 @@ def load(name: str) -> tuple[Backend | None, str]:
 
 
 def unsupported_numbers(dtypes: Iterable[torch.dtype], head_dims: Iterable[int], widest: int) -> list[str]:
-    """What kernels of these dtypes and of 1 to `widest` features have against a call."""
+    """Why kernels that support the usual dtypes and 1 to `widest` features cannot serve a call; empty if they can."""
     reasons = []
     bad_dims = [str(dim) for dim in head_dims if not 1 <= dim <= widest]
     if bad_dims:
@@ -112,19 +113,19 @@ def unsupported_numbers(dtypes: Iterable[torch.dtype], head_dims: Iterable[int],
 
 
 def tf32_allowed() -> bool:
-    """Whether the user lets matmuls of float32 on a GPU be cut to tf32; read at every call."""
+    """Whether the user allows tf32 for float32 matmuls on a GPU; read at every call."""
     matmul = torch.backends.cuda.matmul
     precision = getattr(matmul, "fp32_precision", None)
     return precision == "tf32" if precision is not None else matmul.allow_tf32
 
 
 def uncut(x: torch.Tensor) -> torch.Tensor:
-    """x, in float64 where torch's products would cut it to tf32: for sums of squares, which square the error too."""
+    """x, in float64 if torch would use tf32 for its products: for sums of squares, which square the error as well."""
     return x.double() if x.is_cuda and x.dtype is torch.float32 and tf32_allowed() else x
 
 
 def precision_of_products(dtype: torch.dtype, tf32: bool) -> list[str]:
-    """A decision for :func:`xformer_kernels.explain`, of float32 tokens."""
+    """A line for :func:`xformer_kernels.explain` about the precision of products of float32 tokens."""
     if dtype is not torch.float32:
         return []
     allowed = "which torch.backends.cuda.matmul allows; norms and x^T x of the Gram form are in float32"

@@ -1,6 +1,6 @@
-"""What the compiled modules take: results, freshly allocated, and the addresses, strides and codes of a call.
+"""Arguments of the compiled modules: newly allocated results, and the addresses, strides and codes of a call.
 
-Shared by the backends whose kernels are behind the C API (csrc/include/xformer_kernels.h, csrc/bindings.h).
+Shared by the backends that use the C API (csrc/include/xformer_kernels.h, csrc/bindings.h).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _NO_STRIDES = (0, 0, 0, 0)
 
 
 def _heads_first(t: Tensor) -> tuple[int, int, int, int]:
-    """Strides of a (B, N, H, D) tensor as one of (B, H, N, D)."""
+    """Strides of a (B, N, H, D) tensor, in the order (B, H, N, D)."""
     B, N, H, D = t.stride()
     return B, H, N, D
 

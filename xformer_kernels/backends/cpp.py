@@ -1,7 +1,7 @@
 """CPU kernels in C++ (csrc/cpu), called through the compiled module ``xformer_kernels._C`` by address and strides.
 
-Each function has the signature of its op and returns freshly allocated tensors. The kernels read any strides in place
-and accumulate in fp32 (fp64 for fp64). They widen bf16 and fp16 to fp32; on Zen 4, xfa multiplies bf16 by pairs.
+Each function has the signature of its op and returns newly allocated tensors. The kernels read any strides in place
+and accumulate in fp32 (fp64 for fp64). They convert bf16 and fp16 to fp32; on Zen 4, xfa multiplies pairs of bf16.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from xformer_kernels.backends.program import Program, Unrecordable
 
 NAME = "cpp"
 
-_CPU = torch.device("cpu")  # said each time: the default device may be another
-# glibc maps tensors above 32 MiB afresh at every call, and smaller ones only until it has seen their size.
+_CPU = torch.device("cpu")  # always passed explicitly, as the default device may be another
+# glibc calls mmap for every allocation above 32 MiB, but for smaller sizes only until such a block is first freed.
 _LARGE = 32 << 20
-# The products add their terms one after another: beyond this many, a blocked matrix product is more accurate.
+# The products add their terms sequentially: for more terms than this, a blocked matrix product is more accurate.
 _WIDEST = 512
 LEVEL = _C.cpu_level()
 NORMS = arguments.NORMS
@@ -100,7 +100,7 @@ def layer_gram(
     center: Tensor | None,
     layer_norm_eps: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """gram of a and of b layer-normalised and centred on the way; sums take the place of the sums of squares."""
+    """gram of a and b with b layer-normalised and centred while read; returns sums instead of sums of squares."""
     addresses, result = arguments.gram(_RESULTS, a, b, symmetric, token_mask)
     sums = (result[1].data_ptr(), result[2].data_ptr())
     _C.layer_gram(*addresses, *_prologue(center, layer_norm_eps), *sums, torch.get_num_threads())
@@ -118,7 +118,7 @@ def layer_mix(
     layer_norm_eps: float | None,
     differentiate: bool,
 ) -> Tensor:
-    """channel_mix with x2, or else x, layer-normalised and centred on the way, or that differentiated."""
+    """channel_mix with x2 (x if there is none) layer-normalised and centred while read, or the gradient of that."""
     addresses, result = arguments.channel_mix(_RESULTS, x, weight, bias, add, None, x2, weight2)
     _C.layer_mix(*addresses, *_prologue(center, layer_norm_eps), differentiate, torch.get_num_threads())
     return result
@@ -134,9 +134,9 @@ def linear(
     add: Tensor | None,
     packed: Tensor | None = None,
 ) -> Tensor:
-    """See :func:`xformer_kernels.inference.linear`, which knows that everything is contiguous and of float32.
+    """See :func:`xformer_kernels.inference.linear`, which checks that all tensors are contiguous and float32.
 
-    packed: of :func:`pack_linear`; there is no batch norm then.
+    packed: the result of :func:`pack_linear`; batch norm is not supported with it.
     """
     O, I = weight.shape  # noqa: E741
     y = _empty((*x.shape[:-1], O), x.dtype)
@@ -150,7 +150,7 @@ def linear(
 
 
 def pack_linear(weight: Tensor) -> Tensor:
-    """A contiguous weight (O, I) of float32 as :func:`linear` reads it at this process's instruction level."""
+    """Packs a contiguous float32 weight (O, I) for :func:`linear`, for this process's instruction level."""
     O, I = weight.shape  # noqa: E741
     packed = torch.empty(I * -(-O // 16) * 16, dtype=weight.dtype, device=_CPU)
     _C.pack_linear(I, O, weight.data_ptr(), packed.data_ptr())
@@ -158,9 +158,9 @@ def pack_linear(weight: Tensor) -> Tensor:
 
 
 def record(shape: tuple[int, ...], function: Any) -> Program | None:
-    """The program of a function of a contiguous tensor of float32.
+    """The program of a function of a contiguous float32 tensor.
 
-    None if it is made of more than kernels, or if its workspace would be mapped afresh at every call.
+    None if it calls anything other than kernels, or if its workspace is so large that every call would map new memory.
     """
     try:
         program = Program(_C.Program(), shape, function)

@@ -1,9 +1,9 @@
 """GPU kernels in CUDA C++ (csrc/cuda), called through the compiled module ``xformer_kernels._cuda``.
 
-Each function has the signature of its op and returns freshly allocated tensors. Where the tokens of a head fit into the
-shared memory of a block, or of a cluster of blocks (sm_90 and newer), forward and backward are one launch that reads
-every token once; else they are two passes. The kernels read any strides in place, accumulate in fp32 (fp64 for fp64)
-and sum in an order that shapes and the device alone decide.
+Each function has the signature of its op and returns newly allocated tensors. If the tokens of a head fit into the
+shared memory of a block, or of a cluster of blocks (sm_90 and newer), forward and backward are one launch each, which
+reads every token once; otherwise they are two passes. The kernels read any strides in place, accumulate in fp32 (fp64
+for fp64), and sum in an order that depends only on the shapes and the device.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ NORMS = arguments.NORMS
 comes_first = cuda_first.comes_first
 _BUILD = _cuda.build_info()
 EMULATED: bool = _BUILD["emulated"]
-"""Whether this is the build for tests whose kernels run on the CPU."""
+"""Whether this is the test build, whose kernels run on the CPU."""
 ONLY_BY_NAME = "these kernels are emulated: they serve calls that ask for cuda by name" if EMULATED else ""
 
 PATHS = {"any": 0, "one launch": 1, "two passes": 2}
 path = "any"
-"""Which of :data:`PATHS` xfa takes, for tests and benchmarks; "one launch" raises where tokens do not fit."""
+"""Which of :data:`PATHS` xfa takes, for tests and benchmarks; "one launch" raises if the tokens do not fit."""
 
 _WIDEST = 256
 _NAMES = {torch.float32: "f32", torch.float64: "f64", torch.bfloat16: "bf16", torch.float16: "f16"}
@@ -68,7 +68,7 @@ def _of_device() -> list[str]:
 
 
 def runs_on(capability: int) -> bool:
-    """Whether this build has code for a device: of its own generation, or PTX of an earlier one."""
+    """Whether this build has code for a device: binaries of its generation, or PTX of an earlier one."""
     for arch in _BUILD["archs"].split():
         own = int(arch.rstrip("af"))
         if own == capability or (arch.isdigit() and own // 10 == capability // 10 and own <= capability):
@@ -90,7 +90,7 @@ def _run(op: str, like: Tensor, *args: Any) -> Any:
         if op == "xfa_backward":
             result[1].zero_()
         return result
-    # on the diagonal of a symmetric Gram matrix are squares of norms
+    # the diagonal of a symmetric Gram matrix holds squared norms
     tf32 = like.dtype == torch.float32 and tf32_allowed() and not (op == "gram" and args[1])
     index, chosen = device.index or 0, PATHS[path]
     with nullcontext() if EMULATED or torch.cuda.current_device() == index else torch.cuda.device(index):

@@ -1,8 +1,9 @@
-"""Which of Triton and CUDA C++ ``backend="auto"`` asks first for a call of xfa on a GPU: one table.
+"""Which of Triton and CUDA C++ ``backend="auto"`` tries first for a call of xfa on a GPU, as a table.
 
-No measured results stand behind its bounds. It says where the CUDA kernels do in one launch what Triton's do in two or
-three: few heads, whose tokens fit into the shared memory of a block (or of a cluster of blocks, from sm_90 on), where
-the host's time for a launch counts most. Everywhere else Triton comes first: faster on the one H200 that ran both.
+Its bounds are not based on measurements. They cover the calls for which the CUDA kernels need one launch and Triton's
+two or three: few heads, whose tokens fit into the shared memory of a block (or of a cluster of blocks, from sm_90 on),
+so that the host's launch overhead dominates. For all other calls Triton comes first: on an H200, the only GPU on which
+both were run, it was faster.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from xformer_kernels.spec import Spec
 
 
 class Rule(NamedTuple):
-    """CUDA comes first on devices from `first` to `last`, for at most so many heads of so many features and bytes."""
+    """CUDA comes first on devices from `first` to `last`, for at most this many heads, features and bytes per head."""
 
     first: int  # of compute capability, 10 * major + minor
     last: int
@@ -34,7 +35,7 @@ CUDA_FIRST = (
 
 
 def padded(features: int) -> int:
-    """Columns of the tiles that hold so many features."""
+    """Number of columns of the tiles that hold this many features."""
     return 32 if features <= 32 else 64
 
 
@@ -51,7 +52,7 @@ def cuda_first(capability: int, heads: int, tokens: int, features: int, itemsize
 
 
 def comes_first(q: Tensor, spec: Spec) -> bool:
-    """Whether auto asks the CUDA kernels before all others, for (B, H, N, D) tokens."""
+    """Whether auto tries the CUDA kernels before all others, for (B, H, N, D) tokens."""
     if not q.is_cuda or spec.norm != "token" or q.dtype is torch.float64 or torch.version.hip is not None:
         return False
     B, H, N, D = q.shape

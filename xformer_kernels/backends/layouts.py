@@ -1,4 +1,4 @@
-"""In which order of memory results are written: outputs as the tokens they are of, gradients as what they are of."""
+"""Memory layouts of results: outputs follow the layout of the tokens, gradients that of the tensor they belong to."""
 
 from __future__ import annotations
 
@@ -9,17 +9,16 @@ from typing import Any
 from torch import Tensor
 
 Empty = Callable[..., Tensor]
-"""Gives a tensor of a size and dtype on the device of the call; `order` is that of :func:`torch.empty_permuted`."""
+"""Allocates a tensor of a size and dtype on the device of the call; `order` as in :func:`torch.empty_permuted`."""
 
 
 WORTH_PACKING = 1 << 20
-"""Bytes of q, k and v whose copy takes longer than the Python that avoids it."""
+"""Bytes of q, k and v from which copying them takes longer than the Python code that avoids the copy."""
 
 
 @dataclass(frozen=True)
 class Results:
-    """Allocates the results of a backend that keeps the layout of its tokens (``KEEPS_LAYOUT``), or of one that does
-    not."""
+    """Allocates the results of a backend, in the layout of the tokens if it keeps layouts (``KEEPS_LAYOUT``)."""
 
     empty: Empty
     keeps_layout: bool
@@ -30,7 +29,7 @@ class Results:
         return self._token_major((B, N, H, v.shape[-1]), q, k, v)
 
     def gradients(self, q: Tensor, k: Tensor, v: Tensor, packed: bool) -> Tensor:
-        """(3, B, N, H, D) for those of q, k and v, in one of their layouts likewise, or if packed in that of all."""
+        """(3, B, N, H, D) for the gradients of q, k and v: laid out likewise, or if `packed` like the packed tensor."""
         if packed:
             return empty_packed(self.empty, q, k).transpose(2, 3)
         B, H, N, D = q.shape
@@ -44,12 +43,12 @@ class Results:
 
 
 def channel_major(x: Tensor) -> bool:
-    """Whether the tokens of (B, H, N, D) are contiguous, and not their features, as in images of channels."""
+    """Whether the stride of (B, H, N, D) is 1 along tokens and not along features, as in channels-first images."""
     return x.stride(2) == 1 and x.stride(3) != 1
 
 
 def empty_gradient(empty: Empty, x: Tensor) -> Tensor:
-    """For the gradient of (B, H, N, D) tokens: in (B, N, H, D) memory, or in (B, H, D, N) if they are channel-major."""
+    """Allocates the gradient of (B, H, N, D) tokens in (B, N, H, D) memory, or (B, H, D, N) if x is channel-major."""
     B, H, N, D = x.shape
     if channel_major(x):
         return empty((B, H, D, N), x.dtype).transpose(2, 3)
@@ -57,7 +56,7 @@ def empty_gradient(empty: Empty, x: Tensor) -> Tensor:
 
 
 def evenly_spaced(parts: Sequence[Tensor]) -> bool:
-    """Whether three tensors are alike, and the third as far behind the second as that is behind the first."""
+    """Whether three tensors have the same shape and strides, and equally spaced, increasing addresses."""
     first, second, third = parts
     step = second.data_ptr() - first.data_ptr()
     return (
@@ -69,7 +68,7 @@ def evenly_spaced(parts: Sequence[Tensor]) -> bool:
 
 
 def are_packed(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether q, k and v are, in this order, a packed tensor without gaps or overlaps."""
+    """Whether q, k and v, in this order, form a packed tensor without gaps or overlaps."""
     if not evenly_spaced((q, k, v)):
         return False
     expected = 1
@@ -81,7 +80,7 @@ def are_packed(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 
 def empty_packed(empty: Empty, q: Tensor, k: Tensor) -> Tensor:
-    """For the gradients of packed q, k and v, as (3, B, H, N, D): in the memory order of these."""
+    """Allocates the gradients (3, B, H, N, D) of packed q, k and v, in the memory order of the packed tensor."""
     dimensions = _packed_dimensions(q, k)
     order = sorted(range(5), key=lambda i: dimensions[i], reverse=True)
     buffer = empty(tuple(dimensions[i][1] for i in order), q.dtype)

@@ -1,4 +1,4 @@
-"""Our kernels in models that exist: ``replace_attention(model)`` and ``restore_attention(model)``.
+"""Use of the kernels in existing models: ``replace_attention(model)`` and ``restore_attention(model)``.
 
 :func:`tiled_mdta` is Restormer's attention for images whose q, k and v do not fit into memory.
 """

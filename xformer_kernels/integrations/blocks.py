@@ -1,7 +1,7 @@
-"""Layers and half blocks of timm's XCiT and EdgeNeXt as the kernels compute them, with the parts of timm's modules.
+"""Layers and half blocks of timm's XCiT and EdgeNeXt, computed by the kernels from the submodules of timm's modules.
 
-Each function takes the module, the choices of a call and the arguments of the module's forward. It is called where
-:mod:`.families` has found that it reproduces what torch would run.
+Each function takes the module, the options of a call and the arguments of the module's forward. It is called only if
+:mod:`.families` has verified that it reproduces what torch would run.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from xformer_kernels.nn import attend, fused_half_block, has_plain_projections
 
 def xca(module: Any, call: Call, x: Tensor) -> Tensor:
     """timm's ``XCA`` and ``CrossCovarianceAttn``, (B, N, C) to (B, N, C)."""
-    if call.form == "gram" and not has_plain_projections(module):  # which has to call them
+    if call.form == "gram" and not has_plain_projections(module):  # replaced projections must be called
         call = call._replace(form="direct")
     y: Tensor = module.proj_drop(attend(module, x, call))
     return y

@@ -1,7 +1,7 @@
-"""A forward bound to one module, or in diffusers its processor: what is replaced stays the same object and class.
+"""Sets a forward on one module instance, or in diffusers its processor: the module keeps its identity and class.
 
 State dicts, hooks, parametrizations, FSDP, deepcopy and pickle do not depend on ``module.forward``, and the class's own
-forward is still there for what the bound one does not reproduce.
+forward remains available for calls that the new one does not reproduce.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ _REPLACED = "_xformer_kernels_replaced"
 
 
 class Replaced(NamedTuple):
-    """How a module was replaced: its family (see :mod:`.families`), and the choices of the caller."""
+    """How a module was replaced: its family (see :mod:`.families`), and the caller's options."""
 
     family: str
     form: str
     backend: str
-    names: tuple[str, ...] = ()  # of the inputs, as the module's own forward or processor has them
-    required: int = 0  # how many of these there must be; the others are None if left out
+    names: tuple[str, ...] = ()  # parameter names of the module's own forward or processor
+    required: int = 0  # how many of these are required; the others are None if omitted
 
 
 class Processor:
-    """Stands where diffusers keeps what an attention module computes, ``module.processor``, in the place of another."""
+    """Replaces ``module.processor``, the object that computes the attention of a diffusers module."""
 
     def __init__(self, compute: Callable[..., Any], replaced: Replaced, original: Any) -> None:
         self.compute, self.replaced, self.original = compute, replaced, original
@@ -36,7 +36,7 @@ class Processor:
 
 
 def how_replaced(module: nn.Module) -> Replaced | None:
-    """None for modules that are not replaced (any more)."""
+    """How a module was replaced; None if it is not, or is no longer, replaced."""
     processor = module.__dict__.get("processor")
     if isinstance(processor, Processor):
         return processor.replaced
@@ -48,19 +48,19 @@ def bind(module: nn.Module, forward: Any, replaced: Replaced) -> None:
     """Makes ``module(...)`` call ``forward(module, ...)``."""
     module.__dict__[_REPLACED] = replaced
     module.__dict__["forward"] = partial(forward, module)
-    # nn.DataParallel copies the module's attributes, and with them a forward that is bound to the original
+    # nn.DataParallel copies the module's attributes, including the forward that is bound to the original module
     module.__dict__["_replicate_for_data_parallel"] = partial(_replicate, module)
 
 
 def bound_forward(module: nn.Module) -> Any:
-    """The forward that :func:`bind` set; None if there is none, or another was set since."""
+    """The forward that :func:`bind` set; None if there is none, or another has been set since."""
     forward = module.__dict__.get("forward")
     ours = how_replaced(module) is not None and isinstance(forward, partial) and forward.args == (module,)
     return forward if ours else None
 
 
 def release(module: nn.Module) -> Replaced | None:
-    """Undoes what replaced a module; a forward that was set since, around ours, then calls that of the class."""
+    """Undoes the replacement of a module; a forward that has since wrapped ours then calls that of the class."""
     processor = module.__dict__.get("processor")
     if isinstance(processor, Processor):
         module.__dict__["processor"] = processor.original

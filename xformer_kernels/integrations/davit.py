@@ -60,7 +60,7 @@ def is_channel_attention_v2_shaped(module: Any) -> bool:
 
 
 def serves_channel_attention_v2(module: Any, x: Any) -> bool:
-    """The attention functions of transformers are of one formula, but a user may register others by other names."""
+    """transformers' own attention functions all have the same formula, but users may register others."""
     function = getattr(getattr(module, "config", None), "_attn_implementation", None)
     return serves_tensor(x, 3) and x.shape[1] > 0 and function in (None, "eager", "sdpa")
 

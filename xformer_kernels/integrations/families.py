@@ -1,8 +1,9 @@
-"""What :func:`replace_attention` serves: one table of families, and when the fused forward of one may run.
+"""The module families that :func:`replace_attention` supports, and the conditions for running their fused forwards.
 
-A family is recognised by class or by its parts, and then tried: the fused forward must give what the module's own
-class computes, for small random numbers in float64 (:mod:`.trial`). It runs where everything that torch would have run
-inside the module is the class and state that it reproduces; otherwise the forward of the module's class runs.
+A family is recognised by its class or its submodules, and then tested: the fused forward must match the forward of the
+module's own class for small random inputs in float64 (:mod:`.trial`). The fused forward runs if everything that torch
+would run inside the module has the class and state that it reproduces; otherwise the forward of the module's class
+runs.
 """
 
 from __future__ import annotations
@@ -29,38 +30,38 @@ from xformer_kernels.spec import Spec
 
 
 class OfClass(NamedTuple):
-    """How modules of one class of timm's are known. The class is tried once, on a small module."""
+    """Recognises modules of one timm class. The class is tested once, on a small module."""
 
     path: str  # of the Python module that defines it
     name: str
-    arguments: dict[str, Any]  # of the module to try
-    inputs: tuple[Any, ...]  # of that, see trial.run
+    arguments: dict[str, Any]  # constructor arguments of the module to test
+    inputs: tuple[Any, ...]  # inputs of that module, see trial.run
 
     @property
     def original(self) -> Any:
-        """The class; None where the module that it comes from is not loaded, so that no model can hold it."""
+        """The class; None if its Python module is not loaded, so that no model can contain it."""
         return getattr(sys.modules.get(self.path), self.name, None)
 
     def holds(self, module: nn.Module) -> bool:
-        """Whether `module` is of this class, or of a derived one with the same forward."""
+        """Whether `module` is an instance of this class, or of a derived class with the same forward."""
         original = self.original
         return original is not None and isinstance(module, original) and type(module).forward is original.forward
 
 
 class OfParts(NamedTuple):
-    """How modules of any class are known. Each of them is tried itself."""
+    """Recognises modules of any class by their submodules. Each module is tested itself."""
 
-    shaped: Callable[[nn.Module], bool]  # whether a module has the parts
-    inputs: Callable[[nn.Module], tuple[Any, ...]]  # to try it with, see trial.run
+    shaped: Callable[[nn.Module], bool]  # whether a module has the submodules
+    inputs: Callable[[nn.Module], tuple[Any, ...]]  # inputs for the test, see trial.run
 
 
 class Family(NamedTuple):
     """Modules that one function serves."""
 
-    fused: Callable[..., Tensor]  # (module, call, *inputs); inputs that have a default may be left out
+    fused: Callable[..., Tensor]  # (module, call, *inputs); inputs that have a default may be omitted
     serves: Callable[..., bool]  # (module, *inputs): whether `fused` reproduces what the module would run
     known: OfClass | OfParts
-    whole_block: bool = False  # around a layer which is counted itself
+    whole_block: bool = False  # a block around a layer, which is counted instead
     processor: bool = False  # whether diffusers keeps the computation in ``module.processor``
 
 
@@ -69,7 +70,7 @@ def _serves_xca(module: Any, x: Any) -> bool:
 
 
 def _is_xca(module: Any) -> bool:
-    """Whether the temperature is one of each head, or one of all, which is what xfa takes."""
+    """Whether there is one temperature per head or one for all heads, as xfa requires."""
     t = module.temperature
     return (
         isinstance(t, Tensor)
@@ -80,7 +81,7 @@ def _is_xca(module: Any) -> bool:
 
 
 def _serves_half_block(attn: Any, norm: Any, layer_scale: Any) -> bool:
-    """Whether `attn` is replaced, runs nothing but our forward, and can be fused with what is around it."""
+    """Whether `attn` is replaced, runs only our forward, and can be fused with the surrounding operations."""
     replaced, forward = how_replaced(attn), bound_forward(attn)
     if replaced is None or forward is None:
         return False
@@ -158,20 +159,20 @@ FAMILIES: dict[str, Family] = {
 
 
 class Found(NamedTuple):
-    """What a module is: its family, if it is to be replaced; else why not, if it is like one."""
+    """The result of :func:`look`: the family if the module is to be replaced; else why not, if it resembles one."""
 
     family: str | None
     why: str = ""
 
 
 def look(module: nn.Module, tried: dict[Any, trial.Trial]) -> Found:
-    """Which family to replace `module` by. tried: what was found of the other modules of the model."""
+    """The family by which to replace `module`. tried: trials of the model's other modules."""
     for name, family in FAMILIES.items():
         known = family.known
         if not (known.holds(module) if isinstance(known, OfClass) else known.shaped(module)):
             continue
         like = name if isinstance(known, OfClass) else f"has the parts of {name}"
-        if "forward" in module.__dict__:  # set on the instance: what it computes is not the class's to say
+        if "forward" in module.__dict__:  # set on the instance: it may compute something other than the class
             return Found(None, f"{like}, but a forward is set on the instance")
         if isinstance(known, OfClass):
             changed = agrees(name, known) is False
@@ -209,7 +210,7 @@ def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
 def compute(
     module: nn.Module, replaced: Replaced, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """The fused forward of the module's family where that is what ``original(module, ...)`` computes; else that."""
+    """The family's fused forward if it reproduces ``original(module, ...)``; otherwise ``original`` itself."""
     fused, serves, known, *_ = FAMILIES[replaced.family]
     names = replaced.names[len(args) :]
     if len(args) <= len(replaced.names) and {*replaced.names[len(args) : replaced.required]} <= kwargs.keys() <= {
@@ -226,21 +227,21 @@ def _call(replaced: Replaced) -> Call:
 
 
 def _by_reference(name: str) -> Callable[..., Tensor]:
-    """The fused forward; the formula is tried, whatever backend the environment asks for."""
+    """The fused forward with the reference backend: only the formula is tested, whatever the environment requests."""
     call = _call(Replaced(name, "direct", "reference"))
     return lambda module, *args: FAMILIES[name].fused(module, call, *args)
 
 
 _verdicts: dict[Any, bool] = {}
-"""By the forward of the original class, which a user may have changed."""
+"""Keyed by the forward of the original class, which a user may have changed."""
 
 
 @torch.compiler.assume_constant_result
 def agrees(name: str, known: OfClass) -> bool | None:
-    """Whether the installed class computes what the family does: tried once, on a small module with random weights.
+    """Whether the installed class computes the family's formula: tested once, on a small module with random weights.
 
-    None where that cannot be tried now: under fake tensors, meta devices and global module hooks. Then it is tried
-    again when next asked.
+    None if that cannot be tested now: under fake tensors, meta devices and global module hooks. It is then tested at
+    the next call.
     """
     verdict = _verdicts.get(known.original.forward)
     if verdict is None and not has_global_hooks():

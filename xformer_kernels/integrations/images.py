@@ -1,4 +1,4 @@
-"""Attention layers between two inputs: HVI-CIDNet's over two images, Retinexformer's of an image and its light."""
+"""Attention layers with two inputs: two images for HVI-CIDNet, an image and its illumination for Retinexformer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from xformer_kernels.layer.call import Call
 
 
 def cross_mdta(module: Any, call: Call, x: Tensor, y: Tensor) -> Tensor:
-    """HVI-CIDNet's ``CAB``: MDTA with q of one image, k and v of another; two of (B, C, h, w) to (B, C, h, w)."""
+    """HVI-CIDNet's ``CAB``: MDTA with q from x, k and v from y; two (B, C, h, w) inputs to (B, C, h, w)."""
     heads = module.num_heads
     q = module.q_dwconv(module.q(x))
     kv = module.kv_dwconv(module.kv(y))
@@ -45,7 +45,7 @@ def serves_cross_mdta(module: Any, x: Any, y: Any) -> bool:
 
 
 def ig_msa(module: Any, call: Call, x: Tensor, light: Tensor) -> Tensor:
-    """Retinexformer's ``IG_MSA``: v times the features of the light; two of (B, h, w, C) to (B, h, w, C).
+    """Retinexformer's ``IG_MSA``: v is multiplied by illumination features; two (B, h, w, C) inputs to (B, h, w, C).
 
     ::
 

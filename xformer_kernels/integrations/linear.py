@@ -1,4 +1,4 @@
-"""Linear attention of EfficientViT, Sana, DC-AE and LoFTR by the kernels."""
+"""Linear attention of EfficientViT, Sana, DC-AE and LoFTR, computed by the kernels."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def lite_mla(module: Any, call: Call, x: Tensor) -> Tensor:
 
 
 def _of_scales(scales: tuple[Tensor, ...], D: int, eps: float, backend: str) -> list[Tensor]:
-    """(B, H, N, D) of every image of 3 H D channels, in which the q, k and v of a head lie side by side."""
+    """(B, H, N, D) outputs for images of 3 H D channels, in which the q, k and v of a head are adjacent."""
     return [
         linear_attention(*heads_of_image(qkv, (-1, 3, D), 1), feature_map="relu", eps=eps, backend=backend)
         for qkv in scales
@@ -70,7 +70,7 @@ def _more_pixels_than(D: int) -> tuple[int, int]:
 
 
 def _serves_image(x: Any, D: int) -> bool:
-    """MIT's LiteMLA and DC-AE's attention take other steps where there are no more pixels than features."""
+    """MIT's LiteMLA and DC-AE's attention use a different algorithm unless there are more pixels than features."""
     return serves_tensor(x, 4) and x.shape[2] * x.shape[3] > D
 
 
@@ -103,7 +103,7 @@ def serves_multiscale(attn: Any, x: Any) -> bool:
 
 
 def _has_processor(module: Any, name: str) -> bool:
-    """Of diffusers: an object that computes for the module; only modules with this one are worth a trial."""
+    """Whether a diffusers module has a processor of this name, which computes its attention; others are not tested."""
     return type(getattr(module, "processor", None)).__name__ == name
 
 
@@ -191,5 +191,5 @@ def serves_loftr(module: Any, q: Any, k: Any, v: Any, q_mask: Any, kv_mask: Any)
 
 
 def _elu_plus_1(module: Any) -> Any:
-    """The function of that name beside the module's class, which is the one that was tried."""
+    """The function of that name in the Python module of the class, which is the one that was tested."""
     return getattr(sys.modules.get(type(module).__module__), "elu_feature_map", None)

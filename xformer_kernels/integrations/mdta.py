@@ -45,7 +45,7 @@ def mdta_by_reference(module: Any, x: Tensor) -> Tensor:
 
 
 def is_mdta_shaped(module: nn.Module) -> bool:
-    """Whether the module has MDTA's parts, in 2 or 3 dimensions; what its forward computes is for a trial to find."""
+    """Whether the module has MDTA's parts, in 2 or 3 dimensions; a trial tests what its forward computes."""
     if not has_parts(module, qkv=_CONVOLUTIONS, qkv_dwconv=_CONVOLUTIONS, project_out=_CONVOLUTIONS):
         return False
     qkv, depthwise, out = (convolution(getattr(module, part)) for part in ("qkv", "qkv_dwconv", "project_out"))

@@ -1,4 +1,4 @@
-"""What the parts of a module are, for the families that are recognised by them."""
+"""Checks of a module's submodules and attributes, for the families that are recognised by them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from xformer_kernels import ops, validate
 from xformer_kernels.packed import split_qkv
 
 Kinds = type[nn.Module] | tuple[type[nn.Module], ...]
-# attributes of every module, and of module.compile()
+# attributes that every module has, or that module.compile() sets
 OF_TORCH = {*nn.Module().__dict__, "_compiled_call_impl"}
 STATE = (bool, int, float, str, torch.dtype, torch.device, type(None))
 _FILLED = (list, dict, set, Tensor)
@@ -21,11 +21,11 @@ _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def has_parts(module: nn.Module, *others: str, **kinds: Kinds) -> bool:
-    """Whether the children have exactly these names, and are of these classes or derived ones.
+    """Whether the children have exactly these names, and are instances of these classes or derived ones.
 
-    The module may hold no buffers and, beside its parameters, nothing but numbers, names and its own methods: shapes of
-    windows and functions that were set on it are signs of another formula for other inputs. `others`: names of
-    attributes that may be anything, and a ``forward`` that was set, are for the caller to see.
+    The module must have no buffers, and apart from parameters only numbers, strings and its own methods: window shapes
+    and functions set on the instance suggest a different formula for other inputs. Attributes named in `others`, and a
+    ``forward`` set on the instance, are not checked here.
     """
     children = dict(module.named_children())
     return (
@@ -41,12 +41,12 @@ def _is_plain(module: nn.Module, name: str, value: Any) -> bool:
         return True
     if inspect.ismethod(value):
         return value.__self__ is module
-    # what wrappers of torch and others note about the module, and nothing that its forward would fill or call
+    # bookkeeping of wrappers (torch's and others), but nothing that the module's forward would fill or call
     return name.startswith("_") and not callable(value) and (name[:2] == "__" or not isinstance(value, _FILLED))
 
 
 def has_heads(module: nn.Module, heads: str, temperature: str, dim: Any) -> bool:
-    """Whether the attributes of these names are a number of heads that divides `dim`, and one temperature of each."""
+    """Whether these attributes are a number of heads that divides `dim`, and one temperature per head."""
     H, t = getattr(module, heads, None), getattr(module, temperature, None)
     return divides(H, dim) and isinstance(t, Tensor) and t.shape == (H, 1, 1)
 
@@ -64,7 +64,7 @@ def serves_temperature(t: Any, heads: Any) -> bool:
 
 
 def convolution(module: Any) -> Any:
-    """The convolution that a module is, or is a sequence of (as MONAI's ``Convolution``); None if it is no such."""
+    """The module if it is a convolution, or the only one in a sequence (as MONAI's ``Convolution``); otherwise None."""
     while isinstance(module, nn.Sequential) and len(module) == 1:
         module = module[0]
     return module if isinstance(module, (nn.Conv2d, nn.Conv3d)) else None
@@ -79,8 +79,8 @@ def as_image(out: Tensor, sizes: Any, like: Tensor) -> Tensor:
 
 
 def heads_of_image(image: Tensor, sizes: tuple[int, int, int], three: int) -> Iterator[Tensor]:
-    """q, k and v as (B, H, N, D), of (B, 3 H D, ...): views. `sizes` are 3, H and D in the order of the channels, and
-    `three` is the place of 3 among them.
+    """q, k and v (B, H, N, D) as views of a (B, 3 H D, ...) image. `sizes` are 3, H and D in the order of the channels,
+    and `three` is the index of 3 among them.
     """
     if is_channels_last(image):
         tokens = image.flatten(2).transpose(1, 2).unflatten(-1, sizes)

@@ -1,4 +1,4 @@
-"""Replacing the attention of a model in place, and taking it back."""
+"""Replaces the attention layers of a model in place, and restores them."""
 
 from __future__ import annotations
 
@@ -14,34 +14,33 @@ from xformer_kernels.layer.call import FORMS
 
 
 def replace_attention(model: nn.Module, *, form: str = "auto", backend: str = "auto", verbose: bool = False) -> int:
-    """Makes the feature attention and linear attention layers of a model use our kernels; returns how many there were.
+    """Makes the feature attention and linear attention layers of a model use our kernels; returns their number.
 
-    Which layers are served is in docs/integrations.md. A layer is known by its class or by its parts, and replaced if
-    its forward is found to compute the family's formula: outputs and gradients are compared for small random input.
-    All others are left as they are, and so are modules whose instance has a ``forward`` of its own (accelerate's
-    offload: call this function first). The model itself may be a layer.
+    docs/integrations.md lists the supported layers. A layer is recognised by its class or its submodules, and replaced
+    if its forward computes the family's formula: outputs and gradients are compared for small random inputs. All other
+    modules are left unchanged, including those with a ``forward`` set on the instance (accelerate's offload: call this
+    function first). The model itself may be such a layer.
 
-    Blocks of timm's XCiT and EdgeNeXt around such a layer compute layer norm, attention, layer scale and residual as
-    one, see :func:`xformer_kernels.xfa_block`.
+    In blocks of timm's XCiT and EdgeNeXt around such a layer, layer norm, attention, layer scale and residual are
+    fused, see :func:`xformer_kernels.xfa_block`.
 
-    Each layer or block stays the same object of the same class, with its parameters, buffers, hooks, parametrizations
-    and mode; ``module.forward``, or ``module.processor`` in diffusers, is set to one that uses the kernels. State
-    dicts, FSDP, deepcopy and pickle keep working. What is set computes what the module's class computes: wherever
-    torch would run anything else inside (hooks, other submodules, parameters of other shapes, global module hooks),
-    these parts, or the whole forward of the class, are called. ``torch.jit.script`` cannot compile it: call
-    :func:`restore_attention` first. Undo with :func:`restore_attention`; :func:`is_replaced` tells.
+    Each layer or block remains the same object of the same class, with its parameters, buffers, hooks, parametrizations
+    and mode; only ``module.forward``, or ``module.processor`` in diffusers, is replaced. State dicts, FSDP, deepcopy
+    and pickle keep working. The result is that of the module's class: if torch would run anything else inside (hooks,
+    other submodules, parameters of other shapes, global module hooks), these submodules, or the whole forward of the
+    class, are called. ``torch.jit.script`` cannot compile replaced layers: call :func:`restore_attention` first, which
+    undoes the replacement. :func:`is_replaced` tells whether a module is replaced.
 
     Args:
         model: any module.
-        form: as in :func:`xformer_kernels.xfa_layer`; where q, k and v are convolved, multiplied or used again, it is
-            always the direct one.
+        form: as in :func:`xformer_kernels.xfa_layer`; always direct if q, k and v are convolved, multiplied or reused.
         backend: as in :func:`xformer_kernels.xfa`.
-        verbose: prints a line for every module that is replaced, and for every module that is like these and left, with
-            the reason.
+        verbose: prints a line for every replaced module, and for every similar module that is left unchanged, with the
+            reason.
 
     Raises:
         TypeError: model is not a torch.nn.Module.
-        ValueError: an unknown form or backend.
+        ValueError: unknown form or backend.
     """
     _check(model)
     validate.choice("form", form, FORMS)
@@ -60,7 +59,7 @@ def replace_attention(model: nn.Module, *, form: str = "auto", backend: str = "a
 
 
 def restore_attention(model: nn.Module) -> int:
-    """Takes back :func:`replace_attention`, keeping the weights as they are now; returns how many layers there were.
+    """Undoes :func:`replace_attention`, keeping the current weights; returns the number of restored layers.
 
     Raises TypeError if model is not a torch.nn.Module.
     """
@@ -70,7 +69,7 @@ def restore_attention(model: nn.Module) -> int:
 
 
 def is_replaced(module: nn.Module) -> bool:
-    """Whether a layer or block computes with our kernels by :func:`replace_attention`.
+    """Whether :func:`replace_attention` has replaced the forward of a layer or block.
 
     Raises TypeError if module is not a torch.nn.Module.
     """

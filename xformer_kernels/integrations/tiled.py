@@ -19,21 +19,21 @@ from xformer_kernels.modules import runs_forward_of
 
 
 def tiled_mdta(module: nn.Module, x: Tensor, *, tile: int = 64, backend: str = "auto") -> Tensor:
-    """What Restormer's MDTA computes, exactly, with extra memory for `tile` rows instead of the image; no gradients.
+    """Restormer's MDTA, computed exactly with extra memory for `tile` rows instead of the whole image; no gradients.
 
     ::
 
         G, norms = sum over tiles of gram(q, k);    A = softmax(temperature * G / norms)    (float32)
         y = project_out(A v), tile by tile
 
-    q, k and v are computed of every tile, with the rows beside it that the depthwise convolution reads, and dropped.
-    That is as many operations as without tiles, but for those rows. The result is the one without tiles to rounding:
-    splitting an image into independent tiles instead would give every tile a map of its own.
+    q, k and v are computed for one tile at a time, including the adjacent rows that the depthwise convolution reads,
+    and then discarded. Except for those rows, the number of operations is the same as without tiles. The result equals
+    the result without tiles up to rounding; splitting an image into independent tiles would give each tile its own map.
 
     Args:
-        module: Restormer's attention, or one of its shape: ``temperature``, ``num_heads``, ``qkv`` (1x1),
+        module: Restormer's attention, or a module with the same parts: ``temperature``, ``num_heads``, ``qkv`` (1x1),
             ``qkv_dwconv`` (depthwise, zero padding that keeps the size) and ``project_out`` (1x1). Its forward must
-            compute MDTA, which is tried on small random input. Hooks on the module itself are not run.
+            compute MDTA, which is tested on small random inputs. Hooks on the module itself are not run.
         x: (B, C, h, w).
         tile: rows that are computed at a time.
         backend: as in :func:`xformer_kernels.xfa`.
@@ -42,9 +42,9 @@ def tiled_mdta(module: nn.Module, x: Tensor, *, tile: int = 64, backend: str = "
         (B, C, h, w), in the memory format of x.
 
     Raises:
-        TypeError, ValueError: an argument of another type, shape or value; a module of other parts, or with parts that
-            run something else than torch's convolutions (hooks, adapters).
-        RuntimeError: gradients are asked for: call this under ``torch.no_grad()``.
+        TypeError, ValueError: an argument has an invalid type, shape or value; the module has other parts, or parts
+            that run anything other than torch's convolutions (hooks, adapters).
+        RuntimeError: gradients are required: call this under ``torch.no_grad()``.
     """
     parts = _parts(module)
     validate.tensor("x", x)

@@ -1,4 +1,4 @@
-"""Attention layers over tokens (B, N, C) that are XCA's formula in other classes than timm's, by the kernels."""
+"""Attention layers over tokens (B, N, C) with XCA's formula in classes other than timm's, computed by the kernels."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from xformer_kernels.packed import heads_of
 
 
 def attention(x: Tensor, qkv: Any, temperature: Tensor, proj: Any, p: float, call: Call) -> Tensor:
-    """``proj(xfa(split(qkv(x)), temperature))``, from the weights alone where calling both runs torch's own forward.
+    """``proj(xfa(split(qkv(x)), temperature))``; qkv and proj are only called if that runs more than torch's forward.
 
     `proj` may be a 1x1 convolution; the result is that of a linear layer.
     """
@@ -154,7 +154,7 @@ def _takes_linear(project_out: Any) -> bool:
 
 
 def dat(module: Any, call: Call, x: Tensor, H: Any, W: Any) -> Tensor:
-    """DAT's ``Adaptive_Channel_Attention``: beside the attention a convolution of v, and a gate of each by the other.
+    """DAT's ``Adaptive_Channel_Attention``: attention and a convolution of v, each gated by the other.
 
     (B, N, C) to (B, N, C).
     """

@@ -1,4 +1,4 @@
-"""Whether a fused forward gives what a module's own class computes, for small random numbers in float64."""
+"""Tests whether a fused forward matches the forward of a module's own class, for small random inputs in float64."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from xformer_kernels.integrations.parts import OF_TORCH, STATE
 
 
 class Trial(NamedTuple):
-    """What a trial has found. ``agrees`` is None where it was not possible: under fake tensors and meta devices."""
+    """The result of a trial. ``agrees`` is None if the trial is not possible: under fake tensors and meta devices."""
 
     agrees: bool | None
     why: str = ""
@@ -31,8 +31,8 @@ def run(
 ) -> Trial:
     """Tries ``fused(module, *inputs())`` on a copy of the module that `make` returns.
 
-    inputs: a shape for every tensor of numbers, and other arguments as they are. thorough: in training too, without
-    dropout and with the gradients.
+    inputs: a shape for every floating-point tensor; other arguments are passed unchanged. thorough: also in training
+    mode, without dropout and with gradients.
     """
     if torch.compiler.is_compiling() or torch_internals.dispatch_modes():
         return Trial(None, "it cannot be tried while tensors are traced or fake")
@@ -62,13 +62,13 @@ def run(
                     if not _close(a, b):
                         what = "gradients" if i else "outputs"
                         return Trial(False, f"it computes something else ({what} differ)")
-    except Exception as error:  # another signature or other parts: a module that is not known
+    except Exception as error:  # another signature or other submodules: not a module of the family
         return Trial(False, f"it could not be tried ({type(error).__name__}: {_first_line(error)})")
     return Trial(True)
 
 
 class InFloat64(TorchFunctionMode):
-    """What asks for float32 gets float64: some classes compute their sums in float32, whatever their inputs are."""
+    """Replaces float32 by float64 in calls: some classes compute sums in float32, whatever the dtype of the inputs."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         func = Tensor.double if func is Tensor.float else func
@@ -80,7 +80,7 @@ def _wide(value: Any) -> Any:
 
 
 def kind(module: nn.Module) -> tuple[Any, ...]:
-    """Equal for two modules that run the same code on parameters of the same shapes: a trial of one is one of both."""
+    """A key, equal for modules that run the same code on parameters of the same shapes, so that one trial suffices."""
     own = [(name, *_kind_of_attribute(value)) for name, value in module.__dict__.items() if name not in OF_TORCH]
     tensors = {**module._parameters, **module._buffers}
     shapes = [(name, None if t is None else t.shape) for name, t in tensors.items()]
@@ -92,13 +92,13 @@ def _kind_of_attribute(value: Any) -> tuple[Any, ...]:
     if isinstance(value, STATE):
         return type(value), value
     cls = type(value)
-    # without attributes an object does what its class does, such as a processor of diffusers
+    # an object without attributes, such as a diffusers processor, is fully described by its class
     stateless = cls.__bases__ == (object,) and not inspect.isroutine(value) and getattr(value, "__dict__", None) == {}
     return cls, None if stateless else id(value)
 
 
 def _state(module: nn.Module) -> dict[str, int]:
-    """Which object every attribute of the module is."""
+    """The identity of every attribute of the module."""
     return {name: id(value) for name, value in (*module.__dict__.items(), *module._buffers.items())}
 
 
@@ -109,7 +109,7 @@ def _first_line(error: Exception) -> str:
 def _outcome(
     module: nn.Module, forward: Callable[..., Tensor], args: tuple[Any, ...], gradients: bool
 ) -> list[Tensor | None]:
-    """The output, and the gradients of inputs and parameters; None of what takes no part."""
+    """The output, and the gradients of inputs and parameters; None for unused ones."""
     with InFloat64():
         y = forward(module, *args)
     if not gradients or y.is_meta:
@@ -124,7 +124,7 @@ def _close(a: Tensor | None, b: Tensor | None) -> bool:
         return a is b
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
-    # an infinite norm, which takes half the time of allclose where weights are large; NaN is not close
+    # the maximum norm takes half the time of allclose for large weights; NaN is not close
     return not a.numel() or bool((a - b).abs_().max() <= 1e-9 * (1 + max(b.max(), -b.min())))
 
 
@@ -133,7 +133,7 @@ def _drawn(shape: Any, numbers: torch.Generator) -> Tensor:
 
 
 def _copy(module: nn.Module, numbers: torch.Generator) -> nn.Module:
-    """On the CPU with random weights and buffers in float64 that shares none with `module`, and calls no hooks."""
+    """A copy on the CPU with random float64 weights and buffers, which shares none with `module` and has no hooks."""
 
     def buffer(b: Tensor) -> Tensor:
         if b.is_floating_point():  # such as variances

@@ -1,7 +1,7 @@
 """The layer around :func:`xformer_kernels.xfa`, in two passes over x.
 
-functional.py is what users call, cost.py decides which form it takes, by figures that calibration.py keeps; ops.py is
-the Gram form as differentiable ops: the passes over tokens of passes.py, and between them the algebra of algebra.py.
+functional.py has the public functions. cost.py chooses the form, from the figures that calibration.py keeps. ops.py has
+the Gram form as differentiable ops, made of the passes over tokens in passes.py and the algebra in algebra.py.
 """
 
 from xformer_kernels.layer.functional import LayerExplanation, explain_layer, xfa_block, xfa_layer

@@ -1,18 +1,18 @@
 """The C x C algebra between the two passes over x, and its derivative: small matrices, in eager PyTorch.
 
-The tokens u (B, N, C) are those of x, layer-normalised if the layer says so, less a vector c per image that is near
-their mean. q, k and v are linear in them, ``q = W_q u + c_q`` with ``c_q = b_q + W_q c``, so that all that attention
-wants to know of q and k follows from ``S = sum_n u u^T``, ``s = sum_n u`` and the number of tokens n::
+The tokens u (B, N, C) are those of x, layer-normalised if requested, minus a vector c per image that is near their
+mean. q, k and v are linear in u, ``q = W_q u + c_q`` with ``c_q = b_q + W_q c``, so the Gram matrix and the norms of q
+and k follow from ``S = sum_n u u^T``, ``s = sum_n u`` and the number of tokens n::
 
-    q^T k = W_q S W_k^T + (W_q s) c_k^T + c_q (W_k s + n c_k)^T         |q_i|^2 = its diagonal with W_q in both places
-    y = M u + m,   M = W_o E W_z,   m = W_o E c_z + b_o                 E: the maps of all heads on the diagonal
+    q^T k = W_q S W_k^T + (W_q s) c_k^T + c_q (W_k s + n c_k)^T         |q_i|^2 = its diagonal with W_q for W_k as well
+    y = M u + m,   M = W_o E W_z,   m = W_o E c_z + b_o                 E: block-diagonal, the maps of all heads
 
-where E is A and z is v for ``map="query_key"``, and E is A^T with q's norms and z is q for ``"key_value"``. With c far
-from 0 and the spread of the tokens small, S alone would lose its digits: that is why c is taken off.
+For ``map="query_key"``, E is A and z is v; for ``"key_value"``, E is A^T with q's norms and z is q. c is subtracted
+because S would otherwise lose precision if the mean of the tokens is large compared with their spread.
 
-Products over the C features are in the accumulate dtype, and never in tf32 where norms come of them. From there on the
-cosines, and all gradients of what is D x D, are computed in float64: they are differences of larger numbers where the
-projections cancel what x has most of.
+Products over the C features are computed in the accumulate dtype, and never in tf32 if norms are computed from them.
+The cosines and all gradients of D x D matrices are computed in float64: if the projections cancel x's dominant
+components, they are small differences of large numbers.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ QUERY, KEY, VALUE = range(3)
 
 
 class Weights(NamedTuple):
-    """A layer in the accumulate dtype, the layer norm's weight and bias and the layer scale multiplied into it."""
+    """A layer's weights in the accumulate dtype, with layer norm's weight and bias and the layer scale folded in."""
 
     qkv: Tensor  # (3, H, D, C)
     qkv_bias: Tensor  # (3, H, D)
@@ -38,7 +38,7 @@ class Weights(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """What the first pass finds."""
+    """The results of the first pass."""
 
     S: Tensor  # (B, C, C)
     s: Tensor  # (B, C)
@@ -50,26 +50,26 @@ class Rule(NamedTuple):
     map: str
     activation: str
     eps: float
-    normalised: bool = True  # else all norms are taken as 1
+    normalised: bool = True  # otherwise all norms are 1
 
     @property
     def pair(self) -> tuple[int, int]:
-        """Whose Gram matrix it is."""
+        """The two of q, k, v whose Gram matrix is the map."""
         return (QUERY, KEY) if self.map == "query_key" else (KEY, VALUE)
 
     @property
     def mixed(self) -> int:
-        """What the map is applied to."""
+        """The one of q, k, v that the map is applied to."""
         return VALUE if self.map == "query_key" else QUERY
 
     @property
     def rows(self) -> int:
-        """How many of q, k, v the Gram matrix and the norms are made of."""
+        """How many of q, k, v, in this order, the Gram matrix and the norms need."""
         return max(KEY, *self.pair) + 1
 
 
 class Statistics(NamedTuple):
-    """What backward wants to know again."""
+    """What is saved for backward."""
 
     M: Tensor  # (B, O, C)
     cos: Tensor  # (B, H, D, D)
@@ -112,7 +112,7 @@ def _mixing(A: Tensor, inverse: Tensor, rule: Rule) -> Tensor:
 
 
 def forward(sums: Sums, w: Weights, keep: Tensor | None, rule: Rule) -> tuple[Tensor, Statistics]:
-    """m (B, O), and the rest: y = M u + m."""
+    """m (B, O) of ``y = M u + m``, and the statistics, which include M."""
     rows, (left, right) = w.qkv[: rule.rows], rule.pair
     c = _shifted(w, sums.c)
     s = _apply(rows, sums.s)
@@ -139,7 +139,7 @@ def forward(sums: Sums, w: Weights, keep: Tensor | None, rule: Rule) -> tuple[Te
 def backward(
     dM: Tensor, dm: Tensor, sums: Sums, w: Weights, keep: Tensor | None, rule: Rule, statistics: Statistics
 ) -> tuple[Tensor, Tensor, Gradients]:
-    """R (B, C, C) and r (B, C): the gradient with regard to u is M^T dy + R u + r; and the gradients of the weights.
+    """R (B, C, C) and r (B, C) of the gradient with respect to u, M^T dy + R u + r; and the gradients of the weights.
 
     dM = sum_n dy u^T (B, O, C) and dm = sum_n dy (B, O).
     """
@@ -158,7 +158,7 @@ def backward(
     dshifted = torch.zeros_like(c)
     dshifted[:, mixed] = (E.transpose(-2, -1) @ de.unsqueeze(-1)).squeeze(-1)
 
-    # dsquares: gradients of |q|^2 and |k|^2, where the norms are not below eps
+    # dsquares: gradients with respect to |q|^2 and |k|^2, where the norms are not clamped to eps
     dsquares = [torch.zeros_like(norms[:, QUERY]), torch.zeros_like(norms[:, KEY])]
     if rule.map == "query_key":
         dA = dE
@@ -181,7 +181,7 @@ def backward(
     clamped = norms <= rule.eps if rule.normalised else torch.ones_like(norms, dtype=torch.bool)
     dG = dG.to(c.dtype)
 
-    # Of G = [W_q c_q] [S s; s^T n] [W_k c_k]^T and of the norms: X, x are the gradients' products with the right side
+    # Gradients of G = [W_q c_q] [S s; s^T n] [W_k c_k]^T and of the norms, times the right factor: X and x
     rows = w.qkv[: rule.rows]
     parts: list[tuple[Tensor, Tensor]] = []
     for i in range(rule.rows):

@@ -1,14 +1,16 @@
-"""The figures of this machine by which ``form="auto"`` chooses: measured once, kept in a file.
+"""The performance figures of this machine, from which ``form="auto"`` chooses: measured once and kept in a file.
 
-At the first layer on the CPU whose forms the built-in figures put within a factor of CLOSE, both forms are timed for a
-few shapes, and the figures are fitted to these times. Where the measured figures put the forms of a layer within
-cost.MARGIN, both are timed for that layer, and the answer stands for its shape, batch and tokens to an eighth of an
-octave. Both are kept in the user's cache, one file for each processor, number of threads, torch and instruction level.
+At the first layer on the CPU for which the built-in figures estimate the costs of the two forms to be within a factor
+of CLOSE, both forms are timed for a few shapes, and the figures are fitted to these times. If the measured figures
+estimate the costs of a layer's forms to be within a factor of cost.MARGIN, both are timed for that layer; the result is
+used for layers of its shape, with batch size and number of tokens rounded to an eighth of an octave. Figures and
+results are kept in the user's cache directory, in one file per processor, number of threads, torch version and
+instruction level.
 
-``XFORMER_KERNELS_CALIBRATION=off``: the built-in figures, and nothing is measured. A path: of the file. These figures
-also serve where results must not depend on time (``torch.use_deterministic_algorithms``) or on the machine (a group of
-ranks). Nothing is measured, and what is known is used, where something has to see or record the call: compilers,
-modes, transforms, profilers.
+``XFORMER_KERNELS_CALIBRATION=off`` selects the built-in figures and disables measurements; any other value is the path
+of the file. The built-in figures are also used if results must not depend on timings
+(``torch.use_deterministic_algorithms``) or on the machine (a group of ranks). If a compiler, mode, transform or
+profiler observes the call, nothing is measured, and the figures known so far are used.
 """
 
 from __future__ import annotations
@@ -36,14 +38,14 @@ from xformer_kernels.layer import cost, timing
 
 ENVIRONMENT = "XFORMER_KERNELS_CALIBRATION"
 VERSION = 2
-"""Of the file, and of what the figures mean."""
+"""Version of the file's format and of the meaning of the figures."""
 CLOSE = 3.0
 MOST_FORMS = 4096
 
 
 @dataclass(frozen=True)
 class Key:
-    """What figures hold for."""
+    """The configuration that measured figures are valid for."""
 
     processor: str
     threads: int
@@ -58,10 +60,10 @@ class Key:
 
 @dataclass
 class Known:
-    """What a file holds, ``machines`` by dtype, ``timed`` by shape.
+    """The contents of a file: ``machines`` by dtype, ``timed`` by shape.
 
-    ``path`` is None where none is written. ``measures`` is False once no figures fitted what was measured: then layers
-    are timed wherever the built-in figures are within CLOSE, and nothing more is written.
+    ``path`` is None if no file is written. ``measures`` becomes False if no figures fit the measured times: layers are
+    then timed if the built-in figures put their forms within a factor of CLOSE, and nothing more is written.
     """
 
     path: Path | None
@@ -82,7 +84,7 @@ _measuring = threading.Lock()
 
 
 def forget() -> None:
-    """Files are read again, and shapes decided again."""
+    """Clears the caches: files are read again, and forms chosen again."""
     _known.clear()
     _forms.clear()
 
@@ -95,17 +97,17 @@ def name(dtype: torch.dtype) -> str:
 
 
 def decided(s: cost.Shape, dtype: torch.dtype) -> str | None:
-    """The form of a layer on the CPU, if :func:`decide` has told it for good; asked at every call."""
+    """The form of a layer on the CPU, if :func:`decide` has cached it; looked up at every call."""
     return _forms.get(_key_of(s, dtype))
 
 
 def _key_of(s: cost.Shape, dtype: torch.dtype) -> tuple[Any, ...]:
-    """With what else the form depends on."""
+    """The shape and dtype with everything else that the form depends on."""
     return os.environ.get(ENVIRONMENT), torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(), dtype, s
 
 
 def decide(s: cost.Shape, dtype: torch.dtype, seconds: Callable[[str], float] | None) -> str:
-    """The form of a layer on the CPU. ``seconds``, of a form, times the layer; None: nothing may be measured now."""
+    """The form of a layer on the CPU. ``seconds(form)`` times the layer; None: nothing may be measured now."""
     known = in_use()
     if known is None:
         found = cost.cheaper(s, cost.built_in("cpu"))
@@ -124,7 +126,7 @@ def decide(s: cost.Shape, dtype: torch.dtype, seconds: Callable[[str], float] | 
 
 
 def is_off() -> bool:
-    """Whether results must not depend on what was measured, or nothing can be."""
+    """Whether results must not depend on measurements, or the clock is too coarse to measure."""
     return (
         os.environ.get(ENVIRONMENT) == "off"
         or torch.are_deterministic_algorithms_enabled()
@@ -133,7 +135,7 @@ def is_off() -> bool:
 
 
 def in_use() -> Known | None:
-    """What is known here, from the file if this is the first question; None: the built-in figures are to be used."""
+    """The current figures and timings, read from the file at the first call; None: use the built-in figures."""
     if is_off():
         return None
     where = (os.environ.get(ENVIRONMENT) or "", torch.get_num_threads())
@@ -143,7 +145,7 @@ def in_use() -> Known | None:
 
 
 def machine(device: str, dtype: torch.dtype) -> tuple[cost.Machine, str]:
-    """The figures that are known, and where they are from; measures nothing."""
+    """The figures known so far, and their source; measures nothing."""
     known = in_use() if device == "cpu" else None
     if known is None:
         return cost.built_in(device), "built-in"
@@ -152,12 +154,12 @@ def machine(device: str, dtype: torch.dtype) -> tuple[cost.Machine, str]:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def constant(device: str, dtype: torch.dtype) -> list[float]:
-    """The figures of :func:`machine`, for a graph."""
+    """The figures of :func:`machine`, as a constant for graphs."""
     return list(machine(device, dtype)[0])
 
 
 def answer(s: cost.Shape, dtype: torch.dtype) -> str | None:
-    """The form that was faster when both were timed for such a layer."""
+    """The form that was faster when both were timed for a layer of this shape; None if they were not."""
     known = in_use()
     return None if known is None else known.timed.get(_bucket(s, dtype))
 
@@ -184,7 +186,7 @@ def _measured(s: cost.Shape, dtype: torch.dtype, known: Known, seconds: Callable
 
 
 def _bucket(s: cost.Shape, dtype: torch.dtype) -> str:
-    """The shape, with numbers of images and tokens to an eighth of an octave: those of a stream of images vary."""
+    """The shape, with batch size and number of tokens rounded to an eighth of an octave, as they vary with images."""
     B, N = (round(2 ** (round(8 * math.log2(n)) / 8)) if n > 0 else 0 for n in (s.B, s.N))
     numbers = dict(
         s._asdict(), B=B, N=N, training=int(s.training), layer_norm=int(s.layer_norm), kernels=int(s.kernels)
@@ -209,7 +211,7 @@ def key() -> Key:
 
 
 def path() -> Path:
-    """Of the file in use, whether or not there is one."""
+    """The path of the file in use, whether or not it exists."""
     named = os.environ.get(ENVIRONMENT)
     if named:
         return Path(named).expanduser()
@@ -225,11 +227,11 @@ def now() -> str:
 
 
 _BAD = (OSError, ValueError, TypeError, KeyError, AttributeError)
-"""What reading a bad file raises."""
+"""The exceptions raised when a malformed file is read."""
 
 
 def load(file: Path, of: Key) -> Known:
-    """What a file holds. One that is not ours is left as it is, with a warning, and nothing is written."""
+    """Reads a file. If it is malformed or of another key, warns, leaves it unchanged and disables writing."""
     try:
         return _read(file, of)
     except (FileNotFoundError, NotADirectoryError):
@@ -259,7 +261,7 @@ def _read(file: Path, of: Key) -> Known:
 
 
 def save(known: Known, of: Key, merge: bool = True) -> str:
-    """Writes the file whole, with what other processes have found meanwhile. Returns why it could not, or nothing."""
+    """Writes the file atomically, merged with timings that other processes have added. Returns the error, or ""."""
     if known.path is None:
         return "the file there is not ours"
     try:

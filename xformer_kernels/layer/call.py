@@ -1,4 +1,4 @@
-"""What a call of the layer says beside its tensors: checks, what ranks compare, and which form it takes."""
+"""The non-tensor arguments of a layer call: checks, what the ranks compare, and the choice of the form."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FORMS = ("auto", "gram", "direct")
 
 
 class Call(NamedTuple):
-    """What a call says beside its tensors."""
+    """The non-tensor arguments of a call."""
 
     spec: Spec
     token_mask: Tensor | None
@@ -29,12 +29,12 @@ class Call(NamedTuple):
     kernels: bool = False  # whether kernels with packed weights project in the direct form
 
     def keywords(self) -> dict[str, Any]:
-        """As :func:`xfa_layer` and :func:`xfa_block` take them."""
+        """The keyword arguments of :func:`xfa_layer` and :func:`xfa_block`."""
         others = {name: value for name, value in self._asdict().items() if name not in ("spec", "kernels")}
         return {**self.spec.of_xfa, **others}
 
     def check(self, o: Operands, *block: Any) -> None:
-        """`block`: ln_eps and residual of a half block."""
+        """Checks all arguments. `block`: ln_eps and residual of a half block."""
         validate.layer(*o)
         self.spec.check()
         validate.probability("dropout_p", self.dropout_p)
@@ -57,12 +57,12 @@ class Call(NamedTuple):
             )
 
     def tell(self, ranks: parallel.Exchange, o: Operands, *block: Any) -> None:
-        """What the ranks of a group must have alike, for all to send each other the same sums in the same order."""
+        """Fills in what must be equal on all ranks of a group, so that all exchange the same sums in the same order."""
         if self.group is None:
             return
         absent = [t is None for t in o]
         choices = (self.spec.text, float(self.dropout_p), self.form)
-        # of anything, as the Gram form goes backward for, and of q and k, as the direct form does
+        # gradients of any operand, which make the Gram form's backward communicate; of q and k, for the direct form's
         of_qk = (o.x, o.qkv_weight, o.qkv_bias, o.ln_weight, o.ln_bias)
         wanted = [ops.wants_grad(*o), ops.wants_grad(*of_qk)]
         O, I = o.proj_weight.shape  # noqa: E741
@@ -74,19 +74,19 @@ class Call(NamedTuple):
         ranks.tokens = o.x.shape[1]
 
     def agreed(self, ranks: parallel.Exchange, o: Operands) -> Call:
-        """The call with the form that all ranks of its group take, which is decided by the most tokens that one has."""
+        """The call with the form for all ranks of its group, chosen for the largest number of tokens of any rank."""
         if self.group is None:
             return self
         return self._replace(form=self.choose(o, tokens=ranks.most_tokens))
 
     def no_gram_form(self) -> str:
-        """Why there is no Gram form, or nothing."""
+        """Why there is no Gram form; empty if there is one."""
         if self.spec.norm == "feature":
             return "norm='feature' divides each token of q and k by a norm of its own, so no sum over x knows them"
         return ""
 
     def always_direct(self, o: Operands) -> str:
-        """Why the form is direct whichever is asked for, or nothing."""
+        """Why the form is direct even if another is requested; empty if it is not."""
         if ops.torch_only(*o):
             return functional.TORCH_ONLY
         if o.temperature.dtype is torch.float64 and o.x.dtype is not torch.float64:
@@ -94,7 +94,7 @@ class Call(NamedTuple):
         return ""
 
     def against_gram(self, o: Operands) -> str:
-        """Why auto takes the direct form whatever both cost, or nothing."""
+        """Why auto takes the direct form regardless of the costs; empty if it does not."""
         reason = self.always_direct(o) or self.no_gram_form()
         if not reason and torch.compiler.is_exporting():
             return "an exported program has the direct form"
@@ -103,9 +103,9 @@ class Call(NamedTuple):
         return reason
 
     def narrow(self, o: Operands) -> bool:
-        """Whether kernels serve the direct form, of a head's features at a time, and not the Gram form, of x's.
+        """Whether kernels support the direct form (a head's features at a time), but not the Gram form (all of x's).
 
-        Without kernels for either, torch's products make up both, and the costs decide.
+        If no kernel supports either, both are made of torch's matrix products, and the costs decide.
         """
         C, inner = functional.head_dims(o.x, o.proj_weight)
         return not self._served(o, C) and (
@@ -116,7 +116,7 @@ class Call(NamedTuple):
         return dispatch.may_serve(self.backend, o.x.device.type, (o.x.dtype,), (features,))
 
     def costs(self, o: Operands) -> tuple[cost.Cost, cost.Cost, str]:
-        """Of the Gram form, and of the direct one; and where the figures are from."""
+        """The costs of the Gram form and the direct form, and the source of the figures."""
         shape, (machine, source) = self._shape(o), self._machine(o)
         if self._timed_at(o) and calibration.answer(shape, o.x.dtype):
             source += "; both forms were timed for this shape"
@@ -128,15 +128,15 @@ class Call(NamedTuple):
         return cost.built_in(o.x.device.type), "built-in"
 
     def _timed_at(self, o: Operands) -> bool:
-        """Whether measured figures hold for such a call. The ranks of a group must choose alike."""
+        """Whether measured figures apply to the call. They do not with a group, whose ranks must all choose alike."""
         return o.x.is_cpu and self.group is None and self.backend in ("auto", "cpp")
 
     def _may_time(self, o: Operands) -> bool:
-        """Whether nothing has to see or record what this call computes."""
+        """Whether nothing (a mode, transform or profiler) observes the call, so that extra computation is safe."""
         return ops.plain(*o) and not internals.profiler_is_on() and dispatch.asked(self.backend) in ("auto", "cpp")
 
     def _shape(self, o: Operands, tokens: int | None = None) -> cost.Shape:
-        """`tokens`: as if x had so many."""
+        """The shape for the cost model; `tokens` overrides the number of tokens."""
         O, I = o.proj_weight.shape  # noqa: E741
         B, N, C = o.x.shape
         N = N if tokens is None else tokens
@@ -145,7 +145,8 @@ class Call(NamedTuple):
         return cost.Shape(B, N, C, o.temperature.numel(), I, O, o.x.element_size(), training, layer_norm, self.kernels)
 
     def choose(self, o: Operands, tokens: int | None = None, run: tuple[Any, ...] | None = None) -> str:
-        """The form; `tokens`: as if x had so many. `run`: what computes the layer, and its block; None: not timed."""
+        """The form. `tokens` overrides the number of tokens. `run`: :func:`prepared` and its block arguments, with
+        which both forms may be timed; None: nothing is timed."""
         if self.form != "auto":
             return "direct" if self.always_direct(o) else self.form
         if self.against_gram(o):

@@ -1,7 +1,8 @@
-"""What the two forms of a layer cost: which one ``form="auto"`` takes.
+"""Estimated costs of the two forms of a layer, from which ``form="auto"`` chooses.
 
-Seconds are those of multiplying (FLOPs by the speed of who does it), of moving bytes, and of starting so many small
-operations. All are functions of a shape and a machine alone; calibration.py measures the machine.
+The estimated time is the sum of the times to compute the FLOPs (each at the speed of its kind of kernel), to move the
+bytes, and to launch the small operations. It depends only on the shape and the machine; calibration.py measures the
+latter.
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ from functools import lru_cache
 from typing import NamedTuple
 
 MARGIN = 2.0
-"""Factor between the estimates, by measured figures, beyond which the cheaper form is taken without timing both.
+"""If the estimates from measured figures differ by more than this factor, the cheaper form is taken without timing.
 
-The largest error that was seen is a factor of 1.9, at 512 features: passes over wide tokens are slower.
+The largest observed error is a factor of 1.9, at 512 features: passes over wide tokens are slower.
 """
 
 
@@ -21,11 +22,11 @@ class Machine(NamedTuple):
     kernel: float  # FLOP/s of our passes
     linear: float  # FLOP/s of our products with packed weights
     bandwidth: float  # bytes/s
-    start: float  # seconds of one small operation, as in a model: with caches that other layers have filled
+    start: float  # seconds per small operation, as within a model: with caches that other layers have filled
 
 
-# cpu: measured on two cores of a Zen 5, torch 2.14, float32, linear as oneDNN's product. cuda: by design, from the data
-# sheet of an H100 in tf32; not measured.
+# cpu: measured on two cores of a Zen 5, torch 2.14, float32, linear as oneDNN's product. cuda: not measured, taken from
+# the data sheet of an H100 in tf32.
 MACHINES = {
     "cpu": Machine(matmul=2.2e11, kernel=2.8e11, linear=4.4e11, bandwidth=2.5e10, start=1e-5),
     "cuda": Machine(matmul=2e14, kernel=1.5e14, linear=2e14, bandwidth=2.5e12, start=6e-6),
@@ -33,7 +34,7 @@ MACHINES = {
 
 
 def built_in(device: str) -> Machine:
-    """The figures that need no measuring."""
+    """The built-in figures, which need no measurement."""
     return MACHINES.get(device, MACHINES["cuda"])
 
 
@@ -51,7 +52,7 @@ class Shape(NamedTuple):
 
 
 class Work(NamedTuple):
-    """What a form does, in the order of what does it in :class:`Machine`: FLOPs, bytes, small operations."""
+    """The work of a form, in the order of the fields of :class:`Machine`: FLOPs, bytes, small operations."""
 
     matmul: float
     kernel: float
@@ -66,7 +67,7 @@ class Work(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """Estimated; of forward, or of forward and backward in training."""
+    """Estimated cost of forward, or in training of forward and backward."""
 
     flops: float
     bytes: float
@@ -77,13 +78,13 @@ class Cost(NamedTuple):
 
 
 def work_of_direct(s: Shape) -> Work:
-    """Two projections and xfa, each from memory to memory; backward twice the products."""
+    """Two projections and xfa, each of which reads and writes memory; backward has twice the products."""
     times = 3 if s.training else 1
     tokens, D = s.B * s.N, s.inner // s.H
     weights = s.inner * (3 * s.C + s.out)
     projections = 2 * tokens * weights * times
     xfa = 4 * tokens * s.inner * D * times
-    # forward: x, q k v twice, out twice, y; backward: these once more and their gradients
+    # forward: x, q k v twice, out twice, y; backward: the same again, and their gradients
     numbers = tokens * (s.C + 8 * s.inner + s.out) + weights
     if s.layer_norm and not s.kernels:
         numbers += tokens * 2 * s.C
@@ -94,12 +95,12 @@ def work_of_direct(s: Shape) -> Work:
 
 
 def work_of_linear(tokens: int, features: int, out: int) -> Work:
-    """One product with a packed weight, of float32."""
+    """One float32 product with a packed weight."""
     return Work(0, 0, 2 * tokens * features * out, 4 * (tokens * (features + out) + features * out), 1)
 
 
 def work_of_gram(s: Shape) -> Work:
-    """Two passes over x and algebra of C x C matrices per image; backward two passes more."""
+    """Two passes over x and the algebra of C x C matrices per image; two more passes in backward."""
     times = 3 if s.training else 1
     tokens, D = s.B * s.N, s.inner // s.H
     forward = s.C * s.C + 2 * s.C * s.out
@@ -109,7 +110,7 @@ def work_of_gram(s: Shape) -> Work:
     if s.training:
         per_image += 2 * s.C * s.inner * (4 * s.C + 2 * s.out + 5 * D)
     numbers = tokens * (2 * s.C + s.out) + (tokens * (2 * s.C + 2 * s.out + s.C) if s.training else 0)
-    # what the algebra does to each number of its C x I matrices between products: fitted to measurements
+    # elementwise operations of the algebra on its C x I matrices between products: fitted to measurements
     numbers += (40 * s.B * s.inner * s.C + 2 * s.inner * (3 * s.C + s.out)) * times
     return Work(s.B * per_image, passes, 0, numbers * s.itemsize, 130 if s.training else 45)
 
@@ -123,12 +124,12 @@ def gram(s: Shape, m: Machine) -> Cost:
 
 
 def ratio(s: Shape, m: Machine) -> float:
-    """Seconds of the Gram form over those of the direct one."""
+    """Estimated time of the Gram form divided by that of the direct form."""
     return gram(s, m).seconds / direct(s, m).seconds
 
 
 def within(factor: float, s: Shape, m: Machine) -> bool:
-    """Whether neither form is estimated to take `factor` times as long as the other."""
+    """Whether the estimated times of the two forms differ by less than `factor`."""
     return 1 / factor < ratio(s, m) < factor
 
 

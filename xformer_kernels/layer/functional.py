@@ -1,4 +1,4 @@
-"""The layer around xfa: projections, and for the block layer norm, layer scale and residual, in one of two forms."""
+"""The layer around xfa with its projections, and the block with layer norm, layer scale and residual, in two forms."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def xfa_layer(
     group: Any = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Cross feature attention with its projections, exact in either of two forms.
+    """Cross feature attention with its projections, computed in one of two mathematically equal forms.
 
     ::
 
@@ -46,42 +46,44 @@ def xfa_layer(
         form="direct"   projects, calls xfa, projects
         form="gram"     S = sum_n x x^T (C x C);  every map from S and the weights;  M = W_o A W_v;  y = M x + m
 
-    The Gram form never makes q, k and v, neither forward nor backward: each direction is two passes over x and small
-    algebra between them, and x is all of size N that is saved. It takes about half the FLOPs where N is much above C,
-    and more where it is below; ``"auto"`` compares the costs, see :func:`explain_layer`. Sums are of x less a vector
-    near the tokens' mean, so that means far above the spread cost no digits; weights that project to next to nothing
-    what x has most of still do, squared against the direct form.
+    The Gram form never computes q, k and v, neither in forward nor in backward: each is two passes over x with small
+    matrix algebra in between, and x is the only tensor of size N that is saved. It takes about half the FLOPs if N is
+    much larger than C, and more if N is smaller; ``"auto"`` compares the costs, see :func:`explain_layer`. A vector
+    near the mean of the tokens is subtracted from x before summation, so that no precision is lost if the mean is much
+    larger than the spread. If the projections cancel x's dominant components, rounding error grows quadratically
+    compared with the direct form.
 
     Args:
         x: (B, N, C) tokens, float32, float64, bfloat16 or float16, of any strides.
-        qkv_weight: (3 I, C): rows of q, then k, then v, each head's I / H side by side, as in timm's ``XCA``.
+        qkv_weight: (3 I, C): rows of q, then k, then v, with the I / H rows of each head adjacent, as in timm's
+            ``XCA``.
         qkv_bias: (3 I,) or None.
-        temperature: (H,) or (H, 1, 1), which says how many heads there are.
+        temperature: (H,) or (H, 1, 1); it determines the number of heads.
         proj_weight, proj_bias: (O, I), and (O,) or None.
         map, norm, activation, eps, dropout_p: as in :func:`xformer_kernels.xfa`.
-        token_mask: (B, N) bool. False tokens take no part in the attention: theirs is proj_bias, as of a zero.
+        token_mask: (B, N) bool. Tokens where it is False are ignored by the attention: their output is proj_bias.
         form: "auto", "gram" or "direct". ``norm="feature"`` has no Gram form. In ``torch.export`` "auto" is "direct".
-            On the CPU "auto" measures the machine once, and times both forms where the choice is close: see
-            :mod:`xformer_kernels.layer.calibration`. ``XFORMER_KERNELS_CALIBRATION=off`` measures nothing.
-        group: a ``torch.distributed.ProcessGroup`` over whose ranks the tokens of every image are split, unevenly if
-            need be: see :mod:`xformer_kernels.parallel`. ``torch.compile`` leaves such a call out of its graphs.
+            On the CPU "auto" measures the machine once, and times both forms if their estimated costs are close: see
+            :mod:`xformer_kernels.layer.calibration`. ``XFORMER_KERNELS_CALIBRATION=off`` disables the measurements.
+        group: a ``torch.distributed.ProcessGroup`` over whose ranks the tokens of every image are split, evenly or not:
+            see :mod:`xformer_kernels.parallel`. ``torch.compile`` breaks the graph at such a call.
         backend: as in :func:`xformer_kernels.xfa`.
 
-    Weights are in the dtype of x or in its accumulate dtype (float32; float64 for float64). With autocast on, x, and
-    weights of other dtypes, are cast as they are for ``torch.nn.functional.linear``.
+    Weights have the dtype of x or its accumulate dtype (float32; float64 for float64). With autocast on, x, and weights
+    of other dtypes, are cast as for ``torch.nn.functional.linear``.
 
-    A float64 temperature beside tokens of another dtype, whose map is computed in float64, takes the direct form. Under
-    the transforms of ``torch.func``, forward-mode AD and for tensor subclasses with a ``__torch_dispatch__`` of
-    their own (quantized weights), whose rules PyTorch's operators alone know, these compute the direct form.
+    If the temperature is float64 and the tokens are not, the map is computed in float64 and the form is direct. The
+    transforms of ``torch.func``, forward-mode AD, and tensor subclasses that define ``__torch_dispatch__`` (quantized
+    weights) are only supported by PyTorch's own operators, which then compute the direct form.
 
     Returns:
-        (B, N, O) in the dtype of x. Derivatives are of any order, the second ones through the reference (with ``group``
-        and the Gram form: of first order).
+        (B, N, O) in the dtype of x. Differentiable to any order, second and higher derivatives through the reference
+        (with ``group`` and the Gram form, only once).
 
     Raises:
-        TypeError, ValueError: an argument of another type, shape, dtype, device or value; ``form="gram"`` where there
-            is none; ranks that disagree.
-        RuntimeError: a backend asked for by name cannot serve the call.
+        TypeError, ValueError: an argument has an invalid type, shape, dtype, device or value; ``form="gram"`` if there
+            is no Gram form; ranks that disagree.
+        RuntimeError: the backend requested by name cannot serve the call.
     """
     if isinstance(x, Tensor):
         (x,) = autocast.cast_tokens(x)  # type: ignore[assignment]
@@ -116,17 +118,17 @@ def xfa_block(
     group: Any = None,
     backend: str = "auto",
 ) -> Tensor:
-    """The half block ``x + layer_scale * xfa_layer(layer_norm(x))``, for the layer of :func:`xfa_layer`.
+    """The half block ``x + layer_scale * xfa_layer(layer_norm(x))``, with :func:`xfa_layer`.
 
-    In the Gram form layer norm is done while tokens are read, in both passes, and the sum while they are written: two
-    reads of x and one write. Means and spreads of tokens are not saved but computed again.
+    In the Gram form, layer norm is applied while tokens are read, in both passes, and the residual is added while they
+    are written: x is read twice and y written once. The layer norm's statistics are recomputed instead of saved.
 
     Args:
         ln_weight, ln_bias: (C,) or None, of the layer norm over the features of a token.
-        ln_eps: added to their variance, 0 or above.
+        ln_eps: added to the variance of the features, 0 or above.
         layer_scale: (O,) or None.
-        residual: whether x is added; then O is C.
-        The others: as in :func:`xfa_layer`. With autocast on, x stays in its dtype.
+        residual: whether x is added; O must then equal C.
+        Other arguments: as in :func:`xfa_layer`. With autocast on, x keeps its dtype.
 
     Returns:
         (B, N, O) in the dtype of x.
@@ -144,11 +146,11 @@ def xfa_block(
 
 
 class LayerExplanation(NamedTuple):
-    """Which form a layer takes, and what it costs in both. Print it.
+    """Which form a layer takes, and the cost of both forms. Print it.
 
-    ``gram`` and ``direct`` are estimates, see :mod:`xformer_kernels.layer.cost`; ``figures`` says where the figures of
-    the machine are from, see :mod:`xformer_kernels.layer.calibration`; ``reason`` why the Gram form is not taken
-    whatever it costs, if so; ``backend`` is the explanation of the backend of the form that is taken.
+    ``gram`` and ``direct`` are estimates, see :mod:`xformer_kernels.layer.cost`. ``figures`` tells the source of the
+    machine's figures, see :mod:`xformer_kernels.layer.calibration`. ``reason`` tells why the Gram form is ruled out
+    regardless of its cost; empty if it is not. ``backend`` explains the backend of the chosen form.
     """
 
     form: str
@@ -185,10 +187,11 @@ def explain_layer(
     group: Any = None,
     backend: str = "auto",
 ) -> LayerExplanation:
-    """Which form and backend the same call of :func:`xfa_layer` would take, and the costs of both: print the result.
+    """Which form and backend the same call of :func:`xfa_layer` would take, and the costs of both. Print the result.
 
-    Computes and measures nothing: where the call would, "auto" is by the figures known so far. Asks no other rank of a
-    group: "auto" is as if no rank had more tokens. Raises what :func:`xfa_layer` would raise for the same arguments.
+    Computes and measures nothing: where the call would measure, "auto" uses the figures known so far. Does not
+    communicate with a group: "auto" assumes that no other rank has more tokens. Raises the same errors as
+    :func:`xfa_layer` for the same arguments.
     """
     if isinstance(x, Tensor):
         (x,) = autocast.cast_tokens(x)  # type: ignore[assignment]
@@ -216,9 +219,9 @@ def among_ranks(call: Call, o: Operands, *block: Any) -> Tensor:
 def prepared(
     call: Call, o: Operands, ln_eps: float | None = None, residual: bool = False
 ) -> Callable[[], Sequence[Tensor]]:
-    """What computes a layer, or with an ``ln_eps`` a half block, in the form that the call takes: y comes first.
+    """A callable that computes a layer, or with ``ln_eps`` a half block, in the call's form; its first result is y.
 
-    Arguments are known to be right.
+    The arguments have been checked.
     """
     ln_eps, residual = None if ln_eps is None else float(ln_eps), bool(residual)
     o = o._replace(temperature=o.temperature.reshape(-1))
@@ -239,8 +242,8 @@ def prepared(
 
 def _direct(call: Call, o: Operands, ln_eps: float | None, residual: bool) -> tuple[Tensor]:
     x, u = o.x, o.x
-    if call.token_mask is not None:  # the gradients of weights would meet what masked tokens hold
-        # layer norm with an eps of 0 needs features that differ
+    if call.token_mask is not None:  # otherwise the gradients of the weights would read the values of masked tokens
+        # features that differ, since layer norm with an eps of 0 would divide by zero for equal ones
         instead: Any = 0 if ln_eps is None else torch.arange(x.shape[-1], device=x.device).remainder(2).to(x.dtype)
         u = torch.where(call.token_mask.unsqueeze(-1), x, instead)
     norm = LayerNorm(_as(o.ln_weight, x), _as(o.ln_bias, x), ln_eps) if ln_eps is not None else None
@@ -276,7 +279,7 @@ def _linear(
 
 
 def _as_autocast(o: Operands) -> Operands:
-    """With autocast on, weights as torch's layers cast them; the temperature may have any dtype."""
+    """With autocast on, casts weights as torch's layers do; the temperature may have any dtype."""
     if not isinstance(o.x, Tensor):
         return o
     weights = dict(o._asdict(), x=None, temperature=None)

@@ -1,7 +1,7 @@
-"""The layer in Gram form as two ops: layer_forward and layer_backward, with what torch wants to know of them.
+"""The layer in Gram form as two ops, layer_forward and layer_backward, with their autograd and fake functions.
 
-They are made of the two passes (passes.py) and the algebra between them (algebra.py). Saved for backward are x, the
-weights and C x C sized statistics; q, k and v do not exist, forward or backward.
+They are composed of the two passes (passes.py) and the algebra between them (algebra.py). x, the weights and statistics
+of size C x C are saved for backward; q, k and v are never computed, neither in forward nor in backward.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Operands(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What forward keeps for backward beside the operands."""
+    """What forward saves for backward in addition to the operands."""
 
     S: Tensor
     M: Tensor
@@ -54,8 +54,8 @@ class Saved(NamedTuple):
 
 
 class Choices(NamedTuple):
-    """``keep`` (B, H, D, D) scales the map. ``ln_eps`` None: without layer norm; ``residual``: x is added; ``group``:
-    name of a process group, or nothing."""
+    """``keep`` (B, H, D, D) multiplies the map. ``ln_eps`` None: no layer norm. ``residual``: whether x is added.
+    ``group``: name of a process group, or empty."""
 
     keep: Tensor | None
     token_mask: Tensor | None
@@ -88,7 +88,7 @@ def _weights(o: Operands) -> algebra.Weights:
 
 
 def _gradients(o: Operands, g: algebra.Gradients) -> tuple[Tensor, ...]:
-    """From gradients of what _weights gives to those of what it is given; absent ones are empty."""
+    """Gradients of the operands of _weights from those of its results; empty tensors for absent operands."""
     dtype = accumulate_dtype(o.x.dtype)
     dW, db, dproj, dproj_bias = g.qkv.flatten(0, 2), g.qkv_bias.flatten(), g.proj, g.proj_bias
     dln_weight, dln_bias, dscale = (dW.new_empty(0) for _ in range(3))
@@ -126,7 +126,7 @@ def _forward(backend: str, *args: Any) -> tuple[Tensor, ...]:
     with autocast.disabled(x):
         w = _weights(o)
         around, count = parallel.total(choices.group, *passes.sample(x, mask, choices.ln_eps))
-        c = (around / count.clamp_min(1)).contiguous()  # kernels read it by address
+        c = (around / count.clamp_min(1)).contiguous()  # the kernels assume contiguous memory
         S, _, s = (t.squeeze(1) for t in gram(heads, heads, True, mask, c, choices.ln_eps))
         n = s.new_full((x.shape[0], 1), x.shape[1]) if mask is None else mask.sum(1, keepdim=True).to(s.dtype)
         S, s, n = parallel.total(choices.group, S, s, n)
@@ -193,7 +193,7 @@ class _Layer(torch.autograd.Function):
 
 
 class _LayerBackward(torch.autograd.Function):
-    """Its own backward is autograd's, of the reference in the accumulate dtype: right to any order."""
+    """Its own backward applies autograd to the reference in the accumulate dtype: differentiable to any order."""
 
     @staticmethod
     def forward(ctx: Any, backend: str, dy: Tensor, *args: Any) -> Any:
@@ -202,7 +202,7 @@ class _LayerBackward(torch.autograd.Function):
         ctx.choices = choices._replace(keep=None, token_mask=None)
         ctx.set_materialize_grads(False)
         grads = ops.below_autograd("layer_backward", backend, dy, *o)(dy, *args)
-        # results that are no views may be modified in place
+        # clone views, since only results that are not views may be modified in place
         return tuple(g.clone() if g._is_view() else g for g in grads)
 
     @staticmethod
@@ -214,7 +214,7 @@ class _LayerBackward(torch.autograd.Function):
         dtype = accumulate_dtype(tensors[1].dtype)
         again = torch.is_grad_enabled()
         with torch.enable_grad(), autocast.disabled(tensors[1]):
-            # new points to differentiate at, connected to the old ones in case the result is differentiated too
+            # new tensors to differentiate at, connected to the old ones in case the result is differentiated again
             points = [
                 None if x is None else x.to(dtype).view_as(x) if x.requires_grad else x.detach().to(dtype)
                 for x in tensors

@@ -1,14 +1,15 @@
-"""The two passes over tokens that the layer is made of: by a backend that has them, or out of gram and channel_mix.
+"""The two passes over tokens that the layer is made of: from a backend, or composed of its gram and channel_mix.
 
     gram(a, x, symmetric, token_mask, center, layer_norm_eps)
         G = sum_n a u^T (B, 1, Ca, C), sum_n a (B, 1, Ca), sum_n u (B, 1, C), in the accumulate dtype
     mix(x, weight, bias, add, x2, weight2, center, layer_norm_eps, differentiate)
         y = weight x + weight2 u + bias + add, (B, N, 1, O) in the dtype of x
 
-u is made of x, in mix of x2 if there is one, while tokens are read: layer-normalised unless ``layer_norm_eps`` is None,
-less ``center`` (B, C) if there is one (contiguous). Tokens are (B, 1, N, C), weights (B, 1, O, C), bias (B, 1, O).
-symmetric: `a` is x, and u takes its place. differentiate: the sum without ``add`` is a gradient with regard to u, and y
-is the one with regard to what u is made of, and ``add``. A backend has them as ``layer_gram`` and ``layer_mix``.
+u is computed from x (in mix from x2 if given, and otherwise in place of x) while tokens are read: x is layer-normalised
+unless ``layer_norm_eps`` is None, then ``center`` (B, C), contiguous, is subtracted if given. Tokens are (B, 1, N, C),
+weights (B, 1, O, C), bias (B, 1, O). symmetric: `a` is x, and is replaced by u as well. differentiate: the sum without
+``add`` is a gradient with respect to u; y is the gradient with respect to the tokens that u is computed from, plus
+``add``. Backends may implement them as ``layer_gram`` and ``layer_mix``.
 """
 
 from __future__ import annotations
@@ -37,17 +38,18 @@ def tokens(x: Tensor, center: Tensor | None, layer_norm_eps: float | None) -> Te
 
 
 FEW = 64
-"""Tokens that tell about where the mean is: theirs is an eighth of the spread from it, unless they keep step with x."""
+"""Number of sampled tokens: their mean is about an eighth of the spread away from the mean of all, unless they
+coincide with a period of x."""
 
 
 def sampled(N: int, device: torch.device | None = None) -> Tensor:
-    """Which FEW of N, spread over all at uneven distances, so as not to keep step with rows of an image."""
+    """Indices of FEW of N tokens, unevenly spaced so that they do not coincide with the rows of an image."""
     i = torch.arange(FEW, device=device)
     return i * N // FEW + i * 39 % FEW * (N // FEW) // FEW
 
 
 def sample(x: Tensor, token_mask: Tensor | None, layer_norm_eps: float | None) -> tuple[Tensor, Tensor]:
-    """Sums over a few tokens, (B, C), and how many, (B, 1)."""
+    """Sums over the sampled tokens, (B, C), and their number, (B, 1)."""
     if x.shape[1] > FEW:
         at = sampled(x.shape[1], x.device)
         x, token_mask = x[:, at], None if token_mask is None else token_mask[:, at]
@@ -58,26 +60,26 @@ def sample(x: Tensor, token_mask: Tensor | None, layer_norm_eps: float | None) -
 
 
 class Passes(NamedTuple):
-    """The two functions, of a backend."""
+    """The two functions of a backend."""
 
     gram: Callable[..., tuple[Tensor, Tensor, Tensor]]
     mix: Callable[..., Tensor]
 
 
 def of(backend: str) -> Passes:
-    """A backend's own passes, or those that are composed of its gram and channel_mix."""
+    """A backend's own passes, or passes composed of its gram and channel_mix."""
     found = None if backend == "reference" else backends.load(backend)[0]
     gram, mix = (None if found is None else found.function(name) for name in ("layer_gram", "layer_mix"))
     return Passes(gram or partial(_gram, backend), mix or partial(_mix, backend))
 
 
 def with_head(*tensors: Tensor | None) -> list[Tensor | None]:
-    """Each with a dimension of heads, of one, behind that of images."""
+    """Each tensor with a head dimension of size 1 after the batch dimension."""
     return [None if t is None else t.unsqueeze(1) for t in tensors]
 
 
 def without_head(y: Tensor) -> Tensor:
-    """(B, N, 1, O) as (B, N, O), and no view to autograd, for the op's result to be modifiable in place."""
+    """(B, N, 1, O) as (B, N, O); not a view for autograd, so that the op's result may be modified in place."""
     result: Tensor = torch.ops.aten._unsafe_view(y, (*y.shape[:2], y.shape[3]))
     return result
 
@@ -136,7 +138,7 @@ def _layer_norm_backward(grad: Tensor, x: Tensor, eps: float) -> Tensor:
 
 def _reference_gram(a: Tensor, b: Tensor, symmetric: bool, token_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     dtype = accumulate_dtype(a.dtype)
-    if symmetric:  # norms are on its diagonal
+    if symmetric:  # the diagonal holds squared norms
         a = b = uncut(a)
     G, ssq_a, ssq_b = reference.gram(a, b, symmetric=symmetric, token_mask=token_mask)
     return G.to(dtype), ssq_a.to(dtype), ssq_b.to(dtype)

@@ -1,4 +1,4 @@
-"""Times of layers in both forms, and the figures of a machine that are fitted to them."""
+"""Timing of layers in both forms, and fitting of a machine's figures to the times."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from xformer_kernels.spec import Spec
 
 FORMS = ("gram", "direct")
 COARSEST = 1e-5
-"""Seconds: with a clock that does not tell this apart nothing is measured."""
+"""Clock resolution in seconds; with a coarser clock nothing is measured."""
 PROBES = ((1, 784, 64, 4), (1, 784, 192, 6), (8, 196, 128, 4), (1, 2304, 128, 4), (1, 196, 384, 8), (1, 16384, 48, 1))
-"""(B, N, C, H) of the layers that the figures are fitted to: each figure is much of the time of one of them."""
+"""(B, N, C, H) of the layers that the figures are fitted to: each figure is a large part of the time of one of them."""
 BUSY = 0.2
-"""Relative error, as root mean square, that figures of an idle machine do not have: others were using it."""
+"""Relative root mean square error of the fit above which the machine is assumed to be busy with other work."""
 LONGEST = 0.6
-"""Seconds after which no round of probes is begun but the first three."""
+"""Seconds after which no further round of probes is started, except for the first three."""
 
 
 AGREED, ROUNDS = 1.03, 4
 LEAST, ENOUGH = 0.06, 1.0
-"""Seconds of calls to choose the form of one layer: before, they are not believed, and after, no round is begun."""
+"""Seconds spent timing one layer: times are not trusted before LEAST, and no round is started after ENOUGH."""
 
 
 def usable_clock() -> bool:
@@ -37,15 +37,15 @@ def usable_clock() -> bool:
 
 
 def clock() -> Callable[[], float]:
-    """Of a single thread the time that it has run: what others do beside it does not count."""
+    """With a single thread, the clock of its CPU time, which excludes other threads; otherwise wall time."""
     alone = torch.get_num_threads() == 1 and time.get_clock_info("thread_time").resolution <= COARSEST
     return time.thread_time if alone else time.perf_counter
 
 
 def seconds(prepared: Callable[..., Any], call: Any, o: Operands, block: tuple[Any, ...], form: str) -> float:
-    """Of one call of a layer in a form, with backward if autograd records it.
+    """The time of one call of a layer in a form, with backward if autograd records the call.
 
-    Leaves gradients, hooks and graph of the operands, hooks of saved tensors and the random numbers as they were.
+    Does not affect the operands' gradients, hooks and graph, nor saved tensor hooks and the random number generator.
     """
     leaves = Operands(*(None if t is None else t.detach().requires_grad_(t.requires_grad) for t in o))  # type: ignore[arg-type]
     wanted = [t for t in leaves if t is not None and t.requires_grad] if ops.wants_grad(*o) else []
@@ -81,15 +81,15 @@ def faster(seconds: Callable[[str], float], estimated: float) -> str:
         if i + 1 >= ROUNDS and spent > LEAST and all(b <= AGREED * a for a, b, *_ in taken.values()):
             break
     gram, direct = (taken[form][0] for form in FORMS)
-    if gram == direct:  # by a clock that has stopped too
+    if gram == direct:  # also if the clock does not advance
         return "gram" if estimated < 1 else "direct"
     return "gram" if gram * (1 if i + 1 >= ROUNDS else estimated) < direct else "direct"
 
 
 def measure(dtype: torch.dtype = torch.float32) -> cost.Machine | None:
-    """The figures with which the estimates are nearest to the least times of PROBES in both forms.
+    """The figures whose estimates best fit the smallest measured times of PROBES in both forms.
 
-    None if no figures fit them, or the clock told no time.
+    None if no figures fit, or the clock did not advance.
     """
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         calls = _probes(dtype)
@@ -104,7 +104,7 @@ def measure(dtype: torch.dtype = torch.float32) -> cost.Machine | None:
 
 def _probes(dtype: torch.dtype) -> list[tuple[cost.Work, Callable[[], float]]]:
     """The work of each probe, and a function that times it: both forms of a layer, and a product by our kernels."""
-    from xformer_kernels.layer.call import Call  # these modules ask for the figures
+    from xformer_kernels.layer.call import Call  # imported here because these modules import the figures
     from xformer_kernels.layer.functional import prepared
 
     random = torch.Generator().manual_seed(0)
@@ -132,10 +132,9 @@ def _seconds_of_linear(x: Tensor, weight: Tensor) -> float:
 
 
 def fit(times: list[tuple[cost.Work, float]]) -> cost.Machine | None:
-    """Least squares of relative errors, by multiplicative steps that keep figures positive (Lee and Seung).
+    """Least squares fit of relative errors, by multiplicative updates that keep figures positive (Lee and Seung).
 
-    A figure that no work tells about stays in its built-in proportion to that of torch's products. None if what is
-    left of the errors is above BUSY.
+    A figure that no probe depends on keeps its built-in ratio to ``matmul``. None if the remaining error is above BUSY.
     """
     first = cost.built_in("cpu")
     units = [1 / first.matmul, 1 / first.kernel, 1 / first.linear, 1 / first.bandwidth, first.start]

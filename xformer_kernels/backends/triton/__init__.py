@@ -1,7 +1,7 @@
 """GPU kernels in Triton; under ``TRITON_INTERPRET=1`` they run on CPU tensors instead, slowly, for tests.
 
-Each function has the signature of its op and returns freshly allocated tensors. The kernels read any strides in place,
-accumulate in fp32 (fp64 for fp64) and sum in an order that shapes and the device alone decide.
+Each function has the signature of its op and returns newly allocated tensors. The kernels read any strides in place,
+accumulate in fp32 (fp64 for fp64) and sum in an order that depends only on the shapes and the device.
 """
 
 from __future__ import annotations

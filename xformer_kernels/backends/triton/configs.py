@@ -1,9 +1,9 @@
-"""Block sizes, warps and pipeline stages of every kernel: the shipped table, and the tuner that replaces it.
+"""Block sizes, warps and pipeline stages of every kernel: the built-in table, and the tuner that overrides it.
 
-A choice depends on the kernel, the dtype, the number of features, the map and the architecture; never on the number of
-tokens, batches or heads. ``XFORMER_KERNELS_AUTOTUNE=1`` times the candidates the first time that a key is met and keeps
-the best in ``tuned.json`` under ``XFORMER_KERNELS_CACHE`` (``~/.cache/xformer-kernels``), which later processes read
-under the same variable.
+A configuration depends on the kernel, the dtype, the number of features, the map and the architecture, but not on the
+number of tokens, batches or heads. With ``XFORMER_KERNELS_AUTOTUNE=1``, the candidates are timed the first time a key
+occurs, and the best is kept in ``tuned.json`` under ``XFORMER_KERNELS_CACHE`` (``~/.cache/xformer-kernels``), which
+later processes read if ``XFORMER_KERNELS_AUTOTUNE=1`` is set.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ CACHE = "XFORMER_KERNELS_CACHE"
 
 
 class Config(NamedTuple):
-    """How a kernel is cut and compiled.
+    """Block sizes and compiler options of a kernel.
 
-    Tokens of a tile, features of its result, features that a product takes at a time, warps, stages of its loops, and
-    registers of a thread (0: as many as NVIDIA's assembler likes, which spills a few numbers for more occupancy).
+    Tokens per tile, features of its result, features per step of a product, warps, stages of its loops, and registers
+    per thread (0: chosen by NVIDIA's assembler, which spills a few values for higher occupancy).
     """
 
     block_n: int
@@ -43,13 +43,13 @@ class Config(NamedTuple):
     registers: int = 0
 
     def options(self) -> dict[str, int]:
-        """For the compiler."""
+        """The compiler options."""
         options = {"num_warps": self.warps, "num_stages": self.stages}
         return {**options, "maxnreg": self.registers} if self.registers else options
 
 
 class Key(NamedTuple):
-    """What a choice may depend on. `features`: of the widest operand."""
+    """What a configuration may depend on. `features`: those of the widest operand."""
 
     kernel: str
     dtype: torch.dtype
@@ -60,27 +60,27 @@ class Key(NamedTuple):
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 KERNELS = ("gram", "gram_normalised", "apply", "forward", "map_backward", "gradients", "channel_mix")
 LINEAR_KERNELS = ("linear_maxima", "linear_sums", "linear_apply", "linear_queries", "linear_keys")
-"""Of linear attention: they hold a whole map."""
+"""The kernels of linear attention, which hold a whole map."""
 BLOCKS = (16, 32, 64, 128, 256)
 REGISTERS = 65536
-"""Of a multiprocessor."""
+"""Registers per multiprocessor."""
 WIDEST_INTERPRETED = 64
-"""Features that the interpreter takes at a time, if the table does not say more."""
+"""Features per step in the interpreter, unless the table has a larger number."""
 
 
 def block(features: int) -> int:
-    """The power of two that holds so many features; a tensor core's least is 16."""
+    """The smallest power of two that holds this many features, at least 16 (the minimum of tensor cores)."""
     return max(16, 1 << (features - 1).bit_length())
 
 
 @cache
 def shipped(key: Key, arch: str) -> Config:
-    """The table's choice; an architecture that has no row of its own gets the common one."""
+    """The table's configuration; an architecture without its own row gets the common one."""
     d = block(key.features)
     rows = _TABLE[key.kernel, key.dtype.itemsize]
     config = Config(*rows.get((d, arch), rows[d]))
     if arch == "interpreter":
-        # its time goes by operations, whatever their size; wide tokens are still cut
+        # its time depends on the number of operations, not their size; wide tokens are still split
         o, k = (x and max(x, min(d, WIDEST_INTERPRETED)) for x in (config.block_o, config.block_k))
         return config._replace(block_n=128, block_o=o, block_k=k)
     if arch.startswith("gfx"):
@@ -90,9 +90,9 @@ def shipped(key: Key, arch: str) -> Config:
 
 
 # (kernel, bytes of a number): {features, or (features, arch): (block_n, block_o, block_k, warps, stages[, registers])}
-# Chosen by what the assemblers say, not yet by the clock: no spills, the shared memory of every architecture kept to,
-# tensor cores and 128-bit loads used. Products in ieee float32 take 16 features at a time, or the multiply-adds of a
-# whole tile would not fit the registers.
+# Chosen from the assembler's reports, not yet by timing: no spills, within the shared memory of every architecture,
+# using tensor cores and 128-bit loads. Products in ieee float32 take 16 features at a time, since the multiply-adds of
+# a whole tile would not fit in registers.
 _TABLE: dict[tuple[str, int], dict[Any, tuple[int, ...]]] = {
     ("gram", 2): {
         16: (128, 16, 0, 4, 3),
@@ -241,12 +241,12 @@ _TABLE["map_backward", 4] = _TABLE["map_backward", 2]
 
 
 def get(key: Key, arch: str) -> Config:
-    """The table's choice, or the tuned one where that was asked for and is known."""
+    """The tuned configuration if tuning is enabled and one is known, otherwise the table's."""
     return (_tuned().get(_name(key, arch)) if autotuning() else None) or shipped(key, arch)
 
 
 def launch(key: Key, arch: str, run: Callable[[Config], None]) -> None:
-    """Runs with the best known choice. `run` may be called many times: it writes its results and reads none of them."""
+    """Runs with the best known configuration. `run` may be called many times, so it must not read its own results."""
     if autotuning() and _name(key, arch) not in _tuned():
         if not _capturing():
             with replay.paused():
@@ -264,7 +264,7 @@ def autotuning() -> bool:
 
 
 def candidates(key: Key, arch: str) -> list[Config]:
-    """The table's choice and its neighbours. Features of a tile stay: how the tokens are split depends on them."""
+    """The table's configuration and its neighbours, with the same features per tile, on which token splits depend."""
     first = shipped(key, arch)
     least = 16
     tokens = {first.block_n} if first.block_n == 0 else {max(least, first.block_n * x // 2) for x in (1, 2, 4)}
@@ -281,7 +281,7 @@ def candidates(key: Key, arch: str) -> list[Config]:
 
 
 def fastest(configs: list[Config], run: Callable[[Config], None]) -> Config:
-    """The one that takes the least time; those that the device has not the resources for are passed over."""
+    """The fastest configuration; those that exceed the device's resources are skipped."""
     times: dict[Config, float] = {}
     for config in configs:
         try:
@@ -317,7 +317,7 @@ def cache_file() -> Path:
 
 @cache
 def _tuned() -> dict[str, Config]:
-    """What is known, by name: from the file, and of this process."""
+    """The known configurations by name, from the file and from this process."""
     return _in_file()
 
 
@@ -329,13 +329,13 @@ def _in_file() -> dict[str, Config]:
 
 
 def _remember(name: str, config: Config) -> None:
-    """Also in the file, whole at any time; a file that cannot be written costs later processes their time only."""
+    """Stores a configuration, also in the file, atomically; if that fails, later processes only have to tune again."""
     _tuned()[name] = config
     path = cache_file()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".json", delete=False) as file:
-            # with what other processes have found meanwhile
+            # merged with the results of other processes
             json.dump({**_in_file(), **_tuned()}, file, indent=1)
         os.replace(file.name, path)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""From tensors to launches: what kernels may assume of strides and addresses, precisions, devices."""
+"""Launch parameters derived from tensors: alignment of strides and addresses, precisions, devices."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ VECTOR_BYTES = 16
 
 
 class Target(NamedTuple):
-    """What a launch depends on beside its tensors."""
+    """What a launch depends on in addition to its tensors."""
 
     arch: str
     processors: int
@@ -25,7 +25,7 @@ class Target(NamedTuple):
 
 @cache
 def target(device: torch.device) -> Target:
-    """Architecture and number of multiprocessors; the interpreter runs one program at a time and calls itself four."""
+    """Architecture and number of multiprocessors; 4 for the interpreter, although it runs programs serially."""
     if INTERPRETING:
         return Target("interpreter", 4)
     properties = torch.cuda.get_device_properties(device)
@@ -40,7 +40,7 @@ def is_current(device: torch.device) -> bool:
 
 
 def on_device(device: torch.device) -> AbstractContextManager[Any]:
-    """Launches go to the current device: makes it that of the tensors."""
+    """Context that makes the tensors' device current, since launches go to the current device."""
     return nullcontext() if is_current(device) else torch.cuda.device(device)
 
 
@@ -50,12 +50,12 @@ def _power_of_two(number: int, most: int) -> int:
 
 
 def side_by_side(t: Tensor) -> bool:
-    """Whether the features of a token are next to each other, as loads of many at once want them."""
+    """Whether the features of a token are contiguous, as vectorised loads require."""
     return t.stride(-1) == 1 or t.shape[-1] == 1
 
 
 def alignment(**tokens: Tensor | None) -> dict[str, int]:
-    """ALIGN_<NAME>: every token of it starts at a multiple of so many numbers; 0 if its features lie apart."""
+    """ALIGN_<NAME>: every token starts at a multiple of this many elements; 0 if its features are not contiguous."""
     return {f"ALIGN_{name.upper()}": 0 if t is None else _alignment(t) for name, t in tokens.items()}
 
 
@@ -74,15 +74,15 @@ def out_alignment(features: int, itemsize: int) -> int:
 
 
 def tokens_precision(dtype: torch.dtype, arch: str) -> str:
-    """Of products of tokens with tokens, and of float32 tokens with maps: tf32 where the user allows it for matmuls."""
+    """Precision of products of tokens with tokens, and of float32 tokens with maps: tf32 if allowed for matmuls."""
     has_it = arch.startswith("sm_") or arch == "gfx942"
     return "tf32" if dtype is torch.float32 and has_it and tf32_allowed() else "ieee"
 
 
 def gram_precision(dtype: torch.dtype, normalised: bool, arch: str, symmetric: bool = False) -> str:
-    """Of a Gram matrix of tokens. On the diagonal of a symmetric one are squares of norms, which tf32 would blur.
+    """Precision of a Gram matrix of tokens. No tf32 if it is symmetric, since its diagonal holds squared norms.
 
-    Tokens of 16 bits that were divided by their norms are wide, and are not cut again.
+    16-bit tokens that were divided by their norms are in the accumulate dtype, and are not rounded again.
     """
     if symmetric and dtype is torch.float32:
         return "ieee"
@@ -92,5 +92,6 @@ def gram_precision(dtype: torch.dtype, normalised: bool, arch: str, symmetric: b
 
 
 def map_precision(dtype: torch.dtype, arch: str) -> str:
-    """Of products of tokens with maps. Maps of float16 are tf32, which holds the tokens exactly and has the range."""
+    """Precision of products of tokens with maps: tf32 for float16, as it represents the tokens exactly and has the
+    range."""
     return "tf32" if dtype.itemsize == 2 and arch.startswith("sm_") else tokens_precision(dtype, arch)

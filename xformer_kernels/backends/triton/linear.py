@@ -1,4 +1,4 @@
-"""The ops of linear attention: two launches forward and two backward, one more for a softmax over tokens."""
+"""The ops of linear attention: two launches in forward and two in backward, one more for a softmax over tokens."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def takes_linear_attention(dtype: torch.dtype, head_dims: tuple[int, int]) -> bo
 
 
 class _Call:
-    """What the launches of a call share."""
+    """State shared by the launches of a call."""
 
     def __init__(self, q: Tensor, v: Tensor, spec: Spec) -> None:
         self.B, self.H, self.N, self.D = q.shape
@@ -51,7 +51,7 @@ class _Call:
         }
 
     def split(self, tokens: int, sums: bool) -> plan.Split:
-        """How queries or keys are cut, where each program gives sums, or reads those of all parts of another pass."""
+        """How queries or keys are split, if each program writes sums, or reads those of all parts of another pass."""
         split = plan.split_sums if sums else plan.split_tokens
         row = max(1, (self.D + self.Dv) // 2) * self.dtype.itemsize
         return split(tokens, self.B * self.H, self.record * self.wide.itemsize, row, self.target.processors)
@@ -76,7 +76,7 @@ class _Call:
         configs.launch(key, self.target.arch, run)
 
     def sum_first(self, partial: Tensor, parts: int, out: Tensor) -> tuple[Tensor, int]:
-        """Where there are many parts: S and z of all of them in `out`."""
+        """If there are many parts, sums their S and z into `out`."""
         sums = self.D * self.Dv + self.D
         ops._reduce(torch.sum, partial[..., :sums], out[..., :sums])
         return out, 1

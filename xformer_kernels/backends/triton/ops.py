@@ -1,4 +1,4 @@
-"""The ops: workspaces, splits and launches, at most two of them forward and three backward, and sums of many parts."""
+"""The ops: workspaces, splits, at most two launches in forward and three in backward, and sums of many parts."""
 
 from __future__ import annotations
 
@@ -23,34 +23,34 @@ _ACC = {torch.float32: tl.float32, torch.float64: tl.float64}
 _one_at_a_time: AbstractContextManager[Any] = threading.Lock() if launch.INTERPRETING else nullcontext()
 # Their tensor cores take tf32 with the tokens innermost: asynchronous loads would transpose 32 bits at a time.
 _TRANSPOSING = ("sm_90", "sm_100")
-# Strides of tensors that are not there.
+# Strides of absent tensors.
 _NONE3, _NONE4 = (0, 0, 0), (0, 0, 0, 0)
 
 
 class Choices(NamedTuple):
-    """The mathematical choices of a call as the kernels' constants."""
+    """The mathematical options of a call as compile-time constants of the kernels."""
 
     KEY_VALUE: bool
     TOKEN_NORM: bool
     FEATURE_NORM: bool
-    """Without either, nothing is divided by norms."""
+    """If neither TOKEN_NORM nor FEATURE_NORM is set, nothing is divided by norms."""
     SOFTMAX: bool
     EPS: float
 
     @property
     def name(self) -> str:
-        """For the keys of the tuner."""
+        """The name in the tuner's keys."""
         norm = "token" if self.TOKEN_NORM else "feature" if self.FEATURE_NORM else "none"
         return f"{('query_key', 'key_value')[self.KEY_VALUE]}-{norm}"
 
     @property
     def squares(self) -> str:
-        """Whose sums of squares the forward's Gram pass gives beside those of k: see gram.accumulate."""
+        """Which sums of squares the forward's Gram pass computes besides those of k; see gram.accumulate."""
         return "" if not self.TOKEN_NORM else "ac" if self.KEY_VALUE else "ab"
 
 
 def _gram_key(dtype: torch.dtype, D: int, choices: Choices, norm: bool, suffix: str = "") -> configs.Key:
-    """Tokens that are normalised are multiplied in the accumulate dtype."""
+    """The tuner's key of a Gram pass; normalised tokens are multiplied in the accumulate dtype."""
     if norm:
         return configs.Key("gram_normalised", accumulate_dtype(dtype), D, choices.name + suffix)
     return configs.Key("gram", dtype, D, choices.name + suffix)
@@ -68,18 +68,18 @@ def _empty(size: tuple[int, ...], dtype: torch.dtype, like: Tensor) -> Tensor:
 
 
 def _mask(token_mask: Tensor | None, other: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-    """Pointer and strides; without a mask a pointer that is not read."""
+    """Pointer and strides of the mask; without a mask, a pointer that is not read."""
     if token_mask is None:
         return other, (0, 0)
     if other.dtype is torch.float64:
-        # Triton lays operands of products out by the narrowest number that was loaded for them, and has no products of
-        # float64 in the layout of bytes.
+        # Triton chooses the layout of a product's operands by the narrowest dtype that was loaded for them, and does
+        # not support float64 products in the layout of bytes.
         token_mask = token_mask.long()
     return token_mask, token_mask.stride()
 
 
 def transposes(arch: str) -> bool:
-    """Whether sums over tokens in tf32 must not be of tiles that are loaded asynchronously."""
+    """Whether the tiles of sums over tokens in tf32 must not be loaded asynchronously."""
     return arch in _TRANSPOSING
 
 
@@ -91,7 +91,7 @@ def _run(kernel: Any, grid: int, config: configs.Config, *args: Any, **constants
 
 
 def _reduce(function: Any, partial: Tensor, out: Tensor) -> Tensor:
-    """Sums or maxima over the parts, which come first."""
+    """Sums or maxima over the parts, the first dimension."""
     function(partial, 0, out=out)
     if recorder := replay.recorder():
         recorder.reduced(function, partial, out)
@@ -99,7 +99,7 @@ def _reduce(function: Any, partial: Tensor, out: Tensor) -> Tensor:
 
 
 def _split(x: Tensor, features: int, key: configs.Key) -> plan.Split:
-    """How the tokens are cut for a Gram pass, and for the pass that reads its partial results."""
+    """How the tokens are split for a Gram pass, and for the pass that reads its partial results."""
     B, H, N, D = x.shape
     side = min(configs.get(key, launch.target(x.device).arch).block_o, configs.block(D))
     tiles = plan.cdiv(D, side) * plan.cdiv(features, side)
@@ -123,7 +123,7 @@ def _gram(
     norm_a: bool = False,
     norm_b: bool = False,
 ) -> None:
-    """Launches a^T b into `results`, G and two sums of squares: (parts, B, H) records that lie `steps` apart."""
+    """Launches a^T b into `results`, G and two sums of squares: (parts, B, H) records, `steps` apart."""
     B, H, N, DA = a.shape
     DB = b.shape[-1]
     mask, mask_strides = _mask(token_mask, a)
@@ -242,7 +242,7 @@ def xfa_forward(
 
 
 def _of_map(q: Tensor, choices: Choices) -> dict[str, Any]:
-    """Constants of the kernels that meet a map."""
+    """Constants of the kernels that use a map."""
     return {
         "ACC": _ACC[accumulate_dtype(q.dtype)],
         "EPS": choices.EPS,

@@ -1,4 +1,4 @@
-"""How a call is cut into launches and programs, from its shapes and the number of multiprocessors alone."""
+"""How a call is split into launches and programs: depends only on its shapes and the number of multiprocessors."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from typing import NamedTuple
 WIDEST = 256
 """Features per head that the kernels hold in one tile."""
 ONE_LAUNCH = 128 * 4
-"""Bytes of a row of the map up to which one program holds a whole map."""
+"""Maximum bytes of a row of the map for which one program holds a whole map."""
 WIDEST_LINEAR = {2: 128, 4: 64, 8: 64}
-"""Features of q, k and v, by the bytes of a number, up to which linear attention is fused: a program holds two whole
-D x Dv maps, of numbers of the accumulate dtype, beside its tokens."""
+"""Maximum features of q, k and v, by element size, for which linear attention is fused: a program holds two whole
+D x Dv maps in the accumulate dtype, in addition to its tokens."""
 CHUNK = 256
-"""Tokens that are worth a program of their own; chunks are multiples of it, and so of every block of tokens."""
+"""Minimum number of tokens per program; chunks are multiples of it, and thus of every block of tokens."""
 LONGEST = 16384
-"""Tokens whose products are one sum in a tensor core, which cuts off where it should round: the error grows with their
-number (tests/gpu, beyond 31 bits)."""
+"""Maximum number of tokens summed in one tensor core accumulator, which truncates instead of rounding: the error grows
+with the number of tokens (tests/gpu, beyond 31 bits)."""
 SHORT = 4096
-"""Tokens of a chunk where the usual ones would be longer than that."""
+"""Tokens of a chunk if the usual chunks would be longer than LONGEST."""
 
 
 class Split(NamedTuple):
-    """`parts` programs of `chunk` tokens each. `many`: a sum of them comes before the launch that reads them."""
+    """`parts` programs of `chunk` tokens each. `many`: the parts are summed before the launch that reads them."""
 
     parts: int
     chunk: int
@@ -37,7 +37,8 @@ def split_tokens(N: int, units: int, record: int, row: int, processors: int) -> 
     """Chunks of the tokens of each of `units` (batch, head and tile of the map) that fill the machine twice.
 
     `record`: bytes of a partial result, which every program of the next launch reads from every part; `row`: bytes of a
-    token. Parts are few enough for that to stay below twice the bytes of the tokens: parts^2 record <= 2 N row.
+    token. The number of parts is limited so that these reads stay below twice the bytes of the tokens:
+    parts^2 record <= 2 N row.
     """
     wanted = cdiv(2 * processors, max(1, units))
     parts = max(1, min(wanted, cdiv(N, CHUNK), isqrt(2 * N * row // record)))
@@ -52,10 +53,10 @@ def split_sums(N: int, units: int, record: int, row: int, processors: int) -> Sp
 
 
 def fits_one_launch(D: int, itemsize: int) -> bool:
-    """Whether one program can hold a whole map of numbers of so many bytes."""
+    """Whether one program can hold a whole map with this element size."""
     return D * itemsize <= ONE_LAUNCH
 
 
 def fits_linear_attention(features: int, itemsize: int) -> bool:
-    """Whether linear attention of tokens of so many bytes a number is fused; `features`: the wider of D and Dv."""
+    """Whether linear attention of tokens with this element size is fused; `features`: the larger of D and Dv."""
     return features <= WIDEST_LINEAR[itemsize]

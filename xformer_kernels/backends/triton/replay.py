@@ -1,10 +1,10 @@
-"""Replays the launches of a call: they are planned once for each combination of shapes, strides, dtypes and choices.
+"""Replays the launches of a call: they are planned once for each combination of shapes, strides, dtypes and options.
 
 The first call of a function that is decorated with :func:`planned` runs as it is written, and its allocations, launches
 and reductions are recorded. Later calls with the same key allocate the same buffers and repeat the same launches with
-new addresses. The key has all that a plan depends on: of each tensor its shape, strides, dtype, device and the
-alignment of its address; the other arguments; and whether TF32 is allowed. The environment variable of the tuner is
-only read when a call is planned.
+new addresses. The key contains everything that a plan depends on: the shape, strides, dtype, device and address
+alignment of each tensor; the other arguments; and whether TF32 is allowed. The tuner's environment variable is only
+read when a call is planned.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Launch:
 
 
 def _has_hooks() -> bool:
-    """Whether something, such as a profiler, asked Triton to be called at every launch."""
+    """Whether something, such as a profiler, has registered a Triton launch hook."""
     runtime = triton.knobs.runtime
     return any(
         hook is not None and getattr(hook, "calls", True)
@@ -83,7 +83,7 @@ class Reduction(NamedTuple):
 
 
 class Recorder:
-    """What a call does, as long as every tensor in it is an argument or (part of) a buffer."""
+    """Records the steps of a call, in which every tensor must be an argument or (part of) a buffer."""
 
     def __init__(self, arguments: Sequence[Tensor]) -> None:
         self.arguments = arguments
@@ -104,7 +104,7 @@ class Recorder:
         return View(place - len(self.arguments), tuple(t.shape), t.stride(), offset // t.element_size())
 
     def _place(self, t: Tensor) -> tuple[int, int]:
-        """Index of an argument, or of a buffer behind the arguments; and an offset in bytes."""
+        """Index of an argument or, after the arguments, of a buffer; and an offset in bytes."""
         for i, known in enumerate((*self.arguments, *self.buffers)):
             if t is known:
                 return i, 0
@@ -172,7 +172,7 @@ def planned(function: Callable[..., Any]) -> Callable[..., Any]:
             return plan.run(addresses)
         if known in plans:
             return function(*args)
-        # an object may be given twice here, and two different ones in the next call
+        # the same object may be passed twice here, and two different ones in the next call
         args = tuple(x.detach() if isinstance(x, Tensor) else x for x in args)
         with _recording([x for x in args if isinstance(x, Tensor)]) as recorder:
             results = function(*args)
@@ -198,7 +198,7 @@ def _recording(arguments: Sequence[Tensor]) -> Iterator[Recorder]:
 
 @contextmanager
 def paused() -> Iterator[None]:
-    """For launches that are not part of the call."""
+    """Context for launches that are not part of the call, and not recorded."""
     before, _current.recorder = getattr(_current, "recorder", None), None
     try:
         yield
@@ -207,5 +207,5 @@ def paused() -> Iterator[None]:
 
 
 def recorder() -> Recorder | None:
-    """Of the call that is being recorded in this thread."""
+    """The recorder of the call that is being recorded in this thread."""
     return getattr(_current, "recorder", None)

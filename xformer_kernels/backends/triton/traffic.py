@@ -1,8 +1,8 @@
-"""What the launches move and compute: how often each tensor of size N is read, and the products.
+"""Memory traffic and products of the launches: how often each tensor of size N is read, and the products computed.
 
-A model of the kernels, for comparing plans and for the documents. The tests hold it against the loads, stores and
-products that the kernels do in Triton's interpreter, to the byte. What is read again by the same program, or by others
-at the same time, comes out of a cache as a rule: the model counts requests.
+A model of the kernels, for comparing plans and for the documentation. The tests compare it byte for byte with the
+loads, stores and products of the kernels in Triton's interpreter. The model counts requests; repeated reads by the same
+program, or by others at the same time, are usually served by a cache.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def _gram(a: str, b: str, squares_of: str, D: int, side: int, norm_a: bool, norm
         reads[squares_of] = reads.get(squares_of, 0) + tiles
     for name, normalised in ((a, norm_a), (b, norm_b)):
         if normalised and tiles > 1:
-            # each tile needs the norm of whole tokens
+            # each tile needs the norms of whole tokens
             reads[name] += tiles * tiles
     return reads
 
@@ -52,7 +52,7 @@ def forward(D: int, key_value: bool, token_norm: bool, gram: configs.Config, app
 
 
 def backward(D: int, key_value: bool, token_norm: bool, gram: configs.Config, gradients: configs.Config) -> Traffic:
-    """xfa backward: the Gram pass of x and dout, and the pass that gives dq, dk and dv."""
+    """xfa backward: the Gram pass of x and dout, and the pass that computes dq, dk and dv."""
     x = "q" if key_value else "v"
     norm_x = key_value and not token_norm
     first = _gram(x, "dout", "", D, min(gram.block_o, configs.block(D)), norm_x, False)

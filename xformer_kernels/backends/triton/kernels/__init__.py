@@ -1,1 +1,1 @@
-"""Device code: what a program owns, reads and writes."""
+"""Device code of the Triton kernels."""

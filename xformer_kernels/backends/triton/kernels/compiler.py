@@ -9,7 +9,7 @@ from triton import knobs
 
 
 def kernel(function: Callable[..., Any]) -> Any:
-    """triton.jit that specialises on nothing but constexprs and dtypes.
+    """triton.jit that specialises only on constexprs and dtypes.
 
     Sizes and strides are 64-bit integers whatever their value, and nothing is compiled anew where one of them happens
     to be 1 or a multiple of 16, or an address to be aligned: what kernels may assume of strides and addresses are

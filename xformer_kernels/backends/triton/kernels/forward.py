@@ -32,7 +32,7 @@ def finish_map(
     TOKEN_NORM: tl.constexpr,
     SOFTMAX: tl.constexpr,
 ):
-    """(in, out): what tokens are multiplied by, for key_value with the token norms of q in it."""
+    """(in, out): the matrix that multiplies the tokens; for key_value it includes the token norms of q."""
     S = temperature * cosines(raw, ssq_k, ssq_q, EPS, KEY_VALUE, TOKEN_NORM)
     if SOFTMAX:
         S = softmax_over_keys(S, inside)

@@ -1,4 +1,4 @@
-"""Gram matrices over the tokens: the first pass of everything."""
+"""Gram matrices over the tokens: the first pass of every op."""
 
 import triton.language as tl
 
@@ -26,7 +26,7 @@ def reciprocal_norms(
     BLOCK: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
-    """(BLOCK_N,): 1 / max(norm, eps) of whole tokens, of which `tile` may be but some features."""
+    """(BLOCK_N,): 1 / max(norm, eps) of whole tokens, of which `tile` may hold only some features."""
     if D <= BLOCK:
         ssq = tl.sum(tile * tile, axis=1)
     else:
@@ -76,7 +76,7 @@ def accumulate(
     """(BLOCK_A, BLOCK_B) sum of a[n]^T b[n] over the tokens [begin, end), and the sums of squares of their features.
 
     SQUARES: "" none, "ab" of a and of b, "ac" of a and of c (as wide as b), which is read for them alone. SAME: b is a.
-    NORM_A, NORM_B: each token of a, of b is first divided by its own norm, and the product is of wide numbers.
+    NORM_A, NORM_B: each token of a, of b is first divided by its norm; the product is in the accumulate dtype.
     """
     G = tl.zeros((BLOCK_A, BLOCK_B), ACC)
     squares_a = tl.zeros((BLOCK_N, BLOCK_A), ACC)
@@ -159,7 +159,7 @@ def gram_kernel(
     """A program owns one (BLOCK_A, BLOCK_B) tile of one (b, h) over one chunk of the tokens, its `part`.
 
     Results are (parts, B, H) records, `step_*` numbers apart. SYMMETRIC: tiles below the diagonal return at once, and
-    each number above it is stored at both of its places, the diagonal as the sums of squares: equal to the bit.
+    each element above it is stored at both of its places; the diagonal is the sums of squares, bitwise.
     """
     TILES_A: tl.constexpr = (DA + BLOCK_A - 1) // BLOCK_A
     TILES_B: tl.constexpr = (DB + BLOCK_B - 1) // BLOCK_B

@@ -64,7 +64,7 @@ def reciprocals(z):
 
 @device
 def finished(S, z, OF_K: tl.constexpr):
-    """S and z as the queries meet them."""
+    """S and z as they are applied to the queries."""
     if OF_K == "softmax_tokens":
         S = S * reciprocals(z)[:, None]
         z = tl.where(z == 0.0, 0.0, 1.0).to(z.dtype)
@@ -97,7 +97,7 @@ def maxima_kernel(
 ):
     """A program owns one chunk of the keys of one (b, h): (parts, B, H) maxima by feature, `step` numbers apart.
 
-    -inf where no token takes part. NaN need not be found: it is found again in the sums.
+    -inf where no token takes part. NaN need not be propagated here, since the sums propagate it.
     """
     b, h, part = locate(H, parts)
     k_base = head_base(k_ptr, b, h, stride_kb, stride_kh, ALIGN_K)

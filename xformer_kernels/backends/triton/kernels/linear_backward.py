@@ -67,7 +67,7 @@ def query_gradients_kernel(
         g = scale dout / den      t = g S^T      dden = -<t, phi(q)> / den
         dq = phi'(t + dden z)     dS = sum phi(q)^T g      dz = sum phi(q) dden
 
-    Where S does not fit the registers beside dS, BLOCK_K of its columns at a time are loaded, for each tile anew.
+    If S does not fit in registers together with dS, BLOCK_K of its columns are loaded at a time, again for each tile.
     """
     RECORD: tl.constexpr = D * DV + (2 * D if OF_K == "softmax_tokens" else D)
     MAP_DTYPE: tl.constexpr = ACC if WIDE_MAP else q_ptr.dtype.element_ty

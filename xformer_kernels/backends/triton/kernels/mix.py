@@ -1,4 +1,4 @@
-"""A small matrix applied to every token: the second pass of everything."""
+"""A small matrix applied to every token: the second pass of every op."""
 
 import triton.language as tl
 
@@ -38,7 +38,7 @@ def multiply(
     ALIGN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """y + x @ weight^T, BLOCK_K features of x at a time; WIDE_MAP: of numbers as wide as y's, else as x's."""
+    """y + x @ weight^T, BLOCK_K features of x at a time, in the dtype of y if WIDE_MAP, otherwise in that of x."""
     x_base = head_base(x_ptr, b, h, stride_xb, stride_xh, ALIGN)
     w_base = weight_ptr + b * stride_wb + h * stride_wh
     for first in range(0, I, BLOCK_K):

@@ -36,7 +36,7 @@ def record_base(ptr, offset, ALIGN: tl.constexpr):
 
 @device
 def kept(rows, end, mask_ptr, b, stride_mb, stride_mn, HAS_MASK: tl.constexpr):
-    """Which of the tokens `rows` are there and take part."""
+    """Which of the tokens `rows` exist and are not masked."""
     keep = rows < end
     if HAS_MASK:
         keep = keep & (tl.load(mask_ptr + b * stride_mb + rows * stride_mn, mask=keep, other=0) != 0)
@@ -83,7 +83,7 @@ def store_tokens(
 
 @device
 def narrow(x, DTYPE: tl.constexpr):
-    """x rounded to DTYPE, to nearest even; by hand where Triton's interpreter would cut bfloat16 off."""
+    """x rounded to DTYPE, to nearest even; done explicitly where Triton's interpreter would truncate to bfloat16."""
     if INTERPRETED and tl.bfloat16 == DTYPE:
         bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
@@ -117,7 +117,7 @@ def token_norms(x, EPS: tl.constexpr):
 
 @device
 def sum_of_parts(ptr, offsets, mask, parts, stride, ACC: tl.constexpr, ALIGN: tl.constexpr):
-    """The sum of `parts` tiles that lie `stride` apart, in their order: the same bits at every call."""
+    """The sum of `parts` tiles, `stride` apart, added in order, so that results are bitwise reproducible."""
     total = tl.load(ptr + offsets, mask=mask, other=0.0).to(ACC)
     for part in range(1, parts):
         total += tl.load(record_base(ptr, part * stride, ALIGN) + offsets, mask=mask, other=0.0)
