@@ -23,7 +23,7 @@ def fuse_for_inference(model: Model, kernels: bool = True) -> Model:
     with weights that are packed once. In every other call (other dtypes and devices, gradients, dispatch modes,
     transforms, ``torch.compile``) they run the original forward.
 
-    The outputs equal those of ``model.eval()`` up to rounding; the state dict has other names. The copy cannot be
+    The outputs equal those of ``model.eval()`` up to rounding; the state dict has different keys. The copy cannot be
     trained, as it has no batch statistics. Layers with hooks, parametrized weights or replaced parts are not changed.
     Parameters may be changed afterwards, except in place through ``.data``. Hooks that are registered, and modules that
     are replaced, inside a fused module afterwards are ignored.
