@@ -1,12 +1,12 @@
-"""A light backbone of convolutions and cross feature attention, in three sizes.
+"""A lightweight backbone of convolutions and cross feature attention, in three sizes.
 
-    xformer_s, xformer_xs, xformer_xxs    the models; timm.create_model knows them too where timm is installed
-    XFormer, XFormerFeatures              the classifier and the feature extractor, for variants of your own
-    ATTENTION                             what attention= may be, by name
+    xformer_s, xformer_xs, xformer_xxs    the models, also registered with timm.create_model if timm is installed
+    XFormer, XFormerFeatures              the classifier and the feature extractor, for custom variants
+    ATTENTION                             accepted values of attention=, by name
     fuse_for_inference                    a copy with batch norms folded and layers fused
 
 ``python -m xformer`` has the commands train, eval, predict, export and make-shapes. ``python -m xformer.counts`` prints
-parameters and multiply-adds beside other models'. There are no weights to download.
+parameters and multiply-adds next to those of other models. There are no pretrained weights.
 """
 
 from xformer.attention import ATTENTION

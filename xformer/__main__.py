@@ -23,7 +23,7 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command: its exit code, or 2 for what the user can mend."""
+    """Run a command and return its exit code; 2 for user-facing errors, 130 if interrupted."""
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser("xformer", description="Light backbones of convolutions and transformer layers.")
     parser.add_argument("--version", action="version", version=f"xformer-kernels {__version__}")
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # names of files may be no text
+            stream.reconfigure(errors="backslashreplace")  # file names may not be valid text
     try:
         return options.run(options) or 0
     except KeyboardInterrupt as stopped:
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def say_once(text: str) -> None:
-    """On stderr: by the first of the processes that torchrun has started together."""
+    """Print to stderr, in only one of the processes that torchrun started: the first to get here."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or _is_first():
         print(text, file=sys.stderr, flush=True)
 
@@ -60,7 +60,7 @@ def _is_first() -> bool:
     from datetime import timedelta
 
     distributed: Any = importlib.import_module("torch.distributed")
-    try:  # the store at which these processes have met
+    try:  # the store through which these processes rendezvous
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = distributed.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=10))
         return bool(store.add(f"xformer/said/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", 1) == 1)

@@ -1,11 +1,11 @@
-"""Attention by name: the half block ``x + drop_path(attention(norm(x)))`` on tokens (B, N, C).
+"""Attention variants by name: the half block ``x + drop_path(attention(norm(x)))`` on tokens (B, N, C).
 
-xfa                XFA as it is by default: feature map of queries and keys, norms over tokens, softmax
-xfa_identity       the same without softmax
-xfa_feature_norm   the same with norms over the features of each token
-xfa_key_value      our reading of XFormer's abstract: feature map of keys and values, no softmax
-softmax            scaled dot product attention over tokens, quadratic in them: the expensive baseline
-none               no attention: what is left are the convolutions and the MLPs
+xfa                XFA with default options: feature map of queries and keys, norms over tokens, softmax
+xfa_identity       xfa without softmax
+xfa_feature_norm   xfa with norms over the features of each token
+xfa_key_value      our interpretation of XFormer's abstract: feature map of keys and values, no softmax
+softmax            scaled dot product attention over tokens, quadratic in their number: the expensive baseline
+none               no attention: only the convolutions and MLPs remain
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from xformer_kernels.modules import runs_forward_of
 from xformer_kernels.nn import half_block
 
 Factory = Callable[..., nn.Module]
-"""From (dim, num_heads, attn_drop=, proj_drop=, drop_path=) to a half block."""
+"""Called as (dim, num_heads, attn_drop=, proj_drop=, drop_path=); returns a half block."""
 
 
 class XFAHalf(XFABlock):
-    """:class:`xformer_kernels.XFABlock` with drop path; its arguments, and ``drop_path``."""
+    """:class:`xformer_kernels.XFABlock` with drop path. Takes the same arguments and ``drop_path``."""
 
     def __init__(self, dim: int, num_heads: int, *, drop_path: float = 0.0, **choices: Any) -> None:
         super().__init__(dim, num_heads, **choices)
@@ -40,7 +40,7 @@ class XFAHalf(XFABlock):
 
 
 class SoftmaxHalf(nn.Module):
-    """The same half block with softmax attention over tokens, by ``scaled_dot_product_attention``."""
+    """Half block with softmax attention over tokens, using ``scaled_dot_product_attention``."""
 
     def __init__(
         self, dim: int, num_heads: int, *, attn_drop: float = 0.0, proj_drop: float = 0.0, drop_path: float = 0.0
@@ -74,10 +74,10 @@ ATTENTION: dict[str, Factory] = {
 
 
 def factory(attention: str | Factory) -> Factory:
-    """What a name of :data:`ATTENTION` stands for; a factory of your own stays as it is.
+    """Return the factory for a name in :data:`ATTENTION`; a callable is returned unchanged.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: unknown name.
     """
     if callable(attention):
         return attention

@@ -1,4 +1,4 @@
-"""The backbone: a light hybrid of convolutions and transformer layers whose attention is linear in the tokens."""
+"""The backbone: a lightweight hybrid of convolutions and transformer layers with attention linear in the tokens."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ STEM = 16
 
 
 class Stage(NamedTuple):
-    """MBConvs, the first of them with the stage's stride, then ``blocks`` XF blocks of ``depth`` layers each."""
+    """MBConvs, the first with the stage's stride, followed by ``blocks`` XF blocks of ``depth`` layers each."""
 
     channels: int
     expand: tuple[int, ...]
@@ -69,11 +69,11 @@ POOLS: dict[str, Callable[[Tensor], Tensor]] = {
     "avgmax": lambda x: 0.5 * (x.mean((2, 3)) + x.amax((2, 3))),
     "catavgmax": lambda x: torch.cat((x.mean((2, 3)), x.amax((2, 3))), 1),
 }
-"""Pooling of (B, C, H, W) by the names that timm has for it; "catavgmax" gives 2 C features, the others C."""
+"""Global pooling of (B, C, H, W), by timm's names; "catavgmax" gives 2 C features, the others C."""
 
 
 class FeatureInfo(list[dict[str, Any]]):
-    """One dict (num_chs, reduction, module) per feature map, with the questions that timm's users ask."""
+    """One dict (num_chs, reduction, module, index) per feature map, with the methods of timm's ``FeatureInfo``."""
 
     @property
     def out_indices(self) -> tuple[int, ...]:
@@ -98,7 +98,7 @@ class FeatureInfo(list[dict[str, Any]]):
 
 
 class Trunk(nn.Module):
-    """Stem and stages, which the classifier and the feature extractor share."""
+    """Stem and stages, shared by the classifier and the feature extractor."""
 
     default_cfg: dict[str, Any]
     pretrained_cfg: dict[str, Any]
@@ -166,11 +166,11 @@ class Trunk(nn.Module):
             )
 
     def walk(self, x: Tensor) -> Iterator[Tensor]:
-        """The output of every stage."""
+        """Yield the output of every stage."""
         if x.dim() != 4 or x.shape[1] != self.in_chans:
             raise ValueError(f"x must have shape (B, {self.in_chans}, H, W), got {tuple(x.shape)}")
         x = self.stem(x.contiguous(memory_format=torch.channels_last))
-        # one channel has no order: the convolution may have taken its other layout
+        # with a single channel the memory formats are ambiguous, and the convolution may have returned the other one
         x = x.contiguous(memory_format=torch.channels_last)
         for stage in self.stages:
             if self.grad_checkpointing and torch.is_grad_enabled():
@@ -180,45 +180,46 @@ class Trunk(nn.Module):
             yield x
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Whether stages are computed again in backward instead of keeping what is inside them."""
+        """Enable activation checkpointing: stages are recomputed in backward instead of keeping their activations."""
         self.grad_checkpointing = enable
 
     def group_matcher(self, coarse: bool = False, prefix: str = "^") -> dict[str, Any]:
-        """Parameters in groups by depth, for layer-wise learning rates (timm's convention).
+        """Group parameters by depth, for layer-wise learning rate decay (timm's convention).
 
-        `prefix`: a pattern of what names begin with in the model that this is a part of.
+        `prefix`: regular expression for the start of parameter names, if this is a submodule of another model.
         """
         depth = prefix + (r"stages\.(\d+)" if coarse else r"stages\.(\d+)\.(\d+)")
         return {"stem": f"{prefix}stem", "blocks": [(depth, None), (f"{prefix}head_conv", (99999,))]}
 
     def no_weight_decay(self) -> set[str]:
-        """Names of the temperatures, which an optimiser should not decay (timm's convention)."""
+        """Names of the temperatures, which should be excluded from weight decay (timm's convention)."""
         return {name for name, _ in self.named_parameters() if name.endswith("temperature")}
 
 
 class XFormer(Trunk):
-    """The classifier: images (B, in_chans, H, W) to logits (B, num_classes).
+    """Image classifier: images (B, in_chans, H, W) to logits (B, num_classes).
 
     ::
 
         stem 3x3 -> 4 stages of MBConvs and XF blocks -> 1x1 convolution -> mean over pixels -> dropout -> classifier
 
     Args:
-        variant: a row of :data:`VARIANTS`, or one of your own.
-        num_classes: of the classifier; 0: none, and ``forward`` returns pooled features.
-        in_chans: channels of the images.
-        attention: a name of :data:`xformer.attention.ATTENTION`, or a factory of half blocks.
-        stem_stride, stage_strides: 1 or 2 each; together 32. For small images take ones, from the front.
-        mlp_ratio: hidden features of an MLP by its features.
-        se: squeeze and excitation in every MBConv.
-        drop_rate: dropout before the classifier. proj_drop_rate: after attention and MLPs. attn_drop_rate: of its map.
-        drop_path_rate: of the last block; it grows linearly from 0 at the first.
+        variant: a value of :data:`VARIANTS`, or a custom one.
+        num_classes: number of classes; if 0, there is no classifier and ``forward`` returns pooled features.
+        in_chans: number of image channels.
+        attention: a name in :data:`xformer.attention.ATTENTION`, or a factory of half blocks.
+        stem_stride, stage_strides: 1 or 2 each; the default product is 32. For small images, set the first ones to 1.
+        mlp_ratio: ratio of hidden to input features of the MLPs.
+        se: use squeeze-and-excitation in every MBConv.
+        drop_rate: dropout before the classifier.
+        proj_drop_rate: dropout after attention and MLPs. attn_drop_rate: dropout of the attention map.
+        drop_path_rate: drop path rate of the last block; rates increase linearly from 0 at the first block.
         global_pool: "avg", "max", "avgmax" (their mean) or "catavgmax" (both), as in timm; "" for no pooling: logits
             (B, num_classes, H', W').
-        img_size: only checked: every size works that leaves two tokens or more, odd ones too.
+        img_size: only validated: any size is supported, also odd ones, that leaves at least two tokens.
 
     Raises:
-        ValueError: strides, attention or global_pool that there are not; an ``img_size`` that leaves one token.
+        ValueError: invalid strides, unknown attention or global_pool, or an ``img_size`` that leaves one token.
     """
 
     def __init__(
@@ -240,14 +241,14 @@ class XFormer(Trunk):
 
     @property
     def num_pooled_features(self) -> int:
-        """Input features of the classifier."""
+        """Number of input features of the classifier."""
         return self.num_features * (2 if self.global_pool == "catavgmax" else 1)
 
     def get_classifier(self) -> nn.Module:
         return self.classifier
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new classifier; 0 classes: none. Pooling stays where it is None."""
+        """Replace the classifier; none if num_classes is 0. Pooling is kept if global_pool is None."""
         if global_pool is not None and global_pool != "" and global_pool not in POOLS:
             raise ValueError(f"global_pool must be '' or one of {', '.join(map(repr, POOLS))}, got {global_pool!r}")
         if global_pool is not None:
@@ -262,13 +263,13 @@ class XFormer(Trunk):
         init_weights(self.classifier)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """(B, num_features, H', W'), before pooling."""
+        """Features (B, num_features, H', W') before pooling."""
         *_, x = self.walk(x)
         y: Tensor = self.head_conv(x)
         return y
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """From features to logits; `pre_logits`: to what the classifier would get."""
+        """Features to logits; if `pre_logits`, to the input of the classifier."""
         if self.global_pool:
             x = self.head_drop(POOLS[self.global_pool](x))
             return x if pre_logits else self.classifier(x)
@@ -287,11 +288,11 @@ class XFormer(Trunk):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> Any:
-        """Outputs of stages, with ``forward_features`` unless `intermediates_only` (timm's convention).
+        """Outputs of stages, and of ``forward_features`` unless `intermediates_only` (timm's convention).
 
         Args:
-            indices: of stages, or the number of last stages; all by default.
-            norm: accepted for timm, and has no effect.
+            indices: stage indices, or the number of last stages; all by default.
+            norm: accepted for compatibility with timm; has no effect.
             output_fmt: "NCHW", or "NLC" for intermediates of shape (B, H' * W', C).
         """
         if output_fmt not in ("NCHW", "NLC"):
@@ -310,10 +311,10 @@ class XFormer(Trunk):
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Removes the stages behind the last one of `indices`, and returns these (timm's convention).
+        """Remove the stages after the last one in `indices` and return the indices (timm's convention).
 
-        The convolution before pooling is removed with the last stage or by `prune_norm`, the classifier and pooling by
-        `prune_head`.
+        ``head_conv`` is removed if any stage is removed or if `prune_norm` is set; the classifier and pooling are
+        removed if `prune_head` is set.
         """
         kept = stage_indices(len(self.stages), indices)
         if prune_head:
@@ -326,13 +327,13 @@ class XFormer(Trunk):
 
 
 class XFormerFeatures(Trunk):
-    """The feature extractor: images to a list of feature maps, one for each of ``out_indices``.
+    """Feature extractor: images to a list of feature maps, one for each of ``out_indices``.
 
-    Its ``feature_info`` has their channels and reductions. The other arguments are those of :class:`XFormer`.
-    Parameters have the names that they have there, and those of later stages do not exist.
+    ``feature_info`` has their channels and reductions. The other arguments are those of :class:`XFormer`. Parameter
+    names are the same as in :class:`XFormer`; stages after the last of ``out_indices`` are not created.
 
     Raises:
-        ValueError: as :class:`XFormer`; an index of no stage.
+        ValueError: as :class:`XFormer`; a stage index out of range.
     """
 
     def __init__(
@@ -350,7 +351,7 @@ class XFormerFeatures(Trunk):
 
 
 def stage_indices(stages: int, indices: int | Sequence[int] | None, name: str = "indices") -> tuple[int, ...]:
-    """Indices from 0 in increasing order: all for None, the last so many for a number; negative ones from the end."""
+    """Sorted stage indices: all if None, the last n stages if an int n; negative indices count from the end."""
     if indices is None:
         return tuple(range(stages))
     if isinstance(indices, int):

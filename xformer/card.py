@@ -1,4 +1,4 @@
-"""The card of weights: what they are of, and how images are to be prepared, as JSON in the metadata of the file."""
+"""Card of weights: describes their model and its preprocessing, stored as JSON in the metadata of the file."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from xformer.registry import MEAN, STD, default_cfgs
 
 @dataclass
 class Card:
-    """What weights are of, and what the model wants to see.
+    """Description of a model and its preprocessing.
 
-    model: a name of ours or timm's. options: its arguments, without ``num_classes`` and ``in_chans``. image_size,
-    crop_pct, interpolation, mean, std: how an image is prepared (timm's terms). classes: names in the order of logits.
-    class_ids: their numbers in files of labels, which need not be those of the logits. colours: RGB of the classes, if
-    the labels say it. step: optimizer steps done. metrics: of the evaluation at that step.
+    model: name of one of our models or of timm's. options: model arguments other than ``num_classes`` and ``in_chans``.
+    image_size, crop_pct, interpolation, mean, std: preprocessing, as in timm. classes: names in the order of logits.
+    class_ids: ids of the classes in label files, which may differ from the logit indices. colours: RGB of the classes,
+    if the label files specify it. step: number of optimizer steps. metrics: of the evaluation at that step.
     """
 
     model: str
@@ -44,7 +44,7 @@ class Card:
         return to_json(asdict(self))
 
     def preparation(self) -> str:
-        """How images are prepared, in words."""
+        """Description of the preprocessing, for messages."""
         mean, std = (" ".join(f"{value:.4g}" for value in values) for values in (self.mean, self.std))
         normalised = f"less mean {mean}, by std {std}"
         if self.task == "classify":
@@ -75,14 +75,14 @@ ACCEPTED: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
     ),
     "values by name": (lambda v: isinstance(v, dict), ("options", "metrics")),
 }  # fmt: skip
-"""What a card's fields must be, in words."""
+"""Checks of a card's fields, by their description in error messages."""
 
 
 def read_card(text: str, path: object) -> Card:
-    """A card from its JSON; fields that this version does not know are left.
+    """Read a card from JSON; unknown fields are ignored.
 
     Raises:
-        UsageError: text that is no card, by the name of the file and of the field.
+        UsageError: not a valid card; the message names the file and the field.
     """
     where = f"weights: the card of {path}"
     try:
@@ -109,13 +109,13 @@ def read_card(text: str, path: object) -> Card:
 
 
 FREE = ("drop_rate", "drop_path_rate", "proj_drop_rate", "attn_drop_rate", "img_size", "form")
-"""Options that change nothing of what weights mean, but for rounding."""
+"""Options that do not change the function of the weights in inference, except for rounding."""
 
 
 def difference(own: Card, other: Card) -> str:
-    """What of a model is not the same on two cards, in words; empty if its weights mean the same.
+    """Message about the first difference between the models of two cards; empty if weights are compatible.
 
-    Of a classifier and a model of another task, the backbones are compared.
+    If the tasks differ, only the options of the backbones are compared.
     """
     if own.model != other.model:
         return f"it is of {other.model}, and the model is {own.model}"
@@ -125,7 +125,7 @@ def difference(own: Card, other: Card) -> str:
         if name in FREE or not (shared or name in _backbone()):
             continue
         values = own.options.get(name, defaults.get(name)), other.options.get(name, theirs.get(name))
-        mine, its = (json.loads(json.dumps(value, default=repr)) for value in values)  # tuples are lists
+        mine, its = (json.loads(json.dumps(value, default=repr)) for value in values)  # tuples become lists
         if mine != its:
             return f"its {name} is {its!r}, and the model's {mine!r}"
     return ""
@@ -138,7 +138,7 @@ def _backbone() -> dict[str, Any]:
 
 
 def _defaults(card: Card) -> dict[str, Any]:
-    """Of the options of our models; those of timm's are not known."""
+    """Default options of our models; empty for timm's models."""
     if card.model not in default_cfgs:
         return {}
     if card.task == "segment":

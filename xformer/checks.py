@@ -1,4 +1,4 @@
-"""What values of JSON are."""
+"""Type checks of JSON values."""
 
 from __future__ import annotations
 
@@ -11,5 +11,5 @@ def is_integer(value: Any) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is a finite number, integers within the range of floats included."""
+    """Whether `value` is a finite number: a float, or an integer within the range of floats."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max

@@ -1,8 +1,8 @@
-"""Parameters and multiply-adds of models, by one call of fvcore: ``python -m xformer.counts``.
+"""Count parameters and multiply-adds of models with fvcore: ``python -m xformer.counts``.
 
-One multiply-add is one (GMACs); fvcore adds 2 per number for batch norm, 5 for layer norm, and nothing for activations
-and softmax. XFA is counted in its direct form unless asked otherwise: the Gram form takes fewer multiply-adds where
-tokens are many, and which one runs is decided at run time.
+A multiply-add counts as one (GMACs); fvcore counts 2 per element for batch norm, 5 for layer norm, and nothing for
+activations and softmax. XFA is counted in its direct form by default: the Gram form takes fewer multiply-adds for large
+numbers of tokens, and the form that runs is chosen at run time.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SIZE = 256
 
 
 class _Whole(nn.Module):
-    """A module whose parts are out of sight: fvcore hooks all that it sees, and a layer with hooks is direct."""
+    """Hides a module's children from fvcore, which adds hooks to all it finds: XFA with hooks runs the direct form."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -57,22 +57,22 @@ class Counts(NamedTuple):
 
 
 def _sdpa(inputs: list[Any], outputs: list[Any]) -> int:
-    """q k^T and its map times v, which fvcore does not know."""
+    """Multiply-adds of scaled dot product attention (q k^T, and its map times v), which fvcore does not support."""
     (*heads, N, D), (*_, M, _), (*_, E) = (v.type().sizes() for v in inputs[:3])
     tokens: int = torch.Size(heads).numel() * N * M
     return tokens * (D + E)
 
 
 def count(model: nn.Module, size: int | tuple[int, int] = SIZE, form: str = "direct", in_chans: int = 3) -> Counts:
-    """Of one image through `model` in eval mode, which stays as it is.
+    """Count one forward of a single image in eval mode. `model` is not modified.
 
     Args:
-        model: any; its XFA layers are counted in `form`.
-        size: of the image.
-        form: "direct", "gram", or "auto" for what each layer takes here.
-        in_chans: channels of the image.
+        model: any model; its XFA layers are counted in `form`.
+        size: size of the image, or (H, W).
+        form: "direct", "gram", or "auto" for the form that each layer selects for this image.
+        in_chans: number of image channels.
 
-    ``unknown`` has the operators of which fvcore knows nothing, and how many there are: activations and the like.
+    ``unknown`` has the number of calls of operators that fvcore does not support: activations and the like.
     """
     from fvcore.nn import FlopCountAnalysis
 
@@ -92,14 +92,14 @@ def count(model: nn.Module, size: int | tuple[int, int] = SIZE, form: str = "dir
     handlers = {**fvcore_handlers(), "aten::scaled_dot_product_attention": _sdpa}
     analysis = FlopCountAnalysis(model, x).set_op_handle(**handlers)
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
-    with torch.no_grad():  # the form that inference takes
+    with torch.no_grad():  # the form selected in inference
         by_op = {name: int(macs) for name, macs in analysis.by_operator().items()}
         unknown = {name.rstrip("_"): number for name, number in analysis.unsupported_ops().items()}  # in place or not
     return Counts(parameters, sum(by_op.values()), by_op, unknown)
 
 
 def table(names: list[str], size: int = SIZE) -> str:
-    """Markdown: ours in both forms, others as they are."""
+    """Markdown table; our models in both forms."""
     lines = ["| model | image | parameters | GMACs | GMACs, Gram form |", "|---|---:|---:|---:|---:|"]
     for name in names:
         ours = name in VARIANTS

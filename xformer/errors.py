@@ -1,5 +1,5 @@
-"""What a user can mend: said in one sentence, without a traceback."""
+"""User-facing errors, printed as one sentence without a traceback."""
 
 
 class UsageError(ValueError):
-    """Wrong settings or files. The message names what was wrong, what came and what is accepted."""
+    """Invalid settings or files. The message says what is invalid, what was given and what is accepted."""

@@ -1,11 +1,11 @@
-"""Models as files that run without this package: ``python -m xformer export --weights w.safetensors --to model.onnx``.
+"""Export models for use without this package: ``python -m xformer export --weights w.safetensors --to model.onnx``.
 
-pt2     a graph of torch.export: ``torch.export.load(path).module()(images)``
+pt2     a torch.export program: ``torch.export.load(path).module()(images)``
 aoti    compiled by AOTInductor: ``torch._inductor.aoti_load_package(path)(images)``
 onnx    standard operators of opset 18: ``onnxruntime.InferenceSession(path).run(None, {"images": images})``
 
-Each carries its card (:class:`xformer.weights.Card`) as JSON by the name ``xformer``: in pt2's extra files, aoti's
-metadata and onnx's metadata_props.
+Each file contains its card (:class:`xformer.weights.Card`) as JSON under the key ``xformer``: in the extra files (pt2),
+metadata (aoti) or metadata_props (onnx).
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ from xformer.weights import Card, build_model, load_model, preparation
 from xformer_kernels import XFA
 
 TOLERANCE = 1e-4
-"""Of the largest output, between a file's outputs and eager ones."""
+"""Largest accepted difference between exported and eager outputs, relative to the largest output."""
 
 
 class Differs(RuntimeError):
-    """A file's outputs are not those of the model."""
+    """The outputs of an exported file differ from those of the model."""
 
 
 class Exported(NamedTuple):
-    """A file, the shape of its images ("B" and such where it is dynamic), and how it compares with the eager model."""
+    """An exported file, its input shape (with names for dynamic dimensions), and its difference to the eager model."""
 
     path: Path
     format: str
@@ -74,26 +74,26 @@ def export(
     input_size: tuple[int, int] | str = "dynamic",
     say: Callable[[str], None] = lambda text: None,
 ) -> Exported:
-    """Write a model in eval mode as a file, and compare what the file computes with the model itself.
+    """Export a model in eval mode to a file, and compare the outputs of the file with those of the model.
 
     Args:
-        model: images (B, in_chans, H, W) float32 to a tensor or several; left as it is.
-        card: of the model; it goes into the file.
-        to: ends with ``.pt2`` or ``.onnx``. Under this name there is only ever a whole and compared file.
-        format: "pt2", "aoti" or "onnx"; by default what the ending says.
-        size: of images, or (H, W), or "dynamic"; 0: the card's.
-        batch: how many images, or "dynamic".
-        fuse: whether batch norms of this package's layers are folded first.
-        ops: "standard", or "fused": attention stays the op of xformer_kernels, in pt2 alone.
-        preprocessing: whether what the card says of images is in the file, which then takes (B, H, W, 3) uint8, RGB
-            (:class:`xformer.preprocessing.Preprocessed`). `size` is then what these are resized to.
-        input_size: (H, W) of images before that, or "dynamic"; of segmenters, which do not resize, `size` says it.
-        say: is told what is done, with its seconds.
+        model: images (B, in_chans, H, W) float32 to one or several tensors; not modified.
+        card: card of the model; stored in the file.
+        to: path that ends with ``.pt2`` or ``.onnx``. Written atomically, after the comparison.
+        format: "pt2", "aoti" or "onnx"; determined by the extension by default.
+        size: image size, (H, W) or "dynamic"; 0 for the card's.
+        batch: batch size, or "dynamic".
+        fuse: fold the batch norms of this package's layers first.
+        ops: "standard", or "fused" to keep attention as the operator of xformer_kernels (pt2 only).
+        preprocessing: include the card's preprocessing (:class:`xformer.preprocessing.Preprocessed`) in the file, which
+            then takes (B, H, W, 3) uint8, RGB. `size` is then the size after resizing.
+        input_size: (H, W) of images before preprocessing, or "dynamic"; segmenters do not resize: use `size`.
+        say: called with a message and its duration after each step.
 
     Raises:
-        UsageError: other values; preprocessing that the card does not allow; a model that torch.export does not take
-            so; no C++ compiler for aoti.
-        Differs: outputs differ by more than 1e-4 of their largest. No file is written.
+        UsageError: invalid arguments, preprocessing not supported for the card, a model that torch.export cannot trace,
+            or no C++ compiler for aoti.
+        Differs: outputs differ by more than 1e-4 of the largest output. No file is written.
     """
     to = Path(os.path.expanduser(to))
     format = format or next((name for name, ending in FORMATS.items() if ending == to.suffix.lower()), "")
@@ -113,7 +113,7 @@ def export(
     outputs = _names(model, len(program.graph_signature.user_outputs))
 
     said = json.dumps(asdict(card) | {"input": shapes.said, "preprocessing": preprocessing, "outputs": outputs})
-    # under its own name, which goes into archives
+    # with its final file name, which is stored in archives
     with tempfile.TemporaryDirectory(dir=to.parent, prefix=f".{to.stem}.") as folder:
         part = Path(folder) / f"{to.stem}{FORMATS[format]}"
         WRITERS[format](program, part, said, shapes.dims, outputs)
@@ -130,7 +130,7 @@ def export(
 
 
 class Shapes(NamedTuple):
-    """Of images: what is traced, which sides are open, other shapes to compare on, and their dtype."""
+    """Input shapes: the traced one, its dynamic dimensions, other shapes for the comparison, and the dtype."""
 
     traced: tuple[int, ...]
     dims: dict[int, Any]
@@ -139,7 +139,7 @@ class Shapes(NamedTuple):
 
     @property
     def said(self) -> tuple[int | str, ...]:
-        """Names of sides where they are open."""
+        """The traced shape, with the names of dynamic dimensions."""
         return tuple(self.dims[i].__name__ if i in self.dims else n for i, n in enumerate(self.traced))
 
 
@@ -152,7 +152,7 @@ def _shapes(
     if input_size is not None and card.task != "segment":
         least, is_open = 2, input_size == "dynamic"
         height, width = (height + 7, width + 30) if isinstance(input_size, str) else input_size
-    # a batch of 1 or equal sides would be taken for fixed
+    # torch.export would specialise a batch of 1 or equal sides
     images, width = (2 if batch == "dynamic" else int(batch)), width + step * is_open
     dims: dict[int, Any] = {} if batch != "dynamic" else {0: Dim("batch", min=1)}
     rows = 1 if pixels else 2
@@ -168,7 +168,7 @@ def _shapes(
 
 
 def _timed(say: Callable[[str], None]) -> Callable[[str], None]:
-    """What says the seconds since it was called last."""
+    """Wrap `say` to append the seconds since the last call."""
     last = time.perf_counter()
 
     def timed(text: str) -> None:
@@ -223,13 +223,13 @@ def _sizes(size: Any, card: Card) -> tuple[int, int]:
 
 
 def _reduction(model: nn.Module) -> int:
-    """Pixels of an image by those of the last feature map, along a side; 1 if the model does not say."""
+    """Stride of the last feature map; 1 if the model has no ``feature_info``."""
     info = getattr(model, "feature_info", None) or [{}]
     return int(info[-1].get("reduction", 1))
 
 
 def _names(model: nn.Module, outputs: int) -> list[str]:
-    """Of outputs: what the model calls them, else logits, or features of several scales."""
+    """Output names: the model's ``output_names``, else "logits", or "features_i" for several outputs."""
     own = list(getattr(model, "output_names", ()))
     if len(own) == outputs:
         return own
@@ -250,19 +250,19 @@ def _trace(model: nn.Module, shapes: Shapes, name: str) -> ExportedProgram:
         with torch.no_grad():
             images = torch.zeros(shapes.traced, dtype=shapes.dtype)
             program = torch.export.export(model, (images,), dynamic_shapes=(dims,))
-    except Exception as error:  # of many kinds: the model's own, and those of every stage of tracing
+    except Exception as error:  # errors of the model and of every stage of tracing
         fixed = [what for what, at in (("batch", 0), ("size", 2)) if at in dims]
         advice = f" with {' and '.join(fixed)} dynamic: fix one of them" if fixed else ""
         raise UsageError(f"model {name} cannot be traced{advice} ({str(error).strip().splitlines()[0]})") from error
     for part in program.graph_module.modules():
         for node in getattr(getattr(part, "graph", None), "nodes", ()):
-            node.meta.pop("stack_trace", None)  # paths of this machine
+            node.meta.pop("stack_trace", None)  # contains local paths
     return program
 
 
 @torch.no_grad()
 def _compare(model: nn.Module, run: Run, shapes: Shapes) -> tuple[float, float]:
-    """The largest difference of outputs on random images, and the largest output."""
+    """Return the largest output difference on random images, and the largest output."""
     difference = largest = torch.zeros(())
     generator = torch.Generator().manual_seed(0)
     for shape in shapes.others:
@@ -272,7 +272,7 @@ def _compare(model: nn.Module, run: Run, shapes: Shapes) -> tuple[float, float]:
         for expected, got in zip(tree_leaves(model(images)), run(images), strict=True):
             if expected.shape != got.shape:
                 raise Differs(f"outputs are {tuple(got.shape)}, the model's {tuple(expected.shape)}")
-            difference = torch.maximum(difference, (got - expected).abs().max())  # of nan: nan
+            difference = torch.maximum(difference, (got - expected).abs().max())  # propagates nan
             largest = torch.maximum(largest, expected.abs().max())
     return difference.item(), largest.item()
 
@@ -311,7 +311,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Export and say how the file compares; 1 if it does not compute what the model does."""
+    """Export and print the comparison; returns 1 if the outputs differ from those of the model."""
     model, card = _model(options)
     size: Any = [_number(text) for text in options.size]
     input_size: Any = tuple(_number(text) for text in options.input_size)

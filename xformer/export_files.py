@@ -1,4 +1,4 @@
-"""Programs of torch.export as files, and how such files are run."""
+"""Write torch.export programs to files, and run such files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Run = Callable[[Tensor], list[Tensor]]
 
 def _write_pt2(program: ExportedProgram, path: Path, card: str, dims: dict[int, Any], names: list[str]) -> None:
     with warnings.catch_warnings():
-        # weights in channels_last memory are whole
+        # a false alarm: weights in channels_last memory format are complete
         warnings.filterwarnings("ignore", "No complete tensor found")
         torch.export.save(program, path, extra_files={KEY: card})
 

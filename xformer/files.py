@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Atomic file writes."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from typing import Any
 from xformer.errors import UsageError
 
 PART = ".part-"
-"""What names begin with until the file or folder is whole."""
+"""Prefix of file and folder names until they are complete."""
 
 
 def sync_folder(path: Path) -> None:
-    """A rename is on the disk when its folder is."""
+    """Flush a folder to disk, which makes renames in it durable."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -27,7 +27,7 @@ def sync_folder(path: Path) -> None:
 
 
 def make_folder(setting: str, path: str | Path) -> None:
-    """Raises UsageError, by the name of the setting, where there can be no such folder."""
+    """Create a folder. Raises UsageError, naming `setting`, if that fails."""
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -35,7 +35,7 @@ def make_folder(setting: str, path: str | Path) -> None:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Text in UTF-8, or bytes."""
+    """Write text (as UTF-8) or bytes."""
     part = path.with_name(f"{PART}{path.name}")
     try:
         with open(part, "wb") as file:
@@ -49,7 +49,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 @contextmanager
 def writing(setting: str, path: str | Path) -> Iterator[None]:
-    """What fails inside for want of space or rights is a UsageError, by the name of the setting."""
+    """Convert write errors (no space, no permission) to a UsageError that names `setting`."""
     from safetensors import SafetensorError
 
     try:
@@ -60,17 +60,17 @@ def writing(setting: str, path: str | Path) -> Iterator[None]:
 
 @contextmanager
 def held(setting: str, folder: str | Path) -> Iterator[None]:
-    """A folder for one process at a time; what a process that has died held is free again.
+    """Lock a folder for one process at a time. The lock is released when the process ends.
 
     Raises:
-        UsageError: another process has it.
+        UsageError: another process holds the lock.
     """
     path = Path(folder) / ".lock"
     with writing(setting, path):
         file = open(path, "a")  # noqa: SIM115 (open as long as the folder is held)
     with file:
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process alone: workers do not inherit it
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # per process: workers do not inherit it
         except BlockingIOError as error:
             raise UsageError(f"{setting}: another run is writing in {folder}: name another folder") from error
         except OSError:  # a file system without locks
@@ -79,13 +79,13 @@ def held(setting: str, folder: str | Path) -> Iterator[None]:
 
 
 def write_file(setting: str, path: str | Path, content: str | bytes) -> None:
-    """Atomically, in a folder that exists. Raises UsageError, by the name of the setting, where it cannot be."""
+    """Write atomically, to an existing folder. Raises UsageError, naming `setting`, if that fails."""
     with writing(setting, path):
         write_atomically(Path(path), content)
 
 
 def to_json(content: Any, indent: int | None = None) -> str:
-    """JSON has no numbers that are not finite: they become null."""
+    """Serialise to JSON; non-finite numbers, which JSON does not have, become null."""
     return json.dumps(_finite(content), indent=indent, allow_nan=False)
 
 
@@ -98,5 +98,5 @@ def _finite(content: Any) -> Any:
 
 
 def write_json(setting: str, path: str | Path, content: Any) -> None:
-    """As :func:`write_file` and :func:`to_json`."""
+    """:func:`write_file` of :func:`to_json`."""
     write_file(setting, path, to_json(content, indent=1) + "\n")

@@ -16,20 +16,20 @@ Model = TypeVar("Model", bound=nn.Module)
 
 @torch.inference_mode(False)
 def fuse_for_inference(model: Model, kernels: bool = True) -> Model:
-    """A copy of the model in eval mode, with batch norms folded and layers swapped for fused ones.
+    """Return a copy of the model in eval mode, with batch norms folded and layers swapped for fused ones.
 
     Each batch norm is folded into the convolution or linear layer before it. Layers are swapped for those of
     :mod:`xformer.fused`: in float32 without gradients on an x86 CPU these compute one or several layers in one call,
-    with weights that are packed once. In every other call (other dtypes and devices, gradients, dispatch modes,
-    transforms, ``torch.compile``) they run the original forward.
+    with weights packed once. Every other call (other dtypes and devices, gradients, dispatch modes, transforms,
+    ``torch.compile``) runs the original forward.
 
-    The outputs equal those of ``model.eval()`` up to rounding; the state dict has other names. The copy cannot be
+    The outputs equal those of ``model.eval()`` up to rounding; the state dict has different keys. The copy cannot be
     trained, as it has no batch statistics. Layers with hooks, parametrized weights or replaced parts are not changed.
-    Parameters may be changed afterwards, except in place through ``.data``. Hooks that are registered, and modules that
-    are replaced, inside a fused module afterwards are ignored.
+    Parameters may be changed afterwards, except in place through ``.data``. Hooks registered, and modules replaced,
+    inside a fused module afterwards are ignored.
 
     Args:
-        model: a model made of this package's layers.
+        model: a model built from this package's layers.
         kernels: if False, no layers are swapped; the copy then uses public torch operations only, apart from XFA.
     """
     copied = swap.plain(copy.deepcopy(model).eval())

@@ -1,4 +1,4 @@
-"""Images that a command names: files, folders and glob patterns."""
+"""Find the images named on the command line: files, folders and glob patterns."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from xformer.pictures import identity, is_picture
 
 
 def find_images(arguments: Sequence[str]) -> list[str]:
-    """Paths in the order of the arguments, each file once.
+    """Return image paths in the order of the arguments, without duplicates.
 
-    A file is taken as it is, whether it exists or not. Of a folder: all images in it and in folders within, sorted, by
-    the extensions of training's class folders and without hidden files. Of a pattern: the files that match, sorted,
-    and the images of folders that match; where the pattern does not end with an extension, files must have an image's.
-    Pictures that ``predict`` wrote are left out of folders and patterns.
+    A file is returned unchanged, whether it exists or not. A folder stands for all images in it, recursively and
+    sorted, with the same extensions as in training and without hidden files. A pattern stands for the matching files,
+    sorted, and the images in matching folders; if it does not end with an extension, only files with image extensions
+    match. Folders and patterns skip pictures written by ``predict``.
 
     Raises:
-        UsageError: a folder without images, a pattern that matches none, an empty argument.
+        UsageError: a folder without images, a pattern without matches, or an empty argument.
     """
     found: dict[str, str] = {}
     for argument in arguments:

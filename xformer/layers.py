@@ -1,7 +1,8 @@
-"""What the backbone is made of beside attention.
+"""Layers of the backbone other than attention.
 
-Images are (B, C, H, W) in channels_last memory: their tokens (B, H W, C) are views, and so are images of tokens. A 1x1
-convolution is a linear layer over tokens: no library has to find out, and oneDNN refuses small ones.
+Images are (B, C, H, W) in channels_last memory format, so that converting them to tokens (B, H W, C) and back only
+makes views. 1x1 convolutions are implemented as linear layers over tokens: no library has to detect that they are, and
+oneDNN rejects small ones.
 """
 
 from __future__ import annotations
@@ -28,58 +29,59 @@ def to_image(tokens: Tensor, height: int, width: int) -> Tensor:
 
 
 class Pointwise(nn.Linear):
-    """1x1 convolution: (B, I, H, W) to (B, O, H, W), as one matrix product over all tokens of the batch."""
+    """1x1 convolution: (B, I, H, W) to (B, O, H, W), as a single matrix product over all tokens of the batch."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class HardSwish(nn.Module):
-    """``x relu6(x + 3) / 6``. It does not overwrite x, which a hook of the layer before may have kept."""
+    """``x relu6(x + 3) / 6``. Not in place, since a hook of the previous layer may have kept x."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.hardswish(x)
 
 
 class Foldable(nn.Module):
-    """What has a batch norm that can become part of the layers before it."""
+    """Base class of modules with a batch norm that can be folded into the layers before it."""
 
     def fold(self) -> None:
-        """In place, with running statistics. Nothing the second time, and where these layers are not as made."""
+        """Fold in place, using running statistics. No-op if already folded or if these layers were modified."""
         raise NotImplementedError
 
 
 @torch.no_grad()
 def norm_folded(layer: nn.Conv2d | nn.Linear, bn: nn.Module) -> tuple[Tensor, Tensor] | None:
-    """Weight and bias in float64 of the one layer that is ``bn(layer(x))`` with running statistics.
+    """Weight and bias, in float64, of the single layer that computes ``bn(layer(x))`` with running statistics.
 
-    None where `bn` is no batch norm or knows no statistics, and where one of both has hooks or computes its weight.
+    None if `bn` is not a batch norm or has no running statistics, or if either module has hooks or a parametrized
+    weight.
     """
     if not isinstance(bn, (nn.BatchNorm2d, nn.SyncBatchNorm)) or bn.running_mean is None or bn.running_var is None:
         return None
     if not runs_forward_of(bn, type(bn)) or not any(runs_forward_of(layer, kind) for kind in (nn.Conv2d, Pointwise)):
         return None
-    mean, var = bn.running_mean.double(), bn.running_var.double()  # the rest follows
+    mean, var = bn.running_mean.double(), bn.running_var.double()  # the rest is promoted
     return fuse_conv_bn_weights(layer.weight.double(), layer.bias, mean, var, bn.eps, bn.weight, bn.bias)
 
 
 @torch.no_grad()
 def set_weights(layer: nn.Conv2d | nn.Linear, weight: Tensor, bias: Tensor | None) -> None:
-    """Into a layer of the same shape, in its dtype; it has a bias from now on if one is given."""
+    """Copy weight and bias into a layer of the same shape and convert to its dtype; adds the bias if it has none."""
     layer.weight.copy_(weight)
     if bias is not None:
         layer.bias = nn.Parameter(bias.to(layer.weight.dtype), requires_grad=layer.weight.requires_grad)
 
 
 class ConvNorm(Foldable):
-    """``act(bn(conv(x)))``: a convolution without bias, batch norm and perhaps hard-swish.
+    """``act(bn(conv(x)))``: convolution without bias, batch norm and optionally hard-swish.
 
     Args:
-        in_chans, out_chans: channels.
-        kernel: size of the kernel; 1 is :class:`Pointwise`.
-        stride: of the convolution; padding keeps ``ceil(size / stride)`` pixels.
-        groups: of the convolution; ``in_chans`` makes it depthwise.
-        act: whether hard-swish follows.
+        in_chans, out_chans: number of channels.
+        kernel: kernel size; 1 uses :class:`Pointwise` if stride and groups are 1.
+        stride: stride of the convolution; the output has ``ceil(size / stride)`` pixels per side.
+        groups: groups of the convolution; ``in_chans`` for depthwise.
+        act: apply hard-swish.
     """
 
     def __init__(
@@ -106,7 +108,7 @@ class ConvNorm(Foldable):
 
 
 class SqueezeExcite(nn.Module):
-    """Channels scaled by what their means over the image say: (B, C, H, W) to the same."""
+    """Squeeze-and-excitation: scales channels by a gate computed from their means, (B, C, H, W) to the same shape."""
 
     def __init__(self, channels: int, ratio: float = 0.25) -> None:
         super().__init__()
@@ -183,7 +185,7 @@ class Mlp(nn.Module):
 
 
 class XFBlock(nn.Module):
-    """Local convolution, then transformer layers over all tokens, added to what came in: (B, C, H, W) to the same.
+    """Local convolution, then transformer layers over all tokens, with a residual: (B, C, H, W) to the same shape.
 
     ::
 
@@ -191,12 +193,13 @@ class XFBlock(nn.Module):
         t = t + attention(norm(t));  t = t + mlp(norm(t))    `depth` times
         y = x + bn(expand(norm(t)))                          D -> C
 
-    Attention over features does not know neighbours: what is near is told by the depthwise convolution alone.
+    Attention over features ignores positions: only the depthwise convolution mixes neighbouring pixels.
 
     Args:
-        channels: C. dim: D. depth: transformer layers.
-        attention: from (dim, drop_path) to the half block of attention, (B, N, D) to (B, N, D).
-        mlp_ratio, drop: of the MLPs. drop_path: one probability per layer, the last one for the block too.
+        channels: C. dim: D.
+        attention: called as (dim, drop_path); returns the attention half block, (B, N, D) to (B, N, D).
+        mlp_ratio, drop: ratio and dropout of the MLPs.
+        drop_path: one probability per layer (their number is the depth); the last one is also that of the block.
     """
 
     def __init__(
@@ -225,7 +228,7 @@ class XFBlock(nn.Module):
 
 @torch.no_grad()
 def init_weights(model: nn.Module) -> None:
-    """Convolutions, 1x1 too: normal of the fan out; other linear layers: truncated normal of 0.02; biases 0."""
+    """Convolutions, also 1x1: normal, scaled by fan-out; other linear layers: truncated normal, std 0.02; biases: 0."""
     for module in model.modules():
         if isinstance(module, (nn.Conv2d, Pointwise)):
             fan_out = module.weight.shape[0] * module.weight[0, 0].numel()

@@ -1,4 +1,4 @@
-"""Class names in pictures, in fonts that have their characters."""
+"""Choose fonts that have the characters of class names, for drawing them in pictures."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from typing import Any
 from PIL import ImageFont
 
 LONGEST = 40
-"""Characters of a name that are drawn; the rest becomes three dots."""
+"""Maximum length of drawn names; longer ones are truncated with three dots."""
 PROBE = 20
-"""Size at which fonts are asked for their glyphs."""
+"""Font size used to check for glyphs."""
 REGULAR = ("400", "normal", "regular")
-"""Weights of matplotlib's list."""
+"""Regular weights in matplotlib's font list."""
 UNASSIGNED = "\U0010ffff"
 """A character that no font has."""
 
 
 def legible(name: str, number: int) -> tuple[str, str]:
-    """What is drawn for a class and the file of the font; "" is Pillow's own.
+    """Return the text to draw for a class and the path of the font; "" is Pillow's default font.
 
-    The name where a font has all of its characters: Pillow's own, else one that matplotlib finds on the system or
-    brings. Else the name without accents, or what else Unicode has as the simpler form of its characters; else,
-    and if it is empty, ``class`` and its number.
+    The text is the name if a font has all of its characters: Pillow's, else one found on the system or included in
+    matplotlib. Otherwise it is the name with missing characters replaced by their NFKD decomposition without accents;
+    if that cannot be drawn either, or is empty, ``class`` and its number.
     """
     return _legible(" ".join(name.split()), number)
 
@@ -52,16 +52,16 @@ def _missing(text: str, path: str) -> bool:
 
 @lru_cache(128)
 def font(path: str, size: float) -> Any:
-    """Of a file, or Pillow's own for ""."""
+    """Load a font file, or Pillow's default font for ""."""
     return ImageFont.truetype(path, size) if path else ImageFont.load_default(size)
 
 
 @lru_cache(1 << 16)
 def has_glyph(path: str, character: str) -> bool:
-    """Whether a font draws a character, and not the box of those that it does not have."""
+    """Whether a font has a glyph for a character, rather than drawing the box for missing ones."""
     if character == " ":
         return True
-    if not character.isprintable():  # nor do fonts draw what is unassigned or a half of a surrogate pair
+    if not character.isprintable():  # includes unassigned characters and surrogates
         return False
     if path:
         return ord(character) in _characters(path)
@@ -77,7 +77,7 @@ def _pixels(character: str) -> tuple[tuple[int, int], bytes]:
 
 @lru_cache
 def _characters(path: str) -> frozenset[int]:
-    """Of a file; none where Pillow cannot draw in any size, as with fonts of coloured pixels."""
+    """Characters of a font file; empty if Pillow cannot draw it at any size, as with bitmap colour fonts."""
     from matplotlib.ft2font import FT2Font
 
     try:
@@ -89,7 +89,7 @@ def _characters(path: str) -> frozenset[int]:
 
 @lru_cache(1)
 def system_fonts() -> list[str]:
-    """Files of fonts: DejaVu Sans, then others, upright ones of regular weight first; none without matplotlib."""
+    """Font files: DejaVu Sans, then others, upright ones with regular weight first; empty without matplotlib."""
     try:
         from matplotlib.font_manager import fontManager
     except ImportError:

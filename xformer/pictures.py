@@ -1,4 +1,4 @@
-"""Pictures that ``predict`` draws: their colours, their names, and that they replace nothing but earlier ones."""
+"""Pictures written by ``predict``: colours, file names, and checks that only earlier pictures are overwritten."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ if TYPE_CHECKING:
     from PIL import Image
 
 SOFTWARE = "xformer predict"
-"""PNG's text ``Software`` of what is written here."""
+"""PNG text entry ``Software`` of the pictures."""
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
 def colour(number: int) -> tuple[int, int, int]:
-    """RGB of a class, always the same: hues a golden section apart, so that few classes differ much."""
+    """Fixed RGB colour of a class index: hues are spaced by the golden ratio, so that a few classes differ strongly."""
     red, green, blue = (round(255 * part) for part in colorsys.hsv_to_rgb(0.6180339887 * number % 1, 0.85, 0.95))
     return red, green, blue
 
 
 def identity(path: str | Path) -> str:
-    """The same for all ways to write a path. A link to a file is another file; folders count as where they are."""
+    """Canonical form of a path: links to folders are resolved, but a link to a file stays a file of its own."""
     folder, name = os.path.split(os.path.abspath(path))
     return os.path.join(os.path.realpath(folder), name)
 
 
 def is_picture(path: str | Path) -> bool:
-    """Whether a file is a PNG that :func:`write_picture` wrote."""
+    """Whether a file is a PNG written by :func:`write_picture`."""
     wanted = b"Software\0" + SOFTWARE.encode()
     try:
         with open(path, "rb") as file:
@@ -53,10 +53,10 @@ def is_picture(path: str | Path) -> bool:
 
 
 def picture_paths(out: str | Path, images: Iterable[str | Path]) -> list[Path]:
-    """Where images are drawn: in `out`, by their paths from the folder that all of them are in.
+    """Paths of the pictures in `out`, by the paths of the images relative to their common folder.
 
-    ``.png`` takes the place of the extension. Where that gives two of them one name, as of a.jpg and a.png, it is
-    added to the extension instead: a.jpg.png and a.png.png.
+    The extension is replaced by ``.png``. If that makes two names equal, as for a.jpg and a.png, it is appended
+    instead: a.jpg.png and a.png.png.
     """
     whole = [Path(identity(image)) for image in images]
     if not whole:
@@ -77,16 +77,16 @@ def picture_paths(out: str | Path, images: Iterable[str | Path]) -> list[Path]:
 
 
 def check_files(pictures: Mapping[str, Path], json: str, read: Iterable[str]) -> None:
-    """That no file is written over another one.
+    """Check that no file would be overwritten by mistake.
 
     Args:
-        pictures: by the image of which they are.
-        json: another file that is written, or "".
+        pictures: paths of pictures by image.
+        json: JSON file to write, or "".
         read: all files that are read.
 
     Raises:
-        UsageError: a picture that would replace a file which is read, or any other that is not a picture of an earlier
-            call; a JSON that would replace what is read or drawn.
+        UsageError: a picture would overwrite an input file, or an existing file that is not an earlier picture; the
+            JSON would overwrite an input file or a picture.
     """
     taken = {Path(path).resolve() for path in read if path}
     for image, picture in pictures.items():
@@ -98,13 +98,13 @@ def check_files(pictures: Mapping[str, Path], json: str, read: Iterable[str]) ->
 
 
 def check_picture(path: Path) -> None:
-    """Raises UsageError if there is something of this name that is not a picture of an earlier call."""
+    """Raise UsageError if `path` exists and is not a picture of an earlier call."""
     if os.path.lexists(path) and not is_picture(path):
         raise UsageError(f"out: {path} is there and was not written by predict: remove it or name another folder")
 
 
 def write_picture(path: Path, picture: Image.Image) -> None:
-    """As PNG, in a folder that exists; raises UsageError as :func:`check_picture`, or where it cannot be written."""
+    """Write a PNG to an existing folder; raises UsageError as :func:`check_picture`, or if it cannot be written."""
     from PIL.PngImagePlugin import PngInfo
 
     check_picture(path)

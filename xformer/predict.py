@@ -1,7 +1,7 @@
-"""What a model says of images: ``python -m xformer predict image.jpg --weights w.safetensors``.
+"""Run inference on images: ``python -m xformer predict image.jpg --weights w.safetensors``.
 
-The task is that of the weights' card. What the tasks have in common is here: images that are read, and lines, JSON and
-pictures that are written. What a task makes of images is in its folder: ``classification/predict.py`` and so on.
+The task is given by the weights' card. This module has what tasks share: reading images, and writing text, JSON and
+pictures. Inference of each task is in its folder: ``classification/predict.py`` and so on.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Answer = tuple[dict[str, Any], "Image.Image | None"]
 
 @dataclass
 class Prediction:
-    """What a task says of an image, as JSON has it, and its picture, if the task draws; or why there is nothing."""
+    """Prediction for an image: JSON-serialisable results and, if the task draws, a picture; or an error message."""
 
     image: str
     error: str = ""
@@ -45,22 +45,22 @@ class Prediction:
 
 
 class Predictor(ABC):
-    """Images to what a task says of them.
+    """Base class of the predictors of tasks.
 
     Args:
-        model: of the task, in eval mode.
-        card: the model's.
-        names: of the classes, in the order of their numbers.
-        batch_size: images at a time.
+        model: model of the task, in eval mode.
+        card: card of the model.
+        names: class names, in the order of the class indices.
+        batch_size: number of images per batch.
 
     Raises:
-        UsageError: an option that is out of its range.
+        UsageError: an option out of range.
     """
 
     defaults: ClassVar[dict[str, Any]]
-    """Options of the command that mean something to the task. With ``out``: it draws."""
+    """Options of the command that the task uses, with defaults. A task that draws pictures has ``out``."""
     columns: ClassVar[tuple[str, ...]]
-    """Titles of what ``rows`` gives."""
+    """Column titles of ``rows``."""
 
     def __init__(self, model: nn.Module, card: Card, names: Sequence[str], batch_size: int = 1) -> None:
         if batch_size < 1:
@@ -69,17 +69,17 @@ class Predictor(ABC):
 
     @abstractmethod
     def __call__(self, images: Sequence[Image.Image]) -> list[Answer | None]:
-        """What is found in each of some RGB images, as JSON has it, and a picture of it; None: it is not finite."""
+        """For each RGB image, JSON-serialisable results and a picture or None; None if outputs are not finite."""
 
     @abstractmethod
     def rows(self, found: dict[str, Any]) -> list[tuple[str, ...]]:
-        """The same as lines of text."""
+        """The results as rows of text."""
 
     def check(self, images: Sequence[str]) -> None:  # noqa: B027 (most tasks accept any)
-        """Raises UsageError, before anything is predicted, if the JSON cannot be of these files."""
+        """Raise UsageError, before inference, if no JSON can be written for these files."""
 
     def to_json(self, results: Sequence[dict[str, Any]]) -> Any:
-        """What is written of the results of all images."""
+        """JSON-serialisable results of all images."""
         return results
 
 
@@ -91,14 +91,14 @@ TASKS = {
 
 
 def predictor_class(task: str) -> type[Predictor]:
-    """Of a task that there is."""
+    """Return the predictor class for a task."""
     module, _, name = TASKS[task].partition(":")
     found: type[Predictor] = getattr(import_module(module), name)
     return found
 
 
 def predict(predictor: Predictor, images: Sequence[str | Path]) -> Iterator[Prediction]:
-    """One prediction for every image file, in their order, prepared as in the evaluation."""
+    """Yield a prediction for each image file, in order, with the preprocessing of the evaluation."""
     from xformer.data.images import TURNED, Unreadable, open_image
 
     for start in range(0, len(images), predictor.batch_size):
@@ -128,20 +128,20 @@ def predict(predictor: Predictor, images: Sequence[str | Path]) -> Iterator[Pred
 
 
 def _answers(predictor: Predictor, images: Sequence[Image.Image]) -> list[Any]:
-    """What is found in each image, or why it cannot be prepared: :class:`Unreadable`."""
+    """Answers for all images; an :class:`Unreadable` error for images that cannot be preprocessed."""
     from xformer.data.images import Unreadable
 
     try:
         return predictor(images)
-    except Unreadable as error:  # of one of them: the others are predicted without it
+    except Unreadable as error:  # for one of the images: retry them one by one
         return [error] if len(images) == 1 else [answer for image in images for answer in _answers(predictor, [image])]
 
 
 def class_names(card: Card, labels: str | Path = "") -> list[str]:
-    """Names in the order of logits: of the file `labels` (one a line), else the card's, else their numbers.
+    """Class names in the order of logits: from the file `labels` (one per line), else the card, else the indices.
 
     Raises:
-        UsageError: no such file, or not as many names as classes.
+        UsageError: missing file, or the number of names is not the number of classes.
     """
     names = card.classes or [str(i) for i in range(card.num_classes)]
     if labels:
@@ -206,7 +206,7 @@ OF_TASKS = ("out", "batch_size", "top", "score", "iou", "window", "stride", "leg
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print and write predictions; 1 if an image could not be read."""
+    """Print and write predictions; returns 1 if any image has an error."""
     for name in ("weights", "labels", "json", "out", "annotations"):
         if value := getattr(options, name):
             setattr(options, name, os.path.expanduser(value))
@@ -251,7 +251,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table on a terminal where rich is installed, else lines."""
+    """Print a table if stdout is a terminal and rich is installed, else plain lines."""
     try:
         if not sys.stdout.isatty():
             raise ImportError

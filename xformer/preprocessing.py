@@ -1,8 +1,8 @@
-"""What a card says of images as a part of the model: pixels of 8 bits in, the outputs of the model out.
+"""Preprocessing of a card as part of the model: takes 8-bit pixels, returns the outputs of the model.
 
-A resize is two matrix products whose matrices follow from the sizes, which may be dynamic. Matrices have Pillow's
-coefficients, multiples of 2^-22, and what comes of each product is rounded to 8 bits as there. In float64 nothing else
-is rounded: every runtime finds the same pixels, in whatever order it adds.
+A resize is computed as two matrix products; the matrices are computed from the sizes, which may be dynamic. They have
+Pillow's coefficients, multiples of 2^-22, and each product is rounded to 8 bits, as in Pillow. In float64 there is no
+other rounding: every runtime computes the same pixels, whatever its order of summation.
 """
 
 from __future__ import annotations
@@ -17,30 +17,30 @@ from xformer.weights import Card
 
 
 def bilinear(x: Tensor) -> Tensor:
-    """Weight of a pixel at a distance of x >= 0."""
+    """Bilinear weight of a pixel at distance x >= 0."""
     return (1 - x).clamp(min=0)
 
 
 def bicubic(x: Tensor) -> Tensor:
-    """As :func:`bilinear`; Pillow's, whose parameter is -0.5."""
+    """Bicubic weight of a pixel at distance x >= 0, with a = -0.5 as in Pillow."""
     near = (1.5 * x - 2.5) * x * x + 1
     far = (((x - 5) * x + 8) * x - 4) * -0.5
     return torch.where(x < 1, near, torch.where(x < 2, far, torch.zeros_like(x)))
 
 
 BITS = 22
-"""Of Pillow's coefficients, behind the point."""
+"""Fractional bits of Pillow's coefficients."""
 FILTERS: dict[str, Callable[[Tensor], Tensor]] = {"bilinear": bilinear, "bicubic": bicubic}
 
 
 def resize_matrix(
     filter: Callable[[Tensor], Tensor], pixels: int, resized: Tensor, first: Tensor | int, count: int
 ) -> Tensor:
-    """(count, pixels) float64: from a line of pixels to `count` of the `resized` ones of its resized line.
+    """Matrix (count, pixels) float64 from a line of pixels to `count` pixels of the resized line.
 
     Args:
-        filter: one of FILTERS. pixels: of the line. resized: pixels that it is to have, a float64 scalar.
-        first: the first one that is computed; those beyond `resized` are 0.
+        filter: one of FILTERS. pixels: length of the line. resized: length of the resized line, a float64 scalar.
+        first: index of the first computed pixel; rows beyond `resized` are 0.
     """
     at = torch.arange(count, dtype=torch.float64) + first
     scale = torch.full((), pixels, dtype=torch.float64) / resized
@@ -53,21 +53,21 @@ def resize_matrix(
 
 
 def to_bytes(x: Tensor) -> Tensor:
-    """Rounded to whole numbers from 0 to 255, of the same dtype."""
+    """Round to integers from 0 to 255, in the same dtype."""
     return torch.floor(x + 0.5).clamp(0, 255)
 
 
 def height_first(height: Tensor, width: Tensor, resized_height: Tensor, resized_width: Tensor) -> Tensor:
-    """Whether Pillow resizes in height before it does in width: tall images, from Pillow 13 on."""
+    """Whether Pillow resizes the height before the width: for tall images, since Pillow 13."""
     less = height - resized_height
     return (less > 0) & (less > 2 * (width - resized_width))
 
 
 def resize(images: Tensor, rows: Tensor, columns: Tensor, rows_first: Tensor) -> Tensor:
-    """(B, H, W, C) uint8 by the matrices (h, H) and (w, W), in either order, to whole numbers (B, C, h, w) float64."""
+    """Resize (B, H, W, C) uint8 with matrices (h, H) and (w, W), in either order, to integers (B, C, h, w) float64."""
 
     def planes(images: Tensor) -> Tensor:
-        # in the branches: a view of another order comes into those of an aoti file with wrong strides
+        # inside the branches: permuted views are passed into those of an aoti file with wrong strides
         return images.permute(0, 3, 1, 2).double().contiguous()
 
     def one(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
@@ -83,14 +83,13 @@ def resize(images: Tensor, rows: Tensor, columns: Tensor, rows_first: Tensor) ->
 
 
 class Preprocessed(nn.Module):
-    """A model behind what its card says of images: (B, H, W, 3) uint8, RGB, to the outputs of the model.
+    """A model with the preprocessing of its card: (B, H, W, 3) uint8, RGB, to the outputs of the model.
 
-    Of classifiers images are resized and cropped as in :func:`xformer.data.transforms.eval_transform`, of detectors
-    resized and padded as in :func:`xformer.detection.data.letterbox`; of segmenters they keep their size.
+    For classifiers images are resized and cropped as in :func:`xformer.data.transforms.eval_transform`, for detectors
+    resized and padded as in :func:`xformer.detection.data.letterbox`, for segmenters not resized.
 
     Raises:
-        UsageError: a card of other than three channels, of a filter that is not of FILTERS, or whose crop is larger
-            than the resized image.
+        UsageError: not three channels, an interpolation not in FILTERS, or a crop larger than the resized image.
     """
 
     mean: Tensor
@@ -116,7 +115,7 @@ class Preprocessed(nn.Module):
         return self.task in ("classify", "detect")
 
     def prepare(self, images: Tensor) -> Tensor:
-        """(B, 3, size, size) float32, or (B, 3, H, W) of segmenters."""
+        """Preprocess to (B, 3, size, size) float32; (B, 3, H, W) for segmenters."""
         if not self.resizes:
             return self._normalised(images.permute(0, 3, 1, 2))
         height, width = images.shape[1:3]

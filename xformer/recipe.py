@@ -1,4 +1,4 @@
-"""What a run is: one flat set of settings, from a TOML or YAML file and the command line."""
+"""Recipes: the settings of a run as a flat set, from a TOML or YAML file and the command line."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ RECIPES = Path(__file__).parent / "recipes"
 
 PRECISIONS = ("no", "bf16", "fp16")
 PATHS = ("data", "out", "weights", "train_shards", "eval_shards", "classes")
-"""Settings in which ``~`` is the user's folder."""
-# what numbers must be, in words, and the settings that must be so; nan is none of it
+"""Settings in which ``~`` is expanded."""
+# checks of numbers, by their description in error messages, and the settings they apply to; nan fails all
 RANGES: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
     "1 or more": (
         lambda v: v >= 1,
@@ -51,7 +51,7 @@ def setting(default: Any, help: str) -> Any:
 
 @dataclass
 class Recipe:
-    """Settings of a run. Every one is a key of a recipe file and an option of the command line."""
+    """Settings of a run. Each is a key in recipe files and an option of the command line."""
 
     task: str = setting("classify", "what is learned")
     data: str = setting("", "a folder with train/ and val/ of class folders; tar shards; digits; mnist5k")
@@ -135,9 +135,9 @@ WORDS: dict[Any, str] = {
 
 
 def _checked(name: str, value: Any) -> Any:
-    """`value` as the type of a setting; numbers may be written as integers, lists as tuples."""
+    """Convert `value` to the type of a setting; floats may be given as integers, lists as tuples."""
     kind = typing.get_origin(_TYPES[name]) or _TYPES[name]
-    if kind is float and isinstance(value, str):  # of YAML, to which 2e-3 is text
+    if kind is float and isinstance(value, str):  # YAML parses 2e-3 as a string
         with suppress(ValueError):
             value = float(value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
@@ -152,12 +152,12 @@ def _checked(name: str, value: Any) -> Any:
 
 
 def load_recipe(path: str | Path = "", changes: dict[str, Any] | None = None) -> Recipe:
-    """Settings of a file (``.toml``, ``.yaml``; or the name of one in ``xformer/recipes``) and changes of them.
+    """Load a recipe file (``.toml``, ``.yaml``, or the name of one in ``xformer/recipes``) and apply changes.
 
-    Tables of a file only group its keys; ``model_options`` is a table of its own.
+    Tables in a file only group keys, except for ``model_options``, which is a setting.
 
     Raises:
-        UsageError: no such file or setting, a setting twice, a value of another type, or a file that does not parse.
+        UsageError: missing file, unknown or duplicate setting, wrong type of a value, or a file that does not parse.
     """
     settings: dict[str, Any] = {}
     if path:
@@ -193,7 +193,7 @@ def _parse(path: Path) -> dict[str, Any]:
             parsed = yaml.safe_load(text) or {}
         else:
             parsed = _toml().loads(text)
-    except Exception as error:  # each parser has errors of its own
+    except Exception as error:  # each parser has its own exceptions
         raise UsageError(f"{path} does not parse: {error}") from error
     if not isinstance(parsed, dict):
         raise UsageError(f"{path} must hold settings by name, got {type(parsed).__name__}")
@@ -209,7 +209,7 @@ def _toml() -> types.ModuleType:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """One option for every setting; those not given are not in the parsed result."""
+    """Add an option for each setting; options not given are absent from the parsed namespace."""
     for entry in fields(Recipe):
         kind = typing.get_origin(_TYPES[entry.name]) or _TYPES[entry.name]
         options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": _help(entry)}
@@ -225,7 +225,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _help(entry: Field[Any]) -> str:
-    """Of a setting, with its default."""
+    """Help text of a setting, with its default."""
     default = getattr(Recipe(), entry.name)
     shown = "none" if default in ("", [], {}) else default
     if isinstance(shown, list):
@@ -236,9 +236,9 @@ def _help(entry: Field[Any]) -> str:
 
 
 def from_options(path: str, options: argparse.Namespace) -> Recipe:
-    """The recipe of a file with what the command line says of settings."""
+    """Load a recipe file and apply the settings given on the command line."""
     changes = {key: value for key, value in vars(options).items() if key in _TYPES}
-    if changes.get("model_options"):  # without a pair: none, not the recipe's
+    if changes.get("model_options"):  # given without pairs: empty, not the recipe's
         changes["model_options"] = {**load_recipe(path).model_options, **pairs(changes["model_options"])}
     elif "model_options" in changes:
         changes["model_options"] = {}
@@ -246,7 +246,7 @@ def from_options(path: str, options: argparse.Namespace) -> Recipe:
 
 
 def pairs(given: list[str]) -> dict[str, Any]:
-    """``key=value`` with values as TOML writes them; what is no TOML is text."""
+    """Parse ``key=value`` pairs; values are TOML, or strings if they are not valid TOML."""
     result: dict[str, Any] = {}
     for pair in given:
         key, equals, text = pair.partition("=")

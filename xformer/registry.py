@@ -1,4 +1,4 @@
-"""The models by name: ``xformer_s()``, and ``timm.create_model("xformer_s")`` where timm is installed."""
+"""Model registry: ``xformer_s()``, and ``timm.create_model("xformer_s")`` if timm is installed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from xformer.backbone import VARIANTS, XFormer, XFormerFeatures
 __all__ = ["xformer_s", "xformer_xs", "xformer_xxs"]
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""Of the channels of ImageNet's images."""
+"""Channel statistics of ImageNet."""
 
 default_cfgs: dict[str, dict[str, Any]] = {
     name: {
@@ -28,7 +28,7 @@ default_cfgs: dict[str, dict[str, Any]] = {
     }
     for name in VARIANTS
 }
-"""What timm wants to know of a model; nothing is trained, so there is nothing to download."""
+"""Configurations in timm's format; there are no pretrained weights, so ``url`` is empty."""
 
 
 def build(
@@ -39,9 +39,10 @@ def build(
     out_indices: int | Sequence[int] | None = None,
     **options: Any,
 ) -> XFormer | XFormerFeatures:
-    """A variant by its name: :class:`xformer.backbone.XFormer`, or with `features_only` XFormerFeatures.
+    """Create a variant by name: :class:`xformer.backbone.XFormer`, or XFormerFeatures if `features_only`.
 
-    `options` are theirs; what ``timm.create_model`` adds for models with weights is taken and left.
+    `options` are passed to the class; arguments that ``timm.create_model`` adds for pretrained weights are ignored,
+    except for ``pretrained_cfg`` and ``pretrained_cfg_overlay``, which update the model's configuration.
     """
     if pretrained:
         raise ValueError(

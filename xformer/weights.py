@@ -1,6 +1,6 @@
-"""Weights as files: safetensors, with a :class:`xformer.card.Card` of what they are weights of.
+"""Save and load weights as safetensors, with a :class:`xformer.card.Card` that describes the model.
 
-Nothing in such a file is code.
+Loading such a file executes no code.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ __all__ = ["Card", "build_model", "load_model", "load_weights", "save_weights", 
 KEY = "xformer"
 PICKLED = (".pth", ".pt", ".bin", ".ckpt", ".tar", ".pkl")
 STATISTICS = ("running_mean", "running_var")
-"""Buffers that training changes, by the ends of their names."""
+"""Suffixes of the names of buffers that training changes."""
 
 
 def create_model(name: str, num_classes: int, in_chans: int = 3, **options: Any) -> nn.Module:
-    """One of ours, or of timm's where timm is installed.
+    """Create one of our models, or one of timm's if timm is installed.
 
     Raises:
-        UsageError: a model that neither has, or options that it does not take.
+        UsageError: unknown model, or options that it does not support.
     """
     try:
         if name in default_cfgs:
@@ -49,10 +49,10 @@ def create_model(name: str, num_classes: int, in_chans: int = 3, **options: Any)
 
 
 def build_model(card: Card) -> nn.Module:
-    """What a card says, with fresh weights.
+    """Build the model described by a card, with newly initialised weights.
 
     Raises:
-        UsageError: a task or model that there is not, or options that it does not take.
+        UsageError: unknown task or model, or options that it does not support.
     """
     if card.task == "classify":
         return create_model(card.model, card.num_classes, card.in_chans, **card.options)
@@ -74,7 +74,7 @@ def build_model(card: Card) -> nn.Module:
 
 
 def save_weights(path: str | Path, state: Mapping[str, Tensor], card: Card) -> None:
-    """Write a state dict and its card, atomically: a file of this name is always a whole one."""
+    """Write a state dict and its card atomically."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{PART}{path.name}")
@@ -89,10 +89,10 @@ def save_weights(path: str | Path, state: Mapping[str, Tensor], card: Card) -> N
 
 
 def load_weights(path: str | Path) -> tuple[dict[str, Tensor], Card | None]:
-    """A state dict, and its card if the file has one (other people's safetensors have not).
+    """Load a state dict, and its card if the file has one (None for safetensors from elsewhere).
 
     Raises:
-        UsageError: no such file, not a safetensors file, or a card that is none.
+        UsageError: missing file, not a safetensors file, or an invalid card.
     """
     if not Path(path).is_file():
         raise UsageError(f"weights: there is no file {path}")
@@ -109,12 +109,12 @@ def load_weights(path: str | Path) -> tuple[dict[str, Tensor], Card | None]:
 
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor], path: str | Path, partial: bool = False) -> list[str]:
-    """Put a state dict into a model; with `partial`, what fits of it.
+    """Load a state dict into a model; with `partial`, only the tensors whose name and shape match.
 
-    Returns what was left out, of the file and of the model, as sentences.
+    Returns messages about the tensors of the file and of the model that were skipped.
 
     Raises:
-        UsageError: names or shapes that differ, without `partial`; weights that are not finite.
+        UsageError: different names or shapes without `partial`, no match with it; weights that are not finite.
     """
     own = model.state_dict()
     other = {name: value.shape for name, value in state.items() if name in own and own[name].shape != value.shape}
@@ -137,13 +137,13 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], path: str | Path, 
 
 
 def learned(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and running statistics, by their names in the state dict."""
+    """Parameters and running statistics, by name in the state dict."""
     statistics = {name: buffer for name, buffer in model.named_buffers() if name.endswith(STATISTICS)}
     return dict(model.named_parameters()) | statistics
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
-    """The name of one that holds NaN or infinity, in this process's part if it is sharded."""
+    """Name of the first tensor with NaN or infinity, or None. For sharded tensors only the local shard is checked."""
     for name, value in tensors.items():
         local = value.to_local() if hasattr(value, "to_local") else value
         if not torch.isfinite(local).all():
@@ -152,17 +152,17 @@ def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
 
 
 def start_from(model: nn.Module, own: Card, path: str | Path, partial: bool = False) -> list[str]:
-    """Put the weights of a file into a model whose card is `own`, to be trained from there.
+    """Initialise a model, whose card is `own`, with the weights of a file for training.
 
-    A file of the same task loads whole. A classifier's goes into ``model.backbone`` of the other tasks, without its
-    head. Which of the two a file is says its card; without one, its names: a classifier's do not begin with
-    ``backbone.``. With `partial`, what fits is taken of any file.
+    Weights of the same task are loaded completely. For other tasks, those of a classifier are loaded into
+    ``model.backbone``, without the head. The card says which of the two a file is; without a card, a file is a
+    classifier if no name starts with ``backbone.``. With `partial`, all matching tensors of any file are loaded.
 
-    Returns what was left out, of the file and of the model, as sentences; with `partial` also what differs in its card.
+    Returns messages about what was skipped in the file and in the model; with `partial` also how the cards differ.
 
     Raises:
-        UsageError: as :func:`load_weights`; without `partial` weights of another task, one that is no classifier, of
-            another model or other options of it, or names or shapes that differ.
+        UsageError: as :func:`load_weights`; without `partial`, weights of a different task other than classification,
+            of a different model or different options, or different names or shapes.
     """
     task = own.task
     state, card = load_weights(path)
@@ -195,11 +195,14 @@ def _load_backbone(backbone: nn.Module, state: Mapping[str, Tensor], path: str |
 
 
 def load_model(path: str | Path, name: str = "", **changes: Any) -> tuple[nn.Module, Card]:
-    """The model of a file in eval mode, and its card. `name` and `changes` (of a card) where the file has none.
+    """Return the model of a file in eval mode, and its card.
+
+    `name` and `changes` (fields of a card) describe the model if the file has no card; otherwise they must agree with
+    the card.
 
     Raises:
-        UsageError: as :func:`load_weights`; a file without a card and no `name`; weights of another model, by what the
-            card says or by their shapes; weights that are not finite.
+        UsageError: as :func:`load_weights`; a file without a card and no `name`; weights of another model, according to
+            the card or to the shapes; weights that are not finite.
     """
     state, card = load_weights(path)
     bare = card is None
@@ -222,7 +225,7 @@ def load_model(path: str | Path, name: str = "", **changes: Any) -> tuple[nn.Mod
 
 
 def preparation(model: nn.Module) -> dict[str, Any]:
-    """What a model's own configuration (timm's) says of images, as fields of a card."""
+    """Preprocessing from the model's ``pretrained_cfg`` (timm's convention), as fields of a card."""
     config = getattr(model, "pretrained_cfg", None) or {}
     said = {key: config[key] for key in ("crop_pct", "interpolation", "mean", "std") if key in config}
     return said | ({"image_size": config["input_size"][-1]} if "input_size" in config else {})

@@ -1,4 +1,4 @@
-"""Images into classes."""
+"""Image classification."""
 
 from xformer.classification.task import Classify
 

@@ -1,4 +1,4 @@
-"""The likeliest classes of images, best first."""
+"""Predict the most likely classes of images."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from xformer.weights import Card
 
 
 class Classes(Predictor):
-    """``top``: a list of the likeliest classes, each with ``name``, ``index`` and ``probability``."""
+    """Returns ``top``: the most likely classes, best first, each with ``name``, ``index`` and ``probability``."""
 
     defaults: ClassVar[dict[str, Any]] = {"top": 5, "batch_size": 32}
     columns = ("probability", "class")

@@ -1,4 +1,4 @@
-"""Classification for the engine: one label an image, mixed images, accuracy."""
+"""Classification task: one label per image, mixup and cutmix, accuracy."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from xformer.recipe import Recipe
 
 
 class Accuracy:
-    """top1 and top5 in percent and the mean cross entropy, by torchmetrics."""
+    """top1 and top5 accuracy in percent and mean cross entropy, computed by torchmetrics."""
 
     def __init__(self, num_classes: int, device: Any) -> None:
         from torchmetrics import MeanMetric
@@ -64,7 +64,7 @@ class Classify(Task):
         return mixed
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        if targets.is_floating_point():  # mixed, and smooth already
+        if targets.is_floating_point():  # mixed: label smoothing is already applied
             return torch.sum(-targets * outputs.log_softmax(-1), -1).mean()
         return F.cross_entropy(outputs, targets, label_smoothing=self.recipe.smoothing)
 

@@ -1,8 +1,8 @@
-"""Data of training and evaluation: batches that are a function of seed, epoch and place alone (docs/data.md).
+"""Data loading: batches depend only on seed, epoch and position (docs/data.md).
 
-``order`` says which image comes when, ``images`` decodes, ``loader`` runs worker processes and replaces unreadable
+``order`` determines the order of images, ``images`` decodes, ``loader`` runs worker processes and replaces unreadable
 images, all three for any task. ``files``, and ``shards`` with ``tars``, are sources of images and labels, which
-``classify`` makes batches of.
+``classify`` combines into batches.
 """
 
 from xformer.data.classify import Data, open_data

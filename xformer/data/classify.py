@@ -1,4 +1,4 @@
-"""Images and their classes: what a recipe's `data` is, and batches of it."""
+"""Classification data: open what a recipe's `data` names, and make batches of images and labels."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from xformer.registry import MEAN, STD
 
 @dataclass
 class Classes:
-    """What is known of the classes and the pixels of some data."""
+    """Class names and pixel statistics of a data set."""
 
     names: list[str]
     mean: Statistics = MEAN
@@ -34,7 +34,7 @@ class Classes:
 
 @dataclass
 class Prepare:
-    """Image and label to (tensor, label): one transform for each size of training, and that of evaluation."""
+    """Image and label to (tensor, label), with one training transform per image size and one for evaluation."""
 
     evaluation: Transform
     training: dict[int, Transform]
@@ -44,14 +44,14 @@ class Prepare:
 
 
 def collate(samples: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
-    """(B, 3, S, S) float32 and (B,) int64."""
+    """Stack to (B, 3, S, S) float32 and (B,) int64."""
     return torch.stack([image for image, _ in samples]), torch.tensor([label for _, label in samples])
 
 
 class Data(DataSet):
     """Batches of images (B, 3, S, S) float32 and labels (B,) int64.
 
-    classes: names in the order of logits. mean, std: of normalised channels. transform: that of evaluation.
+    classes: names in the order of logits. mean, std: for normalisation. transform: the evaluation transform.
     """
 
     in_chans = 3
@@ -64,12 +64,13 @@ class Data(DataSet):
 
 
 def open_data(recipe: Recipe, shard: Shard | None = None, weights: Card | None = None) -> Data:
-    """The data that `recipe.data` names, as one of the data-parallel processes sees it.
+    """Open the data named by `recipe.data`, for one of the data-parallel processes.
 
-    `weights`: what is evaluated, by its card: there need be no training images, and pixels are normalised as it says.
+    `weights`: card of the weights to evaluate. Training images are then not required, and pixels are normalised with
+    the statistics of the card.
 
     Raises:
-        UsageError: no such data, files that are missing or wrong, too few images for one batch, or only one class.
+        UsageError: unknown data, missing or invalid files, too few images for one batch, or only one class.
     """
     shard = shard or Shard()
     skipped = Skipped()
@@ -117,7 +118,7 @@ def _indexed(
 
 
 def _streamed(recipe: Recipe, shard: Shard, skipped: Skipped, weights: Card | None) -> tuple[Content, Classes]:
-    """Numbers of samples are those of the recipe, or said beside the shards, or counted; likewise classes."""
+    """Open shards. Numbers of samples and classes come from the recipe, else from files beside them, or are counted."""
     train_pattern, eval_pattern, root = recipe.train_shards, recipe.eval_shards, recipe.data
     if recipe.data.endswith(".tar"):
         root = ""
@@ -166,10 +167,10 @@ def _streamed(recipe: Recipe, shard: Shard, skipped: Skipped, weights: Card | No
 
 
 def _known(setting: str, given: int, urls: list[str], named: bool, shard: Shard) -> tuple[int, int]:
-    """Samples of shards, and the classes that their labels show (0 if they were not looked at).
+    """Number of samples in shards, and number of classes according to their labels (0 if labels were not read).
 
     Raises:
-        UsageError: shards that are not local, of which the settings do not say enough.
+        UsageError: shards are not local, and the settings do not give the numbers.
     """
     local = not any(tars.is_remote(url) for url in urls)
     samples = given or (tars.said_sizes(urls) if local else None)

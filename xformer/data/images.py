@@ -1,4 +1,4 @@
-"""Files to images, all of them 8 bits RGB, and the list of those that are none."""
+"""Decode files to 8-bit RGB images, and keep a list of those that cannot be decoded."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from xformer.data.order import Shard
 logger = logging.getLogger("xformer.data")
 
 SIXTEEN_BITS = ("PNG", "PPM", "JPEG2000")
-"""Formats whose integers are of 16 bits; others, such as TIFF, have 32."""
+"""Formats in which Pillow's mode I holds 16-bit integers; in others, such as TIFF, it holds 32-bit ones."""
 ORIENTATION = 0x0112
-"""EXIF's tag of how a camera was held."""
+"""EXIF tag of the orientation."""
 TURNED = "turned"
-"""Key of an image's ``info``."""
+"""Key in an image's ``info``; see :func:`open_image`."""
 
 
 class Unreadable(Exception):
-    """What should be an image does not decode; the message says why."""
+    """An image cannot be decoded; the message says why."""
 
 
 class Skipped:
-    """What could not be read, each named once, with the reason: in a warning of the log, and here.
+    """Unreadable images and shards, each logged once as a warning and kept here with the reason.
 
-    reasons: of images that did not decode. damaged: of shards that did not, or only in part.
+    reasons: of images that cannot be decoded, by name. damaged: of shards that cannot be read completely, by URL.
     """
 
     def __init__(self) -> None:
@@ -54,26 +54,25 @@ class Skipped:
             logger.warning("damaged shard %s: %s", url, reason)
 
     def said(self) -> str:
-        """As the end of a line of the log; empty if there is nothing."""
+        """Summary, to be appended to a line of the log; empty if nothing was skipped."""
         images = f", {self.count} unreadable images skipped" if self.count else ""
         return images + (f", {len(self.damaged)} shards damaged" if self.damaged else "")
 
 
 def notice(shard: Shard, text: str, *values: object) -> None:
-    """A warning of the log on the data as a whole: of one of the data-parallel processes, which all see it."""
+    """Log a warning about the whole data set, in the process of rank 0 only."""
     if shard.rank == 0:
         logger.warning(text, *values)
 
 
 def open_image(source: str | Path | bytes) -> Image.Image:
-    """A file or its bytes as an RGB image, upright as EXIF says. Alpha is dropped, 16 bits become their upper 8.
+    """Open a file or bytes as RGB, transposed to upright by EXIF. Alpha is dropped; of 16 bits the upper 8 are kept.
 
-    ``info[TURNED]`` of the image is EXIF's number of how it was turned; 1: it was not.
-    Integers of 32 bits are taken as 8 or as 16 bits, and floats as of 0 to 1 or of 0 to 255, by their largest value.
+    ``info[TURNED]`` of the image is the original EXIF orientation; 1 means that the image was upright. 32-bit integers
+    are interpreted as 8 or 16 bits, and floats as 0 to 1 or 0 to 255, depending on their maximum.
 
     Raises:
-        Unreadable: it is no image, not a whole one, one of so many pixels that Pillow refuses it, or one of numbers
-            that are in none of these ranges.
+        Unreadable: not an image, a truncated one, more pixels than Pillow's limit, or values outside these ranges.
     """
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
@@ -92,7 +91,7 @@ def open_image(source: str | Path | bytes) -> Image.Image:
 
 
 def check_resized(height: float, width: float) -> None:
-    """Of what an image is about to become.
+    """Check the size that an image is about to be resized to.
 
     Raises:
         Unreadable: more pixels than Pillow's own limit, ``PIL.Image.MAX_IMAGE_PIXELS``.
@@ -103,7 +102,7 @@ def check_resized(height: float, width: float) -> None:
 
 
 def to_rgb(image: Image.Image, deep: bool = True) -> Image.Image:
-    """An image of any of Pillow's modes as RGB. `deep`: integers are of 16 bits, whatever their values."""
+    """Convert an image of any Pillow mode to RGB. `deep`: integers are 16-bit, whatever their values."""
     if image.mode.startswith("I") or image.mode == "F":
         image = Image.fromarray(_bytes(np.asarray(image), deep))
     if image.mode == "P" and "transparency" in image.info:
@@ -112,7 +111,7 @@ def to_rgb(image: Image.Image, deep: bool = True) -> Image.Image:
 
 
 def _bytes(values: np.ndarray, deep: bool) -> np.ndarray:
-    """Numbers of a gray image to uint8."""
+    """Convert the values of a grayscale image to uint8."""
     least, most = float(values.min()), float(values.max())
     whole = values.dtype.kind in "iu"
     if not (least >= 0 and most < (65536 if whole else 256)):
@@ -124,9 +123,9 @@ def _bytes(values: np.ndarray, deep: bool) -> np.ndarray:
 
 
 def _upright(image: Image.Image) -> tuple[Image.Image, int]:
-    """An image as EXIF says, and EXIF's number from 1 to 8 of how it was turned; 1: it was not."""
+    """Return the image transposed to upright by EXIF, and its original EXIF orientation, 1 to 8; 1 if upright."""
     try:
         number = image.getexif().get(ORIENTATION, 1)
         return (ImageOps.exif_transpose(image), number) if number in range(2, 9) else (image, 1)
-    except Exception:  # EXIF that does not parse says nothing about the image
+    except Exception:  # invalid EXIF does not make the image invalid
         return image, 1

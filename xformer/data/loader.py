@@ -1,7 +1,7 @@
-"""Batches from sources of images, for any task: worker processes, and what stands in for unreadable images.
+"""Load batches from image sources, for any task, with worker processes and replacement of unreadable images.
 
-A :class:`Batch` says all that a worker needs, so that what comes out does not depend on which worker makes it, nor on
-what was made before.
+A :class:`Batch` contains all that a worker needs, so that the result does not depend on which worker loads it, nor on
+what was loaded before.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from xformer.errors import UsageError
 
 
 class Batch(NamedTuple):
-    """What is to be loaded.
+    """Description of a batch to load.
 
-    items: of a source. size: pixels. seeds: of the augmentation of each image; none in evaluation, where nothing is
-    drawn and unreadable images are left out. spare: items that may stand in for unreadable ones.
+    items: items of a source. size: image size in pixels. seeds: augmentation seed of each image; empty in evaluation,
+    where there is no augmentation and unreadable images are skipped. spare: items that may replace unreadable ones.
     """
 
     items: list[Any]
@@ -34,20 +34,20 @@ class Batch(NamedTuple):
 
 
 class Source(Protocol):
-    """Images and what is to be learned of each of them."""
+    """Images and their targets."""
 
     def name(self, item: Any) -> str:
-        """As warnings say it."""
+        """Name used in warnings."""
 
     def read(self, item: Any) -> tuple[Image.Image, Any]:
         """RGB image and target; raises Unreadable."""
 
     def others(self, batch: Batch, index: int) -> Iterable[Any]:
-        """What stands in for ``batch.items[index]``, in this order: a long stretch, but not without end."""
+        """Replacements for ``batch.items[index]`` if it is unreadable, in this order; many, but finitely many."""
 
 
 Prepare = Callable[[Image.Image, Any, int, bool], Any]
-"""(image, target, size, training) to what a batch is collated of, of one task; raises Unreadable as sources do."""
+"""(image, target, size, training) to the sample that is collated; specific to a task. May raise Unreadable."""
 
 
 class Loaded(NamedTuple):
@@ -58,7 +58,7 @@ class Loaded(NamedTuple):
 
 
 class Batches(Dataset[Loaded]):
-    """`Batch` to `Loaded`. All that goes wrong is told in the result: errors of workers carry their tracebacks."""
+    """`Batch` to `Loaded`. Errors are returned in the result, since exceptions in workers would include tracebacks."""
 
     def __init__(self, source: Source, prepare: Prepare, collate: Callable[[list[Any]], Any]) -> None:
         self.source, self.prepare, self.collate = source, prepare, collate
@@ -77,7 +77,7 @@ class Batches(Dataset[Loaded]):
         return Loaded(self.collate(samples) if samples else None, len(samples), list(skipped.items()), "")
 
     def _first(self, items: Iterable[Any], batch: Batch, index: int, skipped: dict[str, str]) -> tuple[Any] | None:
-        """The first of some items that can be read and prepared."""
+        """Return the first item that can be read and prepared, as a 1-tuple; None if there is none."""
         for item in items:
             try:
                 return (self._prepared(*self.source.read(item), batch, index),)
@@ -93,7 +93,7 @@ class Batches(Dataset[Loaded]):
 
 
 class Loader:
-    """Runs batches through worker processes, which stay for the next run; in this process if `workers` is 0."""
+    """Loads batches in worker processes, which are kept for the next run; in this process if `workers` is 0."""
 
     def __init__(self, dataset: Batches, workers: int, skipped: Skipped) -> None:
         self.dataset, self.workers, self.skipped = dataset, workers, skipped
@@ -102,12 +102,13 @@ class Loader:
         self._busy = False
 
     def run(self, batches: Iterator[Batch]) -> Iterator[Any]:
-        """What is collated of each batch; nothing for batches of evaluation of which no image can be read.
+        """Yield the collated batches; evaluation batches without any readable image are skipped.
 
         Raises:
-            UsageError: no image of a long stretch of training, or of all batches, can be read; or what `batches` raise.
+            UsageError: no readable image among an image's replacements in training, or in any batch; or raised by
+                `batches`.
         """
-        if self._busy:  # a second run beside the first has workers of its own
+        if self._busy:  # a concurrent run uses separate workers
             yield from Loader(self.dataset, self.workers, self.skipped).run(batches)
             return
         if self._kept is None:
@@ -129,14 +130,14 @@ class Loader:
             mistake = mistake or f"none of the {unreadable} images can be read, such as {self.skipped.names[-1]}"
         mistake = mistake or self._plan.mistake
         if mistake:
-            self._kept = None  # ends its processes, in order, which the garbage collector would not do
+            self._kept = None  # shuts down the workers in order, which the garbage collector would not
             raise UsageError(mistake)
 
     def first(self, batches: Iterator[Batch], stretch: int) -> Any:
-        """What is collated of the first readable image of evaluation, read in this process; None if there is no image.
+        """Return a batch of the first readable evaluation image, read in this process; None if there are no images.
 
         Raises:
-            UsageError: none of the first images, `stretch` of them at most, can be read.
+            UsageError: none of the first `stretch` images can be read.
         """
         tried = 0
         items = (batch._replace(items=[item]) for batch in batches for item in batch.items)
@@ -163,14 +164,14 @@ class Loader:
             persistent_workers=self.workers > 0,
             worker_init_fn=_start_worker,
             pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),  # of its own: otherwise each epoch draws from the global one
+            generator=torch.Generator(),  # otherwise each epoch draws from the global generator
         )
 
 
 class _Plan:
-    """The batches of the next run, as the sampler of a data loader that outlives it.
+    """Sampler that yields the batches of the next run, for a data loader that is kept across runs.
 
-    A mistake found on the way ends the batches and is kept: raised here, it would leave worker processes half started.
+    A UsageError of `batches` ends the iteration and is stored: raising it here would leave workers partly started.
     """
 
     batches: Iterator[Batch]
@@ -190,4 +191,4 @@ def _as_it_is(loaded: Any) -> Any:
 
 def _start_worker(_: int) -> None:
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process decides what an interrupt ends
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # interrupts are handled by the main process

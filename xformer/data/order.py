@@ -1,8 +1,8 @@
-"""Which image comes when: arithmetic of (seed, epoch, position), without state and without a word on images.
+"""Order of images as a stateless function of (seed, epoch, position), independent of the images themselves.
 
-The images of an epoch stand in one order. Micro-batch i of W processes with batches of b takes positions
-i W b to (i + 1) W b, and process r the b of them from (i W + r) b on: together W processes take what one process with
-batches of W b takes.
+There is one order of images per epoch. With W processes and batch size b, micro-batch i takes positions i W b to
+(i + 1) W b, of which process r takes b starting at (i W + r) b: W processes together take the same images as a single
+process with batch size W b.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ class Shard(NamedTuple):
 
 
 def hashed(*values: int | str) -> int:
-    """64 bits that depend on all values, and on nothing else: the same in every process and version."""
+    """64-bit hash of all values: the same in every process and version."""
     return int.from_bytes(hashlib.blake2b(repr(values).encode(), digest_size=8).digest(), "little")
 
 
 def digest(*parts: np.ndarray | list[str]) -> str:
-    """Of arrays and lists of names: other contents, order or lengths have another one."""
+    """Digest of arrays and lists of names; depends on contents, order and lengths."""
     found = hashlib.blake2b(digest_size=16)
     for part in parts:
         array = np.array([os.fsencode(name) for name in part], bytes) if isinstance(part, list) else part
@@ -42,7 +42,7 @@ def digest(*parts: np.ndarray | list[str]) -> str:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Python's, numpy's and torch's CPU generators start from `seed` inside, and go on outside as if nothing was."""
+    """Context manager that seeds Python's, numpy's and torch's CPU generators, and restores their states on exit."""
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002 (timm draws from these)
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002
@@ -56,12 +56,12 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 def permutation(count: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of `count` things in an epoch: (count,) int64."""
+    """Order of `count` items in an epoch: (count,) int64."""
     return np.random.default_rng(hashed("order", seed, epoch)).permutation(count)
 
 
 def positions(batch: int, batch_size: int, shard: Shard) -> range:
-    """Where in an epoch's order the images of a process's micro-batch stand."""
+    """Positions, in the order of an epoch, of the images of a process's micro-batch."""
     first = (batch * shard.world + shard.rank) * batch_size
     return range(first, first + batch_size)
 
@@ -71,5 +71,5 @@ def augmentation_seeds(seed: int, epoch: int, where: range) -> list[int]:
 
 
 def size_of(sizes: list[int], seed: int, epoch: int, batch: int) -> int:
-    """The image size of a micro-batch: the same for all processes."""
+    """Image size of a micro-batch, the same for all processes."""
     return sizes[hashed("size", seed, epoch, batch) % len(sizes)]

@@ -1,4 +1,4 @@
-"""A data set for the engine, of any task: sources of training and evaluation, and which batches of them come when."""
+"""Data sets for the engine, for any task: training and evaluation sources, and the order of their batches."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from xformer.errors import UsageError
 from xformer.recipe import Recipe
 
 STRETCH = 100
-"""Images after an unreadable one that may stand in for it."""
+"""Number of following images that may replace an unreadable one."""
 
 
 class Indexed(ABC):
-    """A source of `count` items 0, 1, ..., of which the next ones stand in for what cannot be read."""
+    """A source of `count` items 0, 1, ...; unreadable items are replaced by the following ones."""
 
     count: int
 
     @abstractmethod
     def digest(self) -> str:
-        """Of the list of samples and what is said of them, not of the folder that they are in nor of pixels."""
+        """Digest of the list of samples and their targets; does not depend on the root folder, nor on pixels."""
 
     def __len__(self) -> int:
         return self.count
@@ -41,11 +41,11 @@ class Countable(Source, Protocol):
 
 @dataclass
 class Content:
-    """One kind of data, opened.
+    """An opened data set.
 
-    train, held_out: sources of images; train is None where weights are evaluated. train_batches: (epoch, start) to the
-    batches of this process. eval_batches: to those of its share. samples: digests of the lists of samples, by what they
-    are of.
+    train, held_out: image sources; train is None when evaluating weights. train_batches: (epoch, start) to the training
+    batches of this process. eval_batches: returns the evaluation batches of this process. samples: digests of the lists
+    of samples, by name ("training", "evaluation").
     """
 
     train: Source | None
@@ -58,9 +58,9 @@ class Content:
 
 
 def indexed(recipe: Recipe, shard: Shard, train: Countable | None, held_out: Countable, eval_batch: int = 0) -> Content:
-    """Of sources whose items are numbers from 0 on: a new order for every epoch, evaluation in theirs.
+    """Content from indexed sources: training in a new order each epoch, evaluation in the order of the source.
 
-    `eval_batch`: images at a time in evaluation, if not those of training.
+    `eval_batch`: batch size in evaluation; 0 for that of training.
     """
 
     def train_batches(epoch: int, start: int) -> Iterator[Batch]:
@@ -83,18 +83,18 @@ def indexed(recipe: Recipe, shard: Shard, train: Countable | None, held_out: Cou
 
 
 def sizes(recipe: Recipe) -> list[int]:
-    """Of training images."""
+    """Sizes of training images."""
     return recipe.sizes or [recipe.image_size]
 
 
 class DataSet:
     """Batches for one of the data-parallel processes.
 
-    train_images, eval_images: of the whole data set. batches_per_epoch: micro-batches of an epoch, the same number for
-    all processes. skipped: what could not be read so far. samples: digests of what is learned from.
+    train_images, eval_images: numbers for the whole data set. batches_per_epoch: micro-batches per epoch, the same for
+    all processes. skipped: unreadable images so far. samples: digests of the lists of samples.
 
     Raises:
-        UsageError: settings that do not work, too few images for one batch.
+        UsageError: invalid settings, or too few images for one batch.
     """
 
     def __init__(
@@ -123,37 +123,37 @@ class DataSet:
         )
 
     def train(self, epoch: int, start: int = 0) -> Iterator[tuple[Any, Any]]:
-        """What is collated of micro-batches `start`, `start` + 1, ... of an epoch.
+        """Yield the collated micro-batches `start`, `start` + 1, ... of an epoch.
 
-        A function of the recipe's seed, the epoch and the place in it: not of workers, nor of batches before.
+        They depend only on the recipe's seed, the epoch and the position: not on workers, nor on previous batches.
 
         Raises:
-            UsageError: no image of a long stretch can be read.
+            UsageError: an image and all of its replacements are unreadable.
         """
         return self._train.run(self._content.train_batches(epoch, start))
 
     def evaluate(self) -> Iterator[tuple[Any, Any]]:
-        """What is collated of this process's share: every readable image exactly once over all processes.
+        """Yield the evaluation batches of this process: every readable image exactly once over all processes.
 
         Raises:
-            UsageError: none of the images can be read.
+            UsageError: no image can be read.
         """
         return self._evaluate.run(self._content.eval_batches())
 
     def first_held_out(self) -> tuple[Any, Any] | None:
-        """What is collated of the first readable evaluation image alone, in this process; None if it has no share.
+        """Return a batch of the first readable evaluation image, read in this process; None if its share is empty.
 
         Raises:
-            UsageError: none of the first images can be read.
+            UsageError: none of the first STRETCH images can be read.
         """
         return self._evaluate.first(self._content.eval_batches(), STRETCH)
 
 
 def scale_of(recipe: Recipe) -> tuple[float, float]:
-    """Factors of sizes in training, for tasks that do not crop by area.
+    """Range of the random resize factor in training, for tasks that do not crop by area.
 
     Raises:
-        UsageError: not two of them above 0 in order.
+        UsageError: not two increasing factors above 0.
     """
     if not (len(recipe.scale) == 2 and 0 < recipe.scale[0] <= recipe.scale[1]):
         raise UsageError(f"scale must be two factors above 0 in order, got {recipe.scale}")

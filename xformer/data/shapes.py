@@ -1,11 +1,11 @@
-"""Scenes of textured shapes, as COCO and Cityscapes lay their files out: ``python -m xformer make-shapes FOLDER``.
+"""Generate scenes of textured shapes in COCO's and Cityscapes' file layouts: ``python -m xformer make-shapes FOLDER``.
 
-For loaders, training and evaluation that run anywhere: hundreds of small pictures whose labels are exact. Shapes of a
-class have an outline, a pattern and, as things in photographs do, more or less a colour of their own; size, turn, light
-and how bright they are say nothing of the class. Scenes have a sky, a road, buildings, noise and blur. The same
-seed gives the same files.
+For data loaders, training and evaluation without downloads: hundreds of small images with exact labels. A class is
+defined by outline, pattern and, as for objects in photographs, to some degree by colour; size, rotation, light and
+brightness are independent of the class. Scenes have a sky, a road, buildings, noise and blur. The same seed gives the
+same files.
 
-    FOLDER/coco/annotations/instances_{train,val}2017.json   polygons; crowds as run lengths; pictures without objects
+    FOLDER/coco/annotations/instances_{train,val}2017.json   polygons; crowds as run lengths; images without objects
     FOLDER/coco/{train,val}2017/000000000001.jpg
     FOLDER/cityscapes/leftImg8bit/{train,val}/shapes/shapes_000001_000019_leftImg8bit.png
     FOLDER/cityscapes/gtFine/{train,val}/shapes/shapes_000001_000019_gtFine_labelIds.png
@@ -31,8 +31,8 @@ SPLITS = ("train", "val")
 
 
 class Kind(NamedTuple):
-    """A class of shapes: its name, its category in COCO's files (numbers with gaps, as there), its Cityscapes label,
-    its pattern, and the middle of its hues in degrees."""
+    """A class of shapes: name, COCO category id (with gaps, as in COCO), Cityscapes label id, pattern, and mean hue in
+    degrees."""
 
     name: str
     category: int
@@ -50,14 +50,14 @@ KINDS = (
     Kind("arrow", 90, 33, "waves", 300),
 )
 HUES = 20.0
-"""Standard deviation of the hues of a kind, in degrees: those of neighbours overlap."""
+"""Standard deviation of the hues of a kind, in degrees: hues of neighbouring kinds overlap."""
 SKY, BUILDING, ROAD, EGO = 23, 11, 7, 1
-"""Cityscapes' labels of what is behind the shapes; the last one takes no part in evaluations."""
+"""Cityscapes' label ids of the background; EGO is ignored in evaluation."""
 
 
 @dataclass
 class Thing:
-    """A shape, or a crowd of one kind: its outline (n, 2) in pixels (none of a crowd), and where it is seen."""
+    """A shape, or a crowd of one kind: outline (n, 2) in pixels (None for a crowd), and mask of visible pixels."""
 
     kind: Kind
     outline: np.ndarray | None
@@ -66,7 +66,7 @@ class Thing:
 
 @dataclass
 class Scene:
-    """image: (H, W, 3) uint8. labels: (H, W) uint8, Cityscapes'. things: nearest last; they do not overlap."""
+    """image: (H, W, 3) uint8. labels: (H, W) uint8, Cityscapes' ids. things: nearest last; they do not overlap."""
 
     image: np.ndarray
     labels: np.ndarray
@@ -93,7 +93,7 @@ def outline(kind: str) -> np.ndarray:
 
 
 def noise(rng: np.random.Generator, height: int, width: int, octaves: tuple[int, ...] = (4, 9, 24, 60)) -> np.ndarray:
-    """Smooth random numbers of several scales, (H, W) around 0."""
+    """Smooth multi-scale noise, (H, W) with mean 0."""
     total = np.zeros((height, width), np.float32)
     for i, cells in enumerate(octaves):
         grid = Image.fromarray(rng.standard_normal((cells, cells)).astype(np.float32))
@@ -102,7 +102,7 @@ def noise(rng: np.random.Generator, height: int, width: int, octaves: tuple[int,
 
 
 def texture(rng: np.random.Generator, height: int, width: int, kind: Kind) -> np.ndarray:
-    """A kind's pattern, turned and scaled, of its colour and a greyer one: (H, W, 3) from 0 to 255."""
+    """Pattern of a kind with random rotation and scale, in its colour and a greyer one: (H, W, 3) from 0 to 255."""
     y, x = np.mgrid[:height, :width].astype(np.float32)
     angle, period = rng.uniform(0, np.pi), rng.uniform(5, 18)
     u = (x * np.cos(angle) + y * np.sin(angle)) * 2 * np.pi / period
@@ -123,14 +123,14 @@ def texture(rng: np.random.Generator, height: int, width: int, kind: Kind) -> np
 
 
 def inside(corners: np.ndarray, height: int, width: int) -> np.ndarray:
-    """(H, W) bool: the pixels of a polygon."""
+    """Mask (H, W) bool of a polygon."""
     canvas = Image.new("1", (width, height))
     ImageDraw.Draw(canvas).polygon([(float(x), float(y)) for x, y in corners], fill=1)
     return np.asarray(canvas)
 
 
 def make_scene(rng: np.random.Generator, height: int, width: int) -> Scene:
-    """A scene of up to eleven shapes, now and then none, now and then a crowd."""
+    """A scene of up to eleven shapes, sometimes none, sometimes with a crowd."""
     horizon = int(height * rng.uniform(0.3, 0.5))
     labels = np.full((height, width), ROAD, np.uint8)
     labels[:horizon] = SKY
@@ -158,7 +158,7 @@ def make_scene(rng: np.random.Generator, height: int, width: int) -> Scene:
 
 
 def place(rng: np.random.Generator, scene: Scene, kind: Kind | None = None) -> bool:
-    """One more shape where there is room for it; whether there was."""
+    """Add a shape at a free position; returns whether one was found."""
     height, width = scene.labels.shape
     kind = kind or KINDS[rng.integers(len(KINDS))]
     taken = np.any([thing.mask for thing in scene.things], axis=0) if scene.things else np.zeros((height, width), bool)
@@ -178,7 +178,7 @@ def place(rng: np.random.Generator, scene: Scene, kind: Kind | None = None) -> b
 
 
 def place_crowd(rng: np.random.Generator, scene: Scene) -> None:
-    """Small shapes of one kind over each other, which are one object that is not to be counted."""
+    """Add overlapping small shapes of one kind, annotated as a single crowd."""
     height, width = scene.labels.shape
     kind = KINDS[rng.integers(len(KINDS))]
     taken = np.any([thing.mask for thing in scene.things], axis=0) if scene.things else np.zeros((height, width), bool)
@@ -195,7 +195,7 @@ def place_crowd(rng: np.random.Generator, scene: Scene) -> None:
 
 
 def draw(rng: np.random.Generator, scene: Scene, mask: np.ndarray, kind: Kind) -> None:
-    """Texture, light from above and a darker rim."""
+    """Draw a mask with texture, light from above and a darker rim."""
     height, width = mask.shape
     within = np.asarray(Image.fromarray(mask.astype(np.uint8)).filter(ImageFilter.MinFilter(3)))
     shade = np.linspace(1.15, 0.8, height)[:, None, None] * np.where(within, 1.0, 0.6)[..., None]
@@ -204,14 +204,14 @@ def draw(rng: np.random.Generator, scene: Scene, mask: np.ndarray, kind: Kind) -
 
 
 def run_lengths(mask: np.ndarray) -> dict[str, Any]:
-    """COCO's uncompressed run lengths of a mask, column by column, from a run of zeros on."""
+    """COCO's uncompressed run lengths of a mask, in column-major order, starting with a run of zeros."""
     flat = mask.flatten(order="F").astype(np.int8)
     bounds = np.concatenate([[0], np.flatnonzero(np.diff(flat, prepend=0)), [flat.size]])
     return {"size": list(mask.shape), "counts": [int(n) for n in np.diff(bounds)]}
 
 
 def annotation(thing: Thing, number: int, image: int) -> dict[str, Any]:
-    """A record of COCO's ``annotations``; the box is that of the pixels."""
+    """A record of COCO's ``annotations``; the box is the bounding box of the mask."""
     rows, columns = np.flatnonzero(thing.mask.any(1)), np.flatnonzero(thing.mask.any(0))
     box = [columns[0], rows[0], columns[-1] - columns[0] + 1, rows[-1] - rows[0] + 1]
     crowd = thing.outline is None
@@ -232,12 +232,12 @@ def make_shapes(
     seed: int = 0,
     progress: bool = False,
 ) -> None:
-    """Write `images` scenes for training and `held_out` others, of (height, width) `size`, in both layouts.
+    """Write `images` training and `held_out` evaluation scenes of (height, width) `size`, in both layouts.
 
-    `progress`: whether a terminal shows how many are done; needs rich.
+    `progress`: show a progress bar on a terminal; requires rich.
 
     Raises:
-        UsageError: no images, sides below 64, a seed below 0, or a folder that holds such files already.
+        UsageError: no images, sides below 64, a seed below 0, or a folder that already contains coco or cityscapes.
     """
     root = Path(os.path.expanduser(folder))
     if images < 1 or held_out < 1:
@@ -254,7 +254,7 @@ def make_shapes(
 
 
 def shown(seeds: Sequence[np.random.SeedSequence], what: str) -> Iterator[np.random.SeedSequence]:
-    """The same, with a bar on stderr that says how far they are, on a terminal and where rich is installed."""
+    """Iterate over `seeds` with a progress bar on stderr, if that is a terminal and rich is installed."""
     try:
         from rich.console import Console
         from rich.progress import track

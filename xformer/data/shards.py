@@ -1,12 +1,12 @@
-"""Batches of tar shards, which are read from front to back.
+"""Batches from tar shards, which are read sequentially.
 
-The shards of an epoch, in an order of its own, are dealt to lanes; a lane mixes samples within a buffer. Each batch of
-all processes together takes the same number from each lane. Lanes depend on that batch and on the shards, not on how
-many processes there are: each opens the lanes that its part of the batch comes from. One thread of a process reads; its
-workers get files of images to decode.
+In each epoch the shards are shuffled and distributed over lanes; a lane shuffles samples within a buffer. The global
+batch (of all processes) takes the same number of samples from each lane. Lanes depend on the global batch size and on
+the shards, not on the number of processes: each process opens the lanes from which its part of the batch comes. One
+thread per process reads; its workers receive encoded images to decode.
 
-A lane that ends before the epoch does starts again, so that a few images come twice and as many not at all. With few
-shards there is one lane, in which this does not happen, and all processes read all shards.
+A lane that ends before the epoch does restarts, so that a few images occur twice and as many not at all. With few
+shards there is a single lane, in which this does not happen, and all processes read all shards.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from xformer.data.tars import Sample, library, read_samples
 from xformer.errors import UsageError
 
 STRETCH = 16
-"""Samples in which one must be readable, if a batch has not more of them."""
+"""Number of samples, or the batch size if larger, of which at least one must be readable."""
 BUFFER = 2048
-"""Samples of all lanes from which the next are drawn."""
+"""Size of the shuffle buffer in samples, over all lanes."""
 LANES = 64
 SHARDS_OF_A_LANE = 8
-"""At least so many: shards differ in size, and lanes should not."""
+"""Minimum number of shards per lane: shards differ in size, but lanes should be similar."""
 
 
 class Samples:
-    """A source whose items are samples themselves."""
+    """A source whose items are the samples themselves."""
 
     def name(self, item: Sample) -> str:
         return item.name
@@ -49,7 +49,7 @@ class Samples:
 
 @dataclass
 class Stream:
-    """Shards of training or evaluation, and the place of this process among all."""
+    """Training or evaluation shards, as read by one process (`shard`: its rank and the world size)."""
 
     urls: list[str]
     classes: int
@@ -60,7 +60,7 @@ class Stream:
     skipped: Skipped
 
     def train_batches(self, epoch: int, start: int, batches: int) -> Iterator[Batch]:
-        """Batches `start` to `batches` of an epoch; those before are read, but not decoded."""
+        """Yield batches `start` to `batches` of an epoch; earlier ones are read, but not decoded."""
         spare = max(0, STRETCH - self.batch_size)
         stream, ready = self._endless(epoch), deque[list[Sample]]()
         for index in range(batches):
@@ -73,7 +73,7 @@ class Stream:
                 yield Batch(items, size, seeds, list(itertools.chain(*ready))[:spare])
 
     def eval_batches(self) -> Iterator[Batch]:
-        """Every sample once over all processes: by shards, or by samples where shards are fewer than processes."""
+        """Each sample once over all processes; split by shards, or by samples if shards are fewer than processes."""
         rank, world = self.shard
         if len(self.urls) >= world:
             share = self._read(self.urls[rank::world])
@@ -86,7 +86,7 @@ class Stream:
         return read_samples(urls, self.classes, self.skipped.add, self.skipped.add_shard)
 
     def _endless(self, epoch: int) -> Iterator[list[Sample]]:
-        """What this process takes of each batch of all processes, batch by batch."""
+        """Yield this process's part of each global batch, without end."""
         together = self.batch_size * self.shard.world
         lanes = number_of_lanes(together, len(self.urls))
         each = together // lanes
@@ -116,6 +116,6 @@ def no_samples(shards: int, such_as: str) -> str:
 
 
 def number_of_lanes(together: int, shards: int) -> int:
-    """The largest number that divides a batch of all processes and leaves each lane enough shards."""
+    """Largest number of lanes, up to LANES, that divides the global batch and leaves each lane enough shards."""
     most = max(1, min(LANES, shards // SHARDS_OF_A_LANE))
     return max(lanes for lanes in range(1, most + 1) if together % lanes == 0)

@@ -1,4 +1,4 @@
-"""Samples of tar shards as WebDataset writes them: where shards are, what is in them, how many samples they have."""
+"""Tar shards in WebDataset format: finding shards, reading samples and counting them."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ IMAGES = ("jpg", "jpeg", "png", "webp", "ppm", "bmp", "tif", "tiff")
 LABEL = "cls"
 
 Report = Callable[[str, str], None]
-"""(name, reason) of what cannot be read."""
+"""Called with (name, reason) for what cannot be read."""
 
 
 class Sample(NamedTuple):
-    """A file of an image, not decoded, and its label."""
+    """An encoded image and its label."""
 
     name: str
     image: bytes
@@ -44,10 +44,10 @@ def is_remote(url: str) -> bool:
 
 
 def find_shards(setting: str, pattern: str, root: str) -> list[str]:
-    """Paths and URLs of `pattern`, whose braces and asterisks expand, inside the folder or URL `root`.
+    """Expand braces and asterisks of `pattern` to paths and URLs, relative to the folder or URL `root`.
 
     Raises:
-        UsageError: there are none, or not all; `setting` is the one that says which.
+        UsageError: missing shards; the message names `setting`.
     """
     found: list[str] = []
     for url in library().shardlists.expand_urls(pattern):
@@ -65,13 +65,13 @@ def find_shards(setting: str, pattern: str, root: str) -> list[str]:
 
 
 def read_samples(urls: Iterable[str], classes: int, report: Report, damaged: Report) -> Iterator[Sample]:
-    """The samples of shards in order; what cannot be read is reported, and the next one follows.
+    """Yield the samples of shards in order; what cannot be read is reported and skipped.
 
     Args:
-        classes: number of them. report: of samples that are not whole. damaged: of shards.
+        classes: number of classes. report: called for incomplete samples. damaged: called for damaged shards.
 
     Raises:
-        UsageError: a label that is no number, or not below `classes`; files of a sample that are apart.
+        UsageError: a label that is not a number below `classes`, or a sample whose files are not consecutive.
     """
     read = library().tariterators.tarfile_samples
     for url in urls:
@@ -85,7 +85,7 @@ def read_samples(urls: Iterable[str], classes: int, report: Report, damaged: Rep
             return True
 
         incomplete: dict[str, bool] = {}
-        last: list[tuple[str, str]] = []  # where a shard is cut off, the last sample is a part of this damage
+        last: list[tuple[str, str]] = []  # if a shard is truncated, so is its last sample: not reported twice
         for raw in read([{"url": url}], handler=handler):
             for said in last:
                 report(*said)
@@ -106,7 +106,7 @@ def read_samples(urls: Iterable[str], classes: int, report: Report, damaged: Rep
 
 
 def _is_cut_off(url: str) -> bool:
-    """Of a local tar, not compressed: it must end with two blocks of zeros."""
+    """Whether a local, uncompressed tar lacks the two blocks of zeros at its end."""
     if is_remote(url):
         return False
     with open(url, "rb") as file:
@@ -116,11 +116,11 @@ def _is_cut_off(url: str) -> bool:
 
 
 def _samples(raw: dict[str, Any], report: Report, incomplete: dict[str, bool]) -> Iterator[Sample]:
-    """Images and their labels of the files of a group, whose names are the same up to their first dot.
+    """Yield the samples in a group of files, whose names are the same up to the first dot.
 
-    It is one sample as a rule, of an image and a label, or of ``input.png`` and ``cls``. With dots in names,
-    ``a.1.png``, ``a.1.cls``, ``a.2.png``, ..., it is as many as there are pairs. `incomplete`: groups of the shard so
-    far without an image (False) or a label (True).
+    A group is usually one sample: an image and a label, or ``input.png`` and ``cls``. With dots in names, such as
+    ``a.1.png``, ``a.1.cls``, ``a.2.png``, ..., each pair is a sample. `incomplete`: previous groups of the shard that
+    lack an image (False) or a label (True).
     """
     name = f"{raw['__url__']}/{raw['__key__']}"
     files = {suffix: content for suffix, content in raw.items() if not suffix.startswith("__")}
@@ -159,12 +159,12 @@ def ending(name: str) -> str:
 
 
 def count_samples(paths: Iterable[str], shard: Shard) -> tuple[int, int, str]:
-    """Number of samples and of classes (one more than the largest label) of local shards; reads labels alone.
+    """Number of samples and classes (largest label + 1) of local shards; only reads labels.
 
-    Also a sentence on the first sample that is not whole, empty if there is none.
+    Also returns a message about the first incomplete sample, empty if there is none.
 
     Raises:
-        UsageError: a label that is no number; files of a sample that are apart.
+        UsageError: a label that is not a number, or a sample whose files are not consecutive.
     """
     samples = classes = 0
     wrong: list[str] = []
@@ -182,7 +182,7 @@ def count_samples(paths: Iterable[str], shard: Shard) -> tuple[int, int, str]:
 
 
 def _labels(path: str, shard: Shard) -> Iterator[dict[str, Any]]:
-    """The files of a tar as webdataset groups them, those of images without what is in them."""
+    """Yield the files of a tar in the format that webdataset groups, with contents of label files only."""
     try:
         with tarfile.open(path) as tar:
             for entry in tar:
@@ -194,7 +194,10 @@ def _labels(path: str, shard: Shard) -> Iterator[dict[str, Any]]:
 
 
 def said_sizes(paths: Iterable[str]) -> int | None:
-    """Samples of shards by ``_info.json`` (shard_lengths of splits) or ``sizes.json`` ({name: number}) beside them."""
+    """Total samples by ``_info.json`` (shard_lengths of splits) or ``sizes.json`` ({name: number}) beside the shards.
+
+    None if these do not list all shards.
+    """
     total = 0
     known: dict[Path, dict[str, int]] = {}
     for path in map(Path, paths):

@@ -1,4 +1,4 @@
-"""timm's transforms from the settings of a run."""
+"""Create timm's transforms from the settings of a run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Statistics = tuple[float, ...]
 
 
 def to_tensor(image: Image.Image, mean: Statistics = MEAN, std: Statistics = STD) -> Tensor:
-    """RGB image to (3, H, W) float32, normalised."""
+    """Convert an RGB image to (3, H, W) float32, normalised."""
     from torchvision.transforms.v2 import functional as transforms
 
     x: Tensor = transforms.to_dtype(transforms.pil_to_tensor(image), torch.float32, scale=True)
@@ -29,7 +29,7 @@ def to_tensor(image: Image.Image, mean: Statistics = MEAN, std: Statistics = STD
 
 
 class Preparation(Protocol):
-    """What a recipe and the card of weights both say."""
+    """Settings that both a recipe and the card of weights have."""
 
     image_size: int
     crop_pct: float
@@ -37,12 +37,12 @@ class Preparation(Protocol):
 
 
 def eval_transform(settings: Preparation, mean: Statistics, std: Statistics) -> Transform:
-    """RGB image to (3, image_size, image_size) float32, normalised: resized, and cropped in the middle.
+    """Transform from RGB image to (3, image_size, image_size) float32: resize, center crop, normalisation.
 
-    The transform raises Unreadable for images that would have too many pixels between the two.
+    The transform raises Unreadable for images that would have too many pixels after the resize.
 
     Raises:
-        UsageError: settings that timm does not take, or no timm.
+        UsageError: settings rejected by timm, or timm is not installed.
     """
     transform = _create(
         input_size=settings.image_size,
@@ -57,7 +57,7 @@ def eval_transform(settings: Preparation, mean: Statistics, std: Statistics) -> 
 
 @dataclass
 class Bounded:
-    """A transform that begins with a resize of the shorter side to `shorter` pixels."""
+    """Wraps a transform that starts by resizing the shorter side to `shorter` pixels, and checks the resized size."""
 
     transform: Transform
     shorter: float
@@ -69,10 +69,10 @@ class Bounded:
 
 
 def train_transform(recipe: Recipe, size: int, mean: Statistics, std: Statistics) -> Transform:
-    """RGB image to (3, size, size) float32, normalised and augmented by what the global generators draw.
+    """Transform from RGB image to (3, size, size) float32: random augmentation (global generators), normalisation.
 
     Raises:
-        UsageError: settings that timm does not take, or no timm.
+        UsageError: settings rejected by timm, or timm is not installed.
     """
     return _create(
         input_size=size,
@@ -108,7 +108,7 @@ def _create(**options: Any) -> Transform:
 
 
 def posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
-    """Of timm's policies, in place of its own: they ask for 0 bits, which is black, and Pillow 13 refuses that."""
+    """Replaces timm's operation: its policies may ask for 0 bits, that is a black image, which Pillow 13 rejects."""
     if bits < 1:
         return Image.new(image.mode, image.size)
     return ImageOps.posterize(image, min(bits, 8))

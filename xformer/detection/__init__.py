@@ -1,11 +1,11 @@
-"""Objects in images: YOLOv3 (arXiv 1804.02767) on our backbone. Needs torchvision.
+"""Object detection: YOLOv3 (arXiv 1804.02767) on our backbone. Requires torchvision.
 
     Detector          images to three raw maps
     DetectionLoss     raw maps and targets to losses
     detect            raw maps to boxes, scores and labels
-    ANCHORS, kmeans   YOLOv3's anchors of COCO, and anchors of other data
+    ANCHORS, kmeans   YOLOv3's anchors for COCO, and k-means to compute anchors for other data
 
-``python -m xformer.detection.anchors`` prints those of a file of COCO's form. There are no weights to download.
+``python -m xformer.detection.anchors`` prints anchors for a file in COCO format. There are no pretrained weights.
 """
 
 from xformer.detection.anchors import kmeans

@@ -1,6 +1,6 @@
-"""Anchors of a data set: ``python -m xformer.detection.anchors instances_train.json``.
+"""Compute anchors for a data set: ``python -m xformer.detection.anchors instances_train.json``.
 
-k-means over (w, h) of boxes with the distance 1 - IoU of two boxes about one centre (arXiv 1612.08242).
+k-means over (w, h) of the boxes, with the distance 1 - IoU of two boxes with the same centre (arXiv 1612.08242).
 """
 
 from __future__ import annotations
@@ -19,28 +19,28 @@ from xformer.errors import UsageError
 
 
 def shape_iou(sizes: Tensor, anchors: Tensor) -> Tensor:
-    """IoU of (n, 2) and (k, 2), as (w, h) about one centre: (n, k)."""
+    """Pairwise IoU (n, k) of boxes (n, 2) and (k, 2), given as (w, h) with the same centre."""
     common = torch.minimum(sizes[:, None], anchors).prod(-1)
     return common / (sizes.prod(-1)[:, None] + anchors.prod(-1) - common)
 
 
 def mean_iou(sizes: Tensor, anchors: Tensor) -> float:
-    """Of every box (n, 2) with its best anchor (k, 2): what k-means raises."""
+    """Mean over boxes (n, 2) of the IoU with the best anchor (k, 2): the objective that k-means maximises."""
     return float(shape_iou(sizes, anchors).amax(1).mean())
 
 
 def kmeans(sizes: Tensor, k: int = 9, seed: int = 0, steps: int = 100) -> tuple[Tensor, list[float]]:
-    """Anchors (k, 2) by increasing area, and the mean IoU of every step, which never falls. The same for a seed.
+    """Return anchors (k, 2) by increasing area, and the mean IoU after each step. Deterministic for a given seed.
 
-    A step gives each box to its best anchor, and each anchor becomes the mean or the median of its boxes or stays as
-    it is, whichever has the greatest mean IoU with them; means alone do not always gain. It starts like k-means++, and
-    ends when no anchor changes.
+    Each step assigns every box to its best anchor. Each anchor then becomes the mean or the median of its boxes or
+    stays unchanged, whichever has the largest mean IoU with them; the mean alone does not always improve it. So the
+    mean IoU never decreases. Initialisation is as in k-means++; iteration stops when no anchor changes.
 
     Args:
-        sizes: (w, h) of the boxes, (n, 2). k: anchors. seed: of the start. steps: at most.
+        sizes: (w, h) of the boxes, (n, 2). k: number of anchors. seed: for the initialisation. steps: maximum number.
 
     Raises:
-        UsageError: sizes of another shape, not finite or not positive, of fewer than k different boxes; k below 1.
+        UsageError: sizes with a wrong shape, not finite or not positive, or fewer than k distinct ones; k below 1.
     """
     if k < 1:
         raise UsageError(f"k must be 1 or more, got {k}")
@@ -66,7 +66,7 @@ def kmeans(sizes: Tensor, k: int = 9, seed: int = 0, steps: int = 100) -> tuple[
 
 
 def _start(sizes: Tensor, k: int, generator: torch.Generator) -> Tensor:
-    """k different boxes, each next one with probability by its distance to the nearest so far."""
+    """k distinct boxes, each drawn with probability proportional to its distance to the nearest one so far."""
     chosen = sizes[torch.randint(len(sizes), (1,), generator=generator)]
     for _ in range(k - 1):
         far = 1 - shape_iou(sizes, chosen).amax(1)
@@ -82,12 +82,12 @@ def _centre(members: Tensor, anchor: Tensor) -> Tensor:
 
 
 def coco_sizes(path: str | Path, image_size: int = 416) -> Tensor:
-    """(w, h) (n, 2) of the boxes of a COCO file, in pixels once the longer side of their image is `image_size`.
+    """(w, h), shape (n, 2), of the boxes in a COCO file, scaled to images whose longer side is `image_size`.
 
-    Crowds and boxes without area are left out.
+    Crowds and boxes without area are skipped.
 
     Raises:
-        UsageError: no such file, or not one of COCO's instances.
+        UsageError: missing file, or not a COCO instances file.
     """
     said = read_annotations(Path(path))
     image = np.repeat(np.arange(len(said.ids)), np.diff(said.bounds))

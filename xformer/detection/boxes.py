@@ -1,12 +1,12 @@
-"""Boxes and raw maps: YOLOv3's coding of boxes, and detections out of maps.
+"""YOLOv3's encoding of boxes, and detections from raw maps.
 
-Boxes are in pixels of the image that the model saw: (x0, y0, x1, y1), or (cx, cy, w, h) where it is said. A prediction
-(tx, ty, tw, th) of the cell in column i and row j, of stride s and anchor (aw, ah), is the box
+Boxes are in pixels of the model's input image: (x0, y0, x1, y1), or (cx, cy, w, h) where noted. A prediction
+(tx, ty, tw, th) of the cell in column i and row j, with stride s and anchor (aw, ah), is the box
 
     cx = s (i + sigmoid(tx))     w = aw exp(tw)
     cy = s (j + sigmoid(ty))     h = ah exp(th)
 
-with tw and th clamped to +-EXPONENT. Predictions of all maps are P in a row: by stride, then row, column and anchor.
+with tw and th clamped to +-EXPONENT. The P predictions of all maps are ordered by stride, then row, column and anchor.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from xformer.errors import UsageError
 STRIDES = (8, 16, 32)
 PER_SCALE = 3
 ANCHORS = ((10, 13), (16, 30), (33, 23), (30, 61), (62, 45), (59, 119), (116, 90), (156, 198), (373, 326))
-"""YOLOv3's of COCO, in pixels of images of 416 x 416."""
+"""YOLOv3's anchors for COCO, in pixels of 416 x 416 images."""
 EXPONENT = math.log(1000 / 16)
-"""A box is at most 62.5 times as large as its anchor, and at most so much smaller."""
+"""A box's sides are at most 62.5 times larger or smaller than those of its anchor."""
 
 
 def check_anchors(anchors: Sequence[Sequence[float]]) -> tuple[tuple[float, float], ...]:
-    """The same anchors as pairs of floats.
+    """Return the anchors as pairs of floats.
 
     Raises:
         UsageError: not nine pairs of finite positive numbers.
@@ -42,22 +42,22 @@ def check_anchors(anchors: Sequence[Sequence[float]]) -> tuple[tuple[float, floa
 
 
 class Grid(NamedTuple):
-    """Where predictions are: cells (P, 2) as column and row, strides (P, 1), anchors (P, 2) in pixels."""
+    """Position of predictions: cells (P, 2) as column and row, strides (P, 1), anchors (P, 2) in pixels."""
 
     cells: Tensor
     strides: Tensor
     anchors: Tensor
 
     def take(self, index: Tensor) -> Grid:
-        """Of some predictions."""
+        """The grid of the predictions at `index`."""
         return Grid(*(part[index] for part in self))
 
 
 def flatten(maps: Sequence[Tensor]) -> Tensor:
-    """Raw maps (B, 3 (5 + classes), H/s, W/s) to (B, P, 5 + classes), in float32 or, if they are, float64.
+    """Raw maps (B, 3 (5 + classes), H/s, W/s) to (B, P, 5 + classes), in float32, or float64 if the maps are.
 
     Raises:
-        ValueError: not three maps, of one batch, with three times more than five channels each.
+        ValueError: not three maps with the same batch size and channels, a multiple of 3 above 15.
     """
     channels = maps[0].shape[1] if maps and maps[0].dim() == 4 else 0
     if (
@@ -80,7 +80,7 @@ def flatten(maps: Sequence[Tensor]) -> Tensor:
 
 
 def grid(maps: Sequence[Tensor], anchors: Sequence[Sequence[float]], dtype: torch.dtype = torch.float32) -> Grid:
-    """Of the predictions of these maps, of which shapes and device alone matter."""
+    """The grid of the predictions of these maps; only their shapes and device are used."""
     device = maps[0].device
     table = torch.tensor(anchors, dtype=dtype, device=device).view(len(STRIDES), PER_SCALE, 2)
     cells, strides, sizes = [], [], []
@@ -95,7 +95,7 @@ def grid(maps: Sequence[Tensor], anchors: Sequence[Sequence[float]], dtype: torc
 
 
 def decode(raw: Tensor, where: Grid) -> Tensor:
-    """(..., P, 4) as (tx, ty, tw, th) to boxes (..., P, 4) as (cx, cy, w, h), by the formulas above."""
+    """Predictions (..., P, 4) as (tx, ty, tw, th) to boxes (..., P, 4) as (cx, cy, w, h); see the module docstring."""
     centres = (where.cells + raw[..., :2].sigmoid()) * where.strides
     return torch.cat((centres, where.anchors * raw[..., 2:].clamp(-EXPONENT, EXPONENT).exp()), -1)
 
@@ -103,7 +103,7 @@ def decode(raw: Tensor, where: Grid) -> Tensor:
 def encode(boxes: Tensor, where: Grid, eps: float = 1e-6) -> Tensor:
     """Boxes (P, 4) as (cx, cy, w, h), each in its cell, to (tx, ty, tw, th): the inverse of :func:`decode`.
 
-    Offsets in the cell are kept in [eps, 1 - eps]: a centre on the cell's edge has no finite tx.
+    Offsets within the cell are clamped to [eps, 1 - eps]: a centre on the edge of a cell has no finite tx.
     """
     offsets = (boxes[:, :2] / where.strides - where.cells).clamp(eps, 1 - eps)
     return torch.cat((offsets.logit(), (boxes[:, 2:] / where.anchors).log()), -1)
@@ -122,7 +122,7 @@ def to_cxcywh(boxes: Tensor) -> Tensor:
 
 
 def coverage(boxes: Tensor, regions: Tensor) -> Tensor:
-    """``|box and region| / |box|`` of boxes (P, 4) and regions (n, 4): (P, n). COCO's overlap with a crowd."""
+    """``|box and region| / |box|`` (P, n) of boxes (P, 4) and regions (n, 4): COCO's overlap with a crowd."""
     low = torch.maximum(boxes[:, None, :2], regions[:, :2])
     high = torch.minimum(boxes[:, None, 2:], regions[:, 2:])
     areas = (boxes[:, 2:] - boxes[:, :2]).prod(-1)
@@ -140,26 +140,27 @@ def detect(
     candidates: int = 1000,
     sizes: Sequence[tuple[int, int]] | None = None,
 ) -> list[dict[str, Tensor]]:
-    """Detections of every image out of raw maps.
+    """Decode raw maps to detections, with non-maximum suppression (NMS).
 
-    A prediction's score for a class is ``sigmoid(objectness) sigmoid(class)``. Classes do not exclude one another, as
-    in YOLOv3: a box may be found for several, and suppression is within a class.
+    The score of a prediction for a class is ``sigmoid(objectness) sigmoid(class)``. As in YOLOv3, classes are not
+    exclusive: a box may be detected for several classes, and NMS is per class.
 
     Args:
-        maps: what :class:`xformer.detection.Detector` gives.
-        anchors: the model's.
-        score: what is not above it is left out.
-        iou: of two boxes of a class that overlap more the better one stays.
-        limit: detections of one image, the best.
-        candidates: before suppression, of one image, the best.
-        sizes: (H, W) of every image before padding; boxes are cut there, and those beyond are left out.
+        maps: output of :class:`xformer.detection.Detector`.
+        anchors: anchors of the model.
+        score: score threshold; predictions not above it are discarded.
+        iou: IoU threshold of NMS.
+        limit: maximum number of detections per image.
+        candidates: maximum number of predictions per image, by score, before NMS.
+        sizes: (H, W) of every image before padding; boxes are clipped to it, and those outside are discarded.
 
     Returns:
-        A dict for each image, as torchvision's models give it, best first: boxes (n, 4) as (x0, y0, x1, y1) in pixels,
-        scores (n,), labels (n,) from 0.
+        A dict for each image, in the format of torchvision's detection models, sorted by decreasing score: boxes (n, 4)
+        as (x0, y0, x1, y1) in pixels, scores (n,), labels (n,) from 0.
 
     Raises:
-        UsageError: anchors that are not nine positive pairs. ValueError: maps of other shapes; not a size per image.
+        UsageError: anchors are not nine positive pairs.
+        ValueError: maps with wrong shapes, or not one size per image.
     """
     flat = flatten(maps)
     if sizes is not None and len(sizes) != len(flat):

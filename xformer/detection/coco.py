@@ -1,4 +1,4 @@
-"""Files of COCO's instances: read, checked and kept as arrays."""
+"""Read and validate COCO instances files; annotations are kept as arrays."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from xformer.errors import UsageError
 
 @dataclass
 class Annotations:
-    """Of a file. Boxes of image i are those from ``bounds[i]`` to ``bounds[i + 1]``.
+    """Annotations of a file. The boxes of image i are ``boxes[bounds[i]:bounds[i + 1]]``.
 
     ids: (N,) int64. names: (N,) bytes, file names. sizes: (N, 2) int64, (H, W). boxes: (M, 4) float32, as (x0, y0, x1,
-    y1) in pixels, within their images. labels: (M,) int64 from 0, in the order of the categories' ids. crowd: (M,)
-    bool. categories: names by id, in this order. dropped: boxes without area. truth: what pycocotools evaluates
-    against, with all boxes as the file has them; empty if it was not asked for. root: the category that was left out.
+    y1) in pixels, clipped to their images. labels: (M,) int64 from 0, in the order of category ids. crowd: (M,) bool.
+    categories: names by id, in this order. dropped: number of boxes without area. truth: data set for pycocotools, with
+    all boxes as in the file; empty if not requested. root: name of the category that is not a class, or "".
     """
 
     ids: np.ndarray
@@ -62,10 +62,10 @@ ACCEPTED: dict[str, Callable[[Any], bool]] = {
 
 
 class Records:
-    """Of one of the lists of a file, by their ids.
+    """Records of one of the lists in a file, by id.
 
     Raises:
-        UsageError: no such list, records without an integer as id, two of one id.
+        UsageError: missing list, records without an integer id, duplicate ids.
     """
 
     def __init__(self, path: Path, content: Any, key: str, title: str) -> None:
@@ -85,7 +85,7 @@ class Records:
             self.by_id[record["id"]] = record
 
     def get(self, number: int, key: str, accepted: str, default: Any = None) -> Any:
-        """What a record has as `key`; raises UsageError if that is not what is accepted."""
+        """Value of `key` in a record; raises UsageError if it is not as `accepted`, a key of ACCEPTED."""
         value = self.by_id[number].get(key, default)
         if value is None and key not in self.by_id[number]:
             raise UsageError(f"{self.where} {number} has no {key}")
@@ -94,7 +94,7 @@ class Records:
         return value
 
     def known(self, number: int, key: str, others: dict[int, Any]) -> Any:
-        """What `others` has for the id that a record has as `key`."""
+        """Look up the id stored under `key` of a record in `others`."""
         other = self.get(number, key, "an integer")
         if other not in others:
             raise UsageError(f"{self.where} {number}: {key} must be that of a record of the file, got {other}")
@@ -102,10 +102,10 @@ class Records:
 
 
 def read_json(path: Path) -> Any:
-    """What a file of annotations holds.
+    """Load an annotation file.
 
     Raises:
-        UsageError: no such file, or not JSON.
+        UsageError: missing file, or not JSON.
     """
     try:
         return json.loads(path.read_bytes())
@@ -116,13 +116,13 @@ def read_json(path: Path) -> Any:
 
 
 def read_annotations(path: Path, truth: bool = False) -> Annotations:
-    """A file of COCO's instances. Where a record of an object has no ``iscrowd`` it is 0; no ``area``: that of its box.
+    """Read a COCO instances file. A missing ``iscrowd`` is 0; a missing ``area`` is the area of the box.
 
     Args:
-        truth: also what pycocotools wants to see.
+        truth: also return the data set for pycocotools.
 
     Raises:
-        UsageError: no such file, or one that is not of this form, by the id of the record that is not.
+        UsageError: missing or invalid file; the message has the id of the invalid record.
     """
     content = read_json(path)
     found = Records(path, content, "categories", "category")
@@ -151,7 +151,10 @@ def read_annotations(path: Path, truth: bool = False) -> Annotations:
 
 
 def _root(categories: Records, objects: Records) -> int | None:
-    """The id of a category that is above all others and of no object, as Roboflow writes one: it is no class."""
+    """Id of a category that is the supercategory of all others and has no objects, as written by Roboflow, or None.
+
+    Such a category is not a class.
+    """
     for number, record in categories.by_id.items():
         others = [other for other in categories.by_id.values() if other is not record]
         above = others and all(other.get("supercategory") == record.get("name") for other in others)
@@ -165,11 +168,11 @@ def _arrays(
     ids: list[int], names: list[bytes], sizes: np.ndarray, categories: dict[int, str], rows: list[list[float]],
     where: list[int], labels: list[int], crowd: list[int], areas: list[float],
 ) -> Annotations:  # fmt: skip
-    """Boxes image by image, cut at the borders, without those of no area. `rows` are (x, y, w, h)."""
+    """Sort boxes by image, clip them to the images and drop those without area. `rows` are (x, y, w, h)."""
     numbers = list(categories)
     truth: dict[str, Any] = {}
     if areas:
-        # numbered from 1: pycocotools takes a match with number 0 for none
+        # ids start at 1: pycocotools treats a match with id 0 as no match
         truth = {
             "images": [{"id": number} for number in ids],
             "categories": [{"id": number, "name": name} for number, name in categories.items()],

@@ -1,8 +1,8 @@
-"""COCO's folders as batches of images and the boxes in them.
+"""Data set in COCO's folder layout: batches of images and their boxes.
 
-An image's target is a dict: boxes (n, 4) float32 as (x0, y0, x1, y1) in pixels of what the model sees, labels (n,)
-int64, iscrowd (n,) bool, image_id; and in evaluation size and original, (H, W) of the image in the batch without
-padding and of the file.
+The target of an image is a dict: boxes (n, 4) float32 as (x0, y0, x1, y1) in pixels of the model's input, labels (n,)
+int64, iscrowd (n,) bool, image_id; in evaluation also size and original, the (H, W) of the image in the batch without
+padding and of the image in the file.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from xformer.recipe import Recipe
 from xformer.registry import MEAN, STD
 
 KEPT = 0.25
-"""Of a box's area, or more: what a crop must leave of it."""
+"""Minimum fraction of a box's area that must remain in a crop."""
 
 Target = dict[str, Any]
 
 
 class Pictures(Indexed):
-    """Files of a folder, and what an annotation file says of them."""
+    """Image files of a folder and their annotations."""
 
     def __init__(self, folder: Path, annotations: Annotations) -> None:
         self.folder, self.annotations = folder, annotations
@@ -49,7 +49,7 @@ class Pictures(Indexed):
         return str(self.folder / os.fsdecode(self.annotations.names[item]))
 
     def read(self, item: int) -> tuple[Image.Image, Target]:
-        """RGB image, and its target in the file's pixels, without sizes."""
+        """RGB image and its target in pixels of the file, without sizes."""
         said = self.annotations
         image = open_image(self.name(item))
         height, width = said.sizes[item].tolist()
@@ -64,7 +64,7 @@ class Pictures(Indexed):
 
 
 def fitted(image: Image.Image, longer: float) -> tuple[int, int]:
-    """(H, W) of an image whose longer side becomes `longer`."""
+    """(H, W) of the image resized so that its longer side is `longer`."""
     factor = longer / max(image.size)
     return max(1, round(image.height * factor)), max(1, round(image.width * factor))
 
@@ -72,7 +72,7 @@ def fitted(image: Image.Image, longer: float) -> tuple[int, int]:
 def letterbox(
     image: Image.Image, target: Target, size: int, mean: Statistics = MEAN, std: Statistics = STD
 ) -> tuple[Tensor, Target]:
-    """(3, size, size) float32, the whole image in the upper left corner, and its target."""
+    """Resize to fit and pad at the bottom and right: (3, size, size) float32, and the target."""
     height, width = fitted(image, size)
     x = to_tensor(image.resize((width, height), Image.Resampling.BILINEAR), mean, std)
     factors = torch.tensor((width / image.width, height / image.height) * 2)
@@ -81,17 +81,17 @@ def letterbox(
 
 
 def restore(boxes: Tensor, target: Target) -> Tensor:
-    """Boxes (n, 4) in a letterboxed image to pixels of its file."""
+    """Boxes (n, 4) in pixels of a letterboxed image to pixels of the file."""
     (height, width), (whole_height, whole_width) = target["size"], target["original"]
     return boxes * boxes.new_tensor((whole_width / width, whole_height / height) * 2)
 
 
 class Prepare:
-    """Image and target as :class:`Pictures` gives them to (3, size, size) float32 and the target in its pixels.
+    """Convert image and target of :class:`Pictures` to (3, size, size) float32 and the target in its pixels.
 
-    In training: mirrored, its colours changed, resized so that its longer side is `size` times a factor from ``scale``,
-    and cut out or padded at a random place. Boxes are cut as well; those that keep less than KEPT of their area or have
-    a side below one pixel are left out. In evaluation: :func:`letterbox`. Padding is the mean colour.
+    In training: horizontal flip, color jitter, resizing so that the longer side is `size` times a random factor from
+    ``scale``, and a crop or padding at a random position. Boxes are clipped; those that keep less than KEPT of their
+    area or have a side below one pixel are dropped. In evaluation: :func:`letterbox`. Padding has the mean colour.
     """
 
     def __init__(self, recipe: Recipe, weights: Card | None = None) -> None:
@@ -126,7 +126,7 @@ class Prepare:
 
 
 def collate(samples: list[tuple[Tensor, Target]]) -> tuple[Tensor, list[Target]]:
-    """(B, 3, size, size) and the targets."""
+    """Stack images to (B, 3, size, size); targets stay a list."""
     return torch.stack([x for x, _ in samples]), [target for _, target in samples]
 
 
@@ -134,11 +134,11 @@ TRAIN, VAL = "train2017", "val2017"
 
 
 def open_coco(root: Path, shard: Shard | None = None) -> tuple[Pictures, Pictures]:
-    """Of training and evaluation; the latter with what pycocotools wants to see.
+    """Open the training and evaluation images; the latter with the data set for pycocotools.
 
     Raises:
-        UsageError: files or folders are missing, annotations that :func:`read_annotations` refuses, categories of the
-            two that differ, training or evaluation without a box that is not of a crowd.
+        UsageError: missing files or folders, annotations rejected by :func:`read_annotations`, different categories in
+            the two files, or a file without boxes other than crowds.
     """
     train, held_out = (open_split(root, split, shard or Shard()) for split in (TRAIN, VAL))
     ours, theirs = train.annotations.categories, held_out.annotations.categories
@@ -149,7 +149,7 @@ def open_coco(root: Path, shard: Shard | None = None) -> tuple[Pictures, Picture
 
 
 def open_split(root: Path, split: str, shard: Shard) -> Pictures:
-    """The images of TRAIN or VAL.
+    """Open the images of TRAIN or VAL.
 
     Raises:
         UsageError: as :func:`open_coco`.
@@ -170,13 +170,13 @@ def open_split(root: Path, split: str, shard: Shard) -> Pictures:
 
 
 class CocoData(DataSet):
-    """Of a folder with annotations/, train2017/ and val2017/.
+    """Data set of a folder with annotations/, train2017/ and val2017/.
 
-    ``classes`` are the categories' names, ``held_out`` the annotations of the evaluation. `weights`: as of
+    ``classes`` are the category names, ``held_out`` the annotations of the evaluation images. `weights`: see
     :class:`xformer.engine.task.Task`.
 
     Raises:
-        UsageError: as :func:`open_coco`; settings that do not work, fewer images than a batch.
+        UsageError: as :func:`open_coco`; invalid settings, fewer images than a batch.
     """
 
     def __init__(self, recipe: Recipe, shard: Shard, weights: Card | None = None) -> None:

@@ -1,7 +1,7 @@
 """YOLOv3's assignment of boxes to predictions, and its losses.
 
-Targets are a list of dicts, one per image, as torchvision's detection models take them: boxes (n, 4) as (x0, y0, x1,
-y1) in pixels, labels (n,) int64 from 0 (there is no background), and perhaps iscrowd (n,) bool.
+Targets are a list of dicts, one per image, as in torchvision's detection models: boxes (n, 4) as (x0, y0, x1, y1) in
+pixels, labels (n,) int64 from 0 (there is no background class), and optionally iscrowd (n,) bool.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Target = Mapping[str, Tensor]
 
 
 class Assigned(NamedTuple):
-    """Pairs of a prediction and a box: image (m,), prediction (m,) of P, and the box's number in its image (m,)."""
+    """Assigned pairs: image index (m,), prediction index (m,) in P, and index of the box in its image (m,)."""
 
     image: Tensor
     prediction: Tensor
@@ -32,17 +32,17 @@ class Assigned(NamedTuple):
 
 
 def assign(sizes: Sequence[tuple[int, int]], boxes: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor]:
-    """Which prediction of an image answers for which box.
+    """Assign the boxes of an image to predictions.
 
-    A box goes to the one of nine anchors whose shape has the largest IoU with it, whatever the scale, in the cell of
-    its centre; a centre on or beyond the border is in the cell inside. One prediction answers for one box: the last
-    of those that meet in it. Boxes of other anchors may share the cell.
+    A box is assigned to the anchor, of all nine, whose shape has the largest IoU with it, in the cell that contains its
+    centre; a centre on or outside the border is assigned to the nearest cell. A prediction is assigned at most one box:
+    if several boxes match it, the last. Boxes with different anchors may share a cell.
 
     Args:
         sizes: (rows, columns) of the three maps. boxes: (n, 4) as (cx, cy, w, h). anchors: (9, 2).
 
     Returns:
-        Predictions (m,) and boxes (m,) by their numbers, m <= n, in the order of boxes.
+        Indices of predictions (m,) and of boxes (m,), m <= n, in the order of boxes.
     """
     best = shape_iou(boxes[:, 2:], anchors).argmax(1)
     scale = best // PER_SCALE
@@ -60,37 +60,39 @@ def assign(sizes: Sequence[tuple[int, int]], boxes: Tensor, anchors: Tensor) -> 
 
 
 class DetectionLoss(nn.Module):
-    """Raw maps and targets to a dict of three losses, whose sum is what is minimised.
+    """Raw maps and targets to a dict of three losses; their sum is the training loss.
 
     ::
 
         loss of an image = sum over predictions / max(1, boxes assigned in it);   loss = mean over images
 
-        objectness  BCE, 1 for assigned predictions, 0 for others, nothing for ignored ones
-        class       BCE of every class, of assigned predictions
-        box         of assigned predictions: "ciou" or "yolov3"
+        objectness  BCE with target 1 for assigned predictions and 0 for others; ignored ones are excluded
+        class       BCE of every class, over assigned predictions
+        box         over assigned predictions: "ciou" or "yolov3"
 
-    An image's loss knows nothing of its batch, so that batches of any size, accumulated or spread over processes with
-    as many images each, have the same gradients; and an image of many boxes has no more weight than one of few.
+    The loss of an image does not depend on the rest of the batch. So gradients are the same for any batch size, with
+    gradient accumulation, and in data-parallel training with equally many images per process; and images with many
+    boxes do not weigh more than images with few.
 
-    Ignored are predictions, assigned to no box, that have an IoU above `ignore` with any box of the image, or more than
-    half of themselves in a crowd. Crowds are nothing else: no prediction answers for one.
+    Unassigned predictions are ignored if their IoU with any box of the image is above `ignore`, or if more than half of
+    their area is in a crowd. Crowds are not used otherwise: no prediction is assigned to one.
 
-    The box loss is by default CIoU (arXiv 1911.08287): it is made of what detections are judged by, weighs boxes of
-    all sizes alike, and needs no balance between centres and sizes. "yolov3" is the original's: of the offsets in the
-    cell BCE, of tw and th half the squared error, both times 2 - area of the box / area of the image, which is there
-    for small boxes. From that BCE the entropy of its target is taken away: gradients are the same, and zero is perfect.
-    No loss was chosen by accuracy here.
+    The default box loss is CIoU (arXiv 1911.08287): it is based on IoU, by which detections are evaluated, weights
+    boxes of all sizes equally, and needs no balancing of centres and sizes. "yolov3" is the original loss: BCE of the
+    offsets within the cell, plus half the squared error of tw and th, both multiplied by 2 - area of the box / area of
+    the image, to raise the weight of small boxes. The entropy of the target is subtracted from this BCE: gradients are
+    unchanged, and a perfect prediction has loss zero. Neither was chosen by measured accuracy.
 
-    Losses are computed in float32, whatever autocast says (in float64 for maps in float64).
+    Losses are computed in float32 even under autocast (in float64 for float64 maps).
 
     Args:
-        anchors: the model's. box: "ciou" or "yolov3". ignore: IoU above which a prediction is no background.
-        weights: of box, objectness and class. A CIoU loss is about 1 at first, and BCE several; the original has ones.
+        anchors: anchors of the model. box: "ciou" or "yolov3".
+        ignore: IoU with a box above which unassigned predictions are ignored.
+        weights: of the box, objectness and class losses. Initially, CIoU is about 1 and BCE several; the original uses
+            1 for all.
 
     Raises:
-        UsageError: anchors that are not nine positive pairs, a box loss that there is not, negative weights, an
-            `ignore` outside [0, 1].
+        UsageError: anchors are not nine positive pairs, unknown box loss, negative weights, or `ignore` outside [0, 1].
     """
 
     def __init__(
@@ -110,10 +112,10 @@ class DetectionLoss(nn.Module):
         self.anchors, self.box, self.ignore, self.weights = coding.check_anchors(anchors), box, ignore, weights
 
     def forward(self, maps: Sequence[Tensor], targets: Sequence[Target]) -> dict[str, Tensor]:
-        """Losses "box", "objectness" and "class", weighted, each a scalar; zeros for a batch of no images.
+        """Return the weighted scalar losses "box", "objectness" and "class"; zeros for an empty batch.
 
         Raises:
-            ValueError: maps that are not a detector's; targets as :func:`check_targets`.
+            ValueError: invalid maps (see :func:`xformer.detection.boxes.flatten`) or targets (:func:`check_targets`).
         """
         with torch.autocast(maps[0].device.type, enabled=False):
             flat = coding.flatten(maps)
@@ -140,7 +142,7 @@ class DetectionLoss(nn.Module):
             classes = F.binary_cross_entropy_with_logits(found[:, 5:], one_hot, reduction="sum")
             area = float(STRIDES[0] ** 2 * sizes[0][0] * sizes[0][1])
             box = self._box(found[:, :4], where.take(at), boxes[number], area)
-            # not a product: an ignored prediction may be infinite
+            # not multiplied by a mask: the loss of an ignored prediction may be infinite
             background = torch.where(counted, objectness, 0.0).sum()
             for part, value in zip(parts, (box, background, classes), strict=True):
                 part.append(value * share)
@@ -151,7 +153,7 @@ class DetectionLoss(nn.Module):
 
     @torch.no_grad()
     def _ignored(self, rows: Tensor, where: Grid, boxes: Tensor, crowds: Tensor) -> Tensor:
-        """(P,): predictions that are near enough to a box, or in a crowd."""
+        """Mask (P,) of predictions with sufficient IoU with a box, or in a crowd."""
         predicted = to_xyxy(coding.decode(rows[:, :4], where))
         ignored = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
         if len(boxes):
@@ -174,8 +176,8 @@ class DetectionLoss(nn.Module):
 
 
 def check_targets(targets: Sequence[Target], images: int, num_classes: int) -> None:
-    """Raises ValueError for another number of targets than images, tensors of other shapes, boxes without area or not
-    finite, and labels that are no class."""
+    """Raise ValueError if len(targets) != images, and for wrong shapes or dtypes, boxes without area or not finite,
+    and labels out of range."""
     if len(targets) != images:
         raise ValueError(f"targets must be one dict per image, got {len(targets)} for {images} images")
     for i, target in enumerate(targets):

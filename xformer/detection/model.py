@@ -1,4 +1,4 @@
-"""The detector: YOLOv3's three scales (arXiv 1804.02767) on our backbone, with a light neck."""
+"""Detector: YOLOv3's three scales (arXiv 1804.02767) on our backbone, with a lightweight neck."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from xformer.registry import build, default_cfgs
 
 WIDTHS = (128, 176, 288)
 PRIOR = 0.01
-"""Objectness of every prediction before training: few of them are of objects."""
+"""Objectness of every prediction at initialisation: most predictions are background."""
 
 
 def separable(channels: int) -> nn.Sequential:
-    """Depthwise 3x3, then 1x1 to twice the channels: YOLOv3's 3x3 convolution, (B, C, H, W) to (B, 2 C, H, W)."""
+    """Separable version of YOLOv3's 3x3 convolutions: depthwise 3x3, then 1x1. (B, C, H, W) to (B, 2 C, H, W)."""
     return nn.Sequential(ConvNorm(channels, channels, 3, groups=channels), ConvNorm(channels, 2 * channels))
 
 
 class Scale(nn.Module):
-    """One scale: (B, I, H, W) to what finer scales get, (B, C, H, W), and to the raw map.
+    """One scale: (B, I, H, W) to the features passed to the next finer scale, (B, C, H, W), and the raw map.
 
     ::
 
-        neck  1x1 -> separable 3x3 -> 1x1 -> separable 3x3 -> 1x1      C -> 2 C -> C between
-        head  separable 3x3 -> 1x1, the latter with bias and nothing behind it
+        neck  1x1 -> separable 3x3 -> 1x1 -> separable 3x3 -> 1x1      C -> 2 C -> C in between
+        head  separable 3x3 -> 1x1 with bias, without norm or activation
     """
 
     def __init__(self, in_chans: int, width: int, outputs: int) -> None:
@@ -54,36 +54,36 @@ class Scale(nn.Module):
 
 
 class Detector(nn.Module):
-    """Images (B, in_chans, H, W) to three raw maps (B, 3 (5 + num_classes), H/s, W/s), of strides s = 8, 16, 32.
+    """Images (B, in_chans, H, W) to three raw maps (B, 3 (5 + num_classes), H/s, W/s), with strides s = 8, 16, 32.
 
     ::
 
-        backbone's features at 32 ---------------------> scale -> map
-                               at 16 -> concatenate(x, up) -> scale -> map      up: 1x1, nearest, from the scale above
-                               at  8 -> concatenate(x, up) -> scale -> map
+        features at stride 32 ------------------------> scale -> map
+                 at stride 16 -> concatenate(x, up) --> scale -> map      up: 1x1, nearest, from the coarser scale
+                 at stride  8 -> concatenate(x, up) --> scale -> map
 
-    Channel ``a (5 + num_classes) + k`` of a map is number k of anchor a: x, y, w, h, objectness, then classes, all
-    before any sigmoid (:mod:`xformer.detection.boxes`). Images whose sides are no multiples of 32 are padded with zeros
-    on the right and below, so that pixels keep their coordinates: H and W above are then those of the padded image.
+    Channel ``a (5 + num_classes) + k`` of a map is output k of anchor a: x, y, w, h, objectness, then classes, all
+    before any sigmoid (:mod:`xformer.detection.boxes`). Images whose sides are not multiples of 32 are zero-padded at
+    the right and bottom, so that pixel coordinates do not change: H and W above are then those of the padded image.
 
-    Anchors are in no state dict: they are an option of the model, as its classes are.
+    Anchors are not in the state dict: like the classes, they are an option of the model.
 
     Args:
-        backbone_name: a name of :data:`xformer.VARIANTS`.
-        num_classes: of the objects, without background.
-        anchors: nine (w, h) in pixels: three of the scale of stride 8, then of 16, then of 32.
-        in_chans: channels of the images.
-        widths: C of the scales of strides 8, 16 and 32.
-        options: of the backbone (:class:`xformer.XFormer`).
+        backbone_name: a name in :data:`xformer.VARIANTS`.
+        num_classes: number of object classes, without background.
+        anchors: nine (w, h) in pixels: three for stride 8, then three for 16, then three for 32.
+        in_chans: number of image channels.
+        widths: C of the scales with strides 8, 16 and 32.
+        options: options of the backbone (:class:`xformer.XFormer`).
 
     Raises:
-        UsageError: a backbone that there is not, no class, anchors that are not nine pairs of positive numbers, not
-            three positive widths, strides of the backbone other than 8, 16, 32.
-        ValueError: options that the backbone refuses.
+        UsageError: unknown backbone, num_classes below 1, anchors that are not nine pairs of positive numbers, not
+            three positive widths, backbone strides other than 8, 16, 32.
+        ValueError: options rejected by the backbone.
     """
 
     output_names = tuple(f"map_stride_{stride}" for stride in STRIDES)
-    """Of exported files."""
+    """Names of the outputs in exported files."""
 
     def __init__(
         self,
@@ -120,7 +120,7 @@ class Detector(nn.Module):
 
     @torch.no_grad()
     def _init(self) -> None:
-        """Raw maps start near their biases: PRIOR as objectness, 1 / num_classes for every class, the anchors."""
+        """Initialise predictions to be near objectness PRIOR, class probability 1 / num_classes, the anchors."""
         init_weights(self.scales)
         init_weights(self.laterals)
         for scale in self.scales:
@@ -132,7 +132,7 @@ class Detector(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         height, width = ((side + STRIDES[-1] - 1) // STRIDES[-1] * STRIDES[-1] for side in x.shape[2:])
-        # of an open size torch.export cannot know whether there is anything to pad
+        # with a dynamic size torch.export cannot decide whether padding is needed
         if isinstance(height, torch.SymInt) or isinstance(width, torch.SymInt) or x.shape[2:] != (height, width):
             x = F.pad(x, (0, width - x.shape[3], 0, height - x.shape[2]))
         features = self.backbone(x)
@@ -145,13 +145,13 @@ class Detector(nn.Module):
         return maps
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """As :meth:`xformer.XFormer.set_grad_checkpointing`, of the backbone alone."""
+        """As :meth:`xformer.XFormer.set_grad_checkpointing`, for the backbone only."""
         self.backbone.set_grad_checkpointing(enable)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """As :meth:`xformer.XFormer.group_matcher`; all that is not the backbone is the last group."""
+        """As :meth:`xformer.XFormer.group_matcher`; all parameters outside the backbone are the last group."""
         return self.backbone.group_matcher(coarse, r"^backbone\.")
 
     def no_weight_decay(self) -> set[str]:
-        """Names of the temperatures, which an optimiser should not decay (timm's convention)."""
+        """Names of the temperatures, which should be excluded from weight decay (timm's convention)."""
         return {f"backbone.{name}" for name in self.backbone.no_weight_decay()}

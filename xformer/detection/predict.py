@@ -1,4 +1,4 @@
-"""Objects of images, and pictures of their boxes."""
+"""Predict the objects in images and draw their boxes."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from xformer.weights import Card
 
 
 class Boxes(Predictor):
-    """``width`` and ``height`` of the upright image, and ``objects``, best first.
+    """Returns ``width`` and ``height`` of the upright image, and ``objects``, best first.
 
-    Each has ``name``, ``index``, ``score`` and ``box``: (x0, y0, x1, y1) in pixels of that image.
+    Each object has ``name``, ``index``, ``score`` and ``box``: (x0, y0, x1, y1) in pixels of that image.
 
     Args:
-        score, iou: of :func:`xformer.detection.detect`.
-        json_format: "plain", or "coco" for COCO's list of results.
-        annotations: file of COCO's JSON with the ids of images; "": they are in the files' names.
+        score, iou: see :func:`xformer.detection.detect`.
+        json_format: "plain", or "coco" for COCO's results format.
+        annotations: COCO JSON file with the image ids; if "", they are taken from the file names.
     """
 
     defaults: ClassVar[dict[str, Any]] = {
@@ -100,7 +100,7 @@ class Boxes(Predictor):
 
 
 def draw(image: Image.Image, objects: Sequence[dict[str, Any]]) -> Image.Image:
-    """A copy with boxes, class names and scores, the best on top; a colour for each class."""
+    """Return a copy with boxes, class names and scores drawn, the best on top, in one colour per class."""
     drawn = image.copy()
     pen = ImageDraw.Draw(drawn)
     longer = max(image.size)
@@ -114,7 +114,7 @@ def draw(image: Image.Image, objects: Sequence[dict[str, Any]]) -> Image.Image:
         _, _, width, height = pen.textbbox((line, line), text, letters, anchor="lt")
         width, height = width + line, height + line
         left = max(0, min(x0, image.width - width))
-        top = y0 - height if y0 >= height else y0  # above the box, where there is room
+        top = y0 - height if y0 >= height else y0  # above the box if there is room
         pen.rectangle((left, top, left + width, top + height), fill)
         dark = 0.299 * fill[0] + 0.587 * fill[1] + 0.114 * fill[2] < 128
         pen.text((left + line, top + line), text, "white" if dark else "black", letters, anchor="lt")

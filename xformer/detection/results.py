@@ -1,4 +1,4 @@
-"""Detections as COCO's list of results, which pycocotools' ``COCO.loadRes`` takes."""
+"""Convert detections to COCO's results format, as read by pycocotools' ``COCO.loadRes``."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from xformer.weights import Card
 
 
 def check_category_ids(card: Card) -> None:
-    """Raises UsageError for a card without ids of classes."""
+    """Raise UsageError if the card has no class ids."""
     if not card.class_ids:
         raise UsageError("json-format: coco needs weights that say the ids of COCO's categories, as train writes them")
 
 
 def image_ids(images: Sequence[str], annotations: str | Path = "") -> dict[str, int]:
-    """COCO's ids of image files, by their paths.
+    """COCO image ids of image files, by path.
 
-    Without `annotations` the number that is a file's name without extension, as in ``000000000139.jpg`` and
-    ``COCO_val2014_000000000139.jpg``. With it, a file of COCO's JSON, that of the record whose ``file_name`` is the
-    end of the path; of several the longest.
+    Without `annotations`, the id is the number in the file name, as in ``000000000139.jpg`` and
+    ``COCO_val2014_000000000139.jpg``. With `annotations`, a COCO JSON file, it is the id of the record whose
+    ``file_name`` is a suffix of the path; the longest if there are several.
 
     Raises:
-        UsageError: an image without an id, two of the same id, `annotations` that are not such a file.
+        UsageError: an image without an id, duplicate ids, or an invalid `annotations` file.
     """
     known = _by_file_name(Path(annotations)) if annotations else None
     ids: dict[str, int] = {}
@@ -72,11 +72,11 @@ def _by_file_name(path: Path) -> dict[str, int]:
 def coco_results(
     results: Sequence[Mapping[str, Any]], ids: Mapping[str, int], category_ids: Sequence[int]
 ) -> list[dict[str, Any]]:
-    """Of what ``predict`` says of images, without those that have an error.
+    """Convert results of ``predict`` to COCO's results format, skipping images with an error.
 
     Args:
-        ids: of the images, by their paths.
-        category_ids: in the order of classes.
+        ids: image ids by path.
+        category_ids: category ids in the order of the classes.
     """
     return [
         {

@@ -1,4 +1,4 @@
-"""Detection for the engine: boxes of objects, and COCO's mean average precision."""
+"""Detection task: object boxes, and COCO's mean average precision."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from xformer.errors import UsageError
 from xformer.recipe import Recipe
 
 SCORE, IOU, LIMIT = 0.001, 0.6, 100
-"""Of the detections that are evaluated: COCO's evaluation looks at the best 100 of an image, however low."""
+"""Thresholds for evaluation: COCO evaluates the best 100 detections per image, however low their scores."""
 
 
 class MeanAP:
     """map (COCO's mAP, IoU from 0.5 to 0.95) and map50 in percent, by pycocotools, in pixels of the files.
 
-    Over the images that were added: those that cannot be read take no part. Processes need not have the same ones.
+    Computed over the images that were added, in any process: unreadable images are excluded.
 
     Raises:
         UsageError: pycocotools is not installed.
@@ -44,14 +44,14 @@ class MeanAP:
         self.found: dict[int, list[dict[str, Any]]] = {}
 
     def update(self, outputs: Sequence[Tensor], targets: Sequence[Target]) -> None:
-        """Raw maps of letterboxed images."""
+        """Add the detections in raw maps of letterboxed images."""
         sizes = [target["size"] for target in targets]
         found = detect(outputs, self.anchors, score=SCORE, iou=IOU, limit=LIMIT, sizes=sizes)
         for of_it, target in zip(found, targets, strict=True):
             self.add(target["image_id"], restore(of_it["boxes"], target), of_it["scores"], of_it["labels"])
 
     def add(self, image_id: int, boxes: Tensor, scores: Tensor, labels: Tensor) -> None:
-        """Detections of an image: boxes (n, 4) as (x0, y0, x1, y1) in pixels of its file, scores (n,), labels (n,)."""
+        """Add the detections of an image: boxes (n, 4) as (x0, y0, x1, y1) in pixels of the file, scores, labels."""
         rows = zip(boxes.tolist(), scores.tolist(), labels.tolist(), strict=True)
         self.found[image_id] = [
             {
@@ -82,7 +82,7 @@ class MeanAP:
             evaluation.evaluate()
             evaluation.accumulate()
             evaluation.summarize()
-        # -1 where none of these images has a box
+        # stats are -1 if none of these images has a box
         return {name: 100 * max(0.0, float(evaluation.stats[i])) for i, name in enumerate(("map", "map50"))}
 
 

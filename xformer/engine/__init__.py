@@ -1,4 +1,4 @@
-"""One engine for all tasks: training, evaluation, checkpoints, logs."""
+"""Training engine for all tasks: training, evaluation, checkpoints, logs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ __all__ = ["evaluate", "train"]
 
 
 def __getattr__(name: str) -> Any:
-    """On demand: the commands' help needs neither accelerate nor timm."""
+    """Lazy imports: the help of the commands requires neither accelerate nor timm."""
     if name in __all__:
         from xformer.engine import evaluation, loop
 

@@ -1,9 +1,9 @@
-"""Checkpoints: folders that are whole or not there.
+"""Checkpoints, written atomically as folders.
 
     out/checkpoints/step-00001234/   model.safetensors  ema.safetensors  optimizer.pt  state.json
 
-A checkpoint is written under another name and renamed when all of it is on the disk. Reading one runs no code:
-tensors are safetensors, or ``torch.load(weights_only=True)``. It is written by one process and read by all.
+A checkpoint is written under a temporary name and renamed once it is completely on disk. Loading one executes no code:
+tensors are safetensors, or loaded by ``torch.load(weights_only=True)``. One process writes, all processes read.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ STATE: dict[str, tuple[type, ...]] = {
     "step": (int,), "evaluated": (int,), "best": (int, float, type(None)), "world": (int,), "loss_sum": (int, float),
     "loss_count": (int,), "scaler": (dict, type(None)), "recipe": (dict,), "classes": (list,), "samples": (dict,),
 }  # fmt: skip
-"""What a ``state.json`` holds. evaluated: the step of the last evaluation. samples: digests of what is learned from."""
+"""Contents of ``state.json``. evaluated: step of the last evaluation. samples: digests of the lists of samples."""
 
 FREE = {
     "out", "data", "train_shards", "eval_shards", "workers", "threads", "compile", "channels_last", "eval_every",
     "checkpoint_every", "keep", "log_every", "tensorboard", "weights", "partial", "grad_checkpointing",
 }  # fmt: skip
-"""Settings that a resumed run may change: they do not change where it goes, or only by rounding."""
+"""Settings that may change when a run is resumed: they do not affect its result, except for rounding."""
 
 
 class Checkpoints:
-    """Those of a run, newest last.
+    """The checkpoints of a run, newest last.
 
     Args:
-        out: the run's folder.
-        keep: how many stay.
+        out: folder of the run.
+        keep: number of checkpoints to keep.
     """
 
     def __init__(self, out: str | Path, keep: int = 2) -> None:
@@ -63,10 +63,10 @@ class Checkpoints:
         optimizer: dict[str, Any],
         state: dict[str, Any],
     ) -> Path:
-        """Write one, then remove those beyond `keep` and what killed runs have left.
+        """Write a checkpoint, and remove those beyond `keep` and leftovers of killed runs.
 
         Raises:
-            UsageError: it cannot be written; those before stay.
+            UsageError: it cannot be written; earlier checkpoints are kept.
         """
         with writing("out", self.folder):
             return self._save(step, card, weights, optimizer, state)
@@ -88,14 +88,14 @@ class Checkpoints:
         with open(part / "optimizer.pt", "wb") as file:
             try:
                 torch.save(optimizer, file)
-            except RuntimeError as error:  # its writer hides what the file has said
+            except RuntimeError as error:  # torch's zip writer hides the OSError of the file
                 raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
             file.flush()
             os.fsync(file.fileno())
         write_atomically(part / "state.json", to_json(state, indent=1))
         sync_folder(part)
         path = self._path(step)
-        if path.exists():  # of the same step, and the run says that it is to be replaced
+        if path.exists():  # a checkpoint of the same step is replaced
             self._remove(path)
         part.rename(path)
         sync_folder(self.folder)
@@ -107,7 +107,7 @@ class Checkpoints:
         return self.folder / f"step-{step:08d}"
 
     def amend(self, step: int, changes: dict[str, Any]) -> None:
-        """Write some of the state of a checkpoint anew.
+        """Update some of the state of a checkpoint.
 
         Raises:
             UsageError: it cannot be written.
@@ -117,7 +117,7 @@ class Checkpoints:
             write_atomically(path, to_json(json.loads(path.read_text()) | changes, indent=1))
 
     def _remove(self, path: Path) -> None:
-        """Its name goes first: what has a checkpoint's name is a whole one."""
+        """Remove a checkpoint. It is renamed first, so that a folder named as a checkpoint is always complete."""
         trash = path.with_name(f"{PART}old-{path.name}")
         path.rename(trash)
         shutil.rmtree(trash)
@@ -127,10 +127,10 @@ class Checkpoints:
             shutil.rmtree(left)
 
     def load(self, path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any], dict[str, Any]]:
-        """Weights by name, the optimiser's state, and what else there is.
+        """Return the weights by name, the optimizer state, and the contents of ``state.json``.
 
         Raises:
-            UsageError: a checkpoint that cannot be read.
+            UsageError: the checkpoint cannot be read.
         """
         hint = "remove it to go on from an earlier one"
         weights = {file.stem: load_weights(file)[0] for file in path.glob("*.safetensors")}
@@ -149,7 +149,7 @@ class Checkpoints:
 
 
 def check_same_run(path: Path, state: dict[str, Any], recipe: Recipe, world: int, data: Data) -> None:
-    """Whether a checkpoint is of a run with these settings, classes and samples.
+    """Check that a checkpoint is of a run with these settings, classes and samples.
 
     Raises:
         UsageError: it is not.

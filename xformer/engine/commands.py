@@ -43,7 +43,7 @@ def run_train(options: argparse.Namespace) -> None:
         return
     from xformer.engine.loop import train
 
-    # a resumed run takes the same forms of layers: none is chosen by times
+    # a resumed run must use the same forms of layers: none may be chosen by timing
     os.environ.setdefault(calibration.ENVIRONMENT, "off")
     result = train(recipe, options.resume)
     if os.environ.get("RANK", "0") == "0":
@@ -64,13 +64,13 @@ OF_IMAGES = ("image_size", "crop_pct", "interpolation")
 def eval_weights(
     recipe: Recipe, given: set[str] | frozenset[str] = frozenset(), say: Callable[[str], object] = lambda text: None
 ) -> dict[str, float]:
-    """Metrics of ``recipe.weights`` on the evaluation images, in this process, with batch norms folded.
+    """Evaluate ``recipe.weights`` on the evaluation images, in this process, with batch norms folded.
 
-    Images are prepared as the weights' card says, but for settings named in `given`. There need be no training images.
-    `say` is called with what was used, and how many images were evaluated.
+    Images are preprocessed according to the weights' card, except for settings named in `given`. Training images are
+    not required. `say` is called with the weights and preprocessing used, and with the number of evaluated images.
 
     Raises:
-        UsageError: no weights or data, weights that have other classes than the data, or metrics that are not finite.
+        UsageError: no weights or data, weights with other classes than the data, or metrics that are not finite.
     """
     import torch
 
@@ -111,7 +111,7 @@ def eval_weights(
 
 
 def _check_classes(recipe: Recipe, card: Card, classes: Sequence[str]) -> None:
-    """That data have the classes of weights."""
+    """Raise UsageError if the data and the weights have different classes."""
     if card.num_classes != len(classes):
         raise UsageError(
             f"weights: {recipe.weights} has {card.num_classes} classes, and {recipe.data} has {len(classes)}"

@@ -1,4 +1,4 @@
-"""Passes over the evaluation images, and a try of one before a run spends an epoch."""
+"""Evaluation, and a trial evaluation of one image before training starts."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def evaluate(
 ) -> None:
     """Add this process's share of the evaluation images to `metrics`.
 
-    `together`: a pass forward is a collective (FSDP), so that processes that are done go on with what they had last.
+    `together`: the forward is a collective (FSDP), so processes that are done repeat their last batch until all are.
     """
     batches, batch = task.data.evaluate(), None
     while True:
@@ -62,10 +62,10 @@ def _forward(model: nn.Module, batch: Any, device: Any, channels_last: bool, aut
 def try_evaluation(
     model: nn.Module | None, task: Task, device: Any, channels_last: bool = True, autocast: Any = nullcontext
 ) -> None:
-    """One evaluation image through everything that an evaluation needs; `model` None: not through the model.
+    """Try everything that an evaluation needs on one image; the model is skipped if None.
 
     Raises:
-        UsageError: packages, images or a model of which evaluation or training would fail later.
+        UsageError: missing packages, unreadable images or image sizes for which training or evaluation would fail.
     """
     metrics = task.metrics(device)
     batch = task.data.first_held_out()
@@ -75,7 +75,7 @@ def try_evaluation(
     model.eval()
     images: Tensor = batch[0]
     recipe = task.recipe
-    # ours take images of any size, and say at once which are too small
+    # our models support any size, and check at construction whether it is too small
     others = [] if recipe.model in default_cfgs else [size for size in recipe.sizes if size != images.shape[-1]]
     try:
         metrics.update(*_forward(model, batch, device, channels_last, autocast))
@@ -95,7 +95,7 @@ def try_evaluation(
 
 
 def check_finite(metrics: Mapping[str, float], metric: str, evaluation: str) -> None:
-    """Of an evaluation, which is named so.
+    """Check the metrics of an evaluation; `evaluation` names it in the message.
 
     Raises:
         UsageError: the task's metric or the loss is not finite.

@@ -1,4 +1,4 @@
-"""Ctrl-C in a run: a step is finished first, and a checkpoint written."""
+"""Handling of Ctrl-C: the current step is finished and a checkpoint is written."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 
 
 class Interrupts:
-    """Inside, SIGINT sets ``asked`` instead of raising; a second one raises KeyboardInterrupt.
+    """Context manager in which the first SIGINT sets ``asked``, and a second one raises KeyboardInterrupt.
 
-    Only in the main thread, and only where SIGINT raises KeyboardInterrupt outside.
+    Only has an effect in the main thread, and only if SIGINT has Python's default handler.
     """
 
     def __init__(self) -> None:
@@ -36,7 +36,7 @@ class Interrupts:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """Inside, nothing would be lost: the first SIGINT raises KeyboardInterrupt."""
+        """Context in which the first SIGINT raises KeyboardInterrupt, as no progress would be lost."""
         if self.asked:
             raise KeyboardInterrupt
         self._at_once = True

@@ -1,4 +1,4 @@
-"""What a run says: CSV files, TensorBoard events and a line of progress. Of one process; the others are silent."""
+"""Logging of a run: CSV files, TensorBoard events and a progress bar. Only the main process logs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from xformer.files import write_file, writing
 
 
 class Table:
-    """A CSV file whose rows have a step; a resumed run goes on behind the rows of the step that it starts from."""
+    """A CSV file with a step per row; on resume, rows after step `after` are removed."""
 
     def __init__(self, path: Path, after: int) -> None:
         self.path = path
@@ -42,14 +42,14 @@ class Table:
 
 
 def _rows(path: Path, after: int) -> list[dict[str, Any]]:
-    """Of a CSV file, those up to a step.
+    """Rows of a CSV file up to step `after`.
 
     Raises:
-        UsageError: a row, which is not the last one, without a step.
+        UsageError: the file cannot be read, or a row is invalid; an incomplete last line is ignored.
     """
     rows = []
     try:
-        whole = path.read_text(encoding="utf-8-sig").rpartition("\n")[0]  # a killed run may leave a part of a line
+        whole = path.read_text(encoding="utf-8-sig").rpartition("\n")[0]  # a killed run may leave an incomplete line
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"resume: {path} cannot be read: {error}") from error
     for number, row in enumerate(csv.DictReader(whole.splitlines()), 2):
@@ -65,7 +65,7 @@ def _rows(path: Path, after: int) -> list[dict[str, Any]]:
 
 
 class Log:
-    """Of a run in the folder `out`, whose steps up to `step` are done of `steps`, and evaluated up to `evaluated`."""
+    """Log of a run in the folder `out`, at `step` of `steps`, last evaluated at step `evaluated`."""
 
     def __init__(self, out: Path, step: int, evaluated: int, steps: int, tensorboard: bool, main: bool) -> None:
         self.main = main
@@ -94,7 +94,7 @@ class Log:
             self.writer.close()
 
     def add(self, table: str, row: dict[str, Any]) -> None:
-        """A row of ``train.csv`` or ``eval.csv``; the same numbers to TensorBoard."""
+        """Add a row to ``train.csv`` or ``eval.csv``, and the same values to TensorBoard."""
         if not self.main:
             return
         self.tables[table].add({k: f"{v:.9g}" if isinstance(v, float) else v for k, v in row.items()})

@@ -1,8 +1,8 @@
-"""The loop that every task is trained by.
+"""Training loop for all tasks.
 
-A step is one update of the optimiser: ``accumulate`` passes over ``batch_size`` images in each process. What is random
-in a pass depends on the seed, the number of the pass and the process, and on nothing that came before: a resumed run
-goes the way that the uninterrupted one would have gone, and no generator's state is kept.
+A step is one optimizer update: ``accumulate`` passes over ``batch_size`` images in each process. Random numbers in a
+pass depend only on the seed, the index of the pass and the rank, not on previous passes: a resumed run continues as
+if it had not been interrupted, without saving generator states.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def seed_all(*numbers: int) -> None:
-    """Python's, numpy's and torch's generators, from a few numbers."""
+    """Seed Python's, numpy's and torch's generators from several numbers."""
     seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002 (timm's mixup draws from it)
@@ -47,7 +47,7 @@ def seed_all(*numbers: int) -> None:
 
 
 class Run:
-    """One run of a recipe in this process, which may be one of many that torchrun or accelerate has started."""
+    """A run of a recipe in this process, which may be one of several started by torchrun or accelerate."""
 
     def __init__(self, recipe: Recipe, resume: bool = False) -> None:
         from accelerate import Accelerator
@@ -55,7 +55,7 @@ class Run:
         self.recipe, self.out = recipe, Path(recipe.out)
         if recipe.threads:
             torch.set_num_threads(recipe.threads)
-        # without `cpu`, processes that torchrun has started on a machine without an accelerator are strangers
+        # without `cpu`, processes started by torchrun on a machine without an accelerator form no process group
         self.accelerator = Accelerator(
             cpu=not torch.accelerator.is_available(),
             gradient_accumulation_steps=recipe.accumulate,
@@ -125,9 +125,9 @@ class Run:
     # ------------------------------------------------------------------------------------------------- training
 
     def fit(self) -> dict[str, float]:
-        """Train from where the run is to the end of its epochs.
+        """Train from the current step to the last epoch.
 
-        Returns the last evaluation's metrics, and the ``best`` of the metric that the task goes by.
+        Returns the metrics of the last evaluation, and ``best``, the best value of the task's main metric.
         """
         main = self.accelerator.is_main_process
         if main:
@@ -191,14 +191,14 @@ class Run:
                 self.log.add("train", row | {"loss": self._total_loss() / self.loss_count, "images/s": speed})
                 self.loss_sum, self.loss_count = torch.zeros_like(self.loss_sum), 0
                 self._stop_if_asked()
-            elif self.world == 1:  # many processes agree on it where they speak with each other anyway
+            elif self.world == 1:  # several processes only agree on it when logging, which communicates anyway
                 self._stop_if_asked()
             every = recipe.checkpoint_every
             if every and self.step % every == 0 and self.step % self.per_epoch:
                 self._save()
 
     def _stop_if_asked(self) -> None:
-        """Where any process got an interrupt. At the end of an epoch there is a checkpoint anyway."""
+        """Stop if any process was interrupted, except at the end of an epoch, where a checkpoint is written anyway."""
         if self.step % self.per_epoch == 0:
             return
         asked = self.interrupts.asked
@@ -241,14 +241,14 @@ class Run:
         self.loss_count += 1
 
     def _total_loss(self) -> float:
-        """Since the last row of the log, the mean over all processes."""
+        """Sum of the losses since the last row of the log, averaged over processes."""
         total = float(self.accelerator.reduce(self.loss_sum.clone(), "mean"))
         if not math.isfinite(total):
             raise UsageError(f"lr: the loss is {total} at step {self.step}: {self._remedy()}")
         return total
 
     def _check_weights(self) -> None:
-        """In all processes together."""
+        """Raise UsageError in all processes if weights are not finite in any of them."""
         models = [self.model] if self.ema is None else [self.model, self.ema.module]
         found = (not_finite(learned(model)) for model in models)
         wrong = next((name for name in found if name is not None), None)
@@ -267,7 +267,7 @@ class Run:
     # ----------------------------------------------------------------------------------------------- evaluation
 
     def _plain(self) -> nn.Module:
-        """The model whose weights count: the averaged one where there is one."""
+        """The model to evaluate and save: the averaged (EMA) model if there is one."""
         if self.ema is not None:
             averaged: nn.Module = self.ema.module
             return averaged
@@ -278,7 +278,7 @@ class Run:
         try_evaluation(model, self.task, self.device, self.recipe.channels_last, self.accelerator.autocast)
 
     def evaluate(self) -> dict[str, float]:
-        """Metrics of all evaluation images."""
+        """Return the metrics over all evaluation images."""
         model, metrics = self._plain(), self.task.metrics(self.device)
         training, channels_last, autocast = model.training, self.recipe.channels_last, self.accelerator.autocast
         model.eval()
@@ -289,7 +289,7 @@ class Run:
         return metrics.compute()
 
     def _average_statistics(self) -> None:
-        """Of batch norms, over all processes."""
+        """Average the running statistics of batch norms over all processes."""
         if self.world > 1 and not self.sharded:
             from timm.utils import distribute_bn
 
@@ -298,7 +298,7 @@ class Run:
                     distribute_bn(model, self.world, reduce=True)
 
     def _evaluate(self, epoch: int) -> dict[str, float]:
-        """Of the newest checkpoint, which then says that it is done."""
+        """Evaluate at the newest checkpoint, and record in it that this was done."""
         with self.interrupts.at_once():
             result = self.evaluate()
         self.log.add("eval", {"step": self.step, "epoch": epoch, **result})
@@ -314,14 +314,14 @@ class Run:
     # ---------------------------------------------------------------------------------------------- checkpoints
 
     def _weights(self) -> dict[str, dict[str, Any]]:
-        """State dicts by name. Under FSDP the first process has whole ones and the others have none."""
+        """State dicts by name. With FSDP, rank 0 has the full ones and the other ranks have none."""
         named = {"model": get_model_state_dict(self.model, options=WHOLE)}
         if self.ema is not None:
             named["ema"] = self.ema.module.state_dict()
         return named
 
     def _write(self, name: str, metrics: dict[str, float] | None = None) -> None:
-        """out/name.safetensors: the weights that count."""
+        """Write out/name.safetensors with the averaged (EMA) weights if there are any, else those of the model."""
         named, path = self._weights(), self.out / f"{name}.safetensors"
         if self.accelerator.is_main_process:
             card = self.task.card()
@@ -368,16 +368,16 @@ class Run:
 
 
 def train(recipe: Recipe, resume: bool = False) -> dict[str, float]:
-    """Run a recipe: checkpoints, ``best.safetensors``, ``last.safetensors`` and logs in ``recipe.out``.
+    """Run a recipe; writes checkpoints, ``best.safetensors``, ``last.safetensors`` and logs to ``recipe.out``.
 
     Args:
-        resume: go on from the newest checkpoint in ``recipe.out``, if there is one.
+        resume: continue from the newest checkpoint in ``recipe.out``, if there is one.
 
-    Returns the last evaluation's metrics, and the ``best`` so far of the task's.
+    Returns the metrics of the last evaluation, and ``best``, the best value of the task's main metric.
 
     Raises:
-        UsageError: settings or data that do not work, a folder with checkpoints without `resume`, a checkpoint of
-            another run, a loss that is not finite.
+        UsageError: invalid settings or data, a folder with checkpoints without `resume`, a checkpoint of another run,
+            or a loss that is not finite.
     """
     run = Run(recipe, resume)
     result = run.fit()

@@ -1,4 +1,4 @@
-"""timm's optimiser and schedule from the settings of a run."""
+"""Create timm's optimizer and scheduler from the settings of a run."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from xformer.recipe import Recipe
 
 
 def create_optimizer(model: nn.Module, recipe: Recipe) -> Any:
-    """Of timm, with parameters in its groups.
+    """Create a timm optimizer with timm's parameter groups.
 
     Raises:
-        UsageError: an optimiser that timm does not have, that needs a package or device that is not there, or second
-            derivatives; layer decay of a model whose parameters are all of one layer.
+        UsageError: an optimizer that timm does not have, that needs a missing package or device, or that needs second
+            derivatives; layer decay for a model whose parameters are all in one layer.
     """
     from timm.optim import create_optimizer_v2
 
@@ -39,7 +39,7 @@ def create_optimizer(model: nn.Module, recipe: Recipe) -> Any:
 
 
 def create_scheduler(optimizer: Any, recipe: Recipe, updates_per_epoch: int) -> Any:
-    """A cosine behind a linear warm-up, by steps."""
+    """Create a cosine schedule with linear warm-up, updated per step."""
     from timm.scheduler import create_scheduler_v2
 
     scheduler, _ = create_scheduler_v2(

@@ -1,4 +1,4 @@
-"""What the engine has to know of a task."""
+"""Interface between the engine and the tasks."""
 
 from __future__ import annotations
 
@@ -18,56 +18,57 @@ from xformer.weights import build_model
 
 
 class Data(Protocol):
-    """Batches of images and targets. The same (seed, epoch, position) is the same batch, whenever it is asked for."""
+    """Batches of images and targets, determined by (seed, epoch, position)."""
 
     classes: list[str]
     train_images: int
     eval_images: int
     batches_per_epoch: int
-    """Of one process; the same number in all."""
+    """Batches of each process; the same number in all."""
 
     def train(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Any]]:
-        """Batches of an epoch from number `start` on."""
+        """Batches of an epoch, starting at index `start`."""
 
     def evaluate(self) -> Iterator[tuple[Tensor, Any]]:
-        """This process's share: every image once over all of them."""
+        """Evaluation batches of this process: every image once over all processes."""
 
     def first_held_out(self) -> tuple[Tensor, Any] | None:
         """A batch of the first readable evaluation image, read in this process; None if its share is empty."""
 
     @property
     def skipped(self) -> Any:
-        """What could not be read: ``said()`` for the log."""
+        """What could not be read; its ``said()`` is a summary for the log."""
 
     @property
     def samples(self) -> dict[str, str]:
-        """What a run learns from and is judged by: digests of the lists of samples, by what they are of."""
+        """Digests of the lists of training and evaluation samples, by name."""
 
 
 class Metrics(Protocol):
-    """What an evaluation adds up. ``compute`` is over all processes."""
+    """Metrics accumulated during an evaluation. ``compute`` reduces over all processes."""
 
     def update(self, outputs: Any, targets: Any) -> None: ...
     def compute(self) -> dict[str, float]: ...
 
 
 class Task(ABC):
-    """Data, model, loss and metrics. Everything else of a run is the engine's.
+    """Data, model, loss and metrics of a task. The engine does everything else.
 
     Args:
-        recipe: the settings of the run.
-        rank, world: number of this process, and how many there are.
-        weights: the card of what is evaluated, which says how images are prepared. No training images are opened then.
+        recipe: settings of the run.
+        rank, world: rank of this process, and number of processes.
+        weights: card of the weights to evaluate, if any, which specifies the preprocessing. No training images are
+            opened then.
 
     Raises:
-        UsageError: a setting that means nothing to the task.
+        UsageError: a setting that the task does not use.
     """
 
     name: str
     metric: str
-    """Of an evaluation: the larger, the better."""
+    """Main metric of the evaluation; larger is better."""
     unused: tuple[str, ...] = ()
-    """Settings that mean nothing here."""
+    """Settings that the task does not use."""
     data: Data
 
     def __init__(self, recipe: Recipe, rank: int = 0, world: int = 1, weights: Card | None = None) -> None:
@@ -78,7 +79,7 @@ class Task(ABC):
                 raise UsageError(f"{setting} means nothing to task {self.name}, got {getattr(recipe, setting)!r}")
 
     def card(self) -> Card:
-        """Of the weights that the run writes."""
+        """Card of the weights that the run writes."""
         recipe, options = self.recipe, dict(self.recipe.model_options)
         if recipe.attention:
             options["attention"] = recipe.attention
@@ -89,11 +90,11 @@ class Task(ABC):
         )  # fmt: skip
 
     def of_labels(self) -> dict[str, Any]:
-        """What files of labels say of the classes, as fields of the card."""
+        """Fields of the card about class ids and colours in label files."""
         return {}
 
     def build(self, **options: Any) -> nn.Module:
-        """The model, with fresh weights; `options` of this run alone, which are not the card's."""
+        """Build the model with newly initialised weights; `options` apply to this run only and are not in the card."""
         card = self.card()
         if self.recipe.drop_path > 0:
             options["drop_path_rate"] = self.recipe.drop_path
@@ -102,12 +103,12 @@ class Task(ABC):
         return build_model(replace(card, options=card.options | options))
 
     def mix(self, images: Tensor, targets: Any) -> tuple[Tensor, Any]:
-        """What is done to training batches as a whole, on the device."""
+        """Transform a training batch on the device, as in mixup."""
         return images, targets
 
     @abstractmethod
     def loss(self, outputs: Any, targets: Any) -> Tensor:
-        """The mean over a batch."""
+        """Mean loss over a batch."""
 
     @abstractmethod
     def metrics(self, device: Any) -> Metrics: ...
@@ -121,10 +122,10 @@ TASKS = {
 
 
 def task_class(name: str) -> type[Task]:
-    """By the name of a recipe.
+    """Return the task class for the name in a recipe.
 
     Raises:
-        UsageError: a task that there is not.
+        UsageError: unknown task.
     """
     if name not in TASKS:
         raise UsageError(f"task must be one of {', '.join(TASKS)}, got {name!r}")

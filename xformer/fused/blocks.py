@@ -17,7 +17,7 @@ from xformer_kernels.nn import may_fuse
 
 
 class FusedXFABlock(Fused, XFABlock):
-    """Fuses the direct form; the Gram form is computed by the half block's own forward."""
+    """Fuses the direct form; the Gram form runs the half block's own forward."""
 
     @staticmethod
     def kernels_of(plain: XFABlock) -> tuple[Any, ...] | None:
@@ -58,7 +58,7 @@ class FusedXFAHalf(FusedXFABlock, XFAHalf):
 
 
 def _attends(attn: XFA) -> bool:
-    """Whether a C++ kernel computes this attention."""
+    """Whether a C++ kernel supports this attention."""
     if inference.KERNELS is None:
         return False
     features = attn.proj.in_features // attn.num_heads

@@ -22,14 +22,14 @@ from xformer_kernels.layer.ops import Operands
 from xformer_kernels.nn import XFABlock, weights
 
 MOST = 400_000
-"""Largest output of a depthwise convolution, in elements, for which our kernel is used: maps should fit in cache."""
+"""Largest output of a depthwise convolution, in elements, for which our kernel is used: it should fit in cache."""
 
 
 class Kernel:
     """Base class. Copies and pickles do not contain packed parameters.
 
-    Changes are detected by the address and the version counter of each parameter, so writes through ``.data`` go
-    unnoticed.
+    Changes are detected by the address and the version counter of each parameter, so writes through ``.data`` are
+    missed.
     """
 
     _seen: Any = None  # addresses and versions at the last check
@@ -56,7 +56,7 @@ class Kernel:
         raise NotImplementedError
 
     def _read(self, *parameters: Any) -> tuple[Any, ...] | None:
-        """The parameters in the form that the kernel takes; None if it does not support them."""
+        """The parameters in the format of the kernel; None if it does not support them."""
         raise NotImplementedError
 
     def __getstate__(self) -> dict[str, Any]:
@@ -65,7 +65,7 @@ class Kernel:
 
 
 def tensor(x: Any) -> Tensor:
-    """x, or :class:`Unrecordable` if a program is being recorded: for operations other than kernels."""
+    """Return x; raise :class:`Unrecordable` if a program is being recorded. For operations other than kernels."""
     if not isinstance(x, Tensor):
         raise Unrecordable
     return x
@@ -102,7 +102,7 @@ class LinearKernel(Kernel):
 
 
 class DepthwiseKernel(Kernel):
-    """``act(conv(x))`` for a depthwise convolution that :func:`is_depthwise` accepts; by oneDNN for large maps."""
+    """``act(conv(x))`` for a depthwise convolution accepted by :func:`is_depthwise`; uses oneDNN for large maps."""
 
     def __init__(self, conv: nn.Conv2d, hard_swish: bool) -> None:
         self.conv, self.hard_swish = conv, hard_swish
@@ -144,7 +144,7 @@ def is_depthwise(conv: nn.Conv2d) -> bool:
 
 
 class AttentionKernel(Kernel):
-    """XFA between the projections of a half block: packed q, k and v (B, N, 3 C) to (B, N, C)."""
+    """The part of XFA between the projections of a half block: packed q, k and v (B, N, 3 C) to (B, N, C)."""
 
     def __init__(self, block: XFABlock) -> None:
         self.block, self.heads = block, block.attn.num_heads
@@ -165,9 +165,9 @@ class AttentionKernel(Kernel):
         return out.view(B, N, -1)
 
     def is_direct(self, shape: torch.Size, direct: Callable[[Tensor], Tensor]) -> bool:
-        """Whether ``form="auto"`` is the direct form for tokens of this shape; decided once per shape.
+        """Whether ``form="auto"`` selects the direct form for tokens of this shape; decided once per shape.
 
-        `direct` computes the direct form with kernels, and is timed where the choice is close.
+        `direct` computes the direct form with kernels; it is timed if the choice is close.
         """
         found = self._direct.get(shape)
         if found is None:

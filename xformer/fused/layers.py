@@ -13,15 +13,15 @@ from xformer_kernels import dispatch, inference, ops
 from xformer_kernels.modules import dropout_p, runs_forward_of
 
 SHAPES = 16
-"""Number of input shapes for which a module keeps programs."""
+"""Maximum number of input shapes for which a module keeps programs."""
 
 
 class Fused(nn.Module):
-    """Base class of fused modules, which also inherit from the class of the layer that they replace."""
+    """Base class of fused modules, which also inherit from the class of the layer they replace."""
 
     kernels: tuple[Any, ...] = ()
     all_kernels: tuple[Any, ...] = ()
-    """Including those of the fused modules that :meth:`run` calls."""
+    """``kernels`` and those of the fused modules that :meth:`run` calls."""
     programs: dict[Any, tuple[int, Any]]
     """By input shape: the sum of :attr:`Kernel.changes` at recording, and the program; None if not recordable."""
     inside: ClassVar[tuple[str, ...] | None] = ()
@@ -29,7 +29,7 @@ class Fused(nn.Module):
 
     @classmethod
     def of(cls, plain: Any) -> Fused | None:
-        """A fused module that shares the state of `plain`; None if parts of it were replaced or have hooks."""
+        """Return a fused module that shares the state of `plain`; None if parts of it were replaced or have hooks."""
         kernels = cls.kernels_of(plain)
         if kernels is None or None in kernels:
             return None
@@ -48,18 +48,18 @@ class Fused(nn.Module):
 
     @staticmethod
     def runs(plain: Any) -> list[Any]:
-        """Fused modules whose :meth:`run` is called by that of this one, without further checks."""
+        """Fused modules whose :meth:`run` is called by this module's :meth:`run`, without further checks."""
         return []
 
     def run(self, x: Any) -> Any:
-        """The forward computed by kernels, for a contiguous x with its features last.
+        """Compute the forward with kernels, for a contiguous x with features last.
 
         Requires :meth:`serves` and :meth:`ready`.
         """
         raise NotImplementedError
 
     def serves(self, x: Tensor) -> bool:
-        """Whether kernels may compute this call: eval mode, float32 on the CPU, nothing recorded or transformed."""
+        """Whether kernels may be used: eval mode, float32 on the CPU, no autograd, transforms or dispatch modes."""
         return bool(self.all_kernels) and not self.training and inference.asked(x, x) and ops.plain(x)
 
     def takes(self, x: Tensor) -> bool:
@@ -68,7 +68,7 @@ class Fused(nn.Module):
         return x.shape[-1] == features and x.is_contiguous() and x.numel() > 0 and self.ready()
 
     def compute(self, x: Tensor) -> Tensor:
-        """The result of :meth:`run`, by one call of a recorded program if it consists of kernels alone."""
+        """Return the result of :meth:`run`, with a single call of a recorded program if it only calls kernels."""
         if len(self.all_kernels) == 1:
             return self.run(x)
         changes = sum([kernel.changes for kernel in self.all_kernels])
@@ -105,7 +105,7 @@ class FusedTokens(Fused):
 
 
 class FusedImages(Fused):
-    """A module on images (B, C, H, W), by kernels if they are in channels_last memory."""
+    """A module on images (B, C, H, W); kernels are used if they are in channels_last memory format."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self.serves(x) and x.dim() == 4 and self.takes(last := x.permute(0, 2, 3, 1)):
@@ -162,7 +162,7 @@ def _pads_with_zeros(conv: nn.Module) -> bool:
 
 
 class FusedConvNorm(OneKernel, FusedImages, ConvNorm):
-    """1x1 and depthwise."""
+    """1x1 and depthwise convolutions."""
 
     @staticmethod
     def kernels_of(plain: ConvNorm) -> tuple[Any, ...]:
@@ -170,7 +170,7 @@ class FusedConvNorm(OneKernel, FusedImages, ConvNorm):
 
 
 class FusedDenseConvNorm(Fused, ConvNorm):
-    """All others, by oneDNN."""
+    """All other convolutions, using oneDNN."""
 
     @staticmethod
     def kernels_of(plain: ConvNorm) -> tuple[Any, ...] | None:

@@ -1,6 +1,6 @@
-"""oneDNN's convolution fused with hard-swish: a private torch operation, which ``torch.compile`` calls too.
+"""oneDNN's convolution fused with hard-swish: a private torch operator, which ``torch.compile`` also uses.
 
-Used on x86 only, where it was tested. ``torch.backends.mkldnn.flags(enabled=False)`` turns it off.
+Only used on x86, where it was tested. Disabled by ``torch.backends.mkldnn.flags(enabled=False)``.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ def _is_there() -> bool:
 
 
 IS_THERE = _is_there()
-"""Whether this build of torch has the operation."""
+"""Whether this build of torch has the operator."""
 
 
 def serves(x: Tensor, weight: Tensor) -> bool:
-    """Whether oneDNN is used for this call: float32 on the CPU, nothing recorded or transformed."""
+    """Whether oneDNN is used for this call: float32 on the CPU, no autograd, transforms or dispatch modes."""
     return (
         IS_THERE
         and inference.eager_float32(x, weight)
@@ -38,7 +38,7 @@ def serves(x: Tensor, weight: Tensor) -> bool:
 
 
 def conv2d(x: Tensor, conv: nn.Conv2d, hard_swish: bool) -> Tensor:
-    """``act(conv(x))`` without gradients, for a convolution with zero padding given as integers."""
+    """``act(conv(x))`` without gradients, for a convolution with zero padding specified as integers."""
     if not serves(x, conv.weight):
         y = F.conv2d(x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
         return F.hardswish(y, inplace=True) if hard_swish else y

@@ -1,4 +1,4 @@
-"""Swaps modules for fused ones, and back."""
+"""Swap modules for fused ones, and back."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ FUSED: dict[type[nn.Module], tuple[type[Fused], ...]] = {
     XFBlock: (FusedXFBlock,),
     nn.Sequential: (FusedSequential,),
 }
-"""Candidates by the class of the folded layer; the first one that supports it is used."""
+"""Candidates by the class of the folded layer; the first that supports it is used."""
 
 PLAIN: dict[type[nn.Module], type[nn.Module]] = {fused: plain for plain, several in FUSED.items() for fused in several}
 
 
 def fused(module: nn.Module) -> nn.Module:
-    """The fused version of `module`, or `module` itself; its children are swapped in place."""
+    """Return the fused version of `module`, or `module` itself; children are swapped in place."""
     for kind in FUSED.get(type(module), ()):
         _replace(module, fused, kind.inside)
         found = kind.of(module)
@@ -50,7 +50,7 @@ def fused(module: nn.Module) -> nn.Module:
 
 
 def plain(module: nn.Module) -> nn.Module:
-    """Undoes :func:`fused`."""
+    """Undo :func:`fused`."""
     _replace(module, plain)
     kind = PLAIN.get(type(module))
     if kind is None:
@@ -62,7 +62,7 @@ def plain(module: nn.Module) -> nn.Module:
 
 
 def _replace(module: nn.Module, by: Callable[[nn.Module], nn.Module], names: Iterable[str] | None = None) -> None:
-    """Swaps the children with these names, or all."""
+    """Replace the children with these names, or all children."""
     for name, child in list(module.named_children()):
         other = by(child) if names is None or name in names else child
         if other is not child:

@@ -1,8 +1,8 @@
-"""A class for every pixel.
+"""Semantic segmentation.
 
 Segmenter    backbone and decoder, with whole-image and sliding-window inference
-Decoder      the all-MLP decoder alone, for features of any backbone
-upsample     bilinear, by a whole factor, cut to a size
+Decoder      the all-MLP decoder, for features of any backbone
+upsample     bilinear upsampling by an integer factor, cropped to a size
 """
 
 from xformer.segmentation.decoder import FORMS, Decoder, upsample

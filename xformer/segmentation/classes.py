@@ -1,4 +1,4 @@
-"""The classes of pixels: their names, their ids in label images, and the colours they are drawn in."""
+"""Segmentation classes: names, ids in label images, and colours for drawing."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from xformer.card import Card
 from xformer.errors import UsageError
 
 IGNORE = 255
-"""The target of pixels that take no part."""
+"""Target of ignored pixels."""
 COLUMNS = ("name", "id", "red", "green", "blue")
 
 
 @dataclass
 class Labels:
-    """names, ids in label images from 0 to 255, and RGB colours if there are any, all in the order of the logits."""
+    """Names, ids in label images (0 to 255) and optional RGB colours, all in the order of the logits."""
 
     names: list[str]
     ids: list[int]
     colours: list[tuple[int, int, int]] = field(default_factory=list)
 
     def lookup(self) -> np.ndarray:
-        """(256,) uint8: the class of an id, IGNORE for all that are none."""
+        """Lookup table (256,) uint8 from id to class; IGNORE for ids that are not a class."""
         table = np.full(256, IGNORE, np.uint8)
         table[self.ids] = np.arange(len(self.ids))
         return table
@@ -42,13 +42,13 @@ COLOURS = (
     (220, 220, 0), (107, 142, 35), (152, 251, 152), (70, 130, 180), (220, 20, 60), (255, 0, 0), (0, 0, 142), (0, 0, 70),
     (0, 60, 100), (0, 80, 100), (0, 0, 230), (119, 11, 32),
 )  # fmt: skip
-"""RGB of the classes, as Cityscapes' own scripts draw them (cityscapesscripts.helpers.labels)."""
+"""RGB of the classes, as in Cityscapes' own scripts (cityscapesscripts.helpers.labels)."""
 IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
 CITYSCAPES = Labels(list(CLASSES), list(IDS), list(COLOURS))
 
 
 def labels_of(classes: str, weights: Card | None = None) -> Labels:
-    """Those of the file `classes`, else those that the card of weights says, else Cityscapes' 19."""
+    """The classes of the file `classes` if given, else those of the weights' card, else Cityscapes' 19."""
     if classes:
         return read_labels(classes)
     if weights is not None and weights.class_ids and weights.classes:
@@ -57,12 +57,12 @@ def labels_of(classes: str, weights: Card | None = None) -> Labels:
 
 
 def read_labels(path: str | Path) -> Labels:
-    """Classes of a CSV file with the columns name, id and, if colours are given, red, green and blue.
+    """Read classes from a CSV file with the columns name, id and optionally red, green and blue.
 
-    A file without these titles has one name a line, and the ids are 0, 1, ... in this order.
+    A file without this header has one name per line, with ids 0, 1, ... in this order.
 
     Raises:
-        UsageError: no such file, rows that are none, or names or ids that are there twice.
+        UsageError: missing file, invalid rows, or duplicate names or ids.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").rstrip().splitlines()

@@ -1,4 +1,4 @@
-"""Cityscapes' folders as batches of images and their pixels' classes."""
+"""Data set in Cityscapes' folder layout: batches of images and per-pixel classes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from xformer.registry import MEAN, STD
 from xformer.segmentation.classes import CITYSCAPES, IGNORE, Labels, labels_of
 
 LOOKED_AT = 8
-"""Label images that are looked at before a run."""
+"""Number of label images that are checked before a run."""
 IMAGE, LABEL = "leftImg8bit", "gtFine"
 
 
@@ -42,10 +42,10 @@ class Scenes(Indexed):
         self._check_labels()
 
     def _check_labels(self) -> None:
-        """Of some images, of all if these have none.
+        """Check the label images of a sample of images; of all images if the sample contains no class.
 
         Raises:
-            UsageError: they have no class, or are trainIds where Cityscapes' labelIds are expected.
+            UsageError: no pixel has a class, or labels are trainIds where Cityscapes' labelIds are expected.
         """
         some = range(0, self.count, max(1, self.count // LOOKED_AT))
         seen = np.zeros(256, bool)
@@ -72,7 +72,7 @@ class Scenes(Indexed):
             )
 
     def _labels(self, item: int) -> np.ndarray:
-        """Labels as the file has them, (H, W) uint8."""
+        """Label ids as stored in the file, (H, W) uint8."""
         try:
             with Image.open(self.label_of(self.images[item])) as file:
                 labels = np.asarray(file)
@@ -94,7 +94,7 @@ class Scenes(Indexed):
         return str(self.images[item])
 
     def read(self, item: int) -> tuple[Image.Image, np.ndarray]:
-        """RGB image, and the classes of its pixels (H, W) uint8."""
+        """RGB image and the classes of its pixels, (H, W) uint8."""
         image = open_image(self.images[item])
         labels = self._labels(item)
         if labels.shape != (image.height, image.width):
@@ -105,10 +105,10 @@ class Scenes(Indexed):
 
 
 class Prepare:
-    """Image and classes to tensors (3, h, w) float32 and (h, w) int64.
+    """Convert image and classes to tensors (3, h, w) float32 and (h, w) int64.
 
-    In training: scaled by a factor from ``scale``, mirrored, its colours changed, and a square cut out; what is beyond
-    the image takes no part. In evaluation the image stays as it is.
+    In training: scaling by a random factor from ``scale``, horizontal flip, color jitter and a random square crop;
+    padding is ignored. In evaluation the image is only normalised.
     """
 
     def __init__(self, recipe: Recipe, weights: Card | None = None) -> None:
@@ -143,26 +143,26 @@ def to_tensors(
 
 
 def pad(x: Tensor, y: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """To a size, below and to the right; without a class."""
+    """Pad image and classes to a size, at the bottom and right; padded pixels have class IGNORE."""
     more = (0, width - x.shape[2], 0, height - x.shape[1])
     return F.pad(x, more), F.pad(y, more, value=IGNORE)
 
 
 def collate(samples: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """(B, 3, H, W) and (B, H, W) of the largest sides."""
+    """Stack to (B, 3, H, W) and (B, H, W), padded to the largest sides."""
     height, width = (max(x.shape[i] for x, _ in samples) for i in (1, 2))
     padded = [pad(x, y, height, width) for x, y in samples]
     return torch.stack([x for x, _ in padded]), torch.stack([y for _, y in padded])
 
 
 class CityscapesData(DataSet):
-    """Of a folder with leftImg8bit/ and gtFine/; evaluation gives one image at a time.
+    """Data set of a folder with leftImg8bit/ and gtFine/; the evaluation batch size is 1.
 
-    Attention sees the whole of a batch's images, so padding them to one size would change what is found in them.
-    `weights`: as of :class:`xformer.engine.task.Task`.
+    Attention covers padding too, so padding images to a common size would change their predictions.
+    `weights`: see :class:`xformer.engine.task.Task`.
 
     Raises:
-        UsageError: no such folder or files, settings that do not work, fewer images than a batch.
+        UsageError: missing folder or files, invalid settings, fewer images than a batch.
     """
 
     def __init__(self, recipe: Recipe, shard: Shard, weights: Card | None = None) -> None:

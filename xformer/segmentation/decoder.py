@@ -1,4 +1,4 @@
-"""The decoder of segmentation: linear layers alone between the features of four scales and the logits."""
+"""Segmentation decoder: from the features of several scales to logits, with linear layers only."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ FORMS = ("commuted", "concatenated")
 
 
 def upsample(x: Tensor, factor: int, size: Sequence[int]) -> Tensor:
-    """Bilinear (``align_corners=False``), by a whole factor, the far edges cut: (B, C, h, w) to (B, C, *size).
+    """Bilinear upsampling (``align_corners=False``) by an integer factor, cropped: (B, C, h, w) to (B, C, *size).
 
-    Stages round up, so that the map of an odd size reaches over the image's edge. Scaled by ``size / h`` instead, its
-    pixels would move against the image's, the further from the origin the more, and otherwise for every size.
+    Crops at the bottom and right. Stages round sizes up, so the map of an odd-sized image extends beyond the image.
+    Scaling by ``size / h`` instead would shift pixels relative to the image, increasingly with the distance from the
+    origin and differently for every size.
 
     Raises:
-        ValueError: a size beyond ``factor`` times the map.
+        ValueError: `size` is larger than ``factor`` times the map.
     """
     height, width = size
     dynamic = isinstance(height, torch.SymInt) or isinstance(width, torch.SymInt)
@@ -40,26 +41,26 @@ def upsample(x: Tensor, factor: int, size: Sequence[int]) -> Tensor:
 class Decoder(Foldable):
     """Features of several scales to logits at the first one's size (SegFormer's all-MLP decoder, arXiv 2105.15203).
 
-    With ``P_i`` (width x C_i) the layer of scale i, ``[F_1 .. F_n]`` the columns of the fusing layer, ``U_i`` the
+    With ``P_i`` (width x C_i) the layer of scale i, ``[F_1 .. F_n]`` the column blocks of the fusing layer, ``U_i`` the
     upsampling and x_i the features::
 
         concatenated   y = [F_1 .. F_n] concat_i U_i(P_i x_i)
         commuted       y = sum_i U_i((F_i P_i) x_i)
         logits         = classifier(dropout(hardswish(bn(y))))
 
-    Both are the same function of the same parameters: ``U_i`` mixes pixels and the layers mix channels, so that they
-    change places. The commuted form multiplies the two layers' weights first, which costs ``width^2 C_i``
-    multiply-adds a call, and has no map of ``n width`` channels and no product of F with a map. Neither layer has a
-    bias, which the batch norm would take out again.
+    Both forms are the same function of the same parameters: ``U_i`` mixes pixels and the layers mix channels, so they
+    commute. The commuted form first multiplies the weights of the two layers, which takes ``width^2 C_i`` multiply-adds
+    per call, and needs neither a map of ``n width`` channels nor a product of F with a map. Neither layer has a bias,
+    since the batch norm would cancel it.
 
     Args:
-        channels: C_i, of the features, from the finest scale.
-        reductions: their strides; every one a multiple of the first.
-        num_classes: of the classifier. width: of y. drop_rate: of whole channels, before the classifier.
-        form: "commuted" or "concatenated", to compare it with.
+        channels: C_i, starting at the finest scale.
+        reductions: strides of the features; each must be a multiple of the first.
+        num_classes: number of classes. width: channels of y. drop_rate: channel dropout before the classifier.
+        form: "commuted", or "concatenated" for comparison.
 
     Raises:
-        ValueError: another form; as many reductions as channels there are not, or such that are no multiples.
+        ValueError: unknown form; len(reductions) != len(channels), or one is not a multiple of the first.
     """
 
     def __init__(
@@ -87,7 +88,7 @@ class Decoder(Foldable):
         self.drop = nn.Dropout2d(drop_rate)
         self.classifier = Pointwise(width, num_classes)
         init_weights(self)
-        for scale, c in zip(self.project, channels, strict=True):  # scales of few channels count as much as others
+        for scale, c in zip(self.project, channels, strict=True):  # equal weight for scales with few channels
             nn.init.normal_(scale.get_parameter("weight"), std=c**-0.5)
         nn.init.normal_(self.classifier.weight, std=0.01)
 
@@ -99,7 +100,7 @@ class Decoder(Foldable):
         concatenated = self.form == "concatenated"
         maps = self._projected(features) if concatenated else self._summands(features)
         scales = (upsample(x, factor, size) for x, factor in zip(maps, self.factors, strict=True))
-        # in place where nothing remembers the summands: at 1024 x 2048 pixels each has 134 MB
+        # in place if autograd does not need the summands: at 1024 x 2048 pixels each takes 134 MB
         summed = add if torch.is_grad_enabled() else iadd
         y = self.fuse(torch.cat(list(scales), 1)) if concatenated else reduce(summed, scales)
         logits: Tensor = self.classifier(self.drop(self.act(self.bn(y))))
@@ -109,7 +110,7 @@ class Decoder(Foldable):
         return (project(x) for x, project in zip(features, self.project, strict=True))
 
     def _summands(self, features: Sequence[Tensor]) -> Iterator[Tensor]:
-        """Of y, each at its own scale's resolution."""
+        """The summands of y, each at the resolution of its scale."""
         if isinstance(self.fuse, nn.Identity):  # folded
             yield from self._projected(features)
             return
@@ -119,7 +120,7 @@ class Decoder(Foldable):
 
     @torch.no_grad()
     def fold(self) -> None:
-        """Batch norm and the fusing layer become part of the scales' layers: ``P_i`` is F_i P_i then, of bn(y)."""
+        """Fold batch norm and the fusing layer into the scales' layers: weights become F_i P_i scaled by bn."""
         layers = [p for p in self.project if isinstance(p, Pointwise) and runs_forward_of(p, Pointwise)]
         fuse = self.fuse
         folded = norm_folded(fuse, self.bn) if isinstance(fuse, Pointwise) else None

@@ -1,4 +1,4 @@
-"""The model of segmentation: all four scales of the backbone, and the decoder."""
+"""Segmentation model: the backbone with all four scales, and the decoder."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from xformer.segmentation.decoder import Decoder, upsample
 class Segmenter(nn.Module):
     """Images (B, in_chans, H, W) to logits (B, num_classes, ceil(H / 4), ceil(W / 4)).
 
-    Every size works, odd ones too. ``predict`` gives logits of the image's size.
+    Any size is supported, also odd ones. ``predict`` returns logits at the size of the image.
 
     Args:
         backbone_name: "xformer_s", "xformer_xs" or "xformer_xxs".
-        num_classes, width, drop_rate, form: of :class:`xformer.segmentation.Decoder`.
+        num_classes, width, drop_rate, form: see :class:`xformer.segmentation.Decoder`.
         backbone: options of :class:`xformer.XFormerFeatures`: ``in_chans``, ``attention``, ``drop_path_rate`` ...
 
     Raises:
-        UsageError: a backbone that there is not, fewer than one class.
-        ValueError: as the decoder and the backbone.
+        UsageError: unknown backbone, num_classes or width below 1.
+        ValueError: raised by the decoder or the backbone.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Segmenter(nn.Module):
         return logits
 
     def predict(self, images: Tensor) -> Tensor:
-        """Logits (B, num_classes, H, W), in float32 at least."""
+        """Logits (B, num_classes, H, W) at the size of the images, in float32 or higher precision."""
         logits = self(images)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return upsample(logits, self.feature_info.reduction(0), images.shape[2:])
@@ -69,13 +69,13 @@ class Segmenter(nn.Module):
     def sliding_window(
         self, images: Tensor, window: tuple[int, int] = (1024, 1024), stride: tuple[int, int] = (768, 768)
     ) -> Tensor:
-        """The mean over windows of what :meth:`predict` gives in each, without gradients: (B, num_classes, H, W).
+        """Average of the logits of :meth:`predict` over windows, without gradients: (B, num_classes, H, W).
 
-        Windows begin every `stride` pixels, the last ones where the image ends; a window larger than the image is cut
-        to it. Attention is over the pixels of one window.
+        Windows start every `stride` pixels; the last ones end at the image border. A window larger than the image is
+        clipped. Attention is within each window.
 
         Raises:
-            UsageError: window or stride below 1, a stride beyond the window.
+            UsageError: window or stride below 1, or a stride larger than the window.
         """
         check_windows(window, stride)
         height, width = images.shape[2:]
@@ -93,25 +93,25 @@ class Segmenter(nn.Module):
         return total / seen
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Of the backbone's stages."""
+        """Enable activation checkpointing of the backbone's stages."""
         self.backbone.set_grad_checkpointing(enable)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """As :meth:`xformer.XFormer.group_matcher`; all that is not the backbone is the last group."""
+        """As :meth:`xformer.XFormer.group_matcher`; all parameters outside the backbone are the last group."""
         return self.backbone.group_matcher(coarse, r"^backbone\.")
 
     def no_weight_decay(self) -> set[str]:
-        """Names of the temperatures, which an optimiser should not decay (timm's convention)."""
+        """Names of the temperatures, which should be excluded from weight decay (timm's convention)."""
         return {f"backbone.{name}" for name in self.backbone.no_weight_decay()}
 
 
 def check_windows(window: tuple[int, int], stride: tuple[int, int]) -> None:
-    """Raises UsageError: window or stride below 1, a stride beyond the window."""
+    """Raise UsageError for a window or stride below 1, or a stride larger than the window."""
     if not all(1 <= step <= side for side, step in zip(window, stride, strict=True)):
         raise UsageError(f"stride must be from 1 to the window's side, got stride={stride} for window={window}")
 
 
 def starts(length: int, window: int, stride: int) -> list[int]:
-    """Where windows begin so that every pixel is in one: 0, stride, ... and ``length - window``."""
+    """Start positions of windows that cover every pixel: 0, stride, ... and ``length - window``."""
     last = max(0, length - window)
     return [*range(0, last, stride), last]

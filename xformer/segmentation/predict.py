@@ -1,4 +1,4 @@
-"""Classes of the pixels of images, and pictures of them in colours."""
+"""Predict the class of every pixel and draw the classes in colours."""
 
 from __future__ import annotations
 
@@ -20,16 +20,18 @@ from xformer.segmentation.model import Segmenter, check_windows
 from xformer.weights import Card
 
 ALPHA = 0.5
-"""Of the colours over the image."""
+"""Opacity of the colours over the image."""
 
 
 class Pixels(Predictor):
-    """``width`` and ``height`` of the upright image, and ``classes``: ``name``, ``index`` and ``share`` of pixels.
+    """Returns ``width`` and ``height`` of the upright image, and ``classes``.
+
+    Each class has ``name``, ``index`` and ``share``, its fraction of the pixels.
 
     Args:
-        window, stride: (H, W) of :meth:`xformer.segmentation.Segmenter.sliding_window`; without them whole images.
-            A stride is three quarters of its window, if it is not given.
-        legend: below the picture, the classes that occur and their colours.
+        window, stride: (H, W) for :meth:`xformer.segmentation.Segmenter.sliding_window`; whole images if not given.
+            `stride` defaults to three quarters of the window.
+        legend: draw the classes that occur and their colours below the picture.
     """
 
     defaults: ClassVar[dict[str, Any]] = {"window": None, "stride": None, "legend": True, "out": "predictions"}
@@ -81,7 +83,7 @@ class Pixels(Predictor):
         return said, drawn
 
     def rows(self, found: dict[str, Any]) -> list[tuple[str, ...]]:
-        """The classes that there are, the largest first."""
+        """The classes that occur, largest first."""
         return [(f"{of_it['share']:7.2%}", of_it["name"]) for of_it in _largest_first(found["classes"])]
 
 
@@ -90,9 +92,9 @@ def _largest_first(classes: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def with_legend(image: Image.Image, classes: Sequence[tuple[str, int, tuple[int, ...]]]) -> Image.Image:
-    """The image, with a white strip below it of classes: name, number and colour.
+    """Return the image with a legend on a white strip below it. Each class is given as (name, number, colour).
 
-    The picture is wider than the image only where a class does not fit in its width.
+    The result is wider than the image only if a class does not fit in the width of the image.
     """
     size = max(10, max(image.size) / 50)
     side, gap = round(size), round(size / 2)

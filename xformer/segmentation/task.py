@@ -1,4 +1,4 @@
-"""Segmentation for the engine: a class for each pixel, and the intersection over union of classes."""
+"""Segmentation task: a class for each pixel, and the mean intersection over union."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from xformer.segmentation.data import CityscapesData
 from xformer.segmentation.decoder import upsample
 
 STRIDE = 4
-"""Of the logits."""
+"""Stride of the logits."""
 
 
 class MeanIoU:
-    """miou and pixel accuracy in percent, of a confusion matrix by torchmetrics.
+    """miou and pixel accuracy in percent, from torchmetrics' confusion matrix.
 
-    ``IoU_c = TP_c / (TP_c + FP_c + FN_c)`` over all pixels of all images that have a class; the mean is over classes
-    that occur in labels or predictions, as Cityscapes' own evaluation takes it.
+    ``IoU_c = TP_c / (TP_c + FP_c + FN_c)`` over all labelled pixels of all images; the mean is over classes that occur
+    in labels or predictions, as in Cityscapes' own evaluation.
     """
 
     def __init__(self, num_classes: int, device: Any) -> None:
@@ -36,7 +36,7 @@ class MeanIoU:
         self.matrix.update(upsample(outputs.float(), STRIDE, targets.shape[1:]).argmax(1), targets)
 
     def per_class(self) -> Tensor:
-        """(num_classes,): nan where a class does not occur."""
+        """IoU per class (num_classes,); nan if a class does not occur."""
         return iou(self.matrix.compute())
 
     def compute(self) -> dict[str, float]:
@@ -45,7 +45,7 @@ class MeanIoU:
 
 
 def iou(matrix: Tensor) -> Tensor:
-    """(C,) of a confusion matrix (C, C)."""
+    """IoU per class (C,) from a confusion matrix (C, C)."""
     matrix = matrix.double()
     hits = matrix.diag()
     return hits / (matrix.sum(0) + matrix.sum(1) - hits)
@@ -67,9 +67,9 @@ class Segment(Task):
         return {"class_ids": list(self.data.labels.ids), "colours": list(self.data.labels.colours)}
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Cross entropy, the mean over pixels that have a class; 0 if none has."""
+        """Mean cross entropy over pixels that are not ignored; 0 if all are."""
         logits = upsample(outputs.float(), STRIDE, targets.shape[1:])
-        rows = logits.movedim(1, -1).flatten(0, 2)  # of channels_last maps a view, and cross entropy is faster on rows
+        rows = logits.movedim(1, -1).flatten(0, 2)  # a view if channels_last; cross entropy is faster on rows
         total = F.cross_entropy(
             rows, targets.flatten(), ignore_index=IGNORE, label_smoothing=self.recipe.smoothing, reduction="sum"
         )
