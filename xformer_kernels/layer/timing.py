@@ -68,8 +68,8 @@ def seconds(prepared: Callable[..., Any], call: Any, o: Operands, block: tuple[A
 def faster(seconds: Callable[[str], float], estimated: float) -> str:
     """The form whose fastest call takes less time. The forms are called in turn.
 
-    Stops when the two fastest calls of each form agree, or after ENOUGH seconds. If calls are so long that each form was
-    called only once by then, `estimated`, the ratio of the costs, counts as much as the measured ratio.
+    Stops when the two fastest calls of each form agree, or after ENOUGH seconds. If each form was called only once by
+    then, `estimated`, the ratio of the costs, counts as much as the measured ratio.
     """
     taken: dict[str, list[float]] = {form: [] for form in FORMS}
     for i in range(100):
