@@ -1,7 +1,7 @@
 """Compares planned launches with those of the same functions without plans, by a driver that launches nothing.
 
 Run by test_replay.py in a process of its own, with the indices of cases. Prints how many planned calls of each function
-were compared, and how many Python functions a call of xfa enters.
+were compared, how many Python functions a call of xfa enters, and how many launches a hook saw.
 """
 
 from __future__ import annotations
@@ -114,10 +114,22 @@ def compare(cases: list[Any]) -> Counter[str]:
     return compared
 
 
+def hooks() -> int:
+    """How often hooks of Triton saw the launches of a planned call that had them."""
+    args = next(args for name, args in calls(torch.bfloat16, 700, "packed", True, False) if name == "gram")
+    ops.gram(*args)
+    seen: list[str] = []
+    ops.gram_kernel.add_pre_run_hook(lambda *_, **__: seen.append("before"))
+    ops.gram(*args)
+    ops.gram_kernel.pre_run_hooks.clear()
+    ops.gram(*args)
+    return len(seen)
+
+
 def python_calls() -> dict[str, int]:
     fake.launches = None
     return {name: host.python_calls(call) for name, call in host.cases(1, 196, 2, 16).items()}
 
 
 if __name__ == "__main__":
-    print(json.dumps([compare([CASES[int(i)] for i in sys.argv[1:]]), python_calls()]))
+    print(json.dumps([compare([CASES[int(i)] for i in sys.argv[1:]]), python_calls(), hooks()]))

@@ -52,9 +52,9 @@ class Launch:
         self.places, self.values = places, values
         self.run, self.handle = compiled.run, (compiled.function, compiled.packed_metadata)
 
-    def __call__(self, addresses: list[int], buffers: Sequence[Tensor], stream: int) -> None:
+    def __call__(self, addresses: list[int], buffers: Sequence[Tensor], stream: int, hooked: bool) -> None:
         pointers = [addresses[tensor] + offset for tensor, offset in self.places]
-        if self.kernel.pre_run_hooks or _has_hooks():
+        if hooked or self.kernel.pre_run_hooks:
             for hook in self.kernel.pre_run_hooks:
                 hook(*pointers, *self.values)
             self.compiled[self.grid](*pointers, *self.values, stream=stream)
@@ -65,10 +65,7 @@ class Launch:
 def _has_hooks() -> bool:
     """Whether something, such as a profiler, has registered a Triton launch hook."""
     runtime = triton.knobs.runtime
-    return any(
-        hook is not None and getattr(hook, "calls", True)
-        for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook)
-    )
+    return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
 
 
 class Reduction(NamedTuple):
@@ -78,7 +75,7 @@ class Reduction(NamedTuple):
     source: View
     out: View
 
-    def __call__(self, addresses: list[int], buffers: Sequence[Tensor], stream: int) -> None:
+    def __call__(self, addresses: list[int], buffers: Sequence[Tensor], stream: int, hooked: bool) -> None:
         self.function(self.source.of(buffers), 0, out=self.out.of(buffers))
 
 
@@ -141,9 +138,9 @@ class Plan:
         return results[0] if self.single else tuple(results)
 
     def _launch(self, addresses: list[int], buffers: Sequence[Tensor]) -> None:
-        stream = driver.active.get_current_stream(self.device.index)
+        stream, hooked = driver.active.get_current_stream(self.device.index), _has_hooks()
         for step in self.steps:
-            step(addresses, buffers, stream)
+            step(addresses, buffers, stream, hooked)
 
 
 def planned(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -188,8 +185,7 @@ def planned(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextmanager
 def _recording(arguments: Sequence[Tensor]) -> Iterator[Recorder]:
-    before = getattr(_current, "recorder", None)
-    _current.recorder = Recorder(arguments)
+    before, _current.recorder = recorder(), Recorder(arguments)
     try:
         yield _current.recorder
     finally:
@@ -199,7 +195,7 @@ def _recording(arguments: Sequence[Tensor]) -> Iterator[Recorder]:
 @contextmanager
 def paused() -> Iterator[None]:
     """Context for launches that are not part of the call, and not recorded."""
-    before, _current.recorder = getattr(_current, "recorder", None), None
+    before, _current.recorder = recorder(), None
     try:
         yield
     finally:
