@@ -110,6 +110,9 @@ def test_pruned():
     whole = xformer.xformer_xxs(num_classes=10).eval()
     with torch.no_grad():
         y = whole(x)
+        for indices, prune_norm in (((0, 1), False), (1, True)):
+            with pytest.raises(ValueError, match="prune_head must be True"):
+                whole.prune_intermediate_layers(indices, prune_norm, prune_head=False)
         assert whole.prune_intermediate_layers(2, prune_head=False) == [2, 3]
         assert torch.equal(whole(x), y)
 

@@ -220,6 +220,25 @@ def test_a_close_choice_of_form_is_timed(form, mode, tmp_path, need_backend, mon
         torch.testing.assert_close(y, plain(x), rtol=1e-5, atol=1e-5)
 
 
+def test_other_defaults_of_dtype_and_device(tmp_path, need_backend, monkeypatch):
+    """Neither moves what is timed."""
+    need_backend("cpp")
+    monkeypatch.setenv(calibration.ENVIRONMENT, str(tmp_path / "figures.json"))
+    monkeypatch.setattr(timing, "measure", lambda _: None)
+    monkeypatch.setattr(timing, "faster", lambda seconds, _: min(timing.FORMS, key=seconds))
+    calibration.forget()
+    plain = XFABlock(192, 6).eval()
+    fused, x = fuse_for_inference(plain), torch.randn(1, 3000, 192)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.no_grad(), torch.device("meta"):
+            y = fused(x)
+    finally:
+        torch.set_default_dtype(torch.float32)
+        calibration.forget()
+    check(lambda _: y, plain, x)
+
+
 def test_in_inference_mode():
     """Of a model that is made there, too, whose parameters have no version counters."""
     with torch.inference_mode():

@@ -314,12 +314,20 @@ class XFormer(Trunk):
         """Remove the stages after the last one in `indices` and return the indices (timm's convention).
 
         ``head_conv`` is removed if any stage is removed or if `prune_norm` is set; the classifier and pooling are
-        removed if `prune_head` is set.
+        removed if `prune_head` is set, which it must be then.
+
+        Raises:
+            ValueError: an index out of range; `prune_head` is False, and the classifier would lose its input.
         """
         kept = stage_indices(len(self.stages), indices)
+        without_conv = prune_norm or kept[-1] + 1 < len(self.stages)
+        if without_conv and not prune_head:
+            raise ValueError(
+                "prune_head must be True if stages or head_conv are removed, since the classifier needs them"
+            )
         if prune_head:
             self.reset_classifier(0, "")
-        if prune_norm or kept[-1] + 1 < len(self.stages):
+        if without_conv:
             self.head_conv = nn.Identity()
             self.num_features = self.head_hidden_size = self.feature_info[kept[-1]]["num_chs"]
         self.stages = self.stages[: kept[-1] + 1]

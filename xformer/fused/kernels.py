@@ -177,7 +177,8 @@ class AttentionKernel(Kernel):
                 return prepared(call, o, norm.eps, True) if call.form == "gram" else lambda: (direct(o.x),)
 
             call = attn.call()._replace(kernels=True)
-            o = Operands(torch.ones(shape), *weights(attn), norm.weight, norm.bias)
+            x = torch.ones(shape, dtype=torch.float32, device="cpu")  # the defaults may be others
+            o = Operands(x, *weights(attn), norm.weight, norm.bias)
             found = self._direct[shape] = call.choose(o, run=(in_form_of,)) == "direct"
         return found
 
