@@ -63,18 +63,10 @@ def _gram(a: Tensor, b: Tensor, symmetric: bool, token_mask: Tensor | None, back
 
 
 @_register("channel_mix", ops._fake_channel_mix)
-def _channel_mix(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    add: Tensor | None,
-    add_scale: Tensor | None,
-    x2: Tensor | None,
-    weight2: Tensor | None,
-    backend: str,
-) -> Tensor:
-    y = reference.channel_mix(x, weight, bias=bias, add=add, add_scale=add_scale, x2=x2, weight2=weight2)
-    return y.transpose(1, 2)
+def _channel_mix(x: Tensor, weight: Tensor, *others: Any) -> Tensor:
+    *optional, _ = others
+    names = ("bias", "add", "add_scale", "x2", "weight2")
+    return reference.channel_mix(x, weight, **dict(zip(names, optional, strict=True))).transpose(1, 2)
 
 
 @_register("linear_attention_forward", linear_ops._fake_forward)
