@@ -288,7 +288,7 @@ def _peak_mb(name: str, call: measure.Call, device: str) -> float | None:
 
 
 def _live_mb(case: providers.Case, backward: bool, device: str) -> float | None:
-    """For forward with backward only, where memory matters."""
+    """Peak of live tensors in MB for forward with backward, where memory matters; None for the forward."""
     if not backward or case.both is None:
         return None
     return measure.peak_live_bytes(case.both, case.weights_from, device) / 1e6
