@@ -1,10 +1,10 @@
-"""Throughput and memory of XFA, its layer and whole models, against what users would run instead.
+"""Benchmark the throughput and memory of XFA, its layer and whole models against the alternatives.
 
 python -m bench op|layer|model [--device cpu] [--dtype float32] [--shapes main,xcit] [--quick] [--out bench/results]
 python -m bench model --task segment [--help] [--out bench/results]
 
-Sets of layers whose names end in "blocks" have layer norm, layer scale and residual around the layer. Of the set "grid"
-both forms are timed, and the regret of form="auto" is printed; see bench/forms.py.
+In sets of layers whose names end in "blocks", each layer is wrapped in layer norm, layer scale and a residual
+connection. For the set "grid", both forms are timed and the regret of form="auto" is printed; see bench/forms.py.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from bench.terminal import Terminal
 DIRECTIONS = ("forward", "forward+backward")
 TASKS = ("classify", "segment")
 DEFAULT = "; ".join(f"on {device} {','.join(names)}" for device, names in workloads.DEFAULT.items())
-# what is measured -> (shape sets, cases of a shape, providers)
+# kind of benchmark -> (sets of shapes, function that yields the cases of a shape, providers)
 KINDS: dict[str, tuple[dict[str, Any], Callable[..., Iterator[providers.Case]], tuple[str, ...]]] = {
     "op": (
         dict(workloads.OP_SHAPES),
@@ -53,33 +53,31 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("what", choices=KINDS)
     parser.add_argument(
-        "--task", choices=TASKS, help="of model: classify, models of timm (default); segment, which has its own options"
+        "--task", choices=TASKS, help="for model: classify, timm models (default), or segment, with its own options"
     )
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16", "float64"))
-    parser.add_argument(
-        "--shapes", default="", help=f"comma-separated sets; by default, of those that there are, {DEFAULT}"
-    )
-    parser.add_argument("--providers", default="", help="comma-separated; all by default")
+    parser.add_argument("--shapes", default="", help=f"comma-separated sets; default (those that exist): {DEFAULT}")
+    parser.add_argument("--providers", default="", help="comma-separated; default: all")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=0.0, help="measuring time per workload and direction")
-    parser.add_argument("--stop-after", type=float, default=0.0, help="seconds after which no workload is begun")
-    parser.add_argument("--quick", action="store_true", help="a tenth of the time, and no torch.compile")
-    parser.add_argument("--allocator", default="default", choices=("default", "raised"), help="glibc's thresholds")
-    parser.add_argument("--out", type=Path, help="also write JSON, CSV and PNG to OUT/<machine>/")
+    parser.add_argument("--stop-after", type=float, default=0.0, help="seconds after which no workload is started")
+    parser.add_argument("--quick", action="store_true", help="a tenth of the measuring time, without torch.compile")
+    parser.add_argument("--allocator", default="default", choices=("default", "raised"), help="thresholds of glibc")
+    parser.add_argument("--out", type=Path, help="also write JSON, CSV and PNG files to OUT/<machine>/")
     options = parser.parse_args(arguments)
     if options.task and options.what != "model":
-        parser.error(f"--task {options.task}: there are tasks of model alone, not of {options.what}")
+        parser.error(f"--task {options.task}: only model has tasks, got {options.what}")
     sets, _, known = KINDS[options.what]
     default = tuple(name for name in workloads.DEFAULT[options.device] if name in sets)
     options.shapes = tuple(filter(None, options.shapes.split(","))) or default
     unknown = set(options.shapes) - set(sets)
     if unknown:
-        parser.error(f"--shapes {', '.join(sorted(unknown))}: for {options.what} there are {', '.join(sets)}")
+        parser.error(f"--shapes {', '.join(sorted(unknown))}: those of {options.what} are {', '.join(sets)}")
     chosen = tuple(filter(None, options.providers.split(","))) or known
     unknown = set(chosen) - set(known)
     if unknown:
-        parser.error(f"--providers {', '.join(sorted(unknown))}: for {options.what} there are {', '.join(known)}")
+        parser.error(f"--providers {', '.join(sorted(unknown))}: those of {options.what} are {', '.join(known)}")
     options.providers = {name for name in chosen if not (options.quick and "compile" in name)}
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device")
@@ -87,7 +85,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Prints one table for each set of shapes; returns 1 if a result of ours was wrong, 3 if time was too short."""
+    """Prints a table for each set of shapes; returns 1 if a result of our kernels was wrong, 3 if time ran out."""
     begun = time.monotonic()
     arguments = sys.argv[1:] if arguments is None else arguments
     if _task(arguments) == "segment":
@@ -117,7 +115,7 @@ def main(arguments: list[str] | None = None) -> int:
         terminal.print(f"WRONG: {message}", style="bold red")
     if late:
         terminal.print(f"NOT MEASURED within {options.stop_after:.0f} s: {', '.join(late)}", style="bold red")
-    # a model that torch.compile gets wrong by itself is not our mistake
+    # a compiled model does not count if torch.compile is also wrong without our kernels
     ours = [(name, shape) for name, shape in wrong if report.is_ours(name)]
     if any(not name.endswith("+compile") or ("compile", shape) not in wrong for name, shape in ours):
         return 1
@@ -203,7 +201,7 @@ def _stem(name: str, facts: dict[str, Any], options: argparse.Namespace) -> Path
 
 
 def _right(case: providers.Case, shape: object, wrong: dict[tuple[str, str], str], device: str) -> bool:
-    """Whether the result is right; a provider that fails leaves the others their turn."""
+    """Whether the result is correct; if not, or if the provider raises an error, the message is added to `wrong`."""
     try:
         case.errors = case.check()
     except AssertionError as error:
@@ -212,7 +210,7 @@ def _right(case: providers.Case, shape: object, wrong: dict[tuple[str, str], str
         traceback.print_exc()
         wrong[case.provider, str(shape)] = f"{case.provider} at {shape} failed: {type(error).__name__}: {error}"
     if device == "cuda":
-        torch.cuda.empty_cache()  # CUDA graphs have pools of their own
+        torch.cuda.empty_cache()  # CUDA graphs have separate memory pools
     return (case.provider, str(shape)) not in wrong
 
 
@@ -224,7 +222,7 @@ def _measure(
     limits: list[measure.Limits],
     options: argparse.Namespace,
 ) -> list[report.Row]:
-    """Times all cases in one interleaved run, with the yardsticks among them; appends what these gave to `limits`."""
+    """Times all cases and the yardsticks in one interleaved run; appends the limits of the machine to `limits`."""
     backward = direction != "forward"
     at = {case.provider: case for case in cases}
     either = {name: case.both if backward else case.forward for name, case in at.items()}
@@ -251,7 +249,7 @@ def _measure(
 
     rows = []
     for name, timing in times.items():
-        # sdpa is another operator: the limit is not its own
+        # sdpa is another operator: the limit does not apply
         of_limit = limit if name != "sdpa" else None
         mine, eagers, errors = live[name], live.get("eager"), at[name].errors
         form = _form(at[name], backward)
@@ -284,13 +282,13 @@ def _measure(
 
 
 def _peak_mb(name: str, call: measure.Call, device: str) -> float | None:
-    """A CUDA graph's memory is reserved when it is captured, which no call shows."""
+    """None for CUDA graphs: their memory is reserved at capture, so a call does not show it."""
     size = None if name.endswith("+graphs") else measure.peak_extra_bytes(call, device)
     return None if size is None else size / 1e6
 
 
 def _live_mb(case: providers.Case, backward: bool, device: str) -> float | None:
-    """Of forward and backward: that is where memory is short."""
+    """Peak of live tensors in MB for forward with backward, where memory matters; None for the forward."""
     if not backward or case.both is None:
         return None
     return measure.peak_live_bytes(case.both, case.weights_from, device) / 1e6
@@ -302,8 +300,10 @@ def _form(case: providers.Case, backward: bool) -> str | None:
 
 
 def _regret(name: str, form: str | None, times: dict[str, measure.Timing]) -> float | None:
-    """How much longer the form that was chosen takes than the best of eager, compile and our other form; negative if
-    it is the best itself. The same form asked for by name is the same code."""
+    """Time of the form that auto chose over the best of eager, compile and the other form, minus 1.
+
+    Negative if auto is the fastest. The chosen form requested by name runs the same code, so it is not compared.
+    """
     others = [
         timing.median
         for other, timing in times.items()

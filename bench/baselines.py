@@ -1,6 +1,6 @@
-"""timm's models as inference wants them: what :func:`xformer.fuse_for_inference` does to ours, done to theirs.
+"""Models of timm optimised for inference, in the same way as :func:`xformer.fuse_for_inference` does it for ours.
 
-Softmax attention and XCA stay timm's; everything around them is treated as ours is.
+Softmax attention and XCA are left as in timm; everything around them is treated like our modules.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from xformer.layers import to_image, to_tokens
 
-# class of an activation (timm has some of its own by these names) -> oneDNN's name for it, and its algorithm
+# name of an activation's class (timm defines classes of the same names) -> oneDNN's name of it, and its algorithm
 ACTIVATIONS = {"Identity": ("none", ""), "SiLU": ("swish", ""), "GELU": ("gelu", "none")}
 
 
 def fold(model: nn.Module) -> nn.Module:
-    """A copy in eval mode whose batch norms are part of the convolutions before them, by public means alone."""
+    """A copy in eval mode with batch norms folded into the preceding convolutions; uses public APIs only."""
     from timm.layers import BatchNormAct2d, ConvNormAct
 
     def visit(module: nn.Module) -> None:
-        conv = ""  # the name of a convolution, if the child before is one
+        conv = ""  # the name of the previous child, if it is a convolution
         for name, child in module.named_children():
             if isinstance(child, ConvNormAct) and isinstance(child.bn.drop, nn.Identity):
                 setattr(module, name, nn.Sequential(fuse_conv_bn_eval(child.conv, child.bn), child.bn.act))
@@ -40,11 +40,14 @@ def fold(model: nn.Module) -> nn.Module:
 
 
 def fuse(model: nn.Module) -> nn.Module:
-    """The same with oneDNN's operations, private to torch: convolutions and linear layers that take the activation
-    behind them into the same call, 1x1 convolutions as linear layers over pixels. Without gradients, in float32."""
+    """Like :func:`fold`, with operators of oneDNN that are private to torch. Without gradients, in float32.
+
+    Convolutions and linear layers are fused with the activation that follows; 1x1 convolutions become linear layers
+    over pixels.
+    """
 
     def visit(module: nn.Module) -> None:
-        last: tuple[str, nn.Module] | None = None  # the child before and its name, if an activation may go into it
+        last: tuple[str, nn.Module] | None = None  # name and module of the previous child, if it can be fused
         for name, child in module.named_children():
             parts = list(child) if type(child) is nn.Sequential and len(child) == 2 else [child]
             fused = FUSED.get(type(parts[0]))

@@ -1,4 +1,4 @@
-"""Cells of the tables, and what is said above them."""
+"""Formatting of the tables' cells and of the lines above the tables."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ END = "<!-- end of results -->"
 
 
 def opening(marker: str, folder: Path) -> str:
-    """The first line of a table, which names the folder of its result files."""
+    """The first line of a table; it names the folder of the result files."""
     return marker.format(folder.relative_to(ROOT))
 
 
 def machine(run: dict[str, Any]) -> str:
-    """Where a run without yardsticks was made."""
+    """The machine, versions, date and commit of a run without yardsticks."""
     return (
         f"{run['machine']}, {run['threads']} threads, torch {run['versions']['torch']}, "
         f"timm {run['versions']['timm']}, {run['allocator']} allocator, {run['date'][:10]}, commit {run['commit']}"

@@ -1,7 +1,8 @@
-"""The two forms of layers, and which one ``form="auto"`` takes: ``python -m bench layer --shapes grid``.
+"""Times both forms of layers, and shows which one ``form="auto"`` chooses: ``python -m bench layer --shapes grid``.
 
-No result is checked and nobody else is measured. Times are the least of the samples, to which what else the machine
-does adds, and with one thread of its own processor time. The regret is that of the form taken over the faster one.
+Results are not checked, and no other providers are measured. A time is the minimum of the samples, since other work on
+the machine only adds to it; with one thread, it is CPU time. The regret is the time of the chosen form over that of the
+faster one, minus 1.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from bench.workloads import LayerShape
 from xformer_kernels.layer import timing
 
 SECONDS = 3.0
-"""Of measuring one layer in one direction, unless told otherwise."""
+"""Default measuring time per layer and direction."""
 
 
 @dataclass(frozen=True)
@@ -33,13 +34,13 @@ class Row:
     gram_ms: float
     direct_ms: float
     spread: float
-    """The larger one of the two forms' distances between quartiles, as a fraction of the median."""
+    """Interquartile range over the median; the larger one of the two forms."""
     auto: str
     regret: float
 
 
 def rows_of(shape: LayerShape, dtype: torch.dtype, seconds: float, device: str) -> list[Row]:
-    """Forward without gradients, and forward and backward."""
+    """Rows for the forward without gradients, and for forward with backward."""
     torch.manual_seed(0)
     layer = xk.XFA(shape.C, shape.heads, True).to(device, dtype)
     x = torch.randn(shape.B, shape.N, shape.C).to(device, dtype)
@@ -73,7 +74,7 @@ def rows_of(shape: LayerShape, dtype: torch.dtype, seconds: float, device: str) 
 
 
 def run(shapes: tuple[LayerShape, ...], options: argparse.Namespace, terminal: Terminal) -> list[Row]:
-    """Measures and prints the table, and the worst and the mean regret."""
+    """Measures the shapes; prints the table and the worst and mean regret."""
     rows: list[Row] = []
     seconds = (options.seconds or SECONDS) / (10 if options.quick else 1)
     with terminal.progress(len(shapes)) as begin:

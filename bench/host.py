@@ -1,6 +1,6 @@
-"""Time that the host needs for a call of the Triton kernels: ``python -m bench.host``.
+"""Measures the host time of a call of the Triton kernels: ``python -m bench.host``.
 
-Runs on any machine: kernels are compiled for a GPU, and a driver that launches nothing takes the place of Triton's.
+Runs on any machine: kernels are compiled for a GPU, and Triton's driver is replaced by one that launches nothing.
 Tensors are on the CPU. The unit is the time of ``torch.empty(1)`` in the same run.
 """
 
@@ -28,7 +28,7 @@ SHAPES = ((1, 196, 8, 48), (8, 3136, 4, 24), (2, 16384, 8, 32))
 
 
 class Launched(NamedTuple):
-    """What a launcher was given; addresses in the place of tensors."""
+    """The arguments of a launch, with addresses in place of tensors."""
 
     kernel: str
     grid: tuple[int, int, int]
@@ -36,7 +36,7 @@ class Launched(NamedTuple):
 
 
 class Driver:
-    """A GPU of compute capability 9.0 that records launches if `launches` is a list, and computes nothing."""
+    """A fake GPU of compute capability 9.0. It computes nothing; it records launches if `launches` is a list."""
 
     launches: list[Launched] | None = None
 
@@ -77,7 +77,7 @@ class Driver:
 
 
 def install() -> Driver:
-    """For this process: ops of the backend take tensors on the CPU, and launch nothing."""
+    """Installs the fake driver in this process: ops of the backend accept tensors on the CPU, and launch nothing."""
     fake = Driver()
     driver.set_active(fake)
     launch.target = lambda _: launch.Target("sm_90", PROCESSORS)  # type: ignore[assignment]
@@ -86,7 +86,7 @@ def install() -> Driver:
 
 
 def seconds(calls: dict[str, Callable[[], object]], rounds: int = 15, repeat: int = 100) -> dict[str, float]:
-    """Least CPU time of each call; calls take turns."""
+    """Minimum CPU time of each call; calls are interleaved."""
     taken: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
@@ -99,7 +99,7 @@ def seconds(calls: dict[str, Callable[[], object]], rounds: int = 15, repeat: in
 
 
 def python_calls(call: Callable[[], object]) -> int:
-    """Number of Python functions that a call enters, itself included."""
+    """Number of Python function calls in a call, including itself."""
     count = 0
 
     def profile(_: Any, event: str, __: Any) -> None:
@@ -116,7 +116,7 @@ def python_calls(call: Callable[[], object]) -> int:
 
 
 def cases(B: int, N: int, H: int, D: int) -> dict[str, Callable[[], object]]:
-    """xfa of packed bfloat16 tokens; only addresses are used."""
+    """Calls of xfa with packed bfloat16 tokens; only the addresses of the tensors are used."""
     q, k, v = torch.zeros(B, N, 3, H, D, dtype=torch.bfloat16).permute(2, 0, 3, 1, 4).unbind(0)
     temperature = torch.ones(H)
     leaves = [x.detach().requires_grad_() for x in (q, k, v, temperature)]

@@ -1,4 +1,4 @@
-"""What a result must say about where it comes from, and what the machine can do at best."""
+"""Metadata of results: machine, versions, allocator and commit."""
 
 from __future__ import annotations
 
@@ -20,31 +20,32 @@ from xformer_kernels.info import processor_name
 
 ROOT = Path(__file__).parent.parent
 COMMIT = "XFORMER_KERNELS_COMMIT"
-# glibc gives tensors above 32 MiB back to the system after each call and page-faults them again in the next one, and it
-# trims the heap. These settings keep them: what a long-running process would choose. They are read when it starts.
+# By default, glibc returns tensors above 32 MiB to the system after each call, so that the next call page-faults them
+# again, and it trims the heap. With these settings it keeps the memory, as a long-running process would want. They are
+# read when the process starts.
 RAISED_ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 33)}
 
 
 def allocator() -> str:
-    """ "raised" if this process was started with the settings above, else "default"."""
+    """The allocator settings: "raised" if this process was started with RAISED_ALLOCATOR, otherwise "default"."""
     return "raised" if all(os.environ.get(key) == value for key, value in RAISED_ALLOCATOR.items()) else "default"
 
 
 def restart_with_raised_allocator() -> None:
-    """Replaces this process by the same one with glibc's thresholds raised; does nothing where that was done."""
+    """Restarts this process with glibc's thresholds raised; does nothing if they are already."""
     if allocator() != "raised":
         os.execve(sys.executable, sys.orig_argv, {**os.environ, **RAISED_ALLOCATOR})
 
 
 def give_memory_back() -> None:
-    """Makes glibc return what is free to the system, so that resident memory is memory in use."""
+    """Makes glibc return free memory to the system, so that resident memory is memory in use."""
     if sys.platform.startswith("linux"):
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
             trim(0)
 
 
-# AMD's cores by CPU family and ranges of models; the brand name of a server says nothing of them.
+# AMD core names by CPU family and ranges of model numbers; brand names of servers do not contain them.
 ZEN: dict[int, dict[str, tuple[tuple[int, int], ...]]] = {
     23: {"zen": ((0, 0x2F),), "zen2": ((0x30, 0xFF),)},
     25: {"zen4": ((0x10, 0x1F), (0x60, 0x7F), (0xA0, 0xAF)), "zen3": ((0, 0xFF),)},
@@ -54,7 +55,7 @@ LEVELS = {"x86_64_v4": "avx512", "zen4": "avx512", "x86_64_v3": "avx2", "x86_64_
 
 
 def processor() -> str:
-    """A short name: AMD's by their cores, others by their brand."""
+    """A short name: the core for AMD, otherwise the brand."""
     try:
         lines = (line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines())
         found = {key.strip(): value.strip() for key, _, value in lines}
@@ -69,7 +70,7 @@ def processor() -> str:
 
 
 def level() -> str:
-    """The instructions in use: those of our kernels, which the environment may have limited."""
+    """The instruction set that our kernels use; the environment may limit it."""
     cpp = backends.load("cpp")[0]
     if cpp is None or not cpp.module.LEVEL:
         return "no-kernels"
@@ -84,13 +85,13 @@ def device_name(device: str) -> str:
 
 
 def slug(device: str) -> str:
-    """The name of this machine's folder of results."""
+    """The name of the results folder of this machine."""
     name = torch.cuda.get_device_name() if device == "cuda" else f"{processor()} {os.cpu_count()} cores {level()}"
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def facts(device: str) -> dict[str, Any]:
-    """Date, versions, machine, instructions, threads, allocator and commit."""
+    """Date, machine, system, instruction sets, threads, allocator, versions and commit."""
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     for name in ("xformer-kernels", "torchvision", "timm", "triton", "onnxruntime", "openvino"):
         try:
@@ -110,7 +111,7 @@ def facts(device: str) -> dict[str, Any]:
 
 
 def _commit() -> str:
-    """The commit of these files; of a copy that lies outside the repository, what COMMIT says."""
+    """The commit of these files. Outside the repository, the environment variable named by COMMIT provides it."""
     if COMMIT in os.environ:
         return os.environ[COMMIT]
 

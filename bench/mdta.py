@@ -1,7 +1,7 @@
-"""A stack of Restormer's attention and feed-forward (arXiv 2111.09881), as no package that we compare with ships it.
+"""A stack of the attention and feed-forward of Restormer (arXiv 2111.09881); no package that we compare with has it.
 
-``mdta_48`` is what stands at the finest of Restormer's levels: four blocks of 48 channels with one head, between a 3x3
-convolution from the image and one back. It is without layer norms.
+``mdta_48`` corresponds to the finest level of Restormer: four blocks of 48 channels with one head, between a 3x3
+convolution from the image and one to the image. It has no layer norms.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 class Attention(nn.Module):
-    """Multi-Dconv head transposed attention, in eager PyTorch."""
+    """Multi-Dconv head transposed attention (MDTA), in eager PyTorch."""
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Gated, with a depthwise convolution."""
+    """Gated feed-forward with a depthwise convolution."""
 
     def __init__(self, dim: int, expansion: float = 2.66) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class Block(nn.Module):
 
 
 class Stack(nn.Module):
-    """Images to images."""
+    """A model from (B, 3, h, w) images to images of the same shape."""
 
     def __init__(self, dim: int, num_heads: int, depth: int) -> None:
         super().__init__()

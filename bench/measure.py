@@ -1,9 +1,9 @@
-"""Time and memory. Providers are interleaved in one process: only ratios within a run mean something.
+"""Measurement of time and memory. Providers are interleaved in one process; only ratios within a run are meaningful.
 
-On the CPU a sample is wall time. On cuda it is the time between two events that the stream meets before the first and
-after the last of several calls made back to back, divided by their number: the GPU's time where it is the slower side,
-and the host's where launches cannot be prepared as fast as they run. So a small call is timed as a loop of such calls
-takes it, with what the call before left in the caches; nothing is flushed.
+On the CPU, a sample is wall time by default. On CUDA, it is the time between two events, recorded before the first and
+after the last of several consecutive calls, divided by their number: GPU time if the GPU is the bottleneck, and host
+time if kernels run faster than they can be launched. A small call is thus timed as in a loop of such calls, with caches
+as the previous call leaves them; nothing is flushed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read when torch is imported: no word about each use of the profiler
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # silences the profiler; read when torch is imported
 
 import torch
 from torch import Tensor
@@ -25,12 +25,12 @@ from bench.machine import give_memory_back
 
 Call = Callable[[], object]
 SHORTEST = {"cpu": 2e-4, "cuda": 2e-3}
-"""Seconds: calls shorter than this are timed several at once."""
+"""Seconds; calls shorter than this are timed in groups."""
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one call."""
+    """Samples of the time of one call, in seconds."""
 
     samples: tuple[float, ...]
 
@@ -40,14 +40,14 @@ class Timing:
 
     @property
     def spread(self) -> float:
-        """Distance between the quartiles, as a fraction of the median."""
+        """Interquartile range over the median."""
         low, _, high = statistics.quantiles(self.samples, n=4)
         return (high - low) / self.median
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What this machine does at best: measured with torch, in the dtype that is benchmarked."""
+    """Peak rates of the machine, measured with torch; see :class:`Yardsticks`."""
 
     bytes_per_second: float
     flops_per_second: float
@@ -57,7 +57,7 @@ class Limits:
 
 
 def time_once(call: Call, repeat: int, device: str, clock: Callable[[], float] = time.perf_counter) -> float:
-    """Seconds of one of `repeat` calls, on the CPU by a clock."""
+    """Mean time in seconds of `repeat` calls; on the CPU, by `clock`."""
     if device == "cuda":
         return _time_on_stream(call, repeat)
     start = clock()
@@ -67,7 +67,7 @@ def time_once(call: Call, repeat: int, device: str, clock: Callable[[], float] =
 
 
 def _time_on_stream(call: Call, repeat: int) -> float:
-    """Does not wait first: behind an untimed call, the stream finds its work prepared when it meets the first event."""
+    """Does not synchronise first: the preceding untimed call keeps the stream busy while the first calls are queued."""
     before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     before.record()
     for _ in range(repeat):
@@ -80,10 +80,10 @@ def _time_on_stream(call: Call, repeat: int) -> float:
 def interleaved(
     calls: dict[str, Call], seconds: float, device: str = "cpu", clock: Callable[[], float] = time.perf_counter
 ) -> dict[str, Timing]:
-    """Rounds in which each call runs once untimed, to bring its memory and threads back, and once timed.
+    """Times the calls in rounds. In each round every call runs once untimed, to warm up memory and threads, then timed.
 
-    Each round starts with another call. A call stops when it has used its share of `seconds` and has 5 samples (3 if
-    one lasts longer than its share).
+    Each round starts with a different call. A call leaves the rounds when it has used its share of `seconds` and has 5
+    samples (3 if a single call takes longer than its share).
     """
     share = seconds / len(calls)
     first = {name: time_once(call, 1, device) for name, call in calls.items()}
@@ -108,8 +108,11 @@ def interleaved(
 
 
 class Yardsticks:
-    """What the limit of a call is measured with, in the same rounds as the call: a copy that no cache holds, and the
-    best large matrix product in the dtype or in float32."""
+    """Calls that measure the limits of the machine, in the same rounds as the benchmarked calls.
+
+    They are a copy larger than the caches, and large matrix products in the dtype and in float32, of which the faster
+    counts.
+    """
 
     def __init__(self, dtype: torch.dtype, device: str) -> None:
         source = torch.randn(1 << (24 if device == "cpu" else 28), device=device)
@@ -124,13 +127,13 @@ class Yardsticks:
             self.calls[f"product in {kind}"] = lambda a=a, out=out: torch.mm(a, a, out=out)  # type: ignore[misc]
 
     def limits(self, times: dict[str, Timing]) -> Limits:
-        """From the times of ``calls``."""
+        """The limits, from the times of ``calls``."""
         products = [times[name].median for name in self.calls if name != "copy"]
         return Limits(self._bytes / times["copy"].median, self._flops / min(products))
 
 
 def peak_extra_bytes(call: Call, device: str) -> int | None:
-    """Memory that a call needs at its peak beside what lives before it; None where the system does not tell."""
+    """Peak memory of a call in addition to the memory in use before it; None if the system cannot report it."""
     if device == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
@@ -148,12 +151,12 @@ def peak_extra_bytes(call: Call, device: str) -> int | None:
 
 
 def peak_live_bytes(call: Callable[[], list[Tensor]], weights_from: int, device: str) -> int:
-    """The most bytes of tensors alive at once that a call allocates, but for gradients of weights, its results from
-    `weights_from` on.
+    """Peak of the total size of live tensors that a call allocates, excluding the gradients of weights.
 
-    Exact: every allocation and release in torch's allocator is seen, by torch's operators, compiled code and our
-    kernels alike. Scratch that C++ takes from elsewhere is not (oneDNN's, and that of our CPU kernels):
-    :func:`peak_extra_bytes` has it, with pages of code and of the allocator beside it.
+    The gradients of weights are the results of `call` from index `weights_from` on. The figure is exact: it counts all
+    allocations and releases through torch's allocator, by torch operators, compiled code and our kernels. It excludes
+    scratch memory that C++ allocates elsewhere (oneDNN and our CPU kernels); :func:`peak_extra_bytes` includes it, and
+    also pages of code and of the allocator.
     """
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         results = call()
@@ -175,7 +178,7 @@ def peak_live_bytes(call: Callable[[], list[Tensor]], weights_from: int, device:
             sizes[address] = 0 if address in weights and last[address] == i else size
             live += sizes[address]
             peak = max(peak, live)
-        else:  # what was allocated before is no part of it
+        else:  # tensors allocated before the call are not counted
             live -= sizes.pop(address, 0)
     return peak
 

@@ -1,7 +1,7 @@
-"""Layers, half blocks and whole models: who computes them, and the proof that the result is right.
+"""Cases for layers, half blocks and whole models: the providers, and the check of their results.
 
-As in :mod:`bench.providers`, the baseline is ``eager``, run in float64 as the oracle. Of our layers, ``cpp`` (or
-another backend) is what users get, and ``cpp-gram`` and ``cpp-direct`` are the two forms that it chooses from.
+As in :mod:`bench.providers`, the baseline is ``eager``; in float64 it is also the oracle. Of our layers, ``cpp`` (or
+another backend) is the default, and ``cpp-gram`` and ``cpp-direct`` are the two forms that it chooses from.
 """
 
 from __future__ import annotations
@@ -23,16 +23,19 @@ from xformer_kernels.integrations import is_replaced, replace_attention
 KERNELS = tuple(name for name in dispatch.names() if name != "reference")
 FORMS = ("gram", "direct")
 SDPA_MAP = 2**26
-"""Numbers of the map of softmax attention that the check of its gradients holds in float64; above it is left out."""
+"""Maximum number of elements of the map of softmax attention, which the check of its gradients keeps in float64;
+larger cases are skipped."""
 ULPS = 8
-"""What :func:`check_gradients` allows beside twice the baseline's error."""
+"""Error that :func:`check_gradients` allows in addition to twice the error of the baseline."""
 HALVES = (("norm1", "attn", "gamma1"), ("norm_xca", "xca", "gamma_xca"))
-"""Norm, attention and layer scale by their names in timm's XCiT and EdgeNeXt."""
+"""Names of norm, attention and layer scale in XCiT and EdgeNeXt of timm."""
 
 
 class HalfBlock(nn.Module):
-    """``x + layer_scale * attn(norm(x))`` as timm computes it, with the state dict of :class:`xformer_kernels.XFABlock`
-    if `attn` has that of its attention."""
+    """``x + layer_scale * attn(norm(x))`` as timm computes it.
+
+    The state dict is that of :class:`xformer_kernels.XFABlock`, if the one of `attn` is that of its attention.
+    """
 
     def __init__(self, norm: nn.Module, attn: nn.Module, layer_scale: nn.Parameter | None) -> None:
         super().__init__()
@@ -49,9 +52,9 @@ class HalfBlock(nn.Module):
 
 
 def layer_cases(shape: LayerShape, dtype: torch.dtype, device: str, wanted: set[str]) -> Iterator[Case]:
-    """timm's XCA, alone or in a half block, with its weights in each provider's layer.
+    """XCA of timm, alone or in a half block; the layers of all providers have its weights.
 
-    SDPA is timm's attention over tokens of the same size.
+    ``sdpa`` is timm's attention over tokens, of the same size.
     """
     from timm.models.vision_transformer import Attention
     from timm.models.xcit import XCA
@@ -75,7 +78,7 @@ def layer_cases(shape: LayerShape, dtype: torch.dtype, device: str, wanted: set[
     if "sdpa" in wanted and not block and shape.B * shape.heads * shape.N**2 <= SDPA_MAP:
         attention = Attention(shape.C, shape.heads, qkv_bias=True).to(device, dtype)
         plain = copy.deepcopy(attention)
-        plain.__dict__["fused_attn"] = False  # its other way of computing the same
+        plain.__dict__["fused_attn"] = False  # the unfused implementation
         yield _module_case("sdpa", attention, Baseline(plain, x))
 
 
@@ -100,7 +103,7 @@ def _form_of(ours: nn.Module, x: Tensor) -> Callable[[], str]:
 
 
 def model_cases(shape: ModelShape, dtype: torch.dtype, device: str, wanted: set[str]) -> Iterator[Case]:
-    """A model before and after replace_attention; and, for its share, the attention of the model before."""
+    """A model before and after replace_attention, and the attention of the original alone, to compute its share."""
     model = create_model(shape.name).to(device, dtype)
     x = torch.randn(shape.B, 3, shape.size, shape.size, generator=torch.Generator().manual_seed(0)).to(device, dtype)
     baseline = Baseline(model, x)
@@ -119,7 +122,7 @@ def model_cases(shape: ModelShape, dtype: torch.dtype, device: str, wanted: set[
 
 
 def create_model(name: str, pretrained: bool = False) -> nn.Module:
-    """A model in evaluation mode; untrained ones get layer scales of 0.5, since 1e-6 would hide their layers."""
+    """A model in eval mode. In untrained models, layer scales are set to 0.5; at 1e-6 the layers hardly contribute."""
     torch.manual_seed(0)
     if name == "mdta_48":
         return mdta.mdta_48().eval()
@@ -135,7 +138,7 @@ def create_model(name: str, pretrained: bool = False) -> nn.Module:
 
 
 def replaced_parts(model: nn.Module, replaced: nn.Module) -> list[nn.Module]:
-    """What replace_attention has replaced: the attention layers, or half blocks around them where these are too."""
+    """The original of each module that replace_attention replaced: attention layers, or half blocks where replaced."""
     changed = {path for path, module in replaced.named_modules() if is_replaced(module)}
     parts: list[nn.Module] = []
     for path, parent in model.named_modules():
@@ -153,7 +156,7 @@ def replaced_parts(model: nn.Module, replaced: nn.Module) -> list[nn.Module]:
 
 
 def _attention_case(model: nn.Module, replaced: nn.Module, x: Tensor) -> Case:
-    """All that was replaced, one after the other, each with what goes into it when the model sees x."""
+    """All replaced modules of the original, called in sequence, each with the input that it receives for x."""
     parts = replaced_parts(model, replaced)
     inputs: dict[nn.Module, Tensor] = {}
     hooked = {part.norm if isinstance(part, HalfBlock) else part: part for part in parts}
@@ -187,7 +190,7 @@ def _attention_case(model: nn.Module, replaced: nn.Module, x: Tensor) -> Case:
 
 
 class Baseline:
-    """A module, an input and a gradient; and what must come of them, computed once, when first asked for."""
+    """A module, its input and an output gradient; the expected results are computed once, on first use."""
 
     def __init__(self, module: nn.Module, x: Tensor) -> None:
         self.module, self.x, self.leaf = module, x, x.detach().requires_grad_()
@@ -240,11 +243,16 @@ def _module_case(
 
 
 def check_gradients(names: list[str], result: list[Tensor], eager: list[Tensor], oracle: list[Tensor]) -> Errors:
-    """The rule for a deep model: the errors of all its layers are in each gradient, so it is judged as a whole.
+    """Checks the results of a deep model together, since each gradient contains the errors of all layers.
 
-    The worst error, relative to each tensor's largest number, may be twice the baseline's and a few ulp. Gradients that
-    are zero but for rounding are left out. Raises AssertionError. Returns how far the result, which comes first, and
-    the gradients, if there are any, are from the baseline's.
+    The largest error, relative to the largest element of its tensor, may be at most twice that of the baseline plus a
+    few ulp (:data:`ULPS`). Gradients that are zero up to rounding are ignored. The first tensor is the output.
+
+    Returns:
+        The relative differences of the output, and of the worst gradient, from the baseline.
+
+    Raises:
+        AssertionError: the error is larger, or a result is not finite.
     """
     largest = max(x.abs().max().item() for x in oracle)
 

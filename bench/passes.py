@@ -1,7 +1,9 @@
-"""The passes of a layer in Gram form against torch's matrix products: ``python -m bench.passes [--out bench/results]``.
+"""Compares the passes of layers in Gram form with torch's matrix products.
 
-Rows are those of the layers of :mod:`bench.workloads`. ``torch`` is what would take the place of ``cpp``: a product for
-x^T x (whole) and for dy^T x, one with a bias for M x, two for M^T dy + R x.
+python -m bench.passes [--out bench/results]
+
+The shapes are those of the main layers of :mod:`bench.workloads`. ``torch`` is the replacement for ``cpp``: one product
+for x^T x (all of it) and for dy^T x, one with a bias for M x, two for M^T dy + R x.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from xformer_kernels.layer import passes
 
 
 def calls(shape: LayerShape) -> dict[str, dict[str, measure.Call]]:
-    """By pass, then by provider."""
+    """Calls by pass, then by provider."""
     numbers = torch.Generator().manual_seed(0)
     x, dy = (torch.randn(shape.B, shape.N, shape.C, generator=numbers) for _ in range(2))
     M, R = (torch.randn(shape.B, shape.C, shape.C, generator=numbers) for _ in range(2))
@@ -48,7 +50,7 @@ def calls(shape: LayerShape) -> dict[str, dict[str, measure.Call]]:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.passes", description=__doc__)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=0.5, help="measuring time of each pass")
+    parser.add_argument("--seconds", type=float, default=0.5, help="measuring time per pass")
     parser.add_argument("--out", type=Path, help="also write JSON and CSV to OUT/<machine>/")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)

@@ -1,4 +1,4 @@
-"""Results as rows: a table on the terminal, CSV, JSON and plots where matplotlib is installed."""
+"""Results as rows, printed as tables and saved as CSV, JSON and, if matplotlib is installed, plots."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ KERNELS = tuple(PATHS)
 
 @dataclass(frozen=True)
 class Row:
-    """One provider on one workload in one direction. Times in milliseconds, memory in MB (10^6 bytes)."""
+    """Result of one provider for one workload and direction. Times are in milliseconds, memory in MB (10^6 bytes)."""
 
     workload: str
     direction: str  # "forward" or "forward+backward"
     provider: str
     ms: float
-    spread: float  # distance between the quartiles over the median
+    spread: float  # interquartile range over the median
     samples: int
-    gb_per_s: float | None  # least bytes / time; the minimum anyone must move
+    gb_per_s: float | None  # least bytes / time; least bytes: those that any implementation must read and write
     limit_ms: float | None  # max(FLOPs / matrix peak, least bytes / copy bandwidth)
     fraction_of_limit: float | None
     speedup_over_eager: float | None
     speedup_over_compile: float | None
-    speedup_over_graphs: float | None  # over torch.compile's CUDA graphs
-    peak_extra_mb: float | None  # of the process or the GPU's allocator, scratch of libraries included
-    peak_live_mb: float | None = None  # tensors alive at once, gradients of weights excluded
-    memory_of_eager: float | None = None  # peak_live_mb over eager's
+    speedup_over_graphs: float | None  # over torch.compile with CUDA graphs
+    peak_extra_mb: float | None  # of the process or of the GPU's allocator, including scratch of libraries
+    peak_live_mb: float | None = None  # peak of live tensors, excluding the gradients of weights
+    memory_of_eager: float | None = None  # peak_live_mb over that of eager
     form: str | None = None  # of a layer
-    regret: float | None = None  # of the form chosen: time over the best of eager, compile, our other form, less 1
-    attention_share: float | None = None  # of eager's time, what replace_attention replaces
-    bound: float | None = None  # on the gain over eager by any attention: 1 / (1 - attention_share)
-    output_error: float | None = None  # largest, relative to the largest number of eager's output
-    gradient_error: float | None = None  # the same of the worst gradient
+    regret: float | None = None  # of the chosen form: time over the best of eager, compile and our other form, minus 1
+    attention_share: float | None = None  # fraction of eager's time spent in modules that replace_attention replaces
+    bound: float | None = None  # of the speedup over eager with any attention: 1 / (1 - attention_share)
+    output_error: float | None = None  # largest difference from eager, relative to the largest element of the output
+    gradient_error: float | None = None  # the same for the worst gradient
 
 
 def is_ours(provider: str) -> bool:
@@ -50,7 +50,7 @@ def is_ours(provider: str) -> bool:
 
 
 def is_users(provider: str) -> bool:
-    """Whether it is what users get, no form or graph asked for."""
+    """Whether the provider is one of our backends with default options (no explicit form, graphs or compile)."""
     return provider in KERNELS
 
 
@@ -89,7 +89,7 @@ def _format(value: float | str | None, digits: int) -> str:
 
 
 def save(stem: Path, facts: dict[str, Any], rows: Sequence[Any]) -> list[Path]:
-    """<stem>.json with everything and <stem>.csv with the rows, dataclasses of one kind; returns what was written."""
+    """Writes facts and rows to <stem>.json, and the rows (dataclasses of one type) to <stem>.csv; returns the paths."""
     stem.parent.mkdir(parents=True, exist_ok=True)
     written = [stem.with_suffix(".json"), stem.with_suffix(".csv")]
     records = [{key: _rounded(value) for key, value in asdict(row).items()} for row in rows]
@@ -110,7 +110,7 @@ def can_plot() -> bool:
 
 
 def plot(stem: Path, facts: dict[str, Any], rows: list[Row]) -> list[Path]:
-    """Bars of the time of every provider per workload, in units of the eager one."""
+    """Bar chart of the time of each provider for each workload, labelled with the speedup over eager."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -149,7 +149,7 @@ def plot(stem: Path, facts: dict[str, Any], rows: list[Row]) -> list[Path]:
 
 
 def plot_over_tokens(stem: Path, facts: dict[str, Any], rows: list[Row], tokens: dict[str, int], series: str) -> Path:
-    """Time against the number of tokens, with the limit, for workloads that differ in nothing else."""
+    """Plot of time against the number of tokens, with the limit, for workloads that differ only in tokens."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -178,7 +178,7 @@ def plot_over_tokens(stem: Path, facts: dict[str, Any], rows: list[Row], tokens:
 
 
 def print_means(rows: list[Row], many: set[str], label: str, terminal: Terminal) -> None:
-    """Geometric means of our kernels, over all workloads and over those of many tokens."""
+    """Prints geometric means of our kernels, over all workloads and over those with many tokens."""
     ours = [row for row in rows if is_ours(row.provider)]
     for direction, name in dict.fromkeys((row.direction, row.provider) for row in ours):
         mine = [row for row in ours if (row.direction, row.provider) == (direction, name)]
@@ -189,7 +189,7 @@ def print_means(rows: list[Row], many: set[str], label: str, terminal: Terminal)
 
 
 def print_regrets(rows: list[Row], terminal: Terminal) -> None:
-    """Where the form that was chosen was the worst choice."""
+    """Prints the worst regret of each provider and direction."""
     known = [row for row in rows if row.regret is not None]
     for direction, name in dict.fromkeys((row.direction, row.provider) for row in known):
         worst = max((r for r in known if (r.direction, r.provider) == (direction, name)), key=lambda r: r.regret or 0.0)
@@ -197,7 +197,7 @@ def print_regrets(rows: list[Row], terminal: Terminal) -> None:
 
 
 def print_gains(rows: list[Row], terminal: Terminal) -> None:
-    """Of whole models: the gain, the most it could be, and how far the results are from eager's."""
+    """Prints, for whole models, the speedup, its upper bound, and the errors relative to eager."""
     for row in rows:
         if row.attention_share is None or not is_users(row.provider) or row.speedup_over_eager is None:
             continue
@@ -229,7 +229,7 @@ def _mean(rows: list[Row], field: str, label: str) -> str:
 
 
 def title(facts: dict[str, Any]) -> str:
-    """Of a plot: where, how and when it was measured."""
+    """Title of a plot: machine, settings, versions and date."""
     return (
         f"{facts['machine']}, {facts['threads']} threads, {facts['dtype']}, torch {facts['versions']['torch']}, "
         f"allocator {facts['allocator']}, {facts['date'][:10]}"

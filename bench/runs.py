@@ -1,4 +1,4 @@
-"""Trainings that are results: one process for each, which goes on where it was stopped, and files of all of them."""
+"""Training runs for results tables: one resumable process per run, and files with the results of all runs."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from xformer.engine import train
 from xformer.recipe import Recipe
 
 ALONE: dict[str, Any] = {"threads": 1, "workers": 0, "keep": 1, "tensorboard": False}
-"""Settings of a run that has one thread to itself."""
+"""Settings of a run that uses a single thread."""
 Row = dict[str, Any]
 
 
 def trained(recipe: Recipe) -> tuple[dict[str, float], Row]:
-    """The last metrics of a run, from its newest checkpoint on if it has one, and what a row says of the run.
+    """Trains, resuming from the newest checkpoint if there is one. Returns the final metrics, and fields of the row.
 
-    Minutes are of the processor, which may be shared; none for a run that was stopped on its way.
+    Minutes are CPU time, since the processor may be shared; None if the run was resumed.
     """
     whole = not any(Path(recipe.out).glob("checkpoints/*"))
     began = time.process_time()
@@ -36,7 +36,7 @@ def trained(recipe: Recipe) -> tuple[dict[str, float], Row]:
 
 
 def once(module: str, folder: Path, arguments: Sequence[object]) -> Row:
-    """The row that ``python -m module --one FOLDER ARGUMENTS`` writes to FOLDER/result.json, or what is there of it."""
+    """The row that ``python -m module --one FOLDER ARGUMENTS`` writes to FOLDER/result.json; runs it if needed."""
     result = folder / "result.json"
     if not result.is_file():
         folder.mkdir(parents=True, exist_ok=True)
@@ -50,7 +50,7 @@ def once(module: str, folder: Path, arguments: Sequence[object]) -> Row:
 
 
 def all_of(module: str, work: Path, asked: Sequence[Sequence[object]], jobs: int) -> list[Row]:
-    """Rows of several runs, `jobs` at a time, in folders that are named by their arguments."""
+    """Rows of several runs, `jobs` at a time, in folders named by their arguments."""
     work = work.resolve()
     with ThreadPoolExecutor(jobs) as pool:
         running = [pool.submit(once, module, work / "-".join(map(str, one)), one) for one in asked]
@@ -59,14 +59,14 @@ def all_of(module: str, work: Path, asked: Sequence[Sequence[object]], jobs: int
 
 def add_options(parser: argparse.ArgumentParser, seeds: list[int], work: str) -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=seeds)
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, of one thread each")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, with one thread each")
     parser.add_argument("--work", type=Path, default=Path(work), help="folder of the runs")
-    parser.add_argument("--out", type=Path, help="also write JSON and CSV to OUT/<machine>/")
+    parser.add_argument("--out", type=Path, help="also write JSON and CSV files to OUT/<machine>/")
     parser.add_argument("--one", nargs="+", help=argparse.SUPPRESS)
 
 
 def write_one(one: list[str], learn: Callable[..., Row]) -> None:
-    """What the process of one run does: FOLDER and the arguments of `learn` behind its folder."""
+    """Entry point of the process of one run. `one`: FOLDER, and the arguments of `learn` after its folder."""
     folder, *arguments = one
     row = learn(Path(folder), *arguments)
     (Path(folder) / "result.json").write_text(json.dumps(row))

@@ -1,4 +1,4 @@
-"""Tables of the documents, from result files: ``python -m bench.table bench/results/<machine>`` rewrites them."""
+"""Rewrites the tables of the documents from result files: ``python -m bench.table bench/results/<machine>``."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ FORWARD = "<!-- backbones, forward: python -m bench.table {} -->"
 TRAINING = "<!-- backbones, training: python -m bench.table {} -->"
 MACHINES = "<!-- machines: python -m bench.table {} -->"
 VARIANTS = "<!-- variants: python -m bench.table {} -->"
-# what each backbone is measured against, and how many times as fast it should be, for one image and for eight
+# (our backbone, the one it is compared with) -> {batch size: speedup to reach}
 GOALS = {
     ("xformer_s", "edgenext_small"): {1: 1.3, 8: 1.5},
     ("xformer_s", "mobilevit_s"): {1: 2.1, 8: 2.4},
@@ -40,13 +40,13 @@ GOALS = {
     ("xformer_xxs", "mobilevit_xxs"): {1: 2.0, 8: 2.0},
 }
 EAGER = ("unfused", "folded", "fused")
-# (dtype, allocator) of the runs; the first one is shown in full
+# (dtype, allocator) of the runs; only the first one is shown for each workload
 RUNS = (("float32", "default"), ("float32", "raised"), ("bfloat16", "raised"))
 FIELDS = ("speedup_over_eager", "speedup_over_compile", "fraction_of_limit")
 
 
 def render(folder: Path) -> str:
-    """Ratios of our kernels for each workload, then geometric means of every run over the workloads of many tokens."""
+    """Ratios of our kernels for each workload, then geometric means of each run over the workloads with many tokens."""
     runs = {run: _load(folder, *run) for run in RUNS}
     first = runs[RUNS[0]]
     lines = [
@@ -67,7 +67,7 @@ def render(folder: Path) -> str:
 
 
 def render_machines(folder: Path) -> str:
-    """Geometric means of every run of the operator on a CPU, over the workloads of many tokens."""
+    """Geometric means of each run of the operator on a CPU, over the workloads with many tokens."""
     lines = [
         opening(MACHINES, folder),
         "| machine, date | dtype, allocator | forward: x eager | x compiled | of limit | forward+backward: x eager "
@@ -84,7 +84,7 @@ def render_machines(folder: Path) -> str:
 
 
 def _means(run: dict[str, Any]) -> list[float | None]:
-    """Over the workloads of many tokens, of each field in each direction."""
+    """Geometric means of each field in each direction, over the workloads with many tokens."""
     return [
         _mean(run, direction, field, lambda workload: _numbers(workload)[1] >= 1024)
         for direction in _directions(run)
@@ -93,7 +93,7 @@ def _means(run: dict[str, Any]) -> list[float | None]:
 
 
 def render_layers(folder: Path) -> str:
-    """What users get of layers and half blocks, each with its means over the workloads where N >= 8C."""
+    """Layers and half blocks with default options, each with means over the workloads where N >= 8C."""
     begin = opening(LAYERS, folder)
     paths = [folder / f"layer-cpu-float32{suffix}.json" for suffix in ("", "-blocks")]
     if not all(path.exists() for path in paths):
@@ -125,7 +125,7 @@ def render_layers(folder: Path) -> str:
 
 
 def render_gpu(folder: Path) -> str:
-    """Both backends of every run of the operator on this GPU."""
+    """Both GPU backends, for each run of the operator on this GPU."""
     lines = [opening(GPU, folder)]
     runs = [json.loads(path.read_text()) for path in sorted(folder.glob("op-cuda-*.json"))]
     fields = {"x eager": FIELDS[0], "x compiled": FIELDS[1], "of limit": FIELDS[2]}
@@ -147,7 +147,7 @@ def render_gpu(folder: Path) -> str:
 
 
 def render_backbones(folder: Path) -> str:
-    """For the README: time of timm's models over that of ours, unfused and fused alike."""
+    """For the README: time of timm's models over that of ours, in the same variant: unfused, folded and fused."""
     begin = opening(BACKBONES, folder)
     (run,) = _backbones(folder, "forward", ("",))
     if run is None:
@@ -168,8 +168,8 @@ def render_backbones(folder: Path) -> str:
 
 
 def render_forward(folder: Path) -> str:
-    """For the page of the backbone: also the fastest variant of theirs over that of ours, the raised allocator,
-    compiled models and the goals."""
+    """For the backbone page: also their fastest variant over our fastest one, the raised allocator, compiled models and
+    the goals."""
     begin = opening(FORWARD, folder)
     default, raised, compiled = _backbones(folder, "forward", ("", "-raised", "-compile"))
     runs = [run for run in (default, raised, compiled) if run is not None]
@@ -210,7 +210,7 @@ def render_forward(folder: Path) -> str:
 
 
 def render_training(folder: Path) -> str:
-    """For the page of the backbone: a step with other attention over one with our kernels, and how ours grows."""
+    """For the backbone page: a training step with other attention over one with our kernels, and how ours scales."""
     begin = opening(TRAINING, folder)
     runs = [run for run in _backbones(folder, "training", ("", "-raised")) if run is not None]
     if not runs:
@@ -248,7 +248,7 @@ def _backbones(folder: Path, what: str, suffixes: tuple[str, ...]) -> list[dict[
 
 
 def _over_ours(run: dict[str, Any], ours: str, peer: str, images: int, variants: tuple[str, ...]) -> float | None:
-    """Time of the peer over that of ours, each in the fastest of these variants."""
+    """Time of the peer over the time of ours, each in its fastest one of these variants."""
     times = []
     for model in (peer, ours):
         of_model = [row for row in run["rows"] if (row["model"], row["images"]) == (model, images)]
@@ -257,7 +257,7 @@ def _over_ours(run: dict[str, Any], ours: str, peer: str, images: int, variants:
 
 
 def _regrets(run: dict[str, Any], direction: str) -> tuple[float, str]:
-    """The worst one."""
+    """The worst regret, and the workload and direction where it occurs."""
     rows = [r for r in run["rows"] if (r["direction"], r["provider"]) == (direction, "cpp") and r["regret"] is not None]
     return max((r["regret"], f"{r['workload']} {direction}") for r in rows)
 
@@ -271,11 +271,11 @@ def _origin(run: dict[str, Any]) -> str:
 
 
 def _load(folder: Path, dtype: str, allocator: str) -> dict[str, Any]:
-    """A result file, which must be what its name says."""
+    """Loads a result file; raises ValueError if its content does not match its name."""
     path = folder / f"op-cpu-{dtype}{'-raised' if allocator == 'raised' else ''}.json"
     run: dict[str, Any] = json.loads(path.read_text())
     if (run["dtype"], run["allocator"]) != (dtype, allocator):
-        raise ValueError(f"{path} is a run of {run['dtype']} with the {run['allocator']} allocator")
+        raise ValueError(f"{path} contains a run in {run['dtype']} with the {run['allocator']} allocator")
     return run
 
 
@@ -293,7 +293,7 @@ def _numbers(workload: str) -> list[int]:
 
 
 def _many(workload: str) -> bool:
-    """As workloads.LayerShape.many."""
+    """The same as workloads.LayerShape.many."""
     _, N, C, _ = _numbers(workload)
     return N >= 8 * C
 
@@ -305,7 +305,7 @@ def _mean(run: dict[str, Any], direction: str, field: str, many: Callable[[str],
 
 
 def render_variants(folder: Path) -> str:
-    """For the page of integrations: our kernels against the code of each model."""
+    """For the integrations page: our kernels compared with the original code of each model."""
     begin = opening(VARIANTS, folder)
     run = json.loads((folder / "variants-cpu-float32.json").read_text())
     lines = [
@@ -323,7 +323,7 @@ def render_variants(folder: Path) -> str:
 
 
 def replace(readme: str, table: str) -> str:
-    """The text with the table where one was that begins alike."""
+    """`readme` with the table of the same kind replaced by `table`."""
     begins = (
         BEGIN,
         LAYERS,
@@ -361,7 +361,7 @@ def main() -> int:
         path = ROOT / name
         text = path.read_text()
         for table in tables:
-            # what was not measured on this machine stays that of another
+            # tables without results of this machine are kept
             with contextlib.suppress(FileNotFoundError):
                 rendered = table(folder)
                 text = text if "Not measured yet." in rendered else replace(text, rendered)

@@ -1,4 +1,4 @@
-"""Tables of trained models and of segmentation's speed."""
+"""Tables of trained models and of the speed of segmentation."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from bench.cells import END, cell, machine, opening, spread
 LEARNING = "<!-- learning: python -m bench.table {} -->"
 SCENES = "<!-- scenes, {}: python -m bench.table {{}} -->"
 SEGMENTATION = "<!-- segmentation: python -m bench.table {} -->"
-# of each task of the made scenes: metrics in percent, as rows and readers name them
+# metrics of each task on the synthetic scenes, in percent: field of a row -> heading
 METRICS = {"detect": {"map50": "mAP at 0.5", "map": "mAP"}, "segment": {"miou": "mIoU", "pixels": "pixel accuracy"}}
 
 
 def render_learning(folder: Path) -> str:
-    """For the page of training: accuracy of models of one size by one recipe, over seeds."""
+    """For the training page: accuracy of models of similar size trained with the same recipe, over seeds."""
     begin = opening(LEARNING, folder)
     path = folder / "learning.json"
     if not path.exists():
@@ -43,7 +43,7 @@ def render_learning(folder: Path) -> str:
 
 
 def render_segmentation(folder: Path) -> str:
-    """For the page of segmentation: images per second and memory with each attention, and how both grow with pixels."""
+    """For the segmentation page: images per second and memory with each attention, and how they scale with pixels."""
     begin = opening(SEGMENTATION, folder)
     path = folder / "model-segment-cpu-float32.json"
     if not path.exists():
@@ -82,7 +82,7 @@ def render_segmentation(folder: Path) -> str:
 
 
 def render_scenes(task: str, folder: Path) -> str:
-    """For the page of a task: our model and torchvision's by one recipe on made scenes, over seeds."""
+    """For the page of a task: our model and torchvision's, trained alike on synthetic scenes, over seeds."""
     begin = opening(SCENES.format(task), folder)
     path = folder / f"scenes-{task}.json"
     if not path.exists():
@@ -108,11 +108,11 @@ def render_scenes(task: str, folder: Path) -> str:
 
 
 def _trained(run: dict[str, Any]) -> str:
-    """The machine, with the commits of all rows."""
+    """The machine, versions and date of a run, with the commits of all rows."""
     return machine({**run, "commit": " and ".join(dict.fromkeys(row["commit"] for row in run["rows"]))})
 
 
 def _minutes(rows: list[dict[str, Any]]) -> str:
-    """Of the runs that were not stopped on their way."""
+    """Mean minutes of the runs that were not interrupted."""
     known = [row["minutes"] for row in rows if row["minutes"] is not None]
     return f"{statistics.mean(known):.1f}" if known else "-"

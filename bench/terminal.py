@@ -1,4 +1,4 @@
-"""What is printed: with rich where it is installed, else as plain text."""
+"""Terminal output: with rich if it is installed, otherwise as plain text."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ except ImportError:
     RICH = False
 
 WIDTH = 170
-"""Characters of a line where the output is not a terminal."""
+"""Line width if the output is not a terminal."""
 
 
 class Line(NamedTuple):
-    """One row of a table; `new`: it starts a section."""
+    """One row of a table; `new`: whether it starts a section."""
 
     cells: tuple[str, ...]
     new: bool = False
@@ -29,7 +29,7 @@ class Line(NamedTuple):
 
 
 class Terminal:
-    """Lines, tables and progress."""
+    """Prints lines, tables and progress."""
 
     def __init__(self) -> None:
         self._console = Console(width=None if sys.stdout.isatty() else WIDTH) if RICH else None
@@ -41,7 +41,7 @@ class Terminal:
             self._console.print(text, style=style)
 
     def table(self, title: str, headings: tuple[str, ...], words: int, lines: list[Line]) -> None:
-        """The first `words` columns are words, the others numbers."""
+        """The first `words` columns contain words and are left-aligned; the others contain numbers."""
         if self._console is None:
             print(_plain(title, headings, words, lines), flush=True)
             return
@@ -56,7 +56,7 @@ class Terminal:
 
     @contextmanager
     def progress(self, total: int) -> Iterator[Callable[[str], None]]:
-        """Gives a function that says what begins, to be called once for each of `total` things."""
+        """Yields a function to call with a description at the start of each of `total` items."""
         if self._console is None:
             yield lambda what: print(f"{what} ...", flush=True)
             return

@@ -1,9 +1,9 @@
-"""Channel attention and linear attention of five models against the models' code: ``python -m bench.variants``.
+"""Compares our channel attention and linear attention with the code of five models: ``python -m bench.variants``.
 
-Providers of each row: the model's own code (``eager``), the same under torch.compile, and ours. Inputs are views of the
-packed projection in the layout that the model has, the output is what its next projection takes, and gradients are
-those of the packed projection. The limit is that of ``bench op``: the larger of the time of the FLOPs at the speed of a
-large matrix product, and of reading the inputs and writing the results once at the speed of a copy.
+The providers are the original code (``eager``), the same with torch.compile, and our kernels. Inputs are views of the
+packed projection in the layout of the model, the output is in the layout that its next projection expects, and
+gradients are those of the packed projection. The limit is that of ``bench op``: the larger of the time of the FLOPs at
+the rate of a large matrix product, and of reading the inputs and writing the results once at the rate of a copy.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ Function = Callable[[Tensor, OpShape], Tensor]
 
 @dataclass(frozen=True)
 class Variant:
-    """Two functions of a packed projection, equal but for rounding."""
+    """Two functions of a packed projection with the same result up to rounding."""
 
-    channel_major: bool  # from (B, H * 3 * D, N) to (B, H * D, N), else from (B, N, 3 * H * D) to (B, N, H * D)
+    channel_major: bool  # (B, H * 3 * D, N) to (B, H * D, N); otherwise (B, N, 3 * H * D) to (B, N, H * D)
     eager: Function
     ours: Function
 
@@ -47,12 +47,12 @@ def of_token_major(x: Tensor, s: OpShape) -> tuple[Tensor, ...]:
 
 
 def of_channel_major(x: Tensor, s: OpShape) -> tuple[Tensor, ...]:
-    """q, k, v as (B, H, N, D), which lie side by side in each head."""
+    """q, k, v as (B, H, N, D), adjacent in memory within each head."""
     return x.view(s.B, s.H, 3 * s.D, s.N).transpose(-1, -2).chunk(3, dim=-1)
 
 
 def lite_mla(x: Tensor, s: OpShape) -> Tensor:
-    """EfficientViT's, as timm has it."""
+    """Linear attention of EfficientViT, as in timm."""
     q, k, v = of_channel_major(x, s)
     q, k, v = q.relu(), k.relu(), F.pad(v, (0, 1), value=1.0)
     out = q @ (k.transpose(-1, -2) @ v)
@@ -60,7 +60,7 @@ def lite_mla(x: Tensor, s: OpShape) -> Tensor:
 
 
 def sana(x: Tensor, s: OpShape) -> Tensor:
-    """Sana's, as diffusers has it, on (B, H, D, N)."""
+    """Linear attention of Sana, as in diffusers, on (B, H, D, N)."""
     q, k, v = (t.permute(0, 2, 3, 1) for t in of_token_major(x, s))
     q, k, v = q.relu(), k.relu(), F.pad(v, (0, 0, 0, 1), value=1.0)
     out = (v @ k.transpose(2, 3)) @ q
@@ -68,21 +68,21 @@ def sana(x: Tensor, s: OpShape) -> Tensor:
 
 
 def florence(x: Tensor, s: OpShape) -> Tensor:
-    """The channel attention of Florence-2, as timm has it (``davit_base_fl``)."""
+    """Channel attention of Florence-2, as in timm (``davit_base_fl``)."""
     q, k, v = (t.transpose(1, 2) for t in of_token_major(x, s))
     attention = ((q * s.N**-0.5).transpose(-1, -2) @ k).softmax(dim=-1)
     return (attention @ v.transpose(-1, -2)).permute(0, 3, 1, 2).reshape(s.B, s.N, -1)
 
 
 def davit(x: Tensor, s: OpShape) -> Tensor:
-    """The channel attention of DaViT, as timm has it."""
+    """Channel attention of DaViT, as in timm."""
     q, k, v = (t.transpose(1, 2) for t in of_token_major(x, s))
     attention = ((k * s.D**-0.5).transpose(-1, -2) @ v).softmax(dim=-1)
     return (attention @ q.transpose(-1, -2)).permute(0, 3, 1, 2).reshape(s.B, s.N, -1)
 
 
 def loftr(x: Tensor, s: OpShape) -> Tensor:
-    """LoFTR's, as kornia has it."""
+    """Linear attention of LoFTR, as in kornia."""
     q, k, v = of_token_major(x, s)
     Q, K, v = F.elu(q) + 1, F.elu(k) + 1, v / s.N
     KV = torch.einsum("nshd,nshv->nhdv", K, v)
@@ -185,7 +185,7 @@ def measured(model: str, shape: OpShape, seconds: float) -> list[report.Row]:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.variants", description=__doc__)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=5.0, help="for all providers together, per direction")
+    parser.add_argument("--seconds", type=float, default=5.0, help="measuring time per direction, for all providers")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--allocator", choices=("default", "raised"), default="default")
     parser.add_argument("--out", type=Path, help="also write JSON and CSV to OUT/<machine>/")

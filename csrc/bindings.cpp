@@ -1,4 +1,4 @@
-// Python module _C: the C API's CPU functions, and facts about the build.
+// Python module _C: the CPU functions of the C API, and information about the build.
 #include "bindings.h"
 
 #include <new>
@@ -28,7 +28,7 @@ void call(int (*function)(const Args*), const Args& args) {
   without_gil([&] { return function(&args); });
 }
 
-// A Python function of what `build` takes and of the number of threads.
+// A Python function that takes the arguments of `build` and the number of threads.
 template <class Args, class... P>
 auto on_cpu(Args (*build)(P...), int (*function)(const Args*)) {
   return [=](P... p, int threads) {
@@ -42,8 +42,8 @@ xk_prologue prologue(uintptr_t center, std::optional<double> layer_norm_eps) {
   return {layer_norm_eps.has_value(), layer_norm_eps.value_or(0), reinterpret_cast<void*>(center)};
 }
 
-// A function of what `gram_args` takes and of the prologue: center's address, layer norm's eps (None: no layer norm),
-// sums.
+// A Python function that takes the arguments of `build`, the prologue (address of center; eps of the layer norm, None
+// for no layer norm), the addresses of the sums and the number of threads.
 template <class... P>
 auto layer_gram(xk_gram_args (*build)(P...)) {
   return [=](P... p, uintptr_t center, std::optional<double> layer_norm_eps, uintptr_t sum_a, uintptr_t sum_b,
@@ -66,7 +66,7 @@ auto layer_mix(xk_channel_mix_args (*build)(P...)) {
 
 const float* floats(uintptr_t data) { return reinterpret_cast<const float*>(data); }
 
-// Addresses of batch norm's running mean, running variance, weight and bias, and its eps.
+// Addresses of the running mean, running variance, weight and bias of a batch norm, and its eps.
 typedef std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, double> Norm;
 xk_batch_norm batch_norm(const Norm& n) {
   return {floats(std::get<0>(n)), floats(std::get<1>(n)), floats(std::get<2>(n)), floats(std::get<3>(n)),

@@ -1,5 +1,5 @@
-// From Python's addresses and stride tuples to the structs of the C API; shared by the modules _C and _cuda. They know
-// neither torch nor tensors: shapes and dtypes were checked by the Python side.
+// Converts addresses and stride tuples from Python to the structs of the C API; shared by the modules _C and _cuda.
+// Neither depends on torch: shapes and dtypes are checked in Python.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -107,7 +107,8 @@ inline xk_xfa_args xfa_backward_args(const Strides& sizes, int dtype, int map, i
   return p;
 }
 
-// v_sizes: those of v, (batch, heads, tokens, dim_v). Forward has no gradients, backward no out: addresses of 0.
+// v_sizes: (batch, heads, tokens, dim_v) of v. The addresses of gradients are 0 in the forward, that of out is 0 in the
+// backward.
 inline xk_linear_attention_args linear_attention_args(
     const Strides& sizes, const Strides& v_sizes, int dtype, int features_q, int features_k, bool normalize,
     double scale, double eps, uintptr_t q, const Strides& qs, uintptr_t k, const Strides& ks, uintptr_t v,

@@ -1,4 +1,4 @@
-"""The one table of shapes, configurations and inputs that the tests draw from."""
+"""Shapes, configurations and inputs of the tests of xfa."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from xformer_kernels.spec import Spec
 from xformer_kernels.testing import assert_close, gradient_terms
 
 THOROUGH = os.environ.get("XFORMER_KERNELS_THOROUGH", "0") not in ("", "0")
-"""Whether tests that have more than each push can wait for do all of it: see .ci/thorough."""
+"""Whether tests that are reduced on a push run in full; see .ci/thorough."""
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, *LOW_PRECISION, torch.float64)
@@ -42,7 +42,7 @@ EMPTY_SHAPES = ((0, 5, 2, 4), (2, 0, 3, 4), (0, 0, 1, 1))
 
 @dataclass(frozen=True)
 class Config:
-    """The mathematical choices of one call of xfa."""
+    """The mathematical options of a call of xfa."""
 
     map: str = "query_key"
     norm: str = "token"
@@ -80,7 +80,7 @@ def _token_contiguous(x: Tensor) -> Tensor:
 
 
 def _padded(x: Tensor) -> Tensor:
-    """Every dimension cut out of a larger, oddly aligned buffer, and every other feature of it."""
+    """A view of a larger, oddly aligned buffer filled with NaN: a slice of each dimension, and every other feature."""
     B, H, N, D = x.shape
     buffer = torch.full((B + 1, N + 3, H + 1, 2 * D + 3), float("nan"), dtype=x.dtype, device=x.device)
     view = buffer[1:, 2 : N + 2, :H, 1 : 2 * D + 1 : 2].transpose(1, 2)
@@ -88,7 +88,7 @@ def _padded(x: Tensor) -> Tensor:
     return view
 
 
-# Each takes (B, H, N, D) and gives the same numbers in other strides.
+# Each function takes a (B, H, N, D) tensor and returns the same values with other strides.
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": _contiguous,
     "token_major": _token_major,
@@ -98,7 +98,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def packed(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The same numbers as views of one (B, N, 3, H, D) projection."""
+    """The same values as views of one (B, N, 3, H, D) projection."""
     buffer = torch.stack((q, k, v), 2).permute(0, 3, 2, 1, 4).contiguous()
     q, k, v = buffer.permute(2, 0, 3, 1, 4).unbind(0)
     return q, k, v
@@ -111,7 +111,7 @@ def lay_out(layout: str, *tensors: Tensor) -> tuple[Tensor, ...]:
     return packed(*tensors) if layout == "packed" else tuple(LAYOUTS[layout](t) for t in tensors)
 
 
-# How dout arrives: (B, H, N, D) with the numbers it has then.
+# Layouts of dout: each function takes a (B, H, N, D) tensor and returns dout; the expanded ones have other values.
 DOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     **LAYOUTS,
     "sum": lambda x: torch.ones((), dtype=x.dtype, device=x.device).expand(x.shape),
@@ -133,12 +133,12 @@ class Problem:
     token_mask: Tensor | None = None
 
     def to(self, dtype: torch.dtype) -> Problem:
-        """Every number in another dtype; the oracle's problem is `to(torch.float64)`."""
+        """The problem with all tensors in another dtype; that of the oracle is `to(torch.float64)`."""
         tensors = (t.to(dtype) for t in (self.q, self.k, self.v, self.temperature, self.dout))
         return Problem(*tensors, self.config, self.token_mask)
 
     def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Leaves that share storage and strides with the problem's tensors and want gradients."""
+        """Leaves that require gradients, with the storage and strides of the problem's tensors."""
         q, k, v, t = (x.detach().requires_grad_() for x in (self.q, self.k, self.v, self.temperature))
         return q, k, v, t
 
@@ -160,7 +160,7 @@ class Problem:
         return gradient_terms(p.q, p.k, p.v, p.temperature, p.dout, **p.config.kwargs(), token_mask=p.token_mask)
 
     def check(self, result: dict[str, Tensor], names: tuple[str, ...] = RESULTS) -> None:
-        """The rule, for the output and every gradient."""
+        """Checks the output and all gradients with :func:`assert_close`."""
         eager, oracle, terms = self.eager(), self.oracle(), self.terms()
         for name in names:
             assert result[name].dtype == eager[name].dtype, f"{name} is {result[name].dtype}"
@@ -176,7 +176,7 @@ def randn(*shape: int, seed: int, dtype: torch.dtype = torch.float32, device: st
 
 
 def random_mask(B: int, N: int, seed: int = 0, device: str = "cpu") -> Tensor:
-    """Keeps about two tokens in three, other ones for each sequence."""
+    """A mask that keeps about two of three tokens, different ones in each sequence."""
     return (torch.rand(B, N, generator=generator(seed)) < 0.66).to(device)
 
 
@@ -192,7 +192,7 @@ def make_problem(
     device: str = "cpu",
     seed: int = 0,
 ) -> Problem:
-    """Features of unlike means and spreads, so that a mixed-up head, feature or token shows."""
+    """Features have different means and spreads, so that swapped heads, features or tokens are noticed."""
     B, N, H, D = shape
     spread = torch.linspace(0.5, 2.0, H * D, dtype=torch.float64).view(1, H, 1, D)
     base = [randn(B, H, N, D, seed=10 * seed + i, dtype=torch.float64) for i in range(4)]

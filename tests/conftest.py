@@ -1,4 +1,4 @@
-"""Fixtures: the backends, the state each test starts from, and the proof of which backend ran."""
+"""Fixtures: backends and devices, the initial state of tests, and checks of which backend ran."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import zlib
 from contextlib import contextmanager
 from pathlib import Path
 
-# Before torch is imported: threads that wait do not take the processor from the other test processes.
+# Set before torch is imported: waiting threads then do not use CPU time that other test processes need.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-# The form that a layer takes is that of the built-in figures, on every machine.
+# The form of a layer is chosen by the built-in figures, so it is the same on every machine.
 os.environ["XFORMER_KERNELS_CALIBRATION"] = "off"
 
 import hypothesis
@@ -20,10 +20,10 @@ import torch
 
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
-    # Read when kernels are defined: Triton's kernels run on CPU tensors then.
+    # Triton's kernels then run on CPU tensors. Read when kernels are defined.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
-# Without a GPU the CUDA kernels are the same sources, compiled for the CPU: see tests/cuda.
+# Without a GPU, the sources of the CUDA kernels are compiled for the CPU; see tests/cuda.
 EMULATING = not HAS_GPU
 SANITIZE = os.environ.get("XFORMER_KERNELS_EMULATED_SANITIZE", "")
 
@@ -38,14 +38,14 @@ KERNELS = tuple(backends.PATHS)
 REQUIRED = os.environ.get("XFORMER_KERNELS_REQUIRE_EXTENSION", "0") not in ("", "0")
 EXPECTED = os.environ.get("XFORMER_KERNELS_EXPECTED_LOCATION")
 if EXPECTED and not Path(backends.__file__).resolve().is_relative_to(Path(EXPECTED).resolve()):
-    raise pytest.UsageError(f"the package under test is {backends.__file__}, not the build in {EXPECTED}")
+    raise pytest.UsageError(f"the package under test must be the build in {EXPECTED}, got {backends.__file__}")
 
 hypothesis.settings.register_profile("default", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("default")
 
 
 def pytest_configure(config):
-    """Builds the emulated kernels once, before the processes that run tests start; each of these loads them."""
+    """Builds the emulated kernels once, before the test processes start; each test process loads them."""
     if not EMULATING or emulated.why_not():
         return
     if hasattr(config, "workerinput"):
@@ -53,7 +53,7 @@ def pytest_configure(config):
     else:
         try:
             config.stash[EMULATED] = (str(emulated.build(sanitize=SANITIZE)), "")
-        except RuntimeError as error:  # the tests of these kernels fail, and no others
+        except RuntimeError as error:  # only the tests of these kernels fail
             config.stash[EMULATED] = ("", str(error))
     folder, _ = config.stash[EMULATED]
     if folder:
@@ -67,17 +67,17 @@ def pytest_configure_node(node):
 
 
 EMULATED = pytest.StashKey[tuple[str, str]]()
-"""The folder of the emulated kernels, or why they could not be built."""
+"""The folder of the emulated kernels, and the error if they could not be built."""
 
 
 @pytest.fixture(autouse=True)
-def same_start_for_every_test():
+def reset_threads_and_seed():
     torch.set_num_threads(2)
     torch.manual_seed(0)
 
 
 def broken_interpreter():
-    """Why Triton's interpreter cannot run here, or nothing."""
+    """Why Triton's interpreter cannot run here; empty if it can."""
     import numpy
     import triton
 
@@ -91,7 +91,7 @@ def broken_interpreter():
 
 @pytest.fixture
 def need_backend(request):
-    """Skips where the backend was not built, unless the extension is required: then its absence is a failure."""
+    """``need_backend(name)`` skips the test if the backend is not available, or fails it if extensions are required."""
 
     def need(name):
         _, cause = backends.load(name) if name != "reference" else (None, "")
@@ -101,9 +101,9 @@ def need_backend(request):
                 pytest.fail(broken)
             cause = emulated.why_not() or cause
         if cause and REQUIRED:
-            pytest.fail(f"backend {name} is required and cannot be imported: {cause}")
+            pytest.fail(f"backend {name} is required but cannot be imported: {cause}")
         if cause:
-            pytest.skip(f"backend {name} is not installed here: {cause}")
+            pytest.skip(f"backend {name} is not installed: {cause}")
         if name == "triton" and INTERPRETING and broken_interpreter():
             pytest.skip(broken_interpreter())
 
@@ -112,12 +112,12 @@ def need_backend(request):
 
 @pytest.fixture
 def triton_runs(need_backend):
-    """For tests that reach the Triton kernels without the `kernel` fixture."""
+    """For tests that call the Triton kernels without the `kernel` fixture."""
     need_backend("triton")
 
 
 def devices_of(name):
-    """Where the tests run a backend."""
+    """The device types on which the tests run a backend."""
     elsewhere = {"triton": INTERPRETING, "cuda": EMULATING}
     on_cpu = ["cpu"] if elsewhere.get(name, True) else []
     on_gpu = ["cuda"] if HAS_GPU and name != "cpp" and not elsewhere.get(name, False) else []
@@ -125,7 +125,7 @@ def devices_of(name):
 
 
 def pytest_generate_tests(metafunc):
-    """`backend` (every one), `kernel` (every one but the reference) and `device`; tests on a GPU are marked gpu."""
+    """Parametrizes `backend` (all), `kernel` (all but the reference) and `device`; marks tests on a GPU as gpu."""
     asked = [name for name in ("backend", "kernel", "device") if name in metafunc.fixturenames]
     if not asked:
         return
@@ -144,10 +144,10 @@ def pytest_generate_tests(metafunc):
 
 
 def pytest_collection_modifyitems(config, items):
-    """What a push does not wait for: tests marked ``nightly``, and of a test marked ``one_in(n)`` all but one in n of
-    the combinations of slow kernels.
+    """Deselects what does not run on a push: tests marked ``nightly``, and all but one in n of the combinations of slow
+    kernels of tests marked ``one_in(n)``.
 
-    The names of the combinations decide which, so that these are the same everywhere.
+    The selection depends on the names of the combinations only, so it is the same everywhere.
     """
     if THOROUGH:
         return
@@ -163,21 +163,21 @@ def pytest_collection_modifyitems(config, items):
 
 
 def is_slow(params):
-    """Whether a GPU's kernels run on the CPU, with these parameters of a test."""
+    """Whether a test with these parameters runs GPU kernels on the CPU."""
     name = params.get("kernel", params.get("backend"))
     return (name == "triton" and INTERPRETING) or (name == "cuda" and EMULATING)
 
 
 @pytest.fixture
 def backend(request, need_backend):
-    """Every backend, the reference included."""
+    """Each backend, including the reference."""
     need_backend(request.param)
     return request.param
 
 
 @pytest.fixture
 def kernel(request, need_backend):
-    """Every backend of kernels."""
+    """Each backend, except the reference."""
     need_backend(request.param)
     return request.param
 
@@ -188,31 +188,31 @@ def device(request):
 
 
 def _named(request):
-    """The backend or kernel that the test is given."""
+    """The `backend` or `kernel` of the test."""
     return next(request.getfixturevalue(name) for name in ("backend", "kernel") if name in request.fixturenames)
 
 
 @pytest.fixture
 def slow(request):
-    """Whether the test's kernels are a GPU's and run on the CPU, much more slowly than others: fewer examples."""
+    """Whether the test runs GPU kernels on the CPU, which is much slower; such tests use fewer examples."""
     return is_slow({"kernel": _named(request)})
 
 
 @pytest.fixture
 def interpreted(request):
-    """Whether the test's kernels are run by Triton's interpreter: many times slower than even the emulated ones."""
+    """Whether Triton's interpreter runs the test's kernels; it is many times slower than even the emulated kernels."""
     return _named(request) == "triton" and INTERPRETING
 
 
 @pytest.fixture
 def shorter(slow):
-    """A shape of the tables, (B, N, ...), for slow kernels a small batch of tokens enough to be cut into parts."""
+    """Returns a shape (B, N, ...), for slow kernels limited to 3 sequences of 700 tokens, which are still split."""
     return lambda shape: (min(shape[0], 3), min(shape[1], 700), *shape[2:]) if slow else shape
 
 
 @pytest.fixture
 def need_features(request):
-    """Skips what the test's backend refuses for its number of features, in words that it must have for it."""
+    """``need_features(*head_dims)`` skips the test if its backend does not support these numbers of features."""
 
     def need(*head_dims):
         device = "cuda" if HAS_GPU and not INTERPRETING else "cpu"
@@ -225,10 +225,9 @@ def need_features(request):
 
 @pytest.fixture
 def ran_backend():
-    """Within ``ran_backend(name, *ops)`` that backend must run all of these ops, and no other backend any op.
+    """In the context ``ran_backend(name, *ops)``, the backend must run all of these ops, and no other backend any op.
 
-    The reference has no ops: its functions, xfa, gram and channel_mix, are recorded, and nothing in a compiled graph
-    is.
+    The reference has no ops: its functions xfa, gram and channel_mix are recorded, except in compiled graphs.
     """
 
     @contextmanager
@@ -236,7 +235,7 @@ def ran_backend():
         with dispatch.record() as seen:
             yield
         others = {backend for backend, _ in seen} - {name}
-        assert not others, f"{others} ran, not {name} alone"
+        assert not others, f"{others} ran, not only {name}"
         if name != "reference":
             assert set(ops) <= {op for _, op in seen}, f"{name} ran {sorted({op for _, op in seen})}, not {ops}"
 
@@ -245,21 +244,21 @@ def ran_backend():
 
 @pytest.fixture
 def ran(request, ran_backend):
-    """``ran(*ops)`` for the backend or kernel that the test is given."""
+    """``ran(*ops)``: `ran_backend` for the `backend` or `kernel` of the test."""
     name = _named(request)
     return lambda *ops: ran_backend(name, *ops)
 
 
 @pytest.fixture
 def ran_auto(ran_backend):
-    """``ran_auto(*ops)`` for what backend="auto" chooses for ordinary tensors on the CPU."""
+    """``ran_auto(*ops)``: `ran_backend` for the backend that "auto" chooses for float32 tensors on the CPU."""
     name = dispatch.choose("auto", "cpu", (torch.float32,), (8,))
     return lambda *ops: ran_backend(name, *ops)
 
 
 @pytest.fixture
 def load(monkeypatch):
-    """``load("providers")`` imports the module of bench/ that lies beside these tests."""
+    """``load("providers")`` imports the module ``bench.providers`` of this repository."""
     monkeypatch.syspath_prepend(str(ROOT))
     for name in [name for name in sys.modules if name.partition(".")[0] == "bench"]:
         monkeypatch.delitem(sys.modules, name)

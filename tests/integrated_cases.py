@@ -1,4 +1,4 @@
-"""Attention layers of other packages that replace_attention serves: one table, a row a class."""
+"""Attention layers of other packages that replace_attention supports: a table with a row for each class."""
 
 from __future__ import annotations
 
@@ -41,15 +41,15 @@ class FacebookXCA(nn.Module):
 
 @dataclass(frozen=True)
 class Case:
-    """A layer, and what goes into it: a shape for every tensor, and other arguments."""
+    """A layer and its arguments: shapes stand for tensors, other values are passed as they are."""
 
     family: str
     where: str
-    build: Callable[[Any], nn.Module]  # of the module of this path
+    build: Callable[[Any], nn.Module]  # takes the imported module `where`
     inputs: tuple[Any, ...]
-    part: str = "qkv"  # one that it calls; none if empty
-    images: bool = False  # of (B, C, h, w) to the same
-    tolerance: float = 1e-8  # in float64: larger where a part that is called computes in float32
+    part: str = "qkv"  # a submodule that it calls; none if empty
+    images: bool = False  # whether it maps (B, C, h, w) to the same shape
+    tolerance: float = 1e-8  # in float64; larger if a part that is called computes in float32
 
     def made(self) -> nn.Module:
         return self.build(importlib.import_module(self.where))
@@ -159,14 +159,14 @@ CASES = {
 
 
 def call(model: nn.Module, args: list[Any]) -> Tensor:
-    """Originals that compute a part in float32 do so in float64 where all else is."""
+    """Calls the model. In float64, originals that compute a part in float32 compute it in float64."""
     exact = any(isinstance(a, Tensor) and a.dtype == torch.float64 for a in args) and not is_replaced(model)
     with InFloat64() if exact else nullcontext():
         return model(*args)
 
 
 def results(model: nn.Module, args: list[Any], dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
-    """Output and all gradients by name."""
+    """The output and all gradients, by name."""
     args = [a.to(dtype).requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
     y = call(model, args)
     leaves = {f"x{i}": a for i, a in enumerate(args) if isinstance(a, Tensor) and a.requires_grad}

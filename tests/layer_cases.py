@@ -32,7 +32,7 @@ LAYER_SHAPES = (
 
 @dataclass
 class Layer:
-    """One call of xfa_block, or without layer norm of xfa_layer, and of its backward."""
+    """Inputs of one call of xfa_block (xfa_layer if there is no layer norm) and of its backward."""
 
     tensors: tuple[Tensor | None, ...]  # in the order of NAMES
     dy: Tensor
@@ -85,7 +85,7 @@ class Layer:
         return self.to(torch.float64)._gradients(self.by_reference)
 
     def terms(self) -> dict[str, Tensor]:
-        """What the subtractions in the gradients before xfa start from, as for xfa's own."""
+        """The terms of subtractions in the gradients, as :func:`gradient_terms` for xfa."""
         exact = self.to(torch.float64)
         x, weight, bias, temperature, proj, _, ln_weight, ln_bias, scale = exact.tensors
         u = x if self.ln_eps is None else F.layer_norm(x, x.shape[-1:], ln_weight, ln_bias, self.ln_eps)
@@ -115,7 +115,7 @@ class Layer:
         }
 
     def check(self, result: dict[str, Tensor], names: tuple[str, ...] = ()) -> None:
-        """The rule, for the output and every gradient."""
+        """Checks the output and all gradients with :func:`assert_close`."""
         eager, oracle, terms = self.eager(), self.oracle(), self.terms()
         for name in names or oracle:
             assert result[name].dtype == eager[name].dtype, f"{name} is {result[name].dtype}"
@@ -136,7 +136,7 @@ def make_layer(
     device: str = "cpu",
     seed: int = 0,
 ) -> Layer:
-    """Channels of unlike means and spreads; `mean`: how far channels' means are off, in spreads."""
+    """A layer whose channels have different means and spreads; `mean`: scale of additional means, in spreads."""
     B, N, C, heads = shape
     inner = C if C % heads == 0 else heads * (C // heads + 1)
     O = out or C  # noqa: E741

@@ -1,4 +1,4 @@
-"""Models as training leaves them, and which operations a call of one runs."""
+"""Models with non-initial parameters, and the operations that a call of a model runs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from xformer_kernels import inference
 
 
 def as_trained(model: nn.Module) -> nn.Module:
-    """With running statistics, affine numbers and biases that are none of their first values."""
+    """Changes running statistics, affine parameters and biases, so that they differ from their initial values."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:
@@ -33,14 +33,15 @@ class Operations(TorchDispatchMode):
 
 
 def operations(model: nn.Module, *inputs: Any) -> list[str]:
-    """Names of all of them, in order, without gradients. A mode sees them: kernels that pass it by do not serve."""
+    """Names of the operations of a call without gradients, in order. Recorded by a dispatch mode, under which kernels
+    that a mode cannot see are not used."""
     with torch.no_grad(), Operations() as operations:
         model(*inputs)
     return operations.seen
 
 
 class Recorded:
-    """A module of kernels that notes which of them are called."""
+    """Wraps a module of kernels and records which kernels are called."""
 
     def __init__(self, kernels: Any) -> None:
         self.kernels, self.called = kernels, []
@@ -49,7 +50,7 @@ class Recorded:
         kernel = getattr(self.kernels, name)
 
         def call(*args: Any) -> Any:
-            # a program is one call of several
+            # running a program calls several kernels
             self.called += [step for step in args[0].names if step != "xfa"] if name == "run" else [name]
             return kernel(*args)
 
@@ -57,12 +58,12 @@ class Recorded:
 
 
 def kernels_called(monkeypatch: Any, function: Any, *inputs: Any) -> list[str]:
-    """Those of :mod:`xformer_kernels.inference` that a call without gradients takes, in order; packing is none."""
+    """The kernels of :mod:`xformer_kernels.inference` that a call without gradients uses, in order, without packing."""
     return [name for name in all_called(monkeypatch, function, *inputs) if name not in ("pack_linear", "record")]
 
 
 def all_called(monkeypatch: Any, function: Any, *inputs: Any) -> list[str]:
-    """With those that pack weights and record programs."""
+    """Like :func:`kernels_called`, including packing of weights and recording of programs."""
     with monkeypatch.context() as patch, torch.no_grad():
         recorded = Recorded(inference.KERNELS)
         patch.setattr(inference, "KERNELS", inference.KERNELS and recorded)

@@ -1,4 +1,4 @@
-"""Calls whose tokens are split over ranks: their inputs, and what one rank and one process make of them."""
+"""Calls whose tokens are split over ranks: their inputs, and their results on one rank and in one process."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SEED = 11
 
 @dataclass(frozen=True)
 class Case:
-    """One call whose tokens are split: `split` by number of ranks."""
+    """One call whose tokens are split; `split`: the tokens of each rank, by number of ranks."""
 
     form: str = "gram"
     map: str = "query_key"
@@ -52,7 +52,7 @@ class Case:
         return "-".join(parts)
 
     def inputs(self) -> tuple[Tensor, Tensor, dict[str, Tensor], Tensor | None]:
-        """x, dout, weights by name and mask, of all tokens, the same on every rank."""
+        """x, dout, weights by name, and mask, for all tokens; the same on every rank."""
         N, C = sum(self.split[0]), self.C
         dtype = self.weights or reference.accumulate_dtype(self.dtype)
         spread = torch.linspace(0.5, 1.5, C, dtype=torch.float64)
@@ -73,7 +73,7 @@ class Case:
         return x, dout, {name: t.to(dtype) for name, t in weights.items()}, mask
 
     def run(self, group: Any, rank: int, ranks: int) -> dict[str, Tensor]:
-        """This rank's output, gradient of tokens and gradients of weights."""
+        """The output, gradient of the tokens and gradients of the weights of this rank."""
         sizes = self.shards(ranks)
         x, dout, weights, mask = self.inputs()
         x, dout = (t.split(sizes, 1)[rank].clone() for t in (x, dout))
@@ -95,7 +95,7 @@ class Case:
         return xk.xfa_layer(x, *layer, **choices)
 
     def by_reference(self, dtype: torch.dtype | None) -> dict[str, Tensor]:
-        """The same names from one process; all in `dtype`, or in the case's own if None."""
+        """The same results from one process; all in `dtype`, or in the dtypes of the case if None."""
         x, dout, weights, mask = self.inputs()
         x, dout = (t.to(dtype or t.dtype).requires_grad_(t is x) for t in (x, dout))
         leaves = {name: t.to(dtype or t.dtype).requires_grad_() for name, t in weights.items()}
@@ -129,6 +129,6 @@ CASES = (
     *(Case(form, dtype=torch.float64, masked=True, block=True) for form in ("gram", "direct")),
     *(Case(form, dtype=torch.bfloat16, block=True) for form in ("gram", "direct")),
     *(Case(form, dtype=torch.bfloat16, weights=torch.bfloat16, split=EMPTY) for form in ("gram", "direct")),
-    # each rank alone would take another form
+    # the ranks alone would choose different forms
     Case("auto", B=1, C=64, H=2, split=((3, 4000), (3, 4000, 0))),
 )

@@ -1,4 +1,4 @@
-"""Ranks beside the rest of torch: whole modules under DDP, FSDP2 and by hand, and what torch does around calls."""
+"""Token parallelism with other parts of torch: modules under DDP, FSDP2 and by hand, and calls under transforms."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def grads_of(module: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def ddp_sum(rank: int, ranks: int, group: Any) -> dict[str, Tensor]:
-    """The loss is a sum over tokens: times the number of ranks, which DDP divides by."""
+    """The loss is a sum over tokens, multiplied by the number of ranks since DDP divides by it."""
     model = torch.nn.parallel.DistributedDataParallel(network())
     x, target = (mine(t, rank, ranks) for t in network_input())
     ((model(x, group=group) - target).square().sum() * ranks).backward()
@@ -55,7 +55,7 @@ def ddp_sum(rank: int, ranks: int, group: Any) -> dict[str, Tensor]:
 
 
 def ddp_mean(rank: int, ranks: int, group: Any) -> dict[str, Tensor]:
-    """The loss is a mean over tokens and all ranks have as many: nothing to do."""
+    """The loss is a mean over tokens, and all ranks have equally many: no correction is needed."""
     model = torch.nn.parallel.DistributedDataParallel(network())
     x, target = (mine(t, rank, ranks, even=True) for t in network_input())
     (model(x, group=group) - target).square().mean().backward()
@@ -76,7 +76,7 @@ def fsdp(rank: int, ranks: int, group: Any) -> dict[str, Tensor]:
 
 
 def fsdp_of_the_layer(rank: int, ranks: int, group: Any) -> dict[str, Tensor]:
-    """The layer in the block is sharded by itself: the block then calls it and its norm as modules."""
+    """The layer in the block is sharded separately: the block then calls the layer and its norm as modules."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -99,7 +99,7 @@ def by_hand(rank: int, ranks: int, group: Any) -> dict[str, Tensor]:
 
 
 def checkpointed(rank: int, ranks: int, group: Any) -> dict[str, Tensor]:
-    """Forward once more in backward, and its collectives with it, on all ranks alike."""
+    """The backward repeats the forward with its collectives, on all ranks."""
     from torch.utils.checkpoint import checkpoint
 
     model = network()
@@ -111,7 +111,7 @@ def checkpointed(rank: int, ranks: int, group: Any) -> dict[str, Tensor]:
 
 
 def compiled(rank: int, ranks: int, group: Any) -> dict[str, Tensor]:
-    """Under torch.compile the call is between the graphs; without breaks in the graph it is refused."""
+    """Under torch.compile the call is a graph break; with fullgraph=True it is refused."""
     model = network()
     x, target = (mine(t, rank, ranks) for t in network_input())
     function = torch.compile(model, backend="eager")
@@ -138,7 +138,7 @@ def exported(group: Any) -> Any:
 
 
 def twice(rank: int, ranks: int, group: Any) -> dict[str, Tensor]:
-    """Gradients of the squared gradients of the tokens, direct form."""
+    """Gradients of the squared gradients of the tokens, in the direct form."""
     case = Case("direct", dtype=torch.float64, split=((40, 27), (31, 0, 36)))
     x, dout, weights, _ = case.inputs()
     x, dout = (t.split(case.shards(ranks), 1)[rank] for t in (x, dout))
@@ -155,7 +155,7 @@ def second(function: Any, x: Tensor, dout: Tensor, weights: dict[str, Tensor]) -
 
 
 def autocast(rank: int, ranks: int, group: Any) -> dict[str, tuple[Tensor, Tensor]]:
-    """Ours and that of one process, in bfloat16 by autocast, for both forms."""
+    """Our results and those of one process, under bfloat16 autocast, for both forms."""
     pairs = {}
     for form in ("gram", "direct"):
         case = Case(form, block=True)
@@ -168,7 +168,7 @@ def autocast(rank: int, ranks: int, group: Any) -> dict[str, tuple[Tensor, Tenso
 
 
 def no_gradient_of_some_tokens(rank: int, ranks: int, group: Any) -> dict[str, tuple[Tensor, Tensor]]:
-    """Gradients of weights where the first rank's tokens want none: their sums, and those of one process."""
+    """Gradients of weights if the tokens of the first rank require none: their sums, and those of one process."""
     pairs = {}
     for form in ("gram", "direct"):
         case = Case(form, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Calls that every rank refuses, though only one of them may have the reason."""
+"""Calls that every rank refuses, even if only one rank has a reason."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ import xformer_kernels as xk
 
 @dataclass(frozen=True)
 class Refusal:
-    """A call that every rank refuses: `call` from the rank, the ranks and a group of them all."""
+    """A call that every rank refuses; `call` takes the rank, the number of ranks and the group of all ranks."""
 
     call: Callable[[int, int, Any], Any]
     types: tuple[type[Exception], ...]
     words: str
-    """In the message of at least one rank, in lower case."""
+    """Part of the message of at least one rank, in lower case."""
 
 
 def _differ(**other: Any) -> Callable[[int, int, Any], Any]:
-    """The last rank calls with something else than the others."""
+    """A call in which the last rank has other arguments."""
 
     def call(rank: int, ranks: int, group: Any) -> Any:
         changes = dict(other) if rank == ranks - 1 else {}
@@ -38,7 +38,7 @@ def _differ(**other: Any) -> Callable[[int, int, Any], Any]:
 
 
 def _module(change: Callable[[torch.nn.Module], Any], block: bool, C: int = 24) -> Callable[[int, int, Any], Any]:
-    """Modules whose last rank's is changed and has tokens of C features."""
+    """A call of a module that is changed on the last rank, whose tokens have C features."""
 
     def call(rank: int, ranks: int, group: Any) -> Any:
         module = (xk.XFABlock if block else xk.XFA)(24, 3)

@@ -1,4 +1,4 @@
-"""What the processes of tests/test_parallel.py do: one rank each, all cases, results in a file.
+"""Script of the processes of tests/test_parallel.py: runs all cases as one rank, and saves the results to a file.
 
 python tests/ranks.py RANK RANKS FOLDER
 """
@@ -23,12 +23,12 @@ from rank_refusals import EXTRA, REFUSALS, Refusal
 WAIT = timedelta(seconds=15)
 
 
-# ---------------------------------------------------------------------------------------------- bytes on the wire
+# ------------------------------------------------------------------------------------------ bytes of collectives
 
 
 @contextmanager
 def counted() -> Iterator[dict[str, int]]:
-    """Bytes of the tensors given to collectives, by the name of the collective."""
+    """Counts the bytes of the tensors passed to collectives, by the name of the collective."""
     seen: dict[str, int] = {}
     real = {name: getattr(dist, name) for name in ("all_reduce", "all_gather", "broadcast")}
 
@@ -68,25 +68,25 @@ def count(case: Case, rank: int, ranks: int, group: Any) -> dict[str, int]:
 
 
 def attempt(function: Callable[[], Any]) -> dict[str, Any]:
-    """The result or the error, and the seconds it took; nothing is run any more once ranks have waited in vain."""
-    if _waited_in_vain:
-        return {"error": "not run", "words": _waited_in_vain[0], "trace": _waited_in_vain[0], "seconds": 0.0}
+    """The result or the error, and the seconds that it took. After a timeout of a collective nothing more is run."""
+    if _timed_out:
+        return {"error": "not run", "words": _timed_out[0], "trace": _timed_out[0], "seconds": 0.0}
     start = time.monotonic()
     try:
         outcome = {"result": function()}
     except Exception as error:
         outcome = {"error": type(error).__name__, "words": str(error), "trace": traceback.format_exc()}
         if "imed out" in str(error) or "closed by peer" in str(error):
-            _waited_in_vain.append("after " + outcome["trace"])
+            _timed_out.append("after " + outcome["trace"])
     return {**outcome, "seconds": time.monotonic() - start}
 
 
-_waited_in_vain: list[str] = []
+_timed_out: list[str] = []
 
 
 def in_step(group: Any, rank: int, ranks: int) -> bool:
-    """Whether the ranks still hear each other in the order in which they speak."""
-    if _waited_in_vain:
+    """Whether the collectives of the ranks are still in the same order."""
+    if _timed_out:
         return False
     t = torch.tensor([rank])
     dist.all_reduce(t, group=group)
@@ -122,7 +122,7 @@ def main(rank: int, ranks: int, folder: Path) -> None:
         place = {0: 0, 2: 1}.get(rank)
         results["pair"] = attempt(lambda: Case().run(pair, 0 if place is None else place, 2))
     torch.save(results, folder / f"{rank}.pt")
-    if not _waited_in_vain:
+    if not _timed_out:
         dist.barrier()
         dist.destroy_process_group()
 

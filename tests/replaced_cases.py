@@ -1,4 +1,4 @@
-"""Modules whose attention is replaced, and the table of what users do to them."""
+"""Modules whose attention is replaced, and a table of changes that users make to them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ C, HEADS = 48, 4
 
 @dataclass(frozen=True)
 class Kind:
-    """A module that is replaced, with the names of its parts, and what goes into it."""
+    """A module to be replaced, with the names of its parts, and its inputs."""
 
     make: Callable[..., nn.Module]
     inputs: tuple[Any, ...]
@@ -44,7 +44,7 @@ class Kind:
         return model.get_submodule(self.attn)
 
     def part(self, model: nn.Module, name: str) -> Any:
-        """By the name of a field above."""
+        """The part with the name of one of the fields above."""
         path = getattr(self, name)
         return model.get_submodule(path) if name in ("norm", "drop_path") else getattr(self.layer(model), path)
 
@@ -75,7 +75,7 @@ KINDS = {
 
 
 def results(kind: Kind, model: nn.Module) -> dict[str, Tensor]:
-    """Output and gradients of everything that wants one."""
+    """The output, and the gradients of x and of all parameters that require one."""
     x = kind.x().requires_grad_()
     torch.manual_seed(7)
     y = model(x, *kind.inputs[1:])
@@ -92,10 +92,8 @@ def assert_same(kind: Kind, ours: nn.Module, theirs: nn.Module) -> None:
         torch.testing.assert_close(got[name], expected[name], rtol=1e-8, atol=1e-8, msg=lambda m, n=name: f"{n}: {m}")
 
 
-# The table.
-
 CALLS: list[str] = []
-"""The hooks that were called since it was last cleared."""
+"""The classes of modules whose hooks were called since the list was cleared."""
 
 
 class Twice(nn.Module):
@@ -104,7 +102,7 @@ class Twice(nn.Module):
 
 
 class Wrapped(nn.Module):
-    """As an adapter's layer: the base, and something beside it."""
+    """Like the layer of an adapter: the base module and an additional term."""
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
@@ -135,7 +133,7 @@ def wrap(name: str, wrapper: Callable[[nn.Module], nn.Module]) -> Callable[[Kind
 
 
 def patch(name: str) -> Callable[[Kind, nn.Module], None]:
-    """A forward set on the instance, as accelerate's offload does."""
+    """Sets a forward on the instance, as offloading in accelerate does."""
 
     def change(kind: Kind, model: nn.Module) -> None:
         part = kind.layer(model) if name == "layer" else kind.part(model, name)
@@ -146,7 +144,7 @@ def patch(name: str) -> Callable[[Kind, nn.Module], None]:
 
 
 def give(name: str, value: Callable[[Any, Kind], Any]) -> Callable[[Kind, nn.Module], None]:
-    """Another parameter in the place of the temperature or the layer scale."""
+    """Replaces the temperature or the layer scale by another parameter or value."""
 
     def change(kind: Kind, model: nn.Module) -> None:
         owner = kind.layer(model) if name == "temperature" else model
@@ -159,7 +157,7 @@ def give(name: str, value: Callable[[Any, Kind], Any]) -> Callable[[Kind, nn.Mod
 
 
 def mode(name: str, training: bool, p: float = 0.4) -> Callable[[Kind, nn.Module], None]:
-    """Of one part alone, as for Monte Carlo dropout or frozen layers."""
+    """Sets the mode of a single part, as for Monte Carlo dropout or frozen layers."""
 
     def change(kind: Kind, model: nn.Module) -> None:
         part = kind.part(model, name)

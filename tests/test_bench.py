@@ -1,4 +1,4 @@
-"""The benchmark's workloads, providers and output; no times."""
+"""Workloads, providers and output of the benchmarks; no times are checked."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from xformer_kernels.integrations import replace_attention
 
 ROOT = Path(__file__).parents[1]
 GB = 10**9
-# a GPU of 80 GB, beside the inputs, the caches of the allocator and the pools of CUDA graphs
+# for a GPU of 80 GB, minus inputs, caches of the allocator and pools of CUDA graphs
 MOST = 60 * GB
 
 
@@ -69,7 +69,7 @@ def test_layer_cases(kind, load, need_backend):
     assert cases[1].form() in modules.FORMS
 
 
-def test_each_form_runs_as_itself(load, need_backend):
+def test_named_forms_run(load, need_backend):
     need_backend("cpp")
     pytest.importorskip("timm", reason="the layer that is compared with is timm's")
     modules, workloads = load("modules"), load("workloads")
@@ -80,14 +80,14 @@ def test_each_form_runs_as_itself(load, need_backend):
             assert ("cpp", f"{'layer' if case.provider == 'cpp-gram' else 'xfa'}_backward") in ran
 
 
-def test_shapes_of_layers_are_those_of_the_blocks(load):
+def test_layers_and_blocks_have_the_same_shapes(load):
     sets = load("workloads").LAYER_SHAPES
     assert [f"block {shape}" for shape in sets["main"]] == list(map(str, sets["blocks"]))
     assert [shape.N for shape in sets["main"] if shape.many] == [65536, 16384, 3136]
 
 
 @pytest.mark.parametrize("backward", [False, True])
-def test_limit_of_a_layer_is_that_of_the_form_that_takes_less(backward, load):
+def test_limit_of_a_layer_is_that_of_the_cheaper_form(backward, load):
     LayerShape = load("workloads").LayerShape
     long, short = LayerShape(1, 65536, 64, 4), LayerShape(16, 8, 240, 4)
     assert long.flops(backward) == long.gram_flops(backward) < long.direct_flops(backward) / 2
@@ -95,7 +95,7 @@ def test_limit_of_a_layer_is_that_of_the_form_that_takes_less(backward, load):
 
 
 def test_peak_of_live_tensors(load):
-    """Of tensors in torch's allocator: temporaries count, what lived before and weights' gradients do not."""
+    """Temporaries count; tensors allocated before the call and gradients of weights do not."""
     measure = load("measure")
     x = torch.ones(1000, 64, requires_grad=True)
     w = torch.ones(64, 64, requires_grad=True)
@@ -110,13 +110,13 @@ def test_peak_of_live_tensors(load):
     gradients()
     assert measure.peak_live_bytes(temporary, 1, "cpu") == 4 * 5000
     assert measure.peak_live_bytes(lambda: [torch.empty(5000), torch.empty(1000)], 1, "cpu") == 4 * 5000
-    numbers = 2 * x.numel()  # the product, which the tuple of the call's arguments holds, and dx
+    numbers = 2 * x.numel()  # the product, kept alive by the tuple of arguments, and dx
     assert measure.peak_live_bytes(gradients, 1, "cpu") == 4 * numbers
     assert measure.peak_live_bytes(gradients, 2, "cpu") > 4 * numbers
 
 
 def test_peak_of_the_gram_form_is_its_results(load, need_backend):
-    """The allocations of our own kernels are seen: y, dx, and statistics that do not grow with the tokens."""
+    """Allocations of our kernels are counted: y, dx, and statistics, whose size does not depend on the tokens."""
     need_backend("cpp")
     pytest.importorskip("timm", reason="the layer that is compared with is timm's")
     measure, modules, workloads = load("measure"), load("modules"), load("workloads")
@@ -157,7 +157,7 @@ def test_layers_and_blocks_in_one_run(load, need_backend, monkeypatch, capsys, t
         assert ours["form"] in ("gram", "direct") and ours["regret"] > -1 and 0 < ours["memory_of_eager"] < 1
 
 
-def test_models_say_what_they_could_gain(load, need_backend, monkeypatch, capsys, tmp_path):
+def test_models_report_the_possible_gain(load, need_backend, monkeypatch, capsys, tmp_path):
     need_backend("cpp")
     main, mdta, workloads = load("__main__"), load("mdta"), load("workloads")
     monkeypatch.setattr(mdta, "mdta_48", lambda: mdta.Stack(8, 2, 2))
@@ -192,7 +192,7 @@ def test_replaced_parts(half, load):
 
 @pytest.mark.parametrize("rich", [True, False], ids=["rich", "plain"])
 def test_run(rich, load, monkeypatch, capsys, tmp_path):
-    """Everything from the arguments to the files, with what is optional and without it."""
+    """A whole run, from arguments to files, with and without rich."""
     if rich:
         pytest.importorskip("rich", reason="tables are drawn with rich where it is installed")
     else:
@@ -210,14 +210,14 @@ def test_run(rich, load, monkeypatch, capsys, tmp_path):
     assert sorted(path.name for path in tmp_path.glob("*/*")) == ["op-cpu-float32-test.csv", "op-cpu-float32-test.json"]
 
 
-def test_what_does_not_fit_the_time_is_said(load, monkeypatch, capsys):
+def test_workloads_without_time_are_reported(load, monkeypatch, capsys):
     main, workloads = load("__main__"), load("workloads")
     monkeypatch.setitem(main.KINDS["op"][0], "test", (workloads.OpShape(1, 16, 1, 8),))
     assert main.main(["op", "--shapes", "test", "--stop-after", "1e-9"]) == 3
     assert "NOT MEASURED" in capsys.readouterr().out
 
 
-def test_wrong_and_failing_providers_are_told_apart_from_right_ones(load, capsys):
+def test_wrong_and_failing_providers_are_reported(load, capsys):
     main, providers = load("__main__"), load("providers")
 
     def wrong():

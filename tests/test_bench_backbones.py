@@ -1,4 +1,4 @@
-"""The benchmark of the backbones: what is compared is equal, and what is written is whole; no times."""
+"""The benchmark of the backbones: compared models have equal outputs, and files are complete. No times are checked."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_files_have_all_columns(what, load, need_backend, monkeypatch, capsys, t
         assert stem.with_suffix(".png").exists() == report.can_plot()
 
 
-def test_what_does_not_fit_is_said(load, monkeypatch):
+def test_out_of_memory_is_reported(load, monkeypatch):
     backbones = load("backbones")
     step = backbones.step
 

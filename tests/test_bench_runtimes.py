@@ -1,4 +1,4 @@
-"""Other runtimes beside PyTorch in the benchmark of the backbones: their outputs are PyTorch's; no times."""
+"""Other runtimes in the benchmark of the backbones: their outputs equal PyTorch's. No times are checked."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_outputs_are_those_of_pytorch(runtime, load):
         assert (run(x) - expected).abs().max() <= backbones.EQUAL * expected.abs().max()
 
 
-def test_what_is_not_installed_is_left_out(load, monkeypatch, capsys):
+def test_missing_runtimes_are_skipped(load, monkeypatch, capsys):
     backbones, runtimes = load("backbones"), load("runtimes")
     monkeypatch.setattr(runtimes, "missing", lambda runtime: ["openvino"] if runtime == "openvino" else [])
     asked = []
@@ -32,7 +32,7 @@ def test_what_is_not_installed_is_left_out(load, monkeypatch, capsys):
     assert set(asked) == {"onnxruntime"}
 
 
-def test_unequal_outputs_are_left_out(load, monkeypatch, capsys):
+def test_unequal_outputs_are_skipped(load, monkeypatch, capsys):
     backbones, runtimes = load("backbones"), load("runtimes")
     wrong = {"openvino": lambda images: torch.ones(len(images), 1000)}
     monkeypatch.setattr(runtimes, "load", lambda model, name, shape, wanted: wrong)

@@ -1,4 +1,4 @@
-"""Blocks of timm's models whose layer norm, attention, layer scale and residual become one."""
+"""Blocks of timm's models whose layer norm, attention, layer scale and residual are fused."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ BLOCKS = pytest.mark.parametrize(
 
 @BLOCKS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_blocks_are_one(kind, model, shape, dtype, ran_auto, monkeypatch):
-    """Neither the layer norm nor the layer is called by itself; the numbers are those of the original."""
+def test_blocks_are_fused(kind, model, shape, dtype, ran_auto, monkeypatch):
+    """The layer norm and the layer are not called separately; results are those of the original."""
     model = randomize(copy.deepcopy(model)).to(dtype).eval()
     x = randn(*shape, seed=1, dtype=dtype)
     dy = randn(*shape, seed=2, dtype=dtype)
@@ -72,7 +72,7 @@ def test_drop_path_drops_the_same_images(kind, model, shape):
 @BLOCKS
 @pytest.mark.parametrize("hooked", ["norm", "layer", "qkv"])
 def test_hooks_of_parts_are_called(hooked, kind, model, shape):
-    """Feature extraction and adapters: a part with a hook is called, and what the hook returns is used."""
+    """For feature extraction and adapters: a part with a hook is called, and the result of the hook is used."""
     model = randomize(copy.deepcopy(model)).double().eval()
     x, called = randn(*shape, seed=1, dtype=torch.float64), []
 
@@ -101,8 +101,8 @@ def test_blocks_are_restored(kind, model, shape):
     assert torch.equal(model(x), expected)
 
 
-def test_blocks_that_compute_something_else_are_left_alone(monkeypatch):
-    """Another release of timm may change a block: then its layer alone is replaced."""
+def test_changed_blocks_are_not_replaced(monkeypatch):
+    """If another release of timm changes a block, only its layer is replaced."""
     monkeypatch.setattr(XCABlock, "forward", lambda self, x, H, W: x + 2 * self.attn(self.norm1(x)))
     block = XCABlock(48, 4)
     assert replace_attention(block) == 1 and not is_replaced(block) and is_replaced(block.attn)

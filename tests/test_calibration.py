@@ -1,4 +1,4 @@
-"""The figures by which form="auto" chooses: measured, kept, read; and layers that are timed. No times are judged."""
+"""Figures that form="auto" uses: measuring, saving and loading them, and timing of layers. No times are checked."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CLOSE, FAR = (1, 784, 192), (1, 4, 192)
 
 @pytest.fixture
 def file(tmp_path, monkeypatch, need_backend):
-    """Calibration is on, with a file of its own, and measuring the figures takes no time."""
+    """Calibration is on, with a temporary file, and measuring the figures is replaced by a constant."""
     need_backend("cpp")
     monkeypatch.setenv(calibration.ENVIRONMENT, str(tmp_path / "figures.json"))
     monkeypatch.setattr(timing, "measure", lambda dtype=torch.float32: MEASURED)
@@ -33,7 +33,7 @@ def file(tmp_path, monkeypatch, need_backend):
 
 @pytest.fixture
 def timed(file, monkeypatch):
-    """The forms of layers that were timed, in order; the second one always takes longer."""
+    """The forms that were timed, in order; the Gram form is always faster."""
     seen = []
 
     def seconds(*args):
@@ -75,8 +75,8 @@ def test_measured_figures_are_kept_and_read_again(layer, file, timed):
     assert explained(layer).form == "gram"
 
 
-def test_the_answer_of_a_timed_layer_stands(layer, file, timed):
-    """For its shape and those an eighth of an octave around it, and not for a call that records gradients."""
+def test_timed_form_is_used_for_similar_shapes(layer, file, timed):
+    """The result applies to shapes within an eighth of an octave, but not to calls that record gradients."""
     x = torch.randn(CLOSE)
     with torch.no_grad():
         for size in (CLOSE, CLOSE, (1, 790, 192)):
@@ -87,14 +87,14 @@ def test_the_answer_of_a_timed_layer_stands(layer, file, timed):
     assert sorted(json.loads(file.read_text())["timed"].values()) == ["gram", "gram"]
 
 
-def test_nothing_is_measured_where_the_choice_is_clear(layer, file, timed, monkeypatch):
+def test_nothing_is_measured_if_the_choice_is_clear(layer, file, timed, monkeypatch):
     monkeypatch.setattr(timing, "measure", lambda dtype: pytest.fail("measured"))
     layer(torch.randn(FAR))
     assert explained(layer, FAR).form == "direct" and not timed and not file.exists()
 
 
 @pytest.mark.parametrize("state", ["compile", "export", "vmap", "profiler", "deterministic", "off", "reference"])
-def test_nothing_is_measured_where_something_sees_the_call(state, layer, file, timed, monkeypatch):
+def test_nothing_is_measured_in_states_that_would_notice(state, layer, file, timed, monkeypatch):
     monkeypatch.setattr(timing, "measure", lambda dtype: pytest.fail("measured"))
     x = torch.randn(CLOSE)
     with torch.no_grad():
@@ -123,8 +123,8 @@ def test_nothing_is_measured_where_something_sees_the_call(state, layer, file, t
     assert not timed and not file.exists()
 
 
-def test_a_compiled_layer_takes_the_figures_of_the_file(layer, file, monkeypatch):
-    """There is one where products cost nothing, so that the direct form is the cheaper one of any size."""
+def test_compiled_layer_uses_the_figures_of_the_file(layer, file, monkeypatch):
+    """With figures where products cost nothing, the direct form is cheaper at any size."""
     free = MEASURED._replace(matmul=1e20, bandwidth=1e20)
     file.write_text(json.dumps(held({"float32": free._asdict()})))
     x = torch.randn(1, 4096, 192)
@@ -158,7 +158,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("bad", BAD)
-def test_a_bad_file_is_left_alone_with_one_warning(bad, layer, file, timed):
+def test_bad_file_is_not_changed_and_warned_about_once(bad, layer, file, timed):
     content = BAD[bad]
     if content is None:
         file.mkdir()
@@ -174,7 +174,7 @@ def test_a_bad_file_is_left_alone_with_one_warning(bad, layer, file, timed):
     assert before is None or file.read_text() == before
 
 
-def test_a_file_that_cannot_be_written_is_no_error(layer, file, timed, monkeypatch, tmp_path, capsys):
+def test_unwritable_file_is_no_error(layer, file, timed, monkeypatch, tmp_path, capsys):
     (tmp_path / "no folder").write_text("")
     monkeypatch.setenv(calibration.ENVIRONMENT, str(tmp_path / "no folder" / "figures.json"))
     with warnings.catch_warnings():
@@ -186,7 +186,7 @@ def test_a_file_that_cannot_be_written_is_no_error(layer, file, timed, monkeypat
     assert "not kept: " in capsys.readouterr().out
 
 
-def test_the_file_of_the_user(monkeypatch, tmp_path):
+def test_default_file(monkeypatch, tmp_path):
     monkeypatch.delenv(calibration.ENVIRONMENT)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("LOCALAPPDATA", str(tmp_path))
@@ -197,7 +197,7 @@ def test_the_file_of_the_user(monkeypatch, tmp_path):
     assert calibration.path() != path
 
 
-def test_the_command(file, capsys, monkeypatch):
+def test_command(file, capsys, monkeypatch):
     assert calibrate.main([]) == 0
     assert f"written to {file}" in capsys.readouterr().out
     text = file.read_text()
@@ -223,10 +223,10 @@ def keep(name):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are started by fork: they need no import of torch")
 def test_two_processes_at_once(file):
-    """Each writes the file whole, with what the other has found."""
+    """Each process writes the whole file, including the results of the other."""
     calibration.key()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # Python's, of threads that fork does not copy
+        warnings.simplefilter("ignore", DeprecationWarning)  # of Python, since fork does not copy threads
         ours = [multiprocessing.get_context("fork").Process(target=keep, args=(name,)) for name in "ab"]
         for process in ours:
             process.start()
@@ -241,7 +241,7 @@ def test_two_processes_at_once(file):
 
 
 @pytest.mark.parametrize("clock", ["coarse", "stopped"])
-def test_a_clock_that_does_not_serve(clock, layer, file, monkeypatch):
+def test_unusable_clock(clock, layer, file, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setenv(calibration.ENVIRONMENT, str(file))
     if clock == "coarse":
@@ -253,8 +253,8 @@ def test_a_clock_that_does_not_serve(clock, layer, file, monkeypatch):
     assert explained(layer).figures.startswith("built-in") and not file.exists()
 
 
-def test_where_no_figures_fit_layers_are_timed(layer, file, timed, monkeypatch):
-    """As where others use the machine: in a wider range, and for this process alone."""
+def test_layers_are_timed_if_no_figures_fit(layer, file, timed, monkeypatch):
+    """If no figures fit (the machine is busy), layers are timed in a wider range, and results are not saved."""
     measured = []
     monkeypatch.setattr(timing, "measure", measured.append)
     for size in (CLOSE, (1, 400, 192), (1, 2000, 192), FAR, CLOSE):
@@ -276,8 +276,8 @@ def test_figures_are_fitted_to_times():
     assert without.linear / without.matmul == pytest.approx(2)
 
 
-def test_measuring(monkeypatch):
-    """Whatever the machine does beside: no figures, or such as a file may hold."""
+def test_measure(monkeypatch):
+    """On a busy machine too: the result is None or valid figures; the random number generator is unchanged."""
     monkeypatch.setattr(timing, "LONGEST", 0.0)
     state = torch.get_rng_state()
     figures = timing.measure()
@@ -285,8 +285,8 @@ def test_measuring(monkeypatch):
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_timing_leaves_no_trace(file, layer):
-    """Random numbers, gradients, hooks and what checkpointing counts are as with the form asked for by name."""
+def test_timing_has_no_side_effects(file, layer):
+    """Random numbers, gradients, hooks and saved tensors are the same as with the form requested by name."""
     layer = xk.XFABlock(192, 6, True, attn_drop=0.3, layer_scale=1.0)
     x = torch.randn(CLOSE, requires_grad=True)
     touched = []
@@ -328,13 +328,13 @@ def test_long_calls_are_timed_once(monkeypatch):
     assert len(calls) == 8
 
 
-def test_timing_goes_on_until_the_least_times_agree():
-    """Here the direct form is the faster one, and something else runs during most of its calls."""
+def test_timing_continues_until_the_minimum_times_agree():
+    """The direct form is faster, but other work slows down most of its calls."""
     times = {"gram": iter([0.025, 0.02] * 9), "direct": iter([0.09, 0.08, 0.07, 0.06, 0.01, 0.05, 0.0101] * 2)}
     assert timing.faster(lambda form: next(times[form]), 1.0) == "direct"
     assert next(times["direct"]) == 0.09
 
 
-def test_what_was_timed_once_counts_as_much_as_the_figures():
+def test_single_times_and_figures_have_equal_weight():
     for gram, estimated, form in ((0.9, 1.2, "direct"), (0.9, 1.1, "gram"), (1.1, 0.8, "gram"), (1.1, 1.0, "direct")):
         assert timing.faster(lambda form, gram=gram: gram if form == "gram" else 1.0, estimated) == form

@@ -1,4 +1,4 @@
-"""From a public function to a kernel: how many frames, what is checked where, and what a backend is."""
+"""The path from a public function to a kernel: its number of frames, the checks, and the parts of a backend."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from xformer_kernels.spec import Spec
 
 
 def frames(monkeypatch, call, name):
-    """Names of Python's frames from a public function to the backend's function `name`, both included."""
+    """Names of the Python frames from a public function to the backend's function `name`, inclusive."""
     module, found = backends.load("cpp")[0].module, []
     kernel = getattr(module, name)
 
@@ -34,7 +34,7 @@ def frames(monkeypatch, call, name):
     return found[0]
 
 
-def test_few_frames_lie_between_a_function_and_its_kernel(monkeypatch, need_backend):
+def test_number_of_frames_to_the_kernel(monkeypatch, need_backend):
     need_backend("cpp")
     q, k, v = (randn(1, 2, 9, 4, seed=i).requires_grad_() for i in range(3))
     t, x = torch.ones(2), randn(1, 9, 8, seed=4).requires_grad_()
@@ -53,7 +53,7 @@ def test_few_frames_lie_between_a_function_and_its_kernel(monkeypatch, need_back
     assert in_gram_form[1] == "xfa_layer" and len(in_gram_form[1:]) <= 5
 
 
-def test_a_spec_is_checked_by_name_and_has_a_text():
+def test_spec_checks_and_text():
     for config in CONFIGS:
         spec = config.spec.check()
         assert Spec.of_text(spec.text) == spec and hash(spec) == hash(config.spec)
@@ -68,7 +68,7 @@ def test_a_spec_is_checked_by_name_and_has_a_text():
         (Spec(eps="1"), TypeError, "eps must be a number above 0, got str"),
         (Spec("key_value", "none", feature_maps=("softmax_tokens", "relu")), ValueError, "feature_map of q must be"),
         (Spec("key_value", "none", normalize=1), TypeError, "normalize must be True or False, got int"),
-        # choices that have no formula together
+        # combinations without a formula
         (
             Spec(normalize=True),
             ValueError,
@@ -80,7 +80,7 @@ def test_a_spec_is_checked_by_name_and_has_a_text():
             wrong.check()
 
 
-# ------------------------------------------------------------------------------- a backend of thirty lines, in one line
+# ----------------------------------------------------------------------------------------- a backend of thirty lines
 
 
 def unsupported(device_type, dtypes, head_dims):
@@ -120,8 +120,8 @@ def slate(monkeypatch):
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
-def test_a_backend_is_a_module_and_a_line(config, slate):
-    """It serves all of the package, of any order of derivatives, and says why not."""
+def test_adding_a_backend(config, slate):
+    """A new backend serves all of the package, with derivatives of any order, and its reasons are reported."""
     problem = make_problem((2, 13, 2, 4), config, masked=True)
     with dispatch.record() as ran:
         problem.check(problem.run(xk.xfa, backend=slate))
@@ -138,7 +138,7 @@ def test_a_backend_is_a_module_and_a_line(config, slate):
         xk.gram(torch.ones(1, 1, 5, 9), torch.ones(1, 1, 5, 9), backend=slate)
 
 
-def test_a_backend_may_ask_to_come_first(slate, monkeypatch):
+def test_backend_may_come_first(slate, monkeypatch):
     monkeypatch.setattr(backends.PATHS[slate], "comes_first", lambda q, spec: spec.norm == "token", raising=False)
     backend, _ = backends.load(slate)
     assert backend.comes_first(torch.empty(1, 1, 1, 1), Spec())

@@ -1,4 +1,4 @@
-"""Which of Triton and CUDA auto asks first: the table, and the walk that it gives."""
+"""Which of Triton and CUDA auto tries first: the table, and the resulting order of backends."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from xformer_kernels.spec import Spec
         (90, 4, 4096, 33, False),
         (90, 4, 2048, 48, True),
         (90, 4, 16, 65, False),
-        (90, 33, 196, 32, False),  # heads alone fill the machine
+        (90, 33, 196, 32, False),  # the heads fill the GPU
         (100, 8, 1024, 32, True),
         (120, 8, 1024, 32, True),
         (120, 8, 4096, 32, False),
@@ -31,12 +31,12 @@ from xformer_kernels.spec import Spec
         (90, 0, 16, 32, False),
     ],
 )
-def test_few_heads_whose_tokens_fit_are_for_cuda(capability, heads, tokens, features, first):
-    """Of 16 bits."""
+def test_few_heads_that_fit_use_cuda(capability, heads, tokens, features, first):
+    """For 16-bit dtypes."""
     assert cuda_first.cuda_first(capability, heads, tokens, features, 2) is first
 
 
-def test_first_asked_goes_before_the_others():
+def test_first_backend_precedes_the_others():
     text = str(dispatch.explain("auto", "meta", (torch.float32,), (32,), "cuda"))
     assert text.index("  cuda:") < text.index("  cpp:") < text.index("  triton:")
     explained = dispatch.explain("auto", "meta", (torch.float32,), (32,))

@@ -1,4 +1,4 @@
-"""Exported programs without this package's ops: ONNX by torch.onnx as it is, and others by the decompositions."""
+"""Exported programs without ops of this package: ONNX files of plain torch.onnx, and run_decompositions."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def of_this_package(program):
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_run_decompositions(name):
-    """Programs of any batch and number of tokens; statistics for the backward are not in them."""
+    """Programs for any batch size and number of tokens, without the statistics for the backward."""
     module = Attention(FUNCTIONS[name]).eval()
     program = torch.export.export(module, inputs(2, 20), dynamic_shapes=({0: B, 1: N}, {0: B, 1: N}))
     assert of_this_package(program)
@@ -82,7 +82,7 @@ def test_layers(kind, form):
 
 
 def onnx_outputs(module, args, dynamic_shapes, others, path):
-    """Of a file that torch.onnx writes of the module, without any option of ours."""
+    """Outputs of the file that torch.onnx exports from the module, without options of this package."""
     runtime = pytest.importorskip("onnxruntime", reason="onnxruntime runs the files")
     pytest.importorskip("onnxscript", reason="torch.onnx needs onnxscript")
     torch.onnx.export(module, args, path, dynamo=True, dynamic_shapes=dynamic_shapes, verbose=False)
@@ -122,7 +122,7 @@ def test_onnx_of_functions(tmp_path):
 
 
 def test_compiled_graphs_call_the_kernels(need_backend, ran_backend):
-    """With symbolic shapes, too, and in the layout that the kernel gives."""
+    """Also with symbolic shapes; results have the layout that the kernel returns."""
     need_backend("cpp")
     function = torch.compile(
         lambda q, k, v, t: xk.xfa(q, k, v, t) * 2, backend="aot_eager", dynamic=True, fullgraph=True

@@ -1,4 +1,4 @@
-"""Same inputs, same bits: from call to call, and whatever the number of threads."""
+"""Results are bitwise the same for the same inputs, in repeated calls and for any number of threads."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from cases import CONFIGS, make_problem, randn
 import xformer_kernels as xk
 from xformer_kernels.testing import assert_bitwise
 
-# One chunk of tokens, several chunks, many small units, one single unit.
+# One chunk of tokens, several chunks, many small units, a single unit.
 SHAPES = ((1, 20011, 1, 24), (2, 4500, 2, 48), (16, 64, 4, 60), (1, 9, 1, 4), (1, 300, 1, 257))
 THREADS = (1, 2, 3, 4)
 
 
 def threads_of(kernel):
-    """Numbers of threads that may matter; where none does, calls that must agree."""
+    """Numbers of threads to compare; for kernels without threads, repeated calls."""
     return THREADS if kernel == "cpp" else (2, 2)
 
 

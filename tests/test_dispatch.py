@@ -1,4 +1,4 @@
-"""Which backend serves a call, why the others do not, and what is said of a bad call."""
+"""Which backend serves a call, the reasons why others do not, and the errors for invalid arguments."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def no_override(monkeypatch):
     monkeypatch.delenv("XFORMER_KERNELS_BACKEND", raising=False)
 
 
-def test_auto_takes_the_kernels_and_says_so(p, need_backend, no_override, ran_backend):
+def test_auto_uses_the_kernels(p, need_backend, no_override, ran_backend):
     need_backend("cpp")
     with ran_backend("cpp", "xfa_forward", "xfa_backward"):
         p.run(xk.xfa)
@@ -37,14 +37,14 @@ def test_auto_takes_the_kernels_and_says_so(p, need_backend, no_override, ran_ba
 
 
 def test_auto_falls_back_to_the_reference_with_the_reason(p, no_override, ran_backend):
-    """Heads of more features than the kernels take are for the reference, and the reasons are printed."""
+    """The reference serves heads with more features than the kernels support; the reasons are printed."""
     wide = torch.ones(1, 1, 3, 600)
     explanation = xk.explain(wide, wide, wide, torch.ones(1))
     assert explanation.backend == "reference"
     assert "cpp: no\n    - 600 features per head, the kernels take 1 to 512" in str(explanation)
 
 
-def test_meta_tensors_take_the_reference(p, no_override):
+def test_meta_tensors_use_the_reference(p, no_override):
     out = xk.xfa(*(x.to("meta") for x in args(p)))
     assert out.device.type == "meta" and out.shape == p.q.shape
     assert "meta" in str(xk.explain(*(x.to("meta") for x in args(p))))
@@ -77,8 +77,8 @@ def test_named_backend_that_cannot_serve_gives_every_reason(p):
         assert word in str(error.value)
 
 
-def test_no_features_are_for_the_reference(recwarn):
-    """There is nothing to compute; the kernels say so and do not crash."""
+def test_no_features_use_the_reference(recwarn):
+    """Without features there is nothing to compute; the kernels refuse the call and do not crash."""
     q, k, v = torch.ones(3, 2, 2, 5, 0, requires_grad=True).unbind(0)
     t = torch.ones(2)
     for map in ("query_key", "key_value"):
@@ -101,7 +101,7 @@ def test_no_heads(kernel, ran_backend):
 
 
 @pytest.mark.filterwarnings("ignore:no kernel:RuntimeWarning")
-def test_very_wide_heads_are_for_the_reference(ran_backend):
+def test_very_wide_heads_use_the_reference(ran_backend):
     p = make_problem((1, 30, 1, 600), layout="contiguous", dout="contiguous")
     with ran_backend("reference"):
         p.check(p.run(xk.xfa))
@@ -127,7 +127,7 @@ def test_explain_takes_what_xfa_takes(p):
 # ---------------------------------------------------------------------------------------------------------- bad input
 
 
-# (what is changed in a good call, the exception, what its message must contain)
+# (changes of a valid call, exception, regular expressions that its message must match)
 def nested():
     return torch.nested.nested_tensor([torch.ones(5, 8), torch.ones(7, 8)])
 
@@ -300,7 +300,7 @@ def test_bad_channel_mix_tensors(name, change):
     ids=str,
 )
 def test_bad_layer(kwargs, words):
-    """At construction, not at the first batch."""
+    """Errors are raised at construction, not at the first batch."""
     assert_refused(lambda: xk.XFA(**kwargs), ValueError, words)
     assert_refused(lambda: xk.XFABlock(**kwargs), ValueError, words)
 
@@ -313,7 +313,7 @@ def test_sizes_of_a_layer_are_integers(name, value):
 
 
 def test_constructors_take_a_device_and_a_dtype():
-    """As torch's layers do, and with them torch.nn.utils.skip_init."""
+    """As in torch's layers; torch.nn.utils.skip_init works too."""
     for kind in (xk.XFA, partial(xk.XFABlock, layer_scale=1e-6)):
         meta = kind(8, 2, True, device="meta", dtype=torch.float64)
         assert all(p.is_meta and p.dtype == torch.float64 for p in meta.parameters())

@@ -1,4 +1,4 @@
-"""Memory that was never written, zeros, clamped norms, huge and tiny numbers, NaN and Inf."""
+"""Uninitialized memory, zeros, clamped norms, huge and tiny numbers, NaN and Inf."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ UNWRITTEN_SHAPES = ((2, 17, 3, 5), (1, 4099, 2, 24), (1, 37, 1, 130), (2, 1, 2, 
 
 @pytest.fixture
 def nan_filled_allocations():
-    """Every torch.empty comes filled with NaN (or the largest integer)."""
+    """torch.empty returns memory filled with NaN (or the largest integer)."""
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     assert torch.empty(3).isnan().all()
@@ -37,7 +37,7 @@ def test_every_result_is_written_and_no_unwritten_memory_read(
 ):
     for shape in map(shorter, UNWRITTEN_SHAPES):
         if interpreted and shape[1] > 20 and masked != (dtype == torch.bfloat16):
-            continue  # shapes of more tokens: masked in one dtype, all of them in the other
+            continue  # shapes with more tokens: with a mask in bfloat16 only, without in float32 only
         p = make_problem(shape, config, dtype=dtype, masked=masked, device=device)
         with ran("xfa_forward", "xfa_backward"):
             result = p.run(xk.xfa, backend=kernel)
@@ -92,10 +92,10 @@ for block in (False, True):
 """
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's malloc.perturb is Linux's")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs malloc.perturb of glibc")
 @pytest.mark.parametrize("only", ["cpp"])
 def test_scratch_memory_of_the_kernels_is_written_before_it_is_read(only, need_backend):
-    """With glibc filling what malloc gives with huge numbers (0x7f7f...), the bits are those of an untroubled run."""
+    """Results are bitwise the same if glibc fills allocated memory with huge numbers (0x7f7f...)."""
     need_backend(only)
 
     def digests(**env):
@@ -119,7 +119,7 @@ def check(p: Problem, backend: str, ran) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("eps", [1e-12, 0.1])
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_zero_features_and_zero_tokens(config, eps, dtype, backend, device, ran):
-    """Norms of zero, over tokens and over features: their gradients, divided by eps, are far above or near the rest."""
+    """Norms of zero, over tokens and over features; their gradients are divided by eps."""
     p = make_problem((2, 40, 2, 6), replace(config, eps=eps), dtype=dtype, layout="token_major", device=device)
     p.q[:, 0, :, 2] = 0
     p.k[:, :, :, 3] = 0
@@ -141,7 +141,7 @@ def test_all_zero(config, backend, device, ran):
 @pytest.mark.parametrize("eps", [1e-36, 1e-30, 1e-6, 3.0, 1e6])
 @pytest.mark.parametrize("norm", ["token", "feature"])
 def test_eps(norm, eps, backend, device, ran):
-    """From one close to the smallest that float32 can divide by to one above every norm; some norms are zero."""
+    """From close to the smallest eps that float32 can divide by, up to above all norms; some norms are zero."""
     p = make_problem((2, 30, 2, 6), Config(norm=norm, eps=eps), layout="contiguous", device=device)
     p.q[:, :, :, 1] = 0
     p.k[:, :, 4] = 0
@@ -153,7 +153,7 @@ def test_eps(norm, eps, backend, device, ran):
 @pytest.mark.parametrize("scale", [1e-11, 1e-5, 1e6, 1e12])
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_magnitudes_of_q_and_k(config, scale, backend, device, ran):
-    """The cosines do not see them: q is scaled by `scale`, k by its inverse (above eps both)."""
+    """q is scaled by `scale` and k by its inverse; both norms stay above eps, so the cosines do not change."""
     p = make_problem((2, 500, 2, 12), config, layout="contiguous", device=device)
     p.q *= scale
     p.k /= scale
@@ -164,14 +164,14 @@ def test_magnitudes_of_q_and_k(config, scale, backend, device, ran):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("temperature", [0.0, -2.0, 1e-3, 100.0, 1e4])
 def test_temperatures(temperature, dtype, backend, device, ran):
-    """Up to maps that are one-hot: the softmax is taken after subtracting the largest."""
+    """Up to one-hot maps: the softmax subtracts the maximum first."""
     p = make_problem((2, 64, 2, 12), dtype=dtype, device=device)
     p.temperature.fill_(temperature)
     check(p, backend, ran)
 
 
-def test_a_mean_far_above_the_spread(backend, device, ran, shorter):
-    """Features that are nearly constant over tokens: sums of squares far above what distinguishes them."""
+def test_mean_far_above_the_spread(backend, device, ran, shorter):
+    """Features nearly constant over the tokens: sums of squares are far larger than the differences."""
     p = make_problem(shorter((1, 4000, 2, 16)), layout="contiguous", device=device)
     for x in (p.q, p.k, p.v):
         x += 20
@@ -182,13 +182,15 @@ def test_a_mean_far_above_the_spread(backend, device, ran, shorter):
 
 
 @pytest.mark.one_in(3)
-# bf16 may be multiplied by pairs, of tokens and of features: an even number of features, an odd one of tokens
+# for products of bf16 pairs (of tokens and of features): an even number of features, an odd number of tokens
 @pytest.mark.parametrize("dtype, N, D", [(torch.float32, 40, 5), (torch.bfloat16, 41, 6)], ids=str)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("name", ["q", "k", "v"])
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_nonfinite_inputs_propagate(config, name, value, dtype, N, D, backend, device, ran):
-    """The output is NaN or Inf exactly where the definition's is; no gradient hides it; no other head is touched."""
+    """The output is NaN or Inf exactly where the reference's is; gradients are not finite where the reference's are
+    not; other heads and sequences do not change.
+    """
     p = make_problem((2, N, 2, D), config, dtype=dtype, layout="contiguous", device=device)
     clean = p.run(xk.xfa, backend=backend)
     getattr(p, name)[1, 0, 3, 2] = value
@@ -198,7 +200,7 @@ def test_nonfinite_inputs_propagate(config, name, value, dtype, N, D, backend, d
     oracle = p.oracle()
     for x in ("dq", "dk", "dv", "dtemperature"):
         hidden = result[x].isfinite() & ~oracle[x].isfinite()
-        assert not hidden.any(), f"{x} is finite at {int(hidden.sum())} places where the definition's is not"
+        assert not hidden.any(), f"{x} is finite at {int(hidden.sum())} places where the reference's is not"
     for x in ("out", "dq", "dk", "dv"):
         assert_bitwise(result[x][0], clean[x][0], f"{x} of the other sequence")
         assert_bitwise(result[x][1, 1], clean[x][1, 1], f"{x} of the other head")
@@ -235,7 +237,7 @@ def test_nan_temperature_stays_in_its_head(backend, device, ran):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_what_masked_tokens_hold_does_not_matter(config, value, backend, device, ran):
-    """Neither in q, k and v nor in the gradient of the output: padding may hold anything."""
+    """Values of masked tokens of q, k, v and dout are ignored: padding may contain anything."""
     p = make_problem((2, 40, 2, 5), config, layout="contiguous", dout="contiguous", masked=True, device=device)
     clean = p.run(xk.xfa, backend=backend)
     rows = (~p.token_mask)[:, None, :, None]
@@ -247,7 +249,7 @@ def test_what_masked_tokens_hold_does_not_matter(config, value, backend, device,
         assert_bitwise(x, clean[name], name)
 
 
-def test_what_masked_tokens_hold_does_not_matter_to_the_second_derivative(backend, device):
+def test_second_derivatives_ignore_masked_tokens(backend, device):
     p = make_problem(
         (2, 10, 2, 3), layout="contiguous", dout="contiguous", dtype=torch.float64, masked=True, device=device
     )

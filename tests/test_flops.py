@@ -1,4 +1,4 @@
-"""What the ops count as: against the products that the reference makes of the same."""
+"""FLOP counts of the ops, compared with the products of the reference."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def test_primitives():
 
 
 @pytest.mark.parametrize("map", ["query_key", "key_value"])
-def test_layer_counts_what_its_passes_and_its_algebra_multiply(map):
-    """The formulas against the same steps in eager PyTorch, which multiplies both halves of a symmetric product."""
+def test_layer_counts_passes_and_algebra(map):
+    """The formulas, compared with the same steps in eager PyTorch, which computes both halves of symmetric products."""
     module = layer(map)
     x, dy = randn(B, N, C, seed=1), randn(B, N, C, seed=2)
     args = layer_ops.Operands(x, *module.weights())
@@ -60,7 +60,7 @@ def test_layer_counts_what_its_passes_and_its_algebra_multiply(map):
     as_in_schemas = (*choices._replace(spec=choices.spec.text), "reference")
 
     def total(function):
-        """Products with vectors, of means and biases, are linear in C and not part of the formulas."""
+        """Products with vectors (means and biases) are linear in C, and not part of the formulas."""
         with FlopCounterMode(display=False) as counter:
             result = function()
         return counter.get_total_flops(), result

@@ -1,4 +1,4 @@
-"""Linear layers and depthwise convolutions in one pass, against float64: any shape, any part of them, any threads."""
+"""Fused linear layers and depthwise convolutions, compared with float64: shapes, optional parts, numbers of threads."""
 
 from __future__ import annotations
 
@@ -34,28 +34,28 @@ def double(part):
     return part.double() if isinstance(part, torch.Tensor) else part
 
 
-def plainly(y, norm, hard_swish):
+def norm_and_activation(y, norm, hard_swish):
     if norm is not None:
         y = F.batch_norm(y, norm.mean, norm.variance, norm.weight, norm.bias, eps=norm.eps)
     return F.hardswish(y) if hard_swish else y
 
 
-def linear_plainly(x, weight, bias=None, *, batch_norm=None, layer_norm=None, hard_swish=False, add=None):
+def linear_in_torch(x, weight, bias=None, *, batch_norm=None, layer_norm=None, hard_swish=False, add=None):
     if layer_norm is not None:
         x = F.layer_norm(x, x.shape[-1:], *layer_norm)
     rows = F.linear(x, weight, bias).reshape(-1, weight.shape[0])
-    y = plainly(rows, batch_norm, hard_swish).reshape(*x.shape[:-1], weight.shape[0])
+    y = norm_and_activation(rows, batch_norm, hard_swish).reshape(*x.shape[:-1], weight.shape[0])
     return y if add is None else add + y
 
 
-def depthwise_plainly(x, weight, bias=None, stride=1, *, batch_norm=None, hard_swish=False):
+def depthwise_in_torch(x, weight, bias=None, stride=1, *, batch_norm=None, hard_swish=False):
     y = F.conv2d(x, weight, bias, stride, weight.shape[-1] // 2, groups=len(weight))
-    return plainly(y, batch_norm, hard_swish)
+    return norm_and_activation(y, batch_norm, hard_swish)
 
 
 def check(function, plain, *args, **parts):
-    """The rule against the oracle in float64, whatever memory held before."""
-    torch.use_deterministic_algorithms(True)  # fills what is allocated with NaN
+    """Compares a kernel with the oracle in float64; allocated memory is filled with NaN."""
+    torch.use_deterministic_algorithms(True)  # fills allocated memory with NaN
     try:
         result = function(*args, **parts)
     finally:
@@ -66,7 +66,8 @@ def check(function, plain, *args, **parts):
     return result
 
 
-# tokens, features in and out: one vector and less, whole vectors and not, few tokens and many features, one beside 96
+# (tokens, input features, output features): below and above one vector, whole vectors or not, few tokens and many
+# features, numbers of tokens next to 96
 SHAPES = (
     (16, 1, 1),
     (17, 3, 5),
@@ -93,7 +94,7 @@ def test_linear(shape, norms):
         parts["batch_norm"] = batch_norm(O)
     for bias, add in itertools.product((None, torch.randn(O)), (None, torch.randn(1, N, O))):
         for hard_swish in (False, True):
-            check(linear, linear_plainly, x, weight, bias, add=add, hard_swish=hard_swish, **parts)
+            check(linear, linear_in_torch, x, weight, bias, add=add, hard_swish=hard_swish, **parts)
 
 
 @pytest.mark.parametrize("features", [512, 513, 1000, 1024])
@@ -106,16 +107,16 @@ def test_many_features_are_as_accurate_as_few(features):
             "hard_swish": seed % 2 == 1,
             "add": add if seed % 4 else None,
         }
-        check(linear, linear_plainly, x, weight / features**0.5, **parts)
+        check(linear, linear_in_torch, x, weight / features**0.5, **parts)
 
 
-def test_norms_without_affine_numbers():
+def test_norms_without_affine_parameters():
     x, weight = torch.randn(2, 3, 11, 20), torch.randn(18, 20)
     parts = {"batch_norm": batch_norm(18, affine=False), "layer_norm": LayerNorm(None, None, 1e-5)}
-    check(linear, linear_plainly, x, weight, **parts)
+    check(linear, linear_in_torch, x, weight, **parts)
     for eps in (1e-5, 0.0):
         parts["layer_norm"] = LayerNorm(torch.randn(20), None, eps)
-        check(linear, linear_plainly, x, weight, **parts)
+        check(linear, linear_in_torch, x, weight, **parts)
 
 
 IMAGES = ((1, 1, 1, 1), (1, 16, 8, 8), (2, 33, 7, 9), (1, 48, 31, 64), (3, 72, 2, 40), (1, 100, 40, 3), (2, 16, 1, 19))
@@ -129,16 +130,16 @@ def test_depthwise(shape, side, stride):
     x = torch.randn(shape).contiguous(memory_format=torch.channels_last)
     weight = torch.randn(shape[1], 1, side, side)
     for bias in (None, torch.randn(shape[1])):
-        y = check(depthwise, depthwise_plainly, x, weight, bias, stride)
+        y = check(depthwise, depthwise_in_torch, x, weight, bias, stride)
         assert y.is_contiguous(memory_format=torch.channels_last)
         for hard_swish in (False, True):
             check(
-                depthwise, depthwise_plainly, x, weight, bias, stride, batch_norm=batch_norm(shape[1]),
+                depthwise, depthwise_in_torch, x, weight, bias, stride, batch_norm=batch_norm(shape[1]),
                 hard_swish=hard_swish,
             )  # fmt: skip
 
 
-def test_not_finite_numbers_stay_where_they_are():
+def test_nonfinite_values_do_not_spread():
     x, weight = torch.randn(40, 24), torch.randn(50, 24)
     x[3, 5], x[30, 0] = torch.nan, torch.inf
     y = linear(x, weight, hard_swish=True)
@@ -150,7 +151,7 @@ def test_not_finite_numbers_stay_where_they_are():
 
 
 def test_bits_do_not_depend_on_threads():
-    """Whether tokens or features are shared out, and however many there are for each thread."""
+    """Whether threads split tokens or features, and for any number of them per thread."""
     threads = torch.get_num_threads()
     image = torch.randn(2, 40, 33, 29).contiguous(memory_format=torch.channels_last)
     calls = {
@@ -158,7 +159,7 @@ def test_bits_do_not_depend_on_threads():
         for shape in ((64, 160, 320), (2048, 40, 72), (90, 500, 130))
     }
     calls["depthwise"] = (depthwise, image, torch.randn(40, 1, 5, 5))
-    # of a small map threads share out channels
+    # for small maps, threads split the channels
     small = torch.randn(1, 450, 8, 8).contiguous(memory_format=torch.channels_last)
     calls["depthwise, small"] = (depthwise, small, torch.randn(450, 1, 5, 5))
     try:
@@ -222,7 +223,7 @@ def refused_linears():
 
 
 @pytest.mark.parametrize("case", list(refused_linears()), ids=lambda case: case[0])
-def test_what_linear_leaves_to_torch(case):
+def test_calls_that_linear_refuses(case):
     what, args, parts = case
     assert linear(*args, **parts) is None, what
 
@@ -243,12 +244,12 @@ def refused_convolutions():
 
 
 @pytest.mark.parametrize("case", list(refused_convolutions()), ids=lambda case: case[0])
-def test_what_depthwise_leaves_to_torch(case):
+def test_calls_that_depthwise_refuses(case):
     what, args, parts = case
     assert depthwise(*args, **parts) is None, what
 
 
-def test_nothing_with_gradients_or_autocast():
+def test_not_used_with_gradients_or_autocast():
     x, weight = torch.randn(20, 8), torch.randn(6, 8)
     assert linear(x, weight) is not None
     with torch.enable_grad():
@@ -260,17 +261,17 @@ def test_nothing_with_gradients_or_autocast():
 
 
 @pytest.mark.parametrize("features", [64, 512, 1024])
-def test_a_shift_that_is_larger_than_the_products(features):
-    """It is added last: before, every partial sum would be rounded at its size."""
+def test_shift_larger_than_the_products(features):
+    """The shift is added after the products; otherwise every partial sum would be rounded to its precision."""
     for seed in range(4):
         numbers = torch.Generator().manual_seed(seed)
         x, weight = torch.randn(64, features, generator=numbers) / 10, torch.randn(17, features, generator=numbers)
         norm = BatchNorm(torch.full((17,), 10.0), torch.ones(17), None, None, 0.0)
-        check(linear, linear_plainly, x, weight / features**0.5, batch_norm=norm)
-        check(linear, linear_plainly, x, weight / features**0.5, torch.full((17,), 100.0))
+        check(linear, linear_in_torch, x, weight / features**0.5, batch_norm=norm)
+        check(linear, linear_in_torch, x, weight / features**0.5, torch.full((17,), 100.0))
 
 
-def test_norms_are_said_by_name():
+def test_norms_must_be_named_tuples():
     x, weight, image = torch.ones(16, 8), torch.ones(8, 8), torch.ones(1, 8, 3, 3)
     norm = (torch.ones(8), torch.ones(8), None, None, 1e-5)
     with pytest.raises(TypeError, match=r"batch_norm must be an inference\.BatchNorm or None, got tuple"):

@@ -1,4 +1,4 @@
-"""Attention layers of other packages, before and after their attention is replaced: every row of integrated_cases."""
+"""Attention layers of other packages before and after their attention is replaced, for each row of integrated_cases."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def case(request) -> Case:
     return CASES[request.param]
 
 
-def test_every_family_that_is_known_by_its_parts_has_a_case():
+def test_families_recognised_by_parts_have_cases():
     by_parts = {name for name, family in FAMILIES.items() if isinstance(family.known, OfParts)}
     assert by_parts == {case.family for case in CASES.values()}
 
@@ -45,8 +45,8 @@ def test_same_in_float64(case, form):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_by_the_rule(case, dtype):
-    """Output and every gradient, in the accuracy of the dtype."""
+def test_tolerance(case, dtype):
+    """The output and all gradients, with the usual tolerance of the dtype."""
     theirs = case.model(dtype).eval()
     ours = copy.deepcopy(theirs)
     assert replace_attention(ours) == 1
@@ -93,7 +93,7 @@ def test_state_dict_copies_and_restore(case):
 
 
 class Wrapped(nn.Module):
-    """As an adapter's layer: the base, and something beside it."""
+    """Like the layer of an adapter: the base module and an additional term."""
 
     def __init__(self, base):
         super().__init__()
@@ -131,7 +131,7 @@ CHANGES = [hook_the_part, hook_the_layer, wrap_the_part, set_a_forward, parametr
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.part])
 def test_changed_parts_are_called(name, change):
-    """Changed before and after replacement: calls and numbers are those of the original."""
+    """Parts changed before or after replacement: calls and results are those of the original."""
     case, outcomes = CASES[name], []
     theirs = case.model(torch.float64).eval()
     for steps in (["change"], ["change", "replace"], ["replace", "change"]):
@@ -205,7 +205,7 @@ def test_compiled_for_any_size_and_exported(name):
 
 @pytest.mark.parametrize("name", ["facebook XCA", "Retinexformer", "Sana"])
 def test_a_compiled_module_is_replaced(name):
-    """By module.compile(), before and after."""
+    """With module.compile() before and after replacement."""
     theirs, args = CASES[name].model(torch.float64).eval(), CASES[name].args(torch.float64)
     for first in ("compile", "replace"):
         torch._dynamo.reset()
@@ -228,7 +228,7 @@ def test_a_compiled_module_is_replaced(name):
     ],
 )
 def test_inputs_by_name(name, names):
-    """As the models around these layers give them; any number of the first ones by position."""
+    """Inputs by keyword, as the models around these layers pass them; any number of the first ones by position."""
     model, args = CASES[name].model(torch.float64), CASES[name].args(torch.float64)
     expected = call(model, args)
     replace_attention(model)
@@ -237,13 +237,13 @@ def test_inputs_by_name(name, names):
             got = model(*args[:first], **dict(zip(names[first:], args[first:], strict=True)))
         assert ran
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
-    if name != "Sana of two inputs":  # where diffusers drops them
+    if name != "Sana of two inputs":  # diffusers ignores them there
         with pytest.raises(TypeError, match="unexpected keyword"):
             model(*args, light=args[0])
 
 
 def test_models_without_weights(case):
-    """To be loaded later; under fake tensors nothing can be tried, and nothing is replaced."""
+    """Weights loaded later. With fake tensors no trial is possible, and nothing is replaced."""
     theirs = case.model().eval()
     with torch.device("meta"):
         ours = case.made()
@@ -257,7 +257,7 @@ def test_models_without_weights(case):
 
 
 def test_under_autocast(case):
-    """Replaced there too, with the dtype of the original and numbers near its own in float32."""
+    """Replaced under autocast too: the dtype is that of the original, and results are close to float32 ones."""
     model, args = case.model().eval(), case.args()
     exact = model(*args)
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
@@ -277,8 +277,8 @@ def test_replaced_in_other_modes(context):
             assert replace_attention(model) == 1
 
 
-def test_a_copy_of_xca_in_a_block_of_timms():
-    """The block is timm's, but its attention is not: the block calls it."""
+def test_copy_of_xca_in_a_block_of_timm():
+    """A block of timm whose attention is not timm's calls the attention."""
     from timm.models.xcit import XCABlock
 
     theirs = XCABlock(48, 4)

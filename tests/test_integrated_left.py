@@ -1,4 +1,4 @@
-"""What replace_attention leaves alone though it is like the layers of a family, and what it says about that."""
+"""Modules similar to the layers of a family that replace_attention must not replace, and its messages about them."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def case(request) -> Case:
     return CASES[request.param]
 
 
-def test_other_formulas_are_left_alone(case):
-    """The parts alone do not make a family: neither where outputs differ, nor where only gradients or modes do."""
+def test_other_formulas_are_not_replaced(case):
+    """Having the parts is not sufficient: outputs, gradients and both modes must be those of the family."""
     cls = type(case.model())
 
     class Louder(cls):
@@ -48,14 +48,14 @@ def test_other_formulas_are_left_alone(case):
 
 
 @pytest.mark.parametrize("name, value", [("sizes", (8, 8)), ("act", torch.tanh), ("_maps", []), ("_maps", {})])
-def test_modules_that_hold_more_than_numbers_are_left_alone(name, value):
-    """As windows of other sizes than the trial's, or lists to which forward appends."""
+def test_modules_with_other_attributes_are_not_replaced(name, value):
+    """For example sizes of windows other than in the trial, or lists to which forward appends."""
     for model in (MDTA(8, 2, True), FacebookXCA(8, 2)):
         setattr(model, name, value)
         assert replace_attention(model) == 0
 
 
-def test_monai_with_flash_attention_is_left_alone():
+def test_monai_with_flash_attention_is_not_replaced():
     """Its temperature is the mean over heads, and has no gradient."""
     from monai.networks.blocks.cablock import CABlock
 
@@ -63,7 +63,7 @@ def test_monai_with_flash_attention_is_left_alone():
         assert replace_attention(CABlock(2, 8, heads, True, flash_attention=True)) == 0
 
 
-def test_a_method_that_was_set_is_called():
+def test_overridden_method_is_called():
     model = CASES["MONAI 2D"].model(torch.float64)
     x = CASES["MONAI 2D"].args(torch.float64)
     expected = model(*x)
@@ -76,7 +76,7 @@ def test_a_method_that_was_set_is_called():
     assert replace_attention(model) == 0
 
 
-def test_a_change_of_the_softmax_of_vit_pytorch_counts():
+def test_changed_softmax_of_vit_pytorch():
     case = CASES["vit-pytorch"]
     theirs = case.model(torch.float64)
     ours = copy.deepcopy(theirs)
@@ -96,8 +96,8 @@ def test_a_change_of_the_softmax_of_vit_pytorch_counts():
         ("Sana", lambda m: m.set_processor(lambda attn, x, **others: 2 * x)),
     ],
 )
-def test_another_feature_map_or_processor_counts(name, change):
-    """Of models that are replaced already; one that is changed before is not replaced."""
+def test_changed_feature_map_or_processor(name, change):
+    """A change after replacement takes effect; a model changed before is not replaced."""
     theirs, args = CASES[name].model(torch.float64), CASES[name].args(torch.float64)
     ours = copy.deepcopy(theirs)
     assert replace_attention(ours) == 1
@@ -107,7 +107,7 @@ def test_another_feature_map_or_processor_counts(name, change):
     assert replace_attention(theirs) == 0
 
 
-def test_another_attention_function_of_transformers_counts(monkeypatch):
+def test_changed_attention_function_of_transformers(monkeypatch):
     case = CASES["Florence-2"]
     model, x = case.model(), case.args()
     functions = sys.modules[case.where].ALL_ATTENTION_FUNCTIONS
@@ -122,7 +122,7 @@ def test_another_attention_function_of_transformers_counts(monkeypatch):
 
 
 def test_masks_of_loftr_that_are_not_bool():
-    """Numbers may be weights: they are the original's to multiply by."""
+    """Masks of other dtypes may contain weights, so the original forward is called."""
     model, (q, k, v, q_mask, kv_mask) = CASES["LoFTR, masks"].model(), CASES["LoFTR, masks"].args()
     masks = (q_mask.float(), 0.5 * kv_mask)
     expected = model(q, k, v, *masks)
@@ -131,7 +131,7 @@ def test_masks_of_loftr_that_are_not_bool():
 
 
 def test_inputs_of_loftr_that_broadcast():
-    """The module's own code takes them."""
+    """Inputs that broadcast are passed to the original forward."""
     from kornia.feature.loftr.loftr_module.linear_attention import LinearAttention
 
     module = LinearAttention()
@@ -142,8 +142,8 @@ def test_inputs_of_loftr_that_broadcast():
     assert torch.equal(module(q, k, k, mask), expected[0]) and torch.equal(module(q[:1], k, k), expected[1])
 
 
-def test_a_class_that_was_changed_in_training_alone(monkeypatch):
-    """A class is tried in training too."""
+def test_class_changed_in_training_only(monkeypatch):
+    """The trial includes training mode."""
     from timm.models.xcit import XCA
 
     forward = XCA.forward
@@ -154,7 +154,7 @@ def test_a_class_that_was_changed_in_training_alone(monkeypatch):
 @pytest.mark.parametrize("name", ["EfficientViT", "DC-AE"])
 @pytest.mark.parametrize("pixels", [(1, 1), (3, 4), (1, 13)])
 def test_few_pixels(name, pixels):
-    """No more than features of a head: where DC-AE has a map of pixels times pixels, that is computed."""
+    """With no more pixels than features per head, DC-AE computes a pixels x pixels map, and so does the replacement."""
     theirs = CASES[name].model(torch.float64)
     ours = copy.deepcopy(theirs)
     assert replace_attention(ours) == 1
@@ -207,7 +207,7 @@ def test_layers_of_one_kind_are_tried_once(name, monkeypatch):
         ("Florence-2", lambda m: setattr(m, "config", copy.deepcopy(m.config))),
     ],
 )
-def test_layers_of_other_kinds_are_tried_themselves(name, change):
+def test_layers_of_different_kinds_are_tried_separately(name, change):
     model = CASES[name].model()
     before = trial.kind(model)
     assert before == trial.kind(model)

@@ -1,4 +1,4 @@
-"""Small models of other packages, before and after their attention is replaced."""
+"""Small models of other packages before and after their attention is replaced."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def loftr(m):
 IMAGE = (1, 3, 32, 32)
 RESTORMER = {"dim": 8, "num_blocks": [1] * 4, "num_refinement_blocks": 1, "heads": [1, 2, 4, 8]}
 MODELS = {
-    # module, model of it, shapes of inputs or other arguments, layers
+    # module, function that builds the model, shapes of inputs or other arguments, number of layers
     "DAT": (
         f"{SPANDREL}.DAT.__arch.DAT",
         lambda m: m.DAT(img_size=32, embed_dim=48, split_size=[8, 8], depth=[2], num_heads=[4], upscale=2), [IMAGE], 1,
@@ -99,7 +99,7 @@ def test_whole_models(name):
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for key, p in model.named_parameters():
-            if p.dim() > 1 and p.shape[:1] != (1,):  # layer scales of nothing would hide the attention
+            if p.dim() > 1 and p.shape[:1] != (1,):  # layer scales of 0 would hide the attention
                 p.copy_(torch.randn(p.shape, generator=generator, dtype=p.dtype) * (2 / p[0].numel()) ** 0.5)
             elif "scale" in key or "gamma" in key:
                 p.fill_(0.7)
@@ -110,7 +110,7 @@ def test_whole_models(name):
         assert replace_attention(ours) == layers
         torch.testing.assert_close(first_tensor(ours(*args)), expected, rtol=1e-4, atol=1e-5)
         for m in ours.modules():
-            if is_replaced(m):  # without the attention the output is another: the comparison means something
+            if is_replaced(m):  # the output must depend on the attention
                 m.register_forward_hook(lambda m, i, y: 0 * y)
         assert (first_tensor(ours(*args)) - expected).abs().max() > 1e-3 * expected.abs().max()
 

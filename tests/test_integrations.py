@@ -1,4 +1,4 @@
-"""replace_attention in models that no one here wrote, before and after, and back again."""
+"""replace_attention and restoring the attention, in models of other packages."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class MDTA(nn.Module):
 
 
 class Holder(nn.Module):
-    """A model around one attention module, since replacement is of children."""
+    """A model with one attention module as child, since children are replaced."""
 
     def __init__(self, inner):
         super().__init__()
@@ -59,7 +59,7 @@ def replaced(model, **choices):
 
 
 def check_replaced(model, x, ran_auto, count, calls=None):
-    """Output and every gradient, by the rule in the model's dtype."""
+    """Checks the output and all gradients, with the usual tolerance of the model's dtype."""
     dy = randn(*model(x).shape, seed=3, dtype=x.dtype)
     new, n = replaced(model)
     assert n == count
@@ -85,7 +85,7 @@ def test_timm_layers(kind, qkv_bias, dtype, ran_auto):
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 def test_mdta(bias, memory_format, dtype, ran_auto):
-    """In both memory formats, none of which is copied into the other."""
+    """Both memory formats are supported without conversion to the other."""
     model = Holder(randomize(MDTA(48, 4, bias))).to(dtype).to(memory_format=memory_format)
     x = randn(2, 48, 9, 13, seed=1, dtype=dtype).to(memory_format=memory_format)
     check_replaced(model, x, ran_auto, 1)
@@ -96,7 +96,7 @@ def test_mdta(bias, memory_format, dtype, ran_auto):
 # ------------------------------------------------------------------------------------------------------- whole models
 
 MODELS = {
-    # name: (image size, attention layers, the ops of those with many tokens for their features, or with few)
+    # name: (image size, number of attention layers, ops of layers with many tokens for their features, or with few)
     "xcit_nano_12_p8_224": (224, 12, "layer"),
     "xcit_nano_12_p8_384": (384, 12, "layer"),
     "edgenext_xx_small": (256, 3, "xfa"),
@@ -105,7 +105,7 @@ MODELS = {
 
 
 def make_model(name):
-    """With layer scales of about 1: their initial 1e-6 would hide the attention from the output."""
+    """A model with layer scales of about 1; with their initial 1e-6 the output would hardly depend on the attention."""
     torch.manual_seed(0)
     model = timm.create_model(name, pretrained=False, num_classes=10).eval()
     with torch.no_grad():
@@ -118,10 +118,10 @@ def make_model(name):
 
 
 def differences(got, exact):
-    """Largest error of each tensor, in units of its largest number.
+    """The largest error of each tensor, relative to its largest element.
 
-    Gradients that are zero but for rounding (of the bias of keys under a softmax over tokens) have no such unit: they
-    must be as good as zero beside the largest gradient, and are left out.
+    Gradients that are zero up to rounding (of the bias of keys under a softmax over tokens) are excluded: they must be
+    negligible relative to the largest gradient.
     """
     largest = max(x.abs().max().item() for x in exact.values())
     zero = {name for name, x in exact.items() if x.abs().max() < 1e-12 * largest}
@@ -134,10 +134,10 @@ def differences(got, exact):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_whole_models(name, ran_auto):
-    """Output and the gradient of every parameter; exactly so in float64, and in float32 by the rule.
+    """The output and the gradients of all parameters are the same: in float64 closely, in float32 within a tolerance.
 
-    The errors of a deep model come from all of its layers, so the rule is applied to the model as a whole: the worst
-    relative error of any gradient may be twice what it is without the replacement.
+    The errors of a deep model come from all of its layers, so the tolerance applies to the model as a whole: the worst
+    relative error of any gradient may be twice that of the original model.
     """
     size, layers, op = MODELS[name]
     ops = (f"{op}_forward", f"{op}_backward")
@@ -159,8 +159,8 @@ def test_whole_models(name, ran_auto):
     assert max(ours.values()) <= 2 * max(eager.values()) + ulp
 
 
-def test_the_attention_matters_in_these_models():
-    """Else the comparisons above would prove nothing: another temperature gives another output."""
+def test_output_depends_on_the_attention():
+    """Another temperature must change the output, otherwise the comparisons above would prove nothing."""
     for name in ("xcit_nano_12_p8_224", "edgenext_xx_small"):
         model = make_model(name)
         x = randn(1, 3, 224, 224, seed=1)
@@ -185,7 +185,7 @@ def modules():
     "kind, model, shape", list(modules()), ids=lambda value: value if isinstance(value, str) else ""
 )
 def test_replace_and_restore(kind, model, shape):
-    """In place: the same parameters (an optimiser goes on), names, dtype, mode and requires_grad; and back."""
+    """In place: parameters (as an optimiser holds them), names, dtype, mode and requires_grad stay the same."""
     model = copy.deepcopy(model).double().eval()
     model.inner.temperature.requires_grad_(False)
     before = dict(model.named_parameters())
@@ -216,7 +216,7 @@ def test_replace_and_restore(kind, model, shape):
 @pytest.mark.parametrize(
     "kind, model, shape", list(modules()), ids=lambda value: value if isinstance(value, str) else ""
 )
-def test_state_dicts_move_both_ways(kind, model, shape):
+def test_state_dicts_are_interchangeable(kind, model, shape):
     other = copy.deepcopy(randomize(copy.deepcopy(model), seed=1))
     new, _ = replaced(model)
     new.load_state_dict(other.state_dict(), strict=True)
@@ -256,7 +256,7 @@ def test_a_model_that_is_itself_an_attention_layer():
     assert restore_attention(layer) == 1 and not is_replaced(layer)
 
 
-def test_models_without_such_attention_are_left_alone():
+def test_models_without_known_attention_are_not_changed():
     model = nn.Sequential(nn.Linear(4, 4), nn.MultiheadAttention(4, 2), nn.Conv2d(3, 3, 1))
     before = [id(module) for module in model.modules()]
     assert replace_attention(model) == 0
@@ -264,8 +264,8 @@ def test_models_without_such_attention_are_left_alone():
     assert [id(module) for module in model.modules()] == before
 
 
-def test_subclasses_with_a_forward_of_their_own_are_left_alone():
-    """A class derived from XCA that computes something else must not be silently turned back into XCA."""
+def test_subclasses_with_another_forward_are_not_replaced():
+    """A class derived from XCA that computes something else must not be replaced as XCA."""
 
     class Other(XCA):
         def forward(self, x):
@@ -278,8 +278,8 @@ def test_subclasses_with_a_forward_of_their_own_are_left_alone():
     torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-6)
 
 
-def test_something_like_mdta_that_is_not_it_is_left_alone():
-    """The names alone do not make an MDTA: here the channels are not split evenly into heads' q, k and v."""
+def test_module_similar_to_mdta_is_not_replaced():
+    """Names of the parts are not sufficient: here the channels of the heads are not split evenly into q, k and v."""
 
     class Almost(MDTA):
         def forward(self, x):

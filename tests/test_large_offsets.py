@@ -1,4 +1,4 @@
-"""Addresses beyond 2^31 elements, in buffers of which only a few pages are ever touched."""
+"""Offsets beyond 2^31 elements, in buffers of which only a few pages are touched."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def available_bytes() -> int:
 
 @pytest.fixture(scope="module")
 def buffer():
-    """More than 2^31 elements; the operating system gives it pages as they are written."""
+    """A buffer of more than 2^31 elements; the operating system allocates its pages when they are written."""
     if not os.path.exists("/proc/meminfo"):
-        pytest.skip("needs an operating system that hands out memory when it is first written (Linux)")
+        pytest.skip("needs an operating system that allocates pages when they are first written (Linux)")
     return torch.empty(FAR + 4096, dtype=torch.bfloat16)
 
 
 def far_view(buffer, values, dim):
-    """The values, with the last index of `dim` beyond 2^31 elements from the first."""
+    """A view with these values whose last index of `dim` is about 2^31 elements or more from the first."""
     strides, step = [0] * values.ndim, 1
     for other in reversed(range(values.ndim)):
         if other != dim:
@@ -44,8 +44,8 @@ def far_view(buffer, values, dim):
 
 
 @cache
-def near_by(kernel):
-    """The problem, and what the kernel makes of it where no address is far: the same for all tensors that are."""
+def near_results(kernel):
+    """The problem, and the results of the kernel with small offsets, which are the expected ones."""
     p = make_problem(SHAPE, dtype=torch.bfloat16, layout="contiguous")
     return p, p.run(xk.xfa, backend=kernel)
 
@@ -55,8 +55,8 @@ def near_by(kernel):
 @pytest.mark.parametrize("dim", range(4), ids=["batch", "heads", "tokens", "features"])
 def test_xfa(dim, name, kernel, device, ran, buffer):
     if device != "cpu":
-        pytest.skip("device memory is not handed out lazily")
-    p, expected = near_by(kernel)
+        pytest.skip("device memory is not allocated lazily")
+    p, expected = near_results(kernel)
     near = {key: getattr(p, key) for key in ("q", "k", "v", "temperature", "dout")}
     near[name] = far_view(buffer, near[name], dim)
     with ran("xfa_forward", "xfa_backward"):
@@ -95,7 +95,7 @@ def test_mask(dim, kernel, device, ran, buffer):
 
 
 def test_output_of_more_than_2_31_elements(kernel, device, ran, slow):
-    """The one buffer that must be real: 4.3 GB of bfloat16 written by channel_mix."""
+    """The only buffer that is written completely: 4.3 GB of bfloat16, by channel_mix."""
     if slow:
         pytest.skip("4.3 GB take the interpreter hours; far inputs are tested above, and a GPU runs this")
     if device == "cpu" and available_bytes() < 6 * 2**30:

@@ -1,4 +1,4 @@
-"""xfa_layer and xfa_block, in both forms and by each backend, against the reference in float64."""
+"""xfa_layer and xfa_block in both forms and with each backend, compared with the reference in float64."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def check(layer, kernel, ran, form="gram", names=()):
 
 @pytest.fixture
 def fewer(slow):
-    """A shape of the table, for slow kernels with few tokens."""
+    """Returns a shape of the table, with few tokens for slow kernels."""
     return lambda shape: (min(shape[0], 2), min(shape[1], 300), *shape[2:]) if slow else shape
 
 
@@ -35,7 +35,7 @@ def fewer(slow):
 @pytest.mark.parametrize("shape", LAYER_SHAPES, ids=str)
 def test_shapes_and_dtypes(shape, dtype, block, kernel, device, ran, fewer):
     if block and shape[2] == 1:
-        shape = (*shape[:2], 2, 1)  # layer norm makes 0 of a single feature
+        shape = (*shape[:2], 2, 1)  # layer norm of a single feature is 0
     check(make_layer(fewer(shape), dtype=dtype, block=block, device=device), kernel, ran)
 
 
@@ -59,7 +59,7 @@ def test_direct_form(block, config, backend, device, ran):
 
 
 def test_gram_form_by_the_reference(ran_backend):
-    """More features than kernels take: torch's own products make up the passes, and nothing warns."""
+    """More features than the kernels support: the passes use torch's products, without a warning."""
     for C, backend in ((24, "reference"), (600, "auto")):
         layer = make_layer((1, 40, C, 4), block=True)
         with ran_backend("reference", "layer_forward", "layer_backward"):
@@ -73,7 +73,7 @@ def test_other_number_of_output_features(out, bias, kernel, device, ran):
 
 
 @pytest.mark.parametrize("missing", [("ln_weight",), ("ln_bias",), ("ln_weight", "ln_bias"), ("layer_scale",)], ids=str)
-def test_parts_of_a_block_may_be_absent(missing, kernel, device, ran):
+def test_optional_parts_of_a_block(missing, kernel, device, ran):
     layer = make_layer((2, 50, 24, 3), block=True, bias=False, device=device)
     layer.tensors = tuple(None if name in missing else t for name, t in zip(NAMES, layer.tensors, strict=True))
     check(layer, kernel, ran)
@@ -82,12 +82,12 @@ def test_parts_of_a_block_may_be_absent(missing, kernel, device, ran):
 @pytest.mark.parametrize("block", [False, True], ids=["layer", "block"])
 @pytest.mark.parametrize("mean", [10, 100, 1000])
 def test_channel_means_far_above_their_spread(mean, block, kernel, device, ran):
-    """S alone would hold the means' squares, and none of the digits that the spread needs."""
+    """Without centring, S would contain the squares of the means, and the digits of the spread would be lost."""
     check(make_layer((2, 400, 24, 3), mean=mean, block=block, device=device), kernel, ran)
 
 
-def test_a_tenth_of_the_tokens_far_off(kernel, ran):
-    """On the CPU. Their Gram matrix is ill-conditioned, and the rule holds with little to spare."""
+def test_outlier_tokens(kernel, ran):
+    """CPU only. The Gram matrix is ill-conditioned, and errors are close to the tolerance."""
     layer = make_layer((1, 700, 24, 3))
     x = layer.tensors[0].clone()
     x[:, ::10] += 20
@@ -95,8 +95,9 @@ def test_a_tenth_of_the_tokens_far_off(kernel, ran):
     check(layer, kernel, ran)
 
 
-def test_tokens_whose_few_samples_mislead(kernel, device, ran):
-    """What is taken off the tokens comes from a few of them, whose mean is a spread off here: eight times chance."""
+def test_unrepresentative_sample_of_tokens(kernel, device, ran):
+    """The centre is estimated from a sample of tokens. Here the sample's mean is off by one spread, eight times the
+    expected error."""
     layer = make_layer((1, 700, 24, 3), device=device)
     x = layer.tensors[0].clone()
     x[:, passes.sampled(700, x.device)] += x.std(1)
@@ -105,7 +106,7 @@ def test_tokens_whose_few_samples_mislead(kernel, device, ran):
 
 
 def test_layer_norm_with_eps_0(kernel, device, ran):
-    """It is a layer norm: 0 does not stand for its absence."""
+    """ln_eps=0 is a layer norm with eps 0, not the absence of a layer norm."""
     for form in FORMS:
         for masked in (False, True):
             layer = make_layer((2, 50, 24, 3), block=True, masked=masked, device=device)
@@ -116,8 +117,8 @@ def test_layer_norm_with_eps_0(kernel, device, ran):
 @pytest.mark.parametrize("size", [(0, 30), (2, 0)], ids=["no image", "no token"])
 @pytest.mark.parametrize("out", [24, 7])
 @pytest.mark.parametrize("form", FORMS)
-def test_nothing_to_attend_to(form, out, size, kernel, device, ran):
-    """Forward and backward, also where an output has other features than the input. Gradients of weights are 0."""
+def test_no_images_or_no_tokens(form, out, size, kernel, device, ran):
+    """Forward and backward, also with other numbers of output features. Gradients of weights are 0."""
     for masked in (False, True):
         layer = make_layer((*size, 24, 3), out=out, masked=masked, device=device)
         result = layer.run(form=form, backend=kernel)
@@ -127,8 +128,8 @@ def test_nothing_to_attend_to(form, out, size, kernel, device, ran):
 
 
 @pytest.mark.parametrize("features", ["equal", "equal, another number for each token"])
-def test_tokens_whose_features_are_equal(features, kernel, device, ran):
-    """Layer norm makes zeros of them, and not of their rounding errors numbers of the size of others."""
+def test_tokens_with_equal_features(features, kernel, device, ran):
+    """Layer norm returns exact zeros for them, rather than rounding errors scaled to unit variance."""
     layer = make_layer((1, 900, 48, 4), block=True, device=device)
     x, *rest = layer.tensors
     value = torch.full_like(x[..., :1], 0.1) if features == "equal" else x[..., :1]
@@ -140,7 +141,7 @@ def test_tokens_whose_features_are_equal(features, kernel, device, ran):
 @pytest.mark.parametrize("layout", ["token_contiguous", "batch_contiguous", "padded", "expanded"])
 @pytest.mark.parametrize("block", [False, True], ids=["layer", "block"])
 def test_layouts(block, layout, kernel, device, ran):
-    """x and dy of any strides: channels-first images, cut out of larger buffers, one token for all."""
+    """x and dy with any strides: channels-first images, slices of larger buffers, an expanded token."""
     layer = make_layer((2, 70, 24, 3), block=block, device=device)
 
     def lay_out(t):
@@ -159,7 +160,7 @@ def test_layouts(block, layout, kernel, device, ran):
 
 
 def test_weights_in_the_accumulate_dtype(kernel, device, ran):
-    """As float32 weights of a bfloat16 stream: they are not rounded, so the result is as good as eager's, or better."""
+    """float32 weights are not rounded for bfloat16 tokens; results are no less accurate than with bfloat16 weights."""
     layer = make_layer((2, 90, 24, 3), dtype=torch.bfloat16, weight_dtype=torch.float32, block=True, device=device)
     with ran("layer_forward", "layer_backward"):
         result = layer.run(form="gram", backend=kernel)
@@ -171,7 +172,7 @@ def test_weights_in_the_accumulate_dtype(kernel, device, ran):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_masked_tokens_take_no_part_whatever_they_hold(form, kernel, device, ran):
+def test_values_of_masked_tokens_are_ignored(form, kernel, device, ran):
     layer = make_layer((2, 50, 24, 3), block=True, masked=True, device=device)
     clean = check(layer, kernel, ran, form)
     x = layer.tensors[0].clone()
@@ -203,8 +204,8 @@ def test_all_tokens_masked(kernel, device):
     assert not result["dx"].any() and not result["dqkv_weight"].any()
 
 
-def test_features_of_zeros(kernel, device, ran):
-    """A feature of q that is 0 for all tokens has a norm below eps, and a gradient like the reference's."""
+def test_zero_features(kernel, device, ran):
+    """Features of q and k that are 0 for all tokens: norms are below eps, gradients are those of the reference."""
     layer = make_layer((2, 60, 12, 3), bias=False, device=device)
     weight = layer.tensors[1].clone()
     weight[1] = weight[12 + 5] = 0
@@ -234,7 +235,7 @@ def test_derivatives(block, config, kernel, device, slow):
         return layer.call([None if t is None else next(numbers) for t in layer.tensors], form="gram", backend=kernel)
 
     assert gradcheck(function, leaves, fast_mode=slow)
-    if not slow:  # second derivatives are the reference's, whichever the backend
+    if not slow:  # second derivatives are computed by the reference for all backends
         assert gradgradcheck(function, leaves, fast_mode=True)
 
 
@@ -267,7 +268,7 @@ def test_dropout_drops_the_same_entries_in_both_forms(config, kernel, device):
     assert not torch.allclose(results[0]["y"], without["y"])
 
 
-def test_same_bits_whatever_the_threads_and_again():
+def test_repeated_calls_give_the_same_bits():
     layer = make_layer((2, 2000, 48, 4), block=True)
     results = []
     for threads in (1, 2, 2):
@@ -277,7 +278,7 @@ def test_same_bits_whatever_the_threads_and_again():
     torch.testing.assert_close(results[0], results[1])
 
 
-def test_not_all_inputs_need_gradients(kernel, device, ran):
+def test_gradients_of_single_inputs(kernel, device, ran):
     layer = make_layer((2, 40, 12, 3), block=True, device=device)
     wanted = layer.run(form="gram", backend=kernel)
     for name in layer.names:
@@ -289,8 +290,8 @@ def test_not_all_inputs_need_gradients(kernel, device, ran):
         assert_bitwise(layer.call(leaves, form="gram", backend=kernel), wanted["y"], "y")
 
 
-def test_one_token_more_or_less_of_another_image_changes_nothing(kernel, device):
-    """Images of a batch are computed one by one."""
+def test_images_of_a_batch_are_independent(kernel, device):
+    """Results of an image do not depend on the other images of the batch."""
     layer = make_layer((3, 50, 12, 3), device=device)
     y = layer.run(form="gram", backend=kernel)["y"]
     x = layer.tensors[0].clone()

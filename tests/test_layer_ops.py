@@ -1,4 +1,4 @@
-"""The layer's ops as torch sees them: compile, export, autocast, checkpointing; what is kept and what is refused."""
+"""Ops of the layer with compile, export, autocast and checkpointing; saved memory; errors; the choice of the form."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def arguments(layer, backend, keep=None):
 
 @pytest.mark.parametrize("block", [False, True], ids=["layer", "block"])
 def test_opcheck(block, kernel, device, slow):
-    """Schemas, fakes and autograd; what AOTAutograd makes of them does not depend on the backend."""
+    """Schemas, fakes and autograd; slow kernels skip AOTAutograd, whose result does not depend on the backend."""
     tests = ("test_schema", "test_faketensor") if slow else ALL
     layer = make_layer((2, 20, 12, 3), block=block, masked=block, bias=block, device=device)
     operands, choices = arguments(layer, kernel)
@@ -49,7 +49,7 @@ def test_opcheck(block, kernel, device, slow):
 
 @pytest.mark.parametrize("form", (*FORMS, "auto"))
 def test_compile_fullgraph_dynamic(form, device):
-    """One graph, for any number of tokens; with "auto" one more where the other form costs less."""
+    """One graph for any number of tokens; with "auto", one more for sizes where the other form costs less."""
     check_compiled(form, "auto", device, "inductor")
 
 
@@ -105,7 +105,7 @@ def test_checkpointing(form, kernel, device):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("form", FORMS)
 def test_autocast(form, dtype, kernel, device):
-    """The layer casts x, as linear does; the block's stream keeps its dtype. No worse than autocast's eager layer."""
+    """The layer casts x, as linear does; a block keeps the dtype of x. Errors are at most twice those of eager."""
     layer = make_layer((2, 60, 24, 3), device=device)
     exact = layer.oracle()["y"]
     with torch.autocast(device, dtype=dtype):
@@ -126,7 +126,7 @@ def test_autocast(form, dtype, kernel, device):
 
 
 @pytest.mark.parametrize("block", [False, True], ids=["layer", "block"])
-def test_nothing_that_grows_with_the_tokens_is_saved(block, kernel, device):
+def test_saved_memory_does_not_grow_with_the_tokens(block, kernel, device):
     saved = []
     for N in (40, 120):
         layer = make_layer((2, N, 24, 3), block=block, device=device)
@@ -212,8 +212,8 @@ def test_explain_shows_both_costs_and_the_choice(ran_auto):
             layer.call(list(layer.tensors))
 
 
-def test_a_backend_asked_for_by_name_takes_the_form_that_it_can(ran_backend, need_backend):
-    """The CPU kernels take 512 features at a time: those of a head, but not those of a token here."""
+def test_named_backend_uses_the_form_that_it_supports(ran_backend, need_backend):
+    """The CPU kernels support 512 features: here the features of a head fit, those of a token do not."""
     need_backend("cpp")
     layer = make_layer((1, 1800, 520, 8))
     assert xk.explain_layer(*layer.tensors[:6], backend="reference").form == "gram"
@@ -224,8 +224,8 @@ def test_a_backend_asked_for_by_name_takes_the_form_that_it_can(ran_backend, nee
         layer.call(list(layer.tensors), backend="cpp", form="gram")
 
 
-def test_auto_takes_no_form_of_the_reference_where_the_other_has_kernels(monkeypatch, need_backend, ran_backend):
-    """Each backend says for itself how many features it takes: those of x in the Gram form, of a head in the other."""
+def test_auto_prefers_the_form_with_kernels_to_the_reference(monkeypatch, need_backend, ran_backend):
+    """The limit of a backend is for the features of x in the Gram form, and for those of a head in the direct form."""
     cpp = need_backend("cpp") or backends.load("cpp")[0].module
     layer = make_layer((1, 1800, 96, 8))
     for widest, form, op in ((96, "gram", "layer_forward"), (95, "direct", "xfa_forward")):
@@ -236,7 +236,7 @@ def test_auto_takes_no_form_of_the_reference_where_the_other_has_kernels(monkeyp
         assert ("not taken, no kernel takes the 96 features of x" in str(said)) == (form == "direct")
         with ran_backend("cpp", op):
             layer.call(list(layer.tensors))
-    monkeypatch.setattr(cpp, "_WIDEST", 11)  # of neither form: what costs less
+    monkeypatch.setattr(cpp, "_WIDEST", 11)  # supports neither form: the cheaper one is chosen
     monkeypatch.setattr(dispatch, "_chosen", {})
     said = xk.explain_layer(*layer.tensors[:6])
     assert (said.form, said.reason, said.backend.backend) == ("gram", "", "reference")
@@ -245,7 +245,7 @@ def test_auto_takes_no_form_of_the_reference_where_the_other_has_kernels(monkeyp
 
 
 @pytest.mark.parametrize("form", ["gram", "direct", "auto"])
-def test_a_compiled_graph_asks_for_its_features_too(form, monkeypatch, need_backend):
+def test_compiled_graph_checks_the_number_of_features(form, monkeypatch, need_backend):
     cpp = need_backend("cpp") or backends.load("cpp")[0].module
     monkeypatch.setattr(cpp, "_WIDEST", 2)
     monkeypatch.setattr(dispatch, "_chosen", {})
@@ -258,7 +258,7 @@ def test_a_compiled_graph_asks_for_its_features_too(form, monkeypatch, need_back
 
 
 class Products(TorchDispatchMode):
-    """Notes the dtypes of matrix products, by the shape of the right factor."""
+    """Records the dtypes of matrix products by the shape of the right operand."""
 
     def __init__(self):
         super().__init__()
@@ -272,8 +272,8 @@ class Products(TorchDispatchMode):
 
 @pytest.mark.parametrize("map", ["query_key", "key_value"])
 @pytest.mark.parametrize("tf32", [False, True])
-def test_tf32_is_kept_from_what_norms_come_of(tf32, map, monkeypatch):
-    """Of x^T x and its products with weights: an error of theirs is one of squares of norms."""
+def test_tf32_is_not_used_for_norms(tf32, map, monkeypatch):
+    """x^T x and its products with weights do not use tf32, since the squares of norms are computed from them."""
     monkeypatch.setattr(backends, "tf32_allowed", lambda: tf32)
     with FakeTensorMode(), torch.device("cuda"):
         x, W, P = torch.empty(2, 700, 24), torch.empty(30, 24), torch.empty(7, 10)
@@ -288,7 +288,7 @@ def test_tf32_is_kept_from_what_norms_come_of(tf32, map, monkeypatch):
     assert seen.dtypes[700, 24] == seen.dtypes[24, 24] == {wide}
 
 
-def test_training_counts_what_backward_costs():
+def test_costs_include_backward_in_training():
     layer = make_layer((1, 4096, 64, 4))
     without = xk.explain_layer(*layer.tensors[:6])
     training = xk.explain_layer(*layer.leaves()[:6])

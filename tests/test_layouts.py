@@ -1,4 +1,4 @@
-"""Channel-major tokens and packed projections: results in the layout of the tokens, and the same numbers."""
+"""Channel-major tokens and packed projections: results have the layout of the tokens, and the same values."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from xformer_kernels.backends import layouts
 from xformer_kernels.testing import assert_bitwise
 
 channel_major = LAYOUTS["token_contiguous"]
-# (B, N, H, D): tokens that fill blocks and vectors, and that do not
+# (B, N, H, D): numbers of tokens that fill blocks and vectors, and that do not
 IMAGES = ((2, 37, 3, 20), (1, 1, 2, 7), (3, 9, 1, 2), (1, 300, 2, 48), (1, 96, 2, 16), (2, 131, 1, 67))
-# packed shape of (B, N, H, D), dim of q, k and v, and what makes (B, H, N, D) of one of them
+# packed shape for (B, N, H, D), dimension of q, k and v, and a function that views one of them as (B, H, N, D)
 PACKED = {
     "tokens": (lambda B, N, H, D: (B, N, 3, H, D), 2, lambda x: x.transpose(1, 2)),
     "channels": (lambda B, N, H, D: (B, 3, H, D, N), 1, lambda x: x.transpose(2, 3)),
@@ -80,8 +80,8 @@ def test_linear_attention_of_images(feature_map, normalize, keeper, ran_keeper):
         assert all(x.stride(2) == 1 for x in result.values())
 
 
-def test_masked_pixels_take_no_part(keeper):
-    """Whatever they hold, in every layout of the results."""
+def test_masked_pixels_are_ignored(keeper):
+    """Values of masked pixels are ignored, for every layout of the results."""
     clean = make_problem((2, 53, 2, 12), layout="token_contiguous", dout="token_contiguous", masked=True)
     mask = clean.token_mask[:, None, :, None]
     dirty = Problem(*(torch.where(mask, x, float("nan")) for x in (clean.q, clean.k, clean.v)), clean.temperature,
@@ -94,7 +94,7 @@ def test_masked_pixels_take_no_part(keeper):
 @pytest.mark.parametrize("layout", PACKED)
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_gradients_of_packed(operator, layout, dtype, keeper, always_a_node):
-    """The gradient of split_qkv is that of unbind, and where the kernels write it in one piece nothing is copied."""
+    """The gradient of split_qkv equals that of unbind; if the kernels write a packed gradient, nothing is copied."""
     shape, dim, of_heads = PACKED[layout]
     x = randn(*shape(2, 37, 3, 8), seed=1, dtype=dtype).requires_grad_()
     dout = randn(2, 3, 37, 8, seed=2, dtype=dtype)
@@ -113,7 +113,7 @@ def test_gradients_of_packed(operator, layout, dtype, keeper, always_a_node):
 
 
 def test_gradients_of_some_parts(always_a_node):
-    """Of parts that are unused, used twice, changed by hooks, or have gradients of other strides."""
+    """Parts that are unused, used twice, changed by hooks, or have gradients with other strides."""
     x = randn(2, 5, 3, 2, 4, seed=1).requires_grad_()
 
     def used(q, k, v):
@@ -129,7 +129,7 @@ def test_gradients_of_some_parts(always_a_node):
 
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_batched_gradients_of_packed(operator, keeper, always_a_node):
-    """By torch.autograd.grad's is_grads_batched, and by torch.vmap over it."""
+    """With is_grads_batched of torch.autograd.grad, and with torch.vmap."""
     x = randn(2, 9, 3, 2, 4, seed=1).requires_grad_()
     douts = randn(3, 2, 2, 9, 4, seed=2)
     out = OPERATORS[operator](*(t.transpose(1, 2) for t in xk.split_qkv(x, 2)), backend=keeper)
@@ -145,7 +145,7 @@ def test_batched_gradients_of_packed(operator, keeper, always_a_node):
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_second_derivatives_of_packed(operator, keeper, always_a_node):
     x = randn(1, 3, 3, 1, 2, seed=1, dtype=torch.float64)
-    x = (x.abs() + 0.1).requires_grad_()  # away from the kink of relu
+    x = (x.abs() + 0.1).requires_grad_()  # not at the kink of relu
 
     def function(x):
         return OPERATORS[operator](*(t.transpose(1, 2) for t in xk.split_qkv(x, 2)), backend=keeper)
@@ -169,7 +169,7 @@ def test_compiled_as_eager(layout, keeper):
     torch.testing.assert_close(dx, dx_again)
 
 
-def test_what_split_qkv_refuses():
+def test_split_qkv_errors():
     with pytest.raises(TypeError, match=r"packed must be a torch.Tensor"):
         xk.split_qkv([1], 0)
     for dim in ("1", 1.0, True, None):

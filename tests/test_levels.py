@@ -1,4 +1,4 @@
-"""Every instruction level that was built and that this processor has computes the same, within the rule."""
+"""Every instruction level that was built and that this processor supports gives correct results."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ for shape in ((2, 17, 10, 2), (1, 131, 48, 4), (1, 40, 130, 1)):
         for block in (False, True):
             layer = make_layer(shape, dtype=dtype, block=block, masked=block)
             layer.check(layer.run(form="gram", backend="cpp"))
-from test_inference_kernels import SHAPES, batch_norm, check, depthwise, depthwise_plainly, linear, linear_plainly
+from test_inference_kernels import SHAPES, batch_norm, check, depthwise, depthwise_in_torch, linear, linear_in_torch
 from xformer_kernels import backends, inference
 from xformer_kernels.inference import LayerNorm
 # at every level, also those at which they do not serve by themselves
@@ -45,12 +45,12 @@ torch.manual_seed(0)
 with torch.no_grad():
     for N, I, O in SHAPES:
         parts = {"batch_norm": batch_norm(O), "layer_norm": LayerNorm(torch.randn(I), torch.randn(I), 1e-6)}
-        check(linear, linear_plainly, torch.randn(N, I), torch.randn(O, I), hard_swish=True, **parts)
-        check(linear, linear_plainly, torch.randn(N, I), torch.randn(O, I), torch.randn(O), add=torch.randn(N, O))
+        check(linear, linear_in_torch, torch.randn(N, I), torch.randn(O, I), hard_swish=True, **parts)
+        check(linear, linear_in_torch, torch.randn(N, I), torch.randn(O, I), torch.randn(O), add=torch.randn(N, O))
     for channels, side, stride in ((40, 3, 1), (33, 3, 2), (16, 5, 1), (7, 5, 2)):
         x = torch.randn(2, channels, 13, 21).contiguous(memory_format=torch.channels_last)
         weight, norm = torch.randn(channels, 1, side, side), batch_norm(channels)
-        check(depthwise, depthwise_plainly, x, weight, None, stride, batch_norm=norm, hard_swish=True)
+        check(depthwise, depthwise_in_torch, x, weight, None, stride, batch_norm=norm, hard_swish=True)
 print("same")
 """
 
@@ -65,7 +65,7 @@ def built_levels():
 
 @cache
 def usable(level):
-    """By a process of its own, of seconds: not for each of the processes that collect tests."""
+    """Whether the processor supports the level. Starts a process, which takes seconds, so not called at collection."""
     probe = "from xformer_kernels import _C; print(_C.cpu_level())"
     env = {**os.environ, "XFORMER_KERNELS_CPU_LEVEL": level}
     done = subprocess.run([sys.executable, "-c", probe], env=env, capture_output=True, text=True)
@@ -98,8 +98,8 @@ print(*(int(largest(*case) > 0) for case in ((24, False), (32, False), (25, Fals
 """
 
 
-def features_of_this_processor():
-    """Family and flags, as the system tells them; empty where it does not."""
+def processor_features():
+    """CPU family and flags as reported by the system; empty if it does not report them."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -108,16 +108,16 @@ def features_of_this_processor():
     return facts.get("cpu family", ""), facts.get("flags", "").split()
 
 
-def test_bf16_is_multiplied_by_pairs_on_zen4_alone(level):
-    """Seen by what the instruction does with subnormal numbers: they are zero to it, and to no other path."""
+def test_bf16_pairs_are_used_on_zen4_only(level):
+    """Detected by subnormal numbers: the instruction for pairs treats them as zero, other paths do not."""
     env = {**os.environ, "XFORMER_KERNELS_CPU_LEVEL": level}
     done = subprocess.run([sys.executable, "-c", PAIRS], env=env, capture_output=True, text=True, timeout=300)
     assert done.stdout.split() == (["0", "0", "1", "1"] if level == "zen4" else ["1"] * 4), done.stderr[-3000:]
 
 
-def test_zen4_takes_bf16_without_being_asked(need_backend):
+def test_zen4_is_used_for_bf16_by_default(need_backend):
     need_backend("cpp")
-    family, flags = features_of_this_processor()
+    family, flags = processor_features()
     expected = family == "25" and "avx512_bf16" in flags and "zen4" in built_levels() and usable("zen4")
     env = {key: value for key, value in os.environ.items() if key != "XFORMER_KERNELS_CPU_LEVEL"}
     done = subprocess.run([sys.executable, "-c", PAIRS], env=env, capture_output=True, text=True, timeout=300)

@@ -1,4 +1,4 @@
-"""Linear attention by every backend against its formula in float64, and against what models write."""
+"""Linear attention of each backend, compared with its formula in float64."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ EMPTY = ((0, 2, 5, 3, 4, 4), (2, 0, 5, 3, 4, 4), (2, 2, 0, 3, 4, 4), (2, 2, 5, 0
 
 
 def inputs(shape, dtype=torch.float32, device="cpu", positive=False, seed=0):
-    """q, k, v and dout, of unlike spreads by feature; `positive`: of denominators that are not near zero."""
+    """q, k, v and dout, with different spreads per feature; `positive`: denominators are not near zero."""
     B, H, N, M, D, Dv = shape
     made = []
     for i, (tokens, features) in enumerate(((N, D), (M, D), (M, Dv), (N, Dv))):
@@ -48,7 +48,7 @@ def run(function, tensors, **kwargs):
 
 
 def ops_of(backend, q, v):
-    """The ops that compute it."""
+    """The ops that compute linear attention with this backend."""
     fused = dispatch.fuses_linear_attention(backend, ("relu", "relu"), q.dtype, (q.shape[-1], v.shape[-1]))
     return FUSED if fused else ("channel_mix",)
 
@@ -64,8 +64,8 @@ def check(tensors, ran, backend, **kwargs):
     return ours
 
 
-# Triton and CUDA run the same composition of gram and channel_mix. Where Triton is interpreted, CUDA tries all of it,
-# and Triton as much as shows every map, every dtype and every choice of normalize with each of the others.
+# Triton and CUDA use the same composition of gram and channel_mix. If Triton is interpreted, CUDA runs all
+# combinations, and Triton a subset that covers each feature map, dtype and value of normalize with each of the others.
 
 
 @pytest.mark.one_in(3)
@@ -91,7 +91,7 @@ def test_shapes(shape, dtype, backend, device, ran, interpreted):
 @pytest.mark.parametrize("shape", EMPTY, ids=str)
 @pytest.mark.parametrize("feature_map", MAPS)
 def test_empty(feature_map, shape, backend, device, ran):
-    """Without keys the sums are zero, and so is the output."""
+    """Without keys, the sums and the output are zero."""
     for normalize in (True, False):
         out = check(inputs(shape, device=device), ran, backend, feature_map=feature_map, normalize=normalize)["out"]
         assert out.shape == (*shape[:3], shape[5]) and not out.any()
@@ -99,7 +99,7 @@ def test_empty(feature_map, shape, backend, device, ran):
 
 @pytest.mark.filterwarnings("ignore:no kernel of xformer_kernels")
 @pytest.mark.parametrize(("D", "Dv"), [(0, 4), (4, 0), (4, 513), (513, 2)])
-def test_features_that_no_kernel_takes(D, Dv):
+def test_unsupported_numbers_of_features(D, Dv):
     q, k, v, _ = inputs((1, 2, 5, 6, D, Dv))
     for normalize in (True, False):
         out = xk.linear_attention(q, k, v, normalize=normalize)
@@ -115,7 +115,7 @@ def test_layouts(layout, backend, device, ran):
 
 @pytest.mark.parametrize("feature_map", ["identity", "relu", "elu1", "softmax_tokens"])
 def test_gradients_of_images(feature_map, kernel, device, ran):
-    """Those of channel-major tokens are channel-major, masked or not: what splits q, k and v copies them in order."""
+    """Gradients of channel-major tokens are channel-major, masked or not, so that they are copied in memory order."""
     image = randn(2, 3, 3, 7, 37, seed=5).to(device).requires_grad_()  # B, H, (q, k, v), D, N
     q, k, v = (x.transpose(-1, -2) for x in image.unbind(2))
     mask, dout = random_mask(2, 37, 3, device), randn(2, 3, 37, 7, seed=6).to(device)
@@ -133,7 +133,7 @@ def test_gradients_of_images(feature_map, kernel, device, ran):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("feature_map", MAPS)
 def test_masked_tokens_take_no_part(feature_map, dtype, backend, device, ran, interpreted):
-    """Whatever they hold: the results are those of the tokens that are kept, and 0 elsewhere."""
+    """Whatever the values of masked tokens, the results are those of the kept tokens, and 0 elsewhere."""
     H, turn = 1 if interpreted else 2, MAPS.index(feature_map) + DTYPES.index(dtype)
     q, k, v, dout = inputs((2, H, 23, 31, 8, 6), dtype, device, positive=feature_map == "identity")
     query_mask, token_mask = random_mask(2, 23, 1, device), random_mask(2, 31, 2, device)
@@ -162,7 +162,7 @@ def test_masked_tokens_take_no_part(feature_map, dtype, backend, device, ran, in
 @pytest.mark.parametrize("normalize", [True, False], ids=["normalize", "plain"])
 @pytest.mark.parametrize("feature_map", MAPS)
 def test_derivatives(feature_map, normalize, backend, device, ran, slow, interpreted):
-    """Of any order: the passes and the quotient are made of what can be differentiated again."""
+    """Derivatives up to third order."""
     q, k, v, _ = inputs((1, 1 if slow else 2, 3, 4, 2, 2), torch.float64, device, positive=True)
     leaves = [x.requires_grad_() for x in (q, k, v)]
     token_mask = torch.tensor([[True, True, False, True]], device=device)
@@ -184,7 +184,7 @@ def test_derivatives(feature_map, normalize, backend, device, ran, slow, interpr
 
 
 def test_zero_denominators(backend, device):
-    """0 / (0 + eps) is 0: queries or keys that relu leaves nothing of."""
+    """0 / (0 + eps) is 0, for queries or keys that relu maps to zero."""
     q, k, v, dout = inputs((1, 2, 5, 7, 4, 3), device=device)
     for tensors in ((-q.abs(), k, v, dout), (q, -k.abs(), v, dout)):
         ours = run(xk.linear_attention, tensors, backend=backend)
@@ -194,7 +194,7 @@ def test_zero_denominators(backend, device):
 
 @pytest.mark.parametrize("normalize", [True, False], ids=["normalize", "plain"])
 def test_range_of_float16(normalize, backend, device, slow):
-    """Sums over 16384 tokens far beyond 65504; the outputs are not."""
+    """Sums over 16384 tokens exceed 65504 by far; the outputs do not."""
     M = 2048 if slow else 16384
     q, k, v, dout = inputs((1, 2, 40, M, 16, 16), torch.float64, device, positive=True)
     q, k, v = (8 * x if normalize else x for x in (q, k, v + 3))
@@ -212,7 +212,7 @@ def test_range_of_float16(normalize, backend, device, slow):
 
 @pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)
 def test_softmax_over_many_tokens(dtype, kernel, device, ran, slow):
-    """Each has a weight near the smallest number of float16."""
+    """The weight of each token is close to the smallest float16 number."""
     tensors = inputs((1, 1, 40, 1000 if slow else 16384, 8, 8), dtype, device)
     check(tensors, ran, kernel, feature_map="softmax_tokens")
 
@@ -224,8 +224,8 @@ def test_softmax_of_large_numbers(backend, device):
     torch.testing.assert_close(out, expected)
 
 
-def test_the_lowest_keys_may_be_masked(backend, device):
-    """A masked token counts less than one that holds the lowest number of the dtype."""
+def test_masked_token_beside_lowest_keys(backend, device):
+    """A masked token is ignored even if the other tokens contain the lowest number of the dtype."""
     q, k, v, _ = inputs((1, 1, 4, 6, 3, 2), device=device)
     k[:, :, :5, 1] = torch.finfo(k.dtype).min
     mask = torch.arange(6, device=device)[None] < 5
@@ -234,8 +234,8 @@ def test_the_lowest_keys_may_be_masked(backend, device):
     torch.testing.assert_close(out, xk.linear_attention(q, k[:, :, :5], v[:, :, :5], **kwargs))
 
 
-def test_a_large_scale_of_small_outputs(need_backend):
-    """S times the scale would overflow, the output does not."""
+def test_large_scale_does_not_overflow(need_backend):
+    """S times the scale would overflow; the output does not."""
     need_backend("cpp")
     q, k, v, _ = inputs((1, 1, 4, 6, 3, 2), torch.float64, positive=True)
     tensors = (1e-10 * q, k, 1e37 * v)
@@ -251,8 +251,8 @@ def test_512_features_are_fused(need_backend, ran_backend):
         xk.linear_attention(*(randn(1, 1, 3, 512, seed=i) for i in range(3)), backend="cpp")
 
 
-def test_a_new_feature_map_is_a_name_and_a_formula(monkeypatch, kernel, device, ran):
-    """As CONTRIBUTING says: backends that have not fused it compose it."""
+def test_new_feature_map_is_composed(monkeypatch, kernel, device, ran):
+    """Adding a feature map as CONTRIBUTING describes: backends that have not fused it compose it."""
     features = reference.features
     monkeypatch.setattr(spec, "FEATURE_MAPS", (*MAPS, "square"))
     monkeypatch.setattr(reference, "features", lambda x, name: x.square() if name == "square" else features(x, name))
@@ -330,7 +330,7 @@ def test_flops():
 
 @pytest.mark.parametrize("normalize", [True, False], ids=["normalize", "plain"])
 def test_autocast(normalize, backend):
-    """As if q, k and v came in the dtype of autocast; nothing within is cast."""
+    """The result is that of q, k and v in the dtype of autocast; nothing else is cast."""
     q, k, v, _ = inputs((2, 2, 19, 23, 8, 8))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = xk.linear_attention(q, k, v, normalize=normalize, backend=backend)

@@ -1,4 +1,4 @@
-"""Linear attention against what models write."""
+"""Linear attention compared with the code of models."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from xformer_kernels.testing import assert_close
 
 @pytest.mark.parametrize("dtype", [torch.float32, *LOW_PRECISION], ids=str)
 def test_timm_lite_mla(dtype, device):
-    """EfficientViT: relu, eps 1e-5, products in float32."""
+    """EfficientViT: relu, eps 1e-5, products computed in float32."""
     mit = pytest.importorskip("timm.models.efficientvit_mit")
     layer = mit.LiteMLA(32, 32, dim=16).to(device)
     q, k, v, dout = inputs((2, 2, 50, 50, 16, 16), dtype, device)
@@ -31,7 +31,7 @@ def test_timm_lite_mla(dtype, device):
 
 
 def loftr(q, k, v, q_mask=None, kv_mask=None, eps=1e-6):
-    """LinearAttention of LoFTR (and of kornia), of (N, L, H, D) tokens."""
+    """LinearAttention of LoFTR (and of kornia), for (N, L, H, D) tokens."""
     Q, K = F.elu(q) + 1, F.elu(k) + 1
     if q_mask is not None:
         Q = Q * q_mask[:, :, None, None]
@@ -61,7 +61,7 @@ def test_loftr(masked, device):
 
 
 def test_efficient_attention(device):
-    """softmax(q) over features, softmax(k) over tokens, no denominator; CoaT has q alone, with a scale."""
+    """Softmax of q over features and of k over tokens, no denominator; in CoaT q has no softmax, but a scale."""
     q, k, v, _ = inputs((2, 3, 40, 40, 8, 8), torch.float64, device)
     context = torch.einsum("bhnk,bhnv->bhkv", k.softmax(dim=2), v)
     out = xk.linear_attention(q, k, v, feature_map="softmax_tokens", normalize=False)

@@ -1,4 +1,4 @@
-"""Sums beside the Gram matrix: the op of linear attention, and gram with sums."""
+"""The ops of linear attention, and gram with sums."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_op(dtype, kernel, device):
 @pytest.mark.parametrize("feature_map", ["relu", "softmax_tokens"])
 @pytest.mark.parametrize("op", ["forward", "backward"])
 def test_ops_of_linear_attention(op, feature_map, kernel, device):
-    """Every number of what they return is written, as the comparison with fake and compiled calls shows."""
+    """All elements of the results are written, as the comparison with fake and compiled calls shows."""
     if not dispatch.fuses_linear_attention(kernel, (feature_map, feature_map), torch.float32, (5, 4)):
         pytest.skip(f"{kernel} composes linear attention, and has no such op")
     spec = Spec.of_linear_attention(feature_map, True, 0.5, 1e-5).text

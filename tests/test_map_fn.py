@@ -1,4 +1,4 @@
-"""xfa with a rule of the user's own for the map, and with dropout of its entries."""
+"""xfa with a user-defined function of the map (map_fn), and with dropout of its entries."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from xformer_kernels.testing import assert_bitwise
 @pytest.mark.parametrize("norm", ["token", "feature"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_map_fn_softmax_is_the_softmax(norm, masked, dtype, backend, device, ran):
-    """The user's rule gets the scaled cosines in the accumulate dtype and is differentiated through."""
+    """map_fn receives the scaled cosines in the accumulate dtype, and is differentiated."""
     p = make_problem((2, 60, 3, 12), Config(norm=norm), dtype=dtype, masked=masked, device=device)
     seen = []
 
@@ -30,8 +30,8 @@ def test_map_fn_softmax_is_the_softmax(norm, masked, dtype, backend, device, ran
     p.check(result)
 
 
-def test_map_fn_with_parameters_of_its_own(backend, device, ran):
-    """Talking heads: a learnable mix of the maps of all heads. Also for the reference itself."""
+def test_map_fn_with_parameters(backend, device, ran):
+    """Talking heads: a learnable mix of the maps of all heads; also with the reference."""
     p = make_problem((2, 30, 3, 6), dtype=torch.float64, device=device)
     mix = randn(3, 3, seed=5, dtype=torch.float64, device=device).requires_grad_()
 
@@ -66,7 +66,7 @@ def test_map_fn_of_key_value(backend, device, ran):
 
 
 def test_dropout_drops_entries_of_the_map(backend, device, ran):
-    """With v the unit matrix the output is the map: each entry is dropped, or grown by 1 / (1 - p)."""
+    """If v is the identity matrix, the output is the map: each entry is dropped, or scaled by 1 / (1 - p)."""
     D, rate = 64, 0.25
     p = make_problem((2, D, 2, D), device=device)
     v = torch.eye(D, device=device).expand(2, 2, D, D)
@@ -83,7 +83,7 @@ def test_dropout_drops_entries_of_the_map(backend, device, ran):
 
 
 def test_dropout_gradient(backend, device, slow):
-    """The gradient is that of the very map that was dropped."""
+    """The gradient uses the same dropped entries as the forward."""
     p = make_problem((1, 9, 2, 3), dtype=torch.float64, device=device)
 
     def function(q, k, v, t):

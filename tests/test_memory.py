@@ -1,4 +1,4 @@
-"""Nothing of size N is kept for the backward, and nothing of size N is allocated beside the results."""
+"""Besides the results, no memory of size N is saved for the backward or allocated."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MB = 2**20
 
 
 def saved_bytes(function, inputs) -> tuple[int, torch.Tensor]:
-    """Bytes of distinct storages that autograd keeps and that are not the inputs' or the output's."""
+    """Bytes of the distinct storages that autograd saves, except those of the inputs and the output."""
     saved = {}
 
     def pack(x):
@@ -39,7 +39,7 @@ def saved_bytes(function, inputs) -> tuple[int, torch.Tensor]:
 def test_saved_statistics_do_not_grow_with_the_tokens(D, config, masked, kernel, device, ran, slow):
     saved = []
     if slow:
-        D = min(D, 130)  # still too many for one launch
+        D = min(D, 130)  # still too wide for one launch
     for N in (30, 90) if slow else (300, 3000):
         p = make_problem((2, N, 2, D), config, masked=masked, device=device)
         mask = p.token_mask
@@ -60,7 +60,7 @@ def test_saved_statistics_do_not_grow_with_the_tokens(D, config, masked, kernel,
 
 @pytest.mark.parametrize("norm", ["token", "feature"])
 def test_saved_by_map_fn(norm, kernel, device):
-    """Token norms keep the map alone; feature norms are taken before the passes and may keep q and k normalised."""
+    """Token norms save only the map; feature norms are applied before the passes, and may save q and k normalised."""
     saved = []
     for N in (300, 3000):
         p = make_problem((2, N, 2, 8), device=device)
@@ -113,7 +113,7 @@ print(status("VmHWM") - start)
     ids=str,
 )  # fmt: skip
 def test_peak_memory(shape, function, dtype, need_backend):
-    """Resident memory, so that the kernels' own buffers count too: the results and at most 1 MB per (b, h)."""
+    """Resident memory, to include the buffers of the kernels: the results and at most 1 MB per (b, h)."""
     need_backend("cpp")
     if not os.access("/proc/self/clear_refs", os.W_OK):
         pytest.skip("/proc/self/clear_refs, which resets the peak of resident memory, may not be written here")
@@ -125,14 +125,14 @@ def test_peak_memory(shape, function, dtype, need_backend):
     forward, backward = map(int, done.stdout.split())
     B, N, H, D = shape
     one = B * N * H * D * dtype.itemsize
-    noise = 4 * MB  # code and allocator pages touched for the first time
+    noise = 4 * MB  # pages of code and of the allocator that are touched for the first time
     assert forward <= one + B * H * MB + noise, f"{(forward - one) / MB:.1f} MB beside the output"
     assert backward <= 3 * one + B * H * MB + noise, f"{(backward - 3 * one) / MB:.1f} MB beside the gradients"
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="MADV_HUGEPAGE is Linux's")
-def test_large_results_ask_for_huge_pages(need_backend):
-    """Of 32 MiB and more; the wish changes nothing else, and smaller ones are left alone."""
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs MADV_HUGEPAGE of Linux")
+def test_large_results_request_huge_pages(need_backend):
+    """Huge pages are requested only for results of 32 MiB or more; the values do not change."""
     need_backend("cpp")
     from xformer_kernels import _C
     from xformer_kernels.backends import cpp
@@ -151,8 +151,8 @@ def test_large_results_ask_for_huge_pages(need_backend):
     assert [size for _, size in asked] == [2**32 // 2**7 * 4]
 
 
-def test_linear_attention_saves_statistics_alone(kernel, device, ran_backend):
-    """A backend that has fused it keeps S and z of each head."""
+def test_linear_attention_saves_only_statistics(kernel, device, ran_backend):
+    """A backend that fuses linear attention saves S and z of each head."""
     if not dispatch.fuses_linear_attention(kernel, ("relu", "relu"), torch.float32, (8, 8)):
         pytest.skip(f"{kernel} composes linear attention, and keeps feature maps")
     saved = []

@@ -1,4 +1,4 @@
-"""XFA, the layer: timm's XCA is the same function of the same weights."""
+"""The layer XFA: it equals timm's XCA with the same weights."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DIM, HEADS = 48, 4
 
 
 def randomize(module, seed=0):
-    """Every parameter its own numbers: default biases of 0 and temperatures of 1 would hide mistakes."""
+    """Random values for all parameters: the default biases of 0 and temperatures of 1 would hide errors."""
     numbers = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in sorted(module.named_parameters()):
@@ -27,7 +27,7 @@ def randomize(module, seed=0):
 
 
 def run(module, x, dy):
-    """Output and all gradients by name."""
+    """The output and all gradients, by name."""
     x = x.detach().requires_grad_()
     y = module(x)
     names, parameters = zip(*module.named_parameters(), strict=True)
@@ -81,7 +81,7 @@ def test_default_arguments_are_those_of_timm_xca():
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_every_config(config, backend, device, ran):
-    """The layer is qkv, xfa, proj and nothing else."""
+    """The layer equals qkv, xfa and proj."""
     choices = {key: value for key, value in config.kwargs().items() if key != "eps"}
     layer = randomize(xk.XFA(DIM, HEADS, True, **choices, backend=backend)).to(device)
     x = randn(2, 50, DIM, seed=1, device=device)
@@ -92,7 +92,7 @@ def test_every_config(config, backend, device, ran):
     assert_bitwise(y.detach(), layer.proj(out.transpose(1, 2).flatten(2)).detach(), "y")
 
 
-def test_training_with_dropout_and_evaluating_without(backend, device, ran):
+def test_dropout_in_training_only(backend, device, ran):
     layer = randomize(xk.XFA(DIM, HEADS, attn_drop=0.5, proj_drop=0.5, backend=backend)).to(device)
     plain = xk.XFA(DIM, HEADS, backend=backend).to(device)
     plain.load_state_dict(layer.state_dict())
@@ -116,8 +116,8 @@ def test_attn_drop_alone_drops_the_map(backend, device):
     assert (y == 0).double().mean() < 0.1
 
 
-def test_a_few_steps_of_training_are_those_of_timm(backend, device):
-    """With an optimiser, in float64, the two layers stay together."""
+def test_training_steps_equal_those_of_timm(backend, device):
+    """After steps of an optimiser in float64, both layers still agree."""
     theirs = randomize(xcit.XCA(DIM, HEADS, True)).to(device).double()
     ours = xk.XFA(DIM, HEADS, True, backend=backend).to(device).double()
     ours.load_state_dict(theirs.state_dict())
@@ -144,6 +144,6 @@ def test_no_tokens_and_no_batch(backend, device):
         y.sum().backward()
 
 
-def test_repr_says_what_it_computes():
+def test_repr():
     text = repr(xk.XFA(DIM, HEADS, map="key_value", norm="feature"))
     assert "key_value" in text and "feature" in text

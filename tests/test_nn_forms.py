@@ -1,4 +1,4 @@
-"""XFA and XFABlock in both forms: what they call, and when."""
+"""XFA and XFABlock in both forms: the ops and submodules that they call."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_block_in_both_forms(layer_scale, form, kernel, device, ran):
 
 
 def test_block_with_dropout_and_mask(kernel, device):
-    """Dropout on the result is not part of what is fused: it drops numbers of the layer, and never of x."""
+    """Dropout of the result is not fused: it drops elements of the layer's output, never of x."""
     block = randomize(xk.XFABlock(DIM, HEADS, proj_drop=0.5, form="gram", backend=kernel)).to(device)
     x = randn(2, 60, DIM, seed=1, device=device)
     y = block(x)
@@ -77,8 +77,8 @@ def test_auto_is_the_cheaper_form(ran_auto):
 
 @pytest.mark.parametrize("part", ["qkv", "proj"])
 @pytest.mark.parametrize("how", ["hook", "replaced"])
-def test_projections_that_are_not_their_weights_are_called(how, part, ran_auto):
-    """Adapters, quantised layers, hooks: then the layer is direct, and says so if it was told otherwise."""
+def test_changed_projections_are_called(how, part, ran_auto):
+    """With adapters, quantised layers or hooks, the direct form is used; requesting the Gram form is an error."""
 
     class Twice(nn.Linear):
         def forward(self, x):

@@ -1,4 +1,4 @@
-"""The ops as torch.library, torch.compile, torch.export, autocast and functorch see them."""
+"""The ops with torch.library, torch.compile, torch.export, autocast and other parts of PyTorch."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def fresh_compiler():
 
 
 def op_samples(kernel, device, dtype):
-    """(op, arguments) with what the schema allows: masks, absent operands, gradients wanted and not."""
+    """(op, arguments) that cover the schema: masks, absent operands, with and without gradients."""
     for config, masked, grad in ((CONFIGS[0], False, True), (CONFIGS[3], True, True), (CONFIGS[4], True, False)):
         p = make_problem((2, 9, 2, 4), config, dtype=dtype, masked=masked, device=device)
         q, k, v, t = p.inputs() if grad else (p.q, p.k, p.v, p.temperature)
@@ -48,14 +48,14 @@ def op_samples(kernel, device, dtype):
 def test_opcheck(dtype, kernel, device, slow):
     for op, args in op_samples(kernel, device, dtype):
         tests = ["test_schema", "test_autograd_registration", "test_faketensor"]
-        # what AOTAutograd makes of them does not depend on the backend
+        # the result of AOTAutograd does not depend on the backend
         if dtype == torch.float32 and (THOROUGH or not slow):
             tests.append("test_aot_dispatch_dynamic")
         torch.library.opcheck(op.default, args, test_utils=tests)
 
 
 def test_fake_tensors_have_the_strides_of_real_ones(kernel, device):
-    """Shapes, dtypes, devices and strides, for inputs of any layout."""
+    """Shapes, dtypes, devices and strides of fake and real results are equal for inputs in any layout."""
     for layout in ("packed", "token_contiguous", "padded"):
         p = make_problem((2, 9, 3, 4), layout=layout, device=device)
         real = (xk.xfa(p.q, p.k, p.v, p.temperature, backend=kernel), *xk.gram(p.q, p.k, backend=kernel))
@@ -72,7 +72,7 @@ def test_fake_tensors_have_the_strides_of_real_ones(kernel, device):
 
 
 def everything(q, k, v, temperature, weight, mask, backend):
-    """Each public function, in a graph with work for the compiler around it."""
+    """Calls each public function, with operations for the compiler between them."""
     out = xk.xfa(q * 1.5, k, v, temperature, token_mask=mask, backend=backend)
     out = out + xk.xfa(q, k, v, temperature, map="key_value", norm="feature", backend=backend)
     G, ssq, _ = xk.gram(out, v, backend=backend)
@@ -87,11 +87,11 @@ def everything(q, k, v, temperature, weight, mask, backend):
 @pytest.mark.one_in(3)
 @pytest.mark.parametrize("compiler", ["inductor", "aot_eager"])
 def test_compile_fullgraph_dynamic(compiler, backend, device, ran, slow):
-    """One graph, compiled once for every number of tokens and every batch, forward and backward."""
+    """One graph, compiled once for all numbers of tokens and batch sizes, forward and backward."""
     if slow and compiler == "inductor":
-        pytest.skip("the graph, and so the code around the kernels, is that of the other backends")
+        pytest.skip("the graph, and so the code around the kernels, is the same as for the other backends")
     if backend == "reference" and compiler == "inductor" and not THOROUGH:
-        pytest.skip("without kernels of ours, when tests are thorough")
+        pytest.skip("the reference has no kernels; runs with XFORMER_KERNELS_THOROUGH=1")
     compiled = torch.compile(everything, fullgraph=True, dynamic=True, backend=compiler)
     for i, (B, N) in enumerate(((2, 50), (3, 77), (5, 130), (2, 300 if slow else 1025))):
         p = make_problem((B, N, 3, 8), dtype=torch.float64, masked=True, device=device, seed=i)
@@ -109,7 +109,7 @@ def test_compile_fullgraph_dynamic(compiler, backend, device, ran, slow):
 
 
 def test_compiled_layer_in_low_precision_autocast(kernel, device, ran, slow):
-    """The way it is trained: a compiled module under bf16 autocast, judged by the rule."""
+    """A compiled module under bfloat16 autocast, forward and backward."""
     torch.manual_seed(0)
     layer = xk.XFA(24, num_heads=3, backend=kernel).to(device)
     x = randn(2, 70, 24, seed=1, device=device)
@@ -120,7 +120,7 @@ def test_compiled_layer_in_low_precision_autocast(kernel, device, ran, slow):
             y = module(x)
         return y.detach(), *torch.autograd.grad(y.float().square().sum(), (x, *module.parameters()))
 
-    # inductor's own code is the same for all backends
+    # the code that inductor generates is the same for all backends
     compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager" if slow else "inductor")
     with ran("xfa_forward", "xfa_backward"):
         ours = run(compiled, x)
@@ -134,7 +134,7 @@ def test_compiled_layer_in_low_precision_autocast(kernel, device, ran, slow):
 
 
 def test_export(kernel, device, ran):
-    """The op itself is in the exported graph, for any batch and any number of tokens; the program runs and saves."""
+    """The exported graph contains the op, and runs for any batch size and number of tokens."""
     torch.manual_seed(0)
     layer = xk.XFA(12, num_heads=3, backend=kernel).to(device).eval()
     dynamic = {"x": {0: torch.export.Dim("B", min=1), 1: torch.export.Dim("N", min=2)}}
@@ -152,8 +152,8 @@ def test_export(kernel, device, ran):
 
 @pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)
 @pytest.mark.parametrize("inputs", [torch.float32, "mixed"], ids=str)
-def test_autocast_is_a_cast_of_the_features(inputs, dtype, backend, device, ran):
-    """q, k and v are cast, like scaled_dot_product_attention's; the temperature keeps its precision."""
+def test_autocast_casts_q_k_and_v(inputs, dtype, backend, device, ran):
+    """q, k and v are cast, as for scaled_dot_product_attention; the temperature is not."""
     p = make_problem((2, 40, 3, 8), device=device)
     q, k, v, t = p.inputs()
     if inputs == "mixed":
@@ -182,7 +182,7 @@ def test_autocast_leaves_float64_and_disabled_regions_alone(backend, device):
 
 
 def test_autocast_of_primitives(backend, device):
-    """No worse than what autocast does to a matmul; statistics stay in float32."""
+    """Errors are within those of a matmul under autocast; statistics stay in float32."""
     a, b = randn(2, 2, 30, 8, seed=1, device=device), randn(2, 2, 30, 6, seed=2, device=device)
     weight = randn(6, 8, seed=3, device=device)
     with torch.autocast(device, dtype=torch.bfloat16):
@@ -196,7 +196,7 @@ def test_autocast_of_primitives(backend, device):
 
 @pytest.mark.parametrize("form", ["gram", "direct"])
 def test_autocast_casts_weights_as_linear_layers_do(form, backend, device):
-    """Weights of a dtype that is neither autocast's nor float32, as of a model that was trained in the other."""
+    """Weights in a dtype other than that of autocast and float32, as of a model trained in the other 16-bit dtype."""
     x, t = randn(2, 30, 24, seed=1, device=device), torch.ones(3, device=device, dtype=torch.float16)
     W, P, b = (randn(*s, seed=i, device=device) / 5 for i, s in enumerate(((72, 24), (24, 24), (24,))))
     halves = [w.half() for w in (W, P, b)]
@@ -219,7 +219,7 @@ def test_autocast_casts_weights_as_linear_layers_do(form, backend, device):
 
 
 def test_torch_function_and_dispatch_modes_see_the_ops(kernel, device):
-    """Flop counters, profilers and quantisers work by modes: a mode must meet the op and not be passed by."""
+    """Dispatch modes, as used by FLOP counters and quantisers, see the ops."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Names(TorchDispatchMode):
@@ -234,7 +234,7 @@ def test_torch_function_and_dispatch_modes_see_the_ops(kernel, device):
     assert "xformer_kernels::xfa_forward" in seen and "xformer_kernels::xfa_backward" in seen
 
 
-def test_a_profiler_shows_the_ops(kernel, device):
+def test_profiler_shows_the_ops(kernel, device):
     p = make_problem((1, 10, 2, 4), device=device)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         p.run(xk.xfa, backend=kernel)
@@ -242,7 +242,7 @@ def test_a_profiler_shows_the_ops(kernel, device):
     assert {"xformer_kernels::xfa_forward", "xformer_kernels::xfa_backward"} <= seen
 
 
-def test_tensor_subclasses_are_not_taken_for_plain_tensors(kernel, device):
+def test_tensor_subclasses(kernel, device):
     class Tagged(torch.Tensor):
         pass
 
@@ -253,8 +253,8 @@ def test_tensor_subclasses_are_not_taken_for_plain_tensors(kernel, device):
 
 
 @pytest.mark.filterwarnings("ignore:Casting complex:UserWarning")
-def test_views_that_are_negated_when_read(kernel, device):
-    """The imaginary part of a conjugate has its memory's numbers with the other sign."""
+def test_negated_views(kernel, device):
+    """The imaginary part of a conjugate is a view with the negative bit set."""
     p = make_problem((1, 10, 2, 4), device=device)
     q, k, v = (torch.complex(x, -x).conj().imag for x in (p.q, p.k, p.v))
     assert q.is_neg()
@@ -263,7 +263,7 @@ def test_views_that_are_negated_when_read(kernel, device):
         assert_bitwise(out.detach(), xk.xfa(p.q, p.k, p.v, p.temperature, backend=kernel), "negated views")
 
 
-def test_default_device_is_not_that_of_the_results(kernel, device):
+def test_default_device_is_ignored(kernel, device):
     p = make_problem((1, 10, 2, 4), device=device)
     expected = p.run(xk.xfa, backend=kernel)
     G = xk.gram(p.q, p.k, backend=kernel)[0]

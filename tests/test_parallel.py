@@ -1,4 +1,4 @@
-"""Tokens split over 2 and 3 processes, against one process: outputs, all gradients, errors on all ranks, bytes sent."""
+"""Tokens split over 2 and 3 processes, compared with one process: outputs, gradients, errors, bytes sent."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from xformer_kernels.testing import assert_close
 
 ROOT = Path(__file__).parents[1]
 LIMIT = 120
-"""Seconds after which processes count as hanging."""
+"""Seconds after which processes are considered hanging."""
 
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available() or not torch.distributed.is_gloo_available(), reason="torch without gloo"
@@ -33,8 +33,8 @@ pytestmark = pytest.mark.skipif(
 
 
 def run_ranks(count, command, **environment):
-    """What `count` processes print, each started with `command` of its rank; all end within the limit."""
-    # no OMP_NUM_THREADS of the caller: ranks say themselves how many threads they have
+    """The outputs of `count` processes, started with `command(rank)`; all must end within the limit."""
+    # without OMP_NUM_THREADS of the caller: ranks set their number of threads themselves
     env = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests"))), **environment}
     processes = [
         subprocess.Popen(command(rank), env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -52,7 +52,7 @@ def run_ranks(count, command, **environment):
 
 
 class Ranks(list):
-    """The outcomes of all ranks by name."""
+    """The outcomes of all ranks, by name."""
 
     def of(self, name):
         outcomes = [rank[name] for rank in self]
@@ -63,10 +63,10 @@ class Ranks(list):
 
 @pytest.fixture(scope="session")
 def outcomes(tmp_path_factory):
-    """``outcomes(count)``: what so many ranks came to, run once for all processes that test."""
+    """``outcomes(count)``: the outcomes of `count` ranks, which run once for all test processes."""
     base = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
-        base = base.parent  # which they share
+        base = base.parent  # shared by the test processes
 
     @cache
     def run(count):
@@ -100,7 +100,7 @@ def ranks(request, outcomes):
 
 
 def joined(results):
-    """The ranks' tokens side by side, and the sums of their gradients of weights."""
+    """The concatenated tokens of the ranks, and the sums of their gradients of weights."""
     whole = {name: torch.cat([r[name] for r in results], 1) for name in ("out", "dx") if name in results[0]}
     for name in results[0].keys() - whole.keys():
         total = sum(r[name].double() for r in results)
@@ -121,7 +121,7 @@ def test_output_and_gradients_are_those_of_one_process(case, ranks):
     check(case, ranks.of(f"case {case}"))
 
 
-def test_form_is_the_same_on_ranks_that_alone_would_take_others():
+def test_ranks_alone_would_choose_different_forms():
     case = next(c for c in CASES if c.form == "auto")
     x, _, w, _ = case.inputs()
     forms = set()
@@ -131,7 +131,7 @@ def test_form_is_the_same_on_ranks_that_alone_would_take_others():
 
 
 @pytest.mark.parametrize("name", REFUSALS)
-def test_what_one_rank_cannot_do_is_an_error_on_every_rank(name, ranks):
+def test_error_of_one_rank_is_raised_on_every_rank(name, ranks):
     outcomes = [rank[f"refusal {name}"] for rank in ranks]
     for outcome in outcomes:
         assert outcome.get("error") in {t.__name__ for t in REFUSALS[name].types}, outcome
@@ -148,8 +148,8 @@ def expected_of_network(loss):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_gradients_of_a_network_beside_ddp_fsdp_and_by_hand(name, ranks):
-    """All but the mean are sums over all tokens; DDP and FSDP2 divide by the number of ranks."""
+def test_gradients_of_a_network(name, ranks):
+    """The loss is a sum over all tokens, except for the mean; DDP and FSDP2 divide by the number of ranks."""
     loss = (lambda d: d.square().mean()) if name == "ddp_mean" else (lambda d: d.square().sum())
     expected = expected_of_network(loss)
     for grads in ranks.of(f"model {name}"):
@@ -159,7 +159,7 @@ def test_gradients_of_a_network_beside_ddp_fsdp_and_by_hand(name, ranks):
 
 
 @pytest.mark.parametrize("name", PAIRS)
-def test_as_one_process_does(name, ranks):
+def test_same_as_one_process(name, ranks):
     for pairs in ranks.of(f"pairs {name}"):
         for key, (ours, alone) in pairs.items():
             assert ours.dtype == alone.dtype
@@ -169,7 +169,7 @@ def test_as_one_process_does(name, ranks):
             )  # fmt: skip
 
 
-def test_compiled_calls_are_left_out_of_graphs_and_right(outcomes):
+def test_compiled_calls_are_outside_of_graphs(outcomes):
     expected = expected_of_network(lambda d: d.square().sum())
     for grads in outcomes(2).of("model compiled"):
         for key, grad in grads.items():
@@ -190,7 +190,7 @@ def test_direct_form_can_be_differentiated_twice(ranks):
         torch.testing.assert_close(result, expected[name], rtol=1e-9, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_a_group_of_some_of_the_ranks(outcomes):
+def test_group_of_some_ranks(outcomes):
     inside = [rank["pair"] for rank in outcomes(3)]
     outside = inside.pop(1)
     assert outside["error"] == "TypeError" and "not one of its ranks" in outside["words"]
@@ -198,7 +198,7 @@ def test_a_group_of_some_of_the_ranks(outcomes):
 
 
 def payload(case):
-    """Bytes that a rank gives to each kind of collective: what docs/token_parallel.md says."""
+    """Bytes that a rank passes to each kind of collective, by the formulas of docs/token_parallel.md."""
     B, C, H = case.B, case.C, case.H
     D, size = C // H, reference.accumulate_dtype(case.dtype).itemsize
     gram, direct = (C + 1) + (C * C + C + 1) + (C * C + C), 2 * (H * D * D + 2 * H * D)
@@ -210,13 +210,13 @@ def payload(case):
 
 
 @pytest.mark.parametrize("name", COUNTED)
-def test_bytes_are_those_of_the_documents_whatever_the_number_of_tokens(name, ranks):
+def test_bytes_do_not_depend_on_the_number_of_tokens(name, ranks):
     for seen in ranks.of(f"count {name}"):
         assert seen == payload(COUNTED[name])
 
 
 @pytest.mark.parametrize("launch", ["python", "torchrun"])
-def test_the_example_agrees_with_one_process_and_with_the_formula(launch):
+def test_example_agrees_with_one_process_and_the_formula(launch):
     example = [str(ROOT / "examples" / "token_parallel.py"), "--height", "40", "--width", "50"]
     python = [sys.executable, *example, "--ranks", "2"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *example]
@@ -225,11 +225,11 @@ def test_the_example_agrees_with_one_process_and_with_the_formula(launch):
     received = re.findall(r"received (\d+) B in the step, by the formula (\d+) B", text)
     assert len(received) == 2 or "bytes not counted" in text, text
     for counted, formula in received:
-        # beside the sums: headers, and the integers by which ranks compare
+        # besides the sums: headers, and the integers that ranks compare
         assert int(formula) <= int(counted) <= int(formula) + 5000, text
 
 
-def test_table_of_bytes_is_by_the_formula():
+def test_table_of_bytes_follows_the_formula():
     text = (ROOT / "docs" / "token_parallel.md").read_text()
     C, H = 384, 8
     gram, direct = (payload(Case(form, B=1, C=C, H=H))["all_reduce"] for form in ("gram", "direct"))

@@ -1,4 +1,4 @@
-"""gram and channel_mix: the two passes over token-major data, and that they close under differentiation."""
+"""gram and channel_mix: results, and derivatives of any order, which are composed of the same two ops."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_gram_layouts_and_masks(layout, masked, dtype, backend, device, ran):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("D", [1, 7, 16, 48, 100, 257])
 def test_symmetric_gram(D, dtype, backend, device, ran, need_features):
-    """By kernels, symmetric to the bit and with the sums of squares as its diagonal."""
+    """With kernels, G is bitwise symmetric, and its diagonal is the sums of squares."""
     need_features(D)
     a = randn(2, 2, 53, D, seed=D, dtype=dtype, device=device)
     G, ssq_a, ssq_b = check_gram(a, a, ran, backend, symmetric=True)
@@ -121,7 +121,7 @@ def test_symmetric_gram(D, dtype, backend, device, ran, need_features):
 @pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
 @pytest.mark.parametrize("symmetric", [False, True], ids=["", "symmetric"])
 def test_gram_derivatives(symmetric, masked, backend, device, ran, slow):
-    """Of any order: the backward is made of the same two primitives."""
+    """Derivatives up to third order: the backward is composed of the same two ops."""
     B, H = (1, 1) if slow else (2, 2)
     a = randn(B, H, 3, 2, seed=1, dtype=torch.float64, device=device).requires_grad_()
     b = randn(B, H, 3, 2, seed=2, dtype=torch.float64, device=device).requires_grad_()
@@ -132,7 +132,7 @@ def test_gram_derivatives(symmetric, masked, backend, device, ran, slow):
         return xk.gram(a, a if symmetric else b, symmetric=symmetric, token_mask=mask, backend=backend)
 
     def gradient(*inputs):
-        """Of a function with derivatives of every order."""
+        """The gradient of a function whose derivatives of any order are nonzero."""
         value = sum(x.sin().sum() for x in function(*inputs))
         return torch.autograd.grad(value, inputs, create_graph=True)
 
@@ -143,7 +143,7 @@ def test_gram_derivatives(symmetric, masked, backend, device, ran, slow):
         assert gradgradcheck(gradient, inputs)
 
 
-def test_gram_of_single_head(kernel, device, ran):
+def test_gram_of_3d_input(kernel, device, ran):
     a, b = (randn(2, 30, d, seed=d, device=device) for d in (4, 6))
     with ran("gram"):
         result = xk.gram(a, b, backend=kernel)
@@ -192,7 +192,7 @@ def test_channel_mix_options_and_layouts(chosen, layout, dtype, backend, device,
 
 
 @pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)
-def test_channel_mix_takes_weights_of_its_own_or_the_accumulate_dtype(dtype, backend, device, ran):
+def test_channel_mix_weight_dtypes(dtype, backend, device, ran):
     for weight_dtype in (dtype, torch.float32):
         t = mix_inputs(
             (2, 2, 40, 12, 12), ("bias", "add", "add_scale", "x2"), dtype, weight_dtype=weight_dtype, device=device
@@ -201,8 +201,8 @@ def test_channel_mix_takes_weights_of_its_own_or_the_accumulate_dtype(dtype, bac
 
 
 @pytest.mark.parametrize("form", ["one matrix", "per head", "transposed", "expanded"])
-def test_channel_mix_weight_forms(form, kernel, device, ran):
-    """(O, I) for all heads, (H, O, I) for all of the batch, and any strides."""
+def test_channel_mix_weight_shapes(form, kernel, device, ran):
+    """(O, I) for all heads, (H, O, I) for the whole batch, and any strides."""
     B, H, N, I, O = 3, 2, 50, 6, 7  # noqa: E741
     t = mix_inputs((B, H, N, I, O), ("bias", "add", "add_scale"), device=device)
     full = {name: t[name] for name in ("weight", "bias", "add_scale")}
@@ -223,8 +223,8 @@ def test_channel_mix_weight_forms(form, kernel, device, ran):
 
 
 @pytest.mark.parametrize("what", ["add", "bias"])
-def test_what_is_added_does_not_blur_the_products(what, kernel, device):
-    """Many small products beside something large: it is added last, and they are not rounded at its size one by one."""
+def test_added_terms_do_not_reduce_precision(what, kernel, device):
+    """A large term is added after many small products, so that these are not rounded to its precision one by one."""
     for product, size in ((0.0013, 69.4), (0.0037, 1000.0)):
         x = torch.full((1, 1, 40, 79), product, device=device)
         large = {"add": torch.full((1, 1, 40, 5), size), "bias": torch.full((1, 1, 5), size)}[what].to(device)
@@ -233,7 +233,7 @@ def test_what_is_added_does_not_blur_the_products(what, kernel, device):
         assert_close(y, eager, reference.channel_mix(**{name: v.double() for name, v in t.items()}), what)
 
 
-def test_channel_mix_of_single_head(kernel, device, ran):
+def test_channel_mix_of_3d_input(kernel, device, ran):
     x, add = randn(2, 30, 4, seed=1, device=device), randn(2, 30, 5, seed=2, device=device)
     weight, bias = randn(2, 5, 4, seed=3, device=device), randn(5, seed=4, device=device)
     with ran("channel_mix"):
@@ -251,7 +251,7 @@ def test_channel_mix_of_single_head(kernel, device, ran):
     ids=lambda c: "+".join(c) or "plain",
 )
 def test_channel_mix_derivatives(chosen, backend, device, ran, slow):
-    """Of any order, for every argument."""
+    """Derivatives up to third order, for every argument."""
     t = mix_inputs((1 if slow else 2, 1, 2, 2, 2), chosen, torch.float64, device=device)
     inputs = tuple(x.requires_grad_() for x in t.values())
 
@@ -271,7 +271,7 @@ def test_channel_mix_derivatives(chosen, backend, device, ran, slow):
 @pytest.mark.parametrize("weight_dtype", [torch.float32, None], ids=["float32 weights", "own weights"])
 @pytest.mark.parametrize("dtype", [torch.float32, *LOW_PRECISION], ids=str)
 def test_channel_mix_gradients(dtype, weight_dtype, backend, device, ran):
-    """In the dtype of each argument, with one weight shared by the batch and the heads."""
+    """Gradients have the dtype of the argument; one weight is shared by the batch and the heads."""
     t = mix_inputs(
         (2, 3, 300, 24, 20), ("bias", "add", "add_scale", "x2"), dtype, weight_dtype=weight_dtype, device=device
     )
@@ -291,8 +291,8 @@ def test_channel_mix_gradients(dtype, weight_dtype, backend, device, ran):
         assert_close(x, eager[name], oracle[name], f"d{name}")
 
 
-def test_xfa_is_made_of_the_primitives(backend, device, ran):
-    """The formula of xfa, spelled with gram and channel_mix, in float64."""
+def test_xfa_composed_of_primitives(backend, device, ran):
+    """The formula of xfa in terms of gram and channel_mix, in float64."""
     q, k, v = (randn(2, 3, 40, 8, seed=s, dtype=torch.float64, device=device) for s in range(3))
     t = torch.linspace(1, 2, 3, dtype=torch.float64, device=device)
     with ran("gram", "channel_mix"):

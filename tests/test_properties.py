@@ -1,4 +1,4 @@
-"""Any shape, any strides, any dtype: drawn by hypothesis, judged by the same rule."""
+"""Random shapes, strides and dtypes drawn by hypothesis, checked with the usual tolerance."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from xformer_kernels.testing import assert_bitwise, assert_close
 
 @pytest.fixture
 def examples(kernel, slow):
-    """How many, of which each takes seconds where kernels are emulated or compiled for its number of features."""
+    """Number of examples; each takes seconds if kernels are emulated, or compiled for each number of features."""
     return (8 if THOROUGH else 4) if slow or kernel == "triton" else 100
 
 
 def for_all(strategy, check, examples):
-    """The check for so many drawn arguments."""
+    """Runs `check` for `examples` arguments drawn from `strategy`."""
     settings(max_examples=examples, suppress_health_check=list(HealthCheck))(given(strategy)(check))()
 
 
@@ -42,7 +42,7 @@ configs = st.builds(
 
 @st.composite
 def strided(draw, shape, dtype, device):
-    """Random numbers in a view with dimensions in any order in memory, any steps, any offset; the rest is NaN."""
+    """A view of random numbers, with any memory order, steps and offset; the rest of its buffer is NaN."""
     order = draw(st.permutations(range(len(shape))))
     steps = [draw(st.sampled_from([1, 1, 1, 2, 3])) for _ in shape]
     strides, extent = [0] * len(shape), 1

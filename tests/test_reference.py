@@ -1,4 +1,4 @@
-"""The reference is the definition: it must equal the formulas written out as loops, and be differentiable twice."""
+"""The reference defines the results: it must equal the formulas written as loops, and be twice differentiable."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from xformer_kernels import reference
 
 
 def xfa_loops(q, k, v, temperature, config: Config, mask) -> np.ndarray:
-    """One number at a time, from the formulas; tokens where mask is False do not exist."""
+    """xfa computed element by element; tokens where mask is False are skipped."""
     B, H, N, D = q.shape
     out = np.zeros_like(v)
     for b in range(B):
@@ -78,7 +78,7 @@ def test_xfa_derivatives(config, masked):
 
 
 def test_zero_column_has_the_gradient_of_normalize():
-    """A feature that is zero for every token: no NaN, and exactly what F.normalize's clamp gives."""
+    """A feature that is zero for every token: no NaN, and exactly the gradient of F.normalize."""
     p = make_problem((1, 6, 1, 3), dtype=torch.float64)
     p.q[..., 1] = 0
     q, k, v, t = p.inputs()
@@ -120,8 +120,8 @@ def test_channel_mix_equals_loops():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-def test_a_finer_temperature_does_not_change_the_output_dtype(dtype):
-    """A float32 temperature beside bfloat16 features, as mixed-precision models keep it."""
+def test_wider_temperature_does_not_change_the_output_dtype(dtype):
+    """A float32 temperature with bfloat16 features, as in mixed precision."""
     p = make_problem((2, 9, 2, 4), dtype=dtype, temperature_dtype=torch.float64)
     result = p.eager()
     assert result["out"].dtype == result["dq"].dtype == dtype

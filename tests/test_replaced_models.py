@@ -1,6 +1,6 @@
-"""What is done to models that exist, before and after their attention is replaced: numbers and calls stay torch's.
+"""Changes of models before and after their attention is replaced: results and calls must be those of the original.
 
-The table SITUATIONS holds everything; each row is tried for every family, in both orders.
+Each row of the table SITUATIONS is tested for every kind of module, in both orders.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def rows() -> list[Any]:
 
 @pytest.mark.parametrize("form", ["gram", "direct"])
 @pytest.mark.parametrize(("kind", "change"), rows())
-def test_numbers_and_calls_are_those_of_the_original(kind, change, form):
+def test_results_and_calls_are_those_of_the_original(kind, change, form):
     theirs = kind.model()
     change(kind, theirs)
     CALLS.clear()
@@ -63,7 +63,7 @@ def test_numbers_and_calls_are_those_of_the_original(kind, change, form):
 
 
 class EagerBlock(nn.Module):
-    """What XFABlock computes, by parts of the same names."""
+    """An eager XFABlock, with parts of the same names."""
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ OURS = {
     ],
 )
 def test_our_modules_call_their_parts_too(name, change):
-    """XFA and XFABlock are timm's layer and the half block around it, whatever is done to their parts."""
+    """XFA and XFABlock stay equal to timm's layer and half block when their parts are changed."""
     kind, make = OURS[name]
     theirs = kind.model()
     ours = make(C, num_heads=HEADS).double().eval()
@@ -119,7 +119,7 @@ def test_attn_drop_with_weights_sees_the_map_in_the_dtype_of_q():
 
 @pytest.mark.parametrize("make", [xk.XFA, functools.partial(xk.XFABlock, layer_scale=0.5)], ids=["XFA", "XFABlock"])
 def test_our_modules_are_traced_by_fx(make):
-    """Into a graph that calls the layer, kernels included."""
+    """The traced graph calls the layer with its kernels."""
     model = make(C, num_heads=HEADS).double().eval()
     x = KINDS["XCA"].x()
     traced = torch.fx.symbolic_trace(model)
@@ -136,8 +136,8 @@ FUSED = ("nothing", "training", "partly frozen", "attn_drop in training", "hook 
 
 @pytest.mark.parametrize("situation", FUSED)
 @pytest.mark.parametrize("kind", ["XCABlock", "SplitTransposeBlock"])
-def test_what_changes_no_formula_is_still_fused(kind, situation):
-    """The comparisons above would also hold if nothing was fused any more."""
+def test_changes_that_keep_the_formula_stay_fused(kind, situation):
+    """The comparisons above would also pass if nothing was fused."""
     model = KINDS[kind].model()
     replace_attention(model, form="gram")
     SITUATIONS[situation](KINDS[kind], model)
@@ -148,8 +148,8 @@ def test_what_changes_no_formula_is_still_fused(kind, situation):
 
 @pytest.mark.parametrize("kind", ["XCA", "XCABlock", "SplitTransposeBlock"])
 @pytest.mark.parametrize("part", ["qkv", "proj"])
-def test_kernels_serve_between_projections_that_are_called(kind, part):
-    """As with LoRA: q, k and v come from the wrapped module, and go into the kernel."""
+def test_kernels_run_between_called_projections(kind, part):
+    """As with LoRA: the wrapped module computes q, k and v, which the kernel uses."""
     model = KINDS[kind].model()
     replace_attention(model)
     wrap(part, Wrapped)(KINDS[kind], model)

@@ -1,4 +1,4 @@
-"""Replaced modules under what copies, compiles, shards, traces and casts models."""
+"""Replaced modules when models are copied, compiled, sharded, traced and cast."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def kind(request):
 
 @pytest.fixture
 def both(kind):
-    """The original, and a copy of it that is replaced."""
+    """The original, and a copy of it with the attention replaced."""
     theirs = kind.model()
     ours = copy.deepcopy(theirs)
     assert replace_attention(ours) == 1
     return theirs, ours
 
 
-def test_copies_are_replaced_and_on_their_own(kind, both):
+def test_copies_are_replaced_and_independent(kind, both):
     theirs, ours = both
     for copied in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
         assert all(is_replaced(a) == is_replaced(b) for a, b in zip(ours.modules(), copied.modules(), strict=True))
@@ -52,8 +52,8 @@ def test_copies_are_replaced_and_on_their_own(kind, both):
         assert_same(kind, ours, theirs)
 
 
-def test_data_parallel_replicas_compute_with_their_own_parameters(kind, both):
-    """nn.DataParallel copies a module's attributes; what it does on each device, less the devices."""
+def test_data_parallel_replicas_use_their_parameters(kind, both):
+    """Replicates modules as nn.DataParallel does for each device, here all on the CPU."""
     theirs, ours = both
 
     def replica(module: nn.Module) -> nn.Module:
@@ -98,7 +98,7 @@ def test_exported(kind, both, strict):
 
 @pytest.mark.parametrize("kind", [KINDS[name] for name in ("XCA", "CrossCovarianceAttn", "XCABlock")])
 def test_traced_by_fx(kind, both):
-    """A tracer sees torch's own operations. The other originals cannot be traced: they iterate over shapes."""
+    """Tracing records torch's operations. The other originals cannot be traced: they iterate over shapes."""
     theirs, ours = both
     concrete = dict(zip(("H", "W"), kind.inputs[1:], strict=False))
     traced = torch.fx.symbolic_trace(ours, concrete_args=concrete)
@@ -117,8 +117,8 @@ def test_global_hooks_see_every_module(kind, both):
     torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-8, atol=1e-8)
 
 
-def test_replacing_calls_no_hooks_of_the_user(kind):
-    """What is tried, is tried on copies."""
+def test_replacing_calls_no_user_hooks(kind):
+    """Trials run on copies."""
     model = kind.model()
     for module in model.modules():
         module.register_forward_hook(note)
@@ -140,7 +140,7 @@ def test_counting_flops_does_not_change_what_runs(kind, both):
         assert plain == counted
 
 
-def test_subclasses_keep_what_is_theirs(kind):
+def test_subclasses_keep_their_attributes(kind):
     base: Any = type(kind.model())
 
     class Mine(base):
@@ -160,7 +160,7 @@ def test_subclasses_keep_what_is_theirs(kind):
 
 @pytest.mark.parametrize("first", ["replace", "shard"])
 def test_fsdp(kind, first, tmp_path):
-    """fully_shard on one rank, of the layer and of what is around it."""
+    """fully_shard on one rank, applied to the layer and to the module around it."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, fully_shard
 
@@ -191,7 +191,7 @@ def test_fsdp(kind, first, tmp_path):
 @pytest.mark.parametrize("weights", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("norms", [torch.float32, None], ids=["norms in float32", ""])
 def test_autocast_runs_where_torch_does(kind, both, weights, norms):
-    """Weights of any dtype under autocast of another; layer norms that were left in float32."""
+    """Weights in a dtype other than that of autocast, and layer norms left in float32."""
     outputs = []
     for model in both:
         model = copy.deepcopy(model).to(weights)
@@ -214,7 +214,7 @@ def test_autocast_runs_where_torch_does(kind, both, weights, norms):
 
 
 class Scaled(Tensor):
-    """A weight-only quantized tensor in miniature: it knows torch's operators, by what it stands for, and no others."""
+    """A minimal weight-only quantized tensor: it supports torch's operators, by dequantization, and no others."""
 
     @staticmethod
     def __new__(cls, data: Tensor, scale: float) -> Any:
@@ -235,7 +235,7 @@ class Scaled(Tensor):
 
 @pytest.mark.parametrize("tokens", [(4, 6), (64, 96)], ids=["few tokens", "many tokens"])
 def test_weights_of_a_tensor_subclass(kind, both, tokens):
-    """Quantized weights, DTensors: torch's operators compute, with few tokens and with many."""
+    """For weights such as quantized tensors or DTensors, torch's operators are used, for few and for many tokens."""
     h, w = tokens
     args = (randn(1, h * w, C, seed=1, dtype=torch.float64), h, w)
     args = args[: len(kind.inputs)] if kind.inputs[0] is TOKENS else (args[0].mT.reshape(1, C, h, w),)
@@ -250,7 +250,7 @@ def test_weights_of_a_tensor_subclass(kind, both, tokens):
 
 
 def test_attention_maps_are_extracted():
-    """timm's AttentionExtract hooks attn_drop."""
+    """AttentionExtract of timm, which hooks attn_drop, works."""
     theirs = KINDS["XCABlock"].model()
     ours = copy.deepcopy(theirs)
     replace_attention(ours)
@@ -264,17 +264,17 @@ def test_attention_maps_are_extracted():
         torch.testing.assert_close(maps[1][name], maps[0][name])
 
 
-# What is tried in a passing state is not kept.
+# Results of trials in a temporary state are not cached.
 
 
 @pytest.fixture
 def untried(monkeypatch):
-    """As in a process that has tried nothing yet."""
+    """Clears the cached results of trials."""
     monkeypatch.setattr(families, "_verdicts", {})
 
 
 @pytest.mark.parametrize("state", ["fake", "meta", "empty weights", "global hook", "default device"])
-def test_a_trial_in_a_passing_state_is_repeated(state, kind, untried):
+def test_trial_in_a_temporary_state_is_repeated(state, kind, untried):
     with torch.no_grad():
         if state == "fake":
             with torch._subclasses.FakeTensorMode():
@@ -307,7 +307,7 @@ def test_a_trial_in_a_passing_state_is_repeated(state, kind, untried):
 
 @pytest.mark.parametrize("state", ["meta", "empty weights"])
 def test_models_without_weights_are_replaced(state, kind):
-    """To be loaded later, as large models are."""
+    """The weights are loaded later, as for large models."""
     theirs = kind.model().float()
     with torch.device("meta"):
         ours = kind.make(C, num_heads=HEADS)
@@ -319,8 +319,8 @@ def test_models_without_weights_are_replaced(state, kind):
     )
 
 
-def test_the_environment_decides_no_trial(kind, untried, monkeypatch):
-    """As where it asks for a backend that serves GPUs alone: the trial is on the CPU."""
+def test_environment_does_not_affect_trials(kind, untried, monkeypatch):
+    """Also if the environment requests a backend that supports GPUs only: the trial runs on the CPU."""
     module = backends.load("cuda")[0].module
     if module is None:
         pytest.skip("the CUDA backend is not built here, not even emulated")
@@ -330,8 +330,8 @@ def test_the_environment_decides_no_trial(kind, untried, monkeypatch):
     assert replace_attention(kind.model()) == 1
 
 
-def test_something_like_mdta_whose_weights_hide_the_difference_is_left_alone():
-    """It is tried with random weights: with its own, projections of zero, any formula would agree."""
+def test_other_formula_hidden_by_zero_weights_is_not_replaced():
+    """The trial uses random weights: with those of the module, projections of zero, any formula would agree."""
 
     class Almost(MDTA):
         def forward(self, x):

@@ -1,4 +1,4 @@
-"""A rule that passes everything would let every other test pass: it must refuse what is wrong."""
+"""The comparison that all other tests use must refuse wrong results."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def test_accepts_rounding_and_refuses_more(dtype):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), 0.0])
-def test_nan_and_inf_must_stand_where_the_oracle_has_them(value):
+def test_nan_and_inf_must_match_the_oracle(value):
     special = torch.tensor([float("nan"), float("inf"), 1.0], dtype=torch.float64)
     oracle = torch.cat((special, ORACLE))
     good = oracle.float()
@@ -34,15 +34,15 @@ def test_nan_and_inf_must_stand_where_the_oracle_has_them(value):
                 assert_close(bad, good, oracle, "bad")
 
 
-def test_where_a_difference_cancels_the_rule_is_relative_to_its_terms():
+def test_tolerance_is_relative_to_the_terms_of_a_difference():
     exact, noise = torch.zeros(10, dtype=torch.float64), torch.full((10,), 1e-7)
     with pytest.raises(AssertionError):
         assert_close(noise, torch.zeros(10), exact, "without terms")
     assert_close(noise, torch.zeros(10), exact, "with terms", terms=torch.ones(10, dtype=torch.float64))
 
 
-def test_a_bad_eager_result_excuses_only_itself():
-    """Where eager overflows, the result is still held to the rule by eager's finite values."""
+def test_nonfinite_eager_values_do_not_raise_the_tolerance():
+    """Where eager overflows, the tolerance comes from eager's finite values."""
     eager = ORACLE.half()
     eager[0] = float("inf")
     wrong = ORACLE.half()
@@ -51,6 +51,6 @@ def test_a_bad_eager_result_excuses_only_itself():
         assert_close(wrong, eager, ORACLE, "beside an overflow")
 
 
-def test_bitwise_sees_signed_zeros():
+def test_bitwise_distinguishes_signed_zeros():
     with pytest.raises(AssertionError, match="bits differ"):
         assert_bitwise(torch.tensor([0.0]), torch.tensor([-0.0]), "zeros")

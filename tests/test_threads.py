@@ -1,4 +1,4 @@
-"""The kernels run on torch's own OpenMP threads, as many as torch.set_num_threads says, and no others."""
+"""The kernels use torch's OpenMP threads only, and respect torch.set_num_threads."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def step():
 
 @pytest.fixture
 def run_python(need_backend):
-    """Runs a script in a fresh interpreter, where no other test has started threads."""
+    """Runs a script in a new interpreter, where no other test has started threads."""
     need_backend("cpp")
 
     def run(script: str, threads: int, timeout: float = 120) -> str:
@@ -52,7 +52,7 @@ def run_python(need_backend):
 
 @linux
 def test_one_openmp_library(run_python):
-    """Two OpenMP runtimes in one process would each start threads of their own and fight for the cores."""
+    """Two OpenMP runtimes in one process would each start threads, which would compete for the cores."""
     found = run_python(
         """
         step()
@@ -66,8 +66,8 @@ def test_one_openmp_library(run_python):
 
 @linux
 @pytest.mark.parametrize("threads", [1, 2, 4])
-def test_no_threads_beside_those_of_torch(threads, run_python):
-    """torch's autograd engine may start its own; a forward must not, and a second backward must not either."""
+def test_no_additional_threads(threads, run_python):
+    """torch's autograd engine may start threads; a forward, and a second backward, must not start any."""
     new = run_python(
         """
         with torch.no_grad():
@@ -85,8 +85,8 @@ def test_no_threads_beside_those_of_torch(threads, run_python):
 
 @linux
 @needs_cores
-def test_set_num_threads_is_obeyed(run_python):
-    """Measured by who used the processor: nobody but the caller with 1, one helper with 2, and 1 again afterwards."""
+def test_set_num_threads_is_respected(run_python):
+    """By CPU time per thread: only the caller with 1 thread, one more with 2, and only the caller with 1 again."""
     workers = run_python(
         """
         def used():
@@ -109,7 +109,7 @@ def test_set_num_threads_is_obeyed(run_python):
 
 @linux
 def test_after_fork(run_python):
-    """A forked child, as a DataLoader's worker is, computes the same on one thread and does not hang."""
+    """A forked child process, such as a DataLoader worker, gets the same result with one thread and does not hang."""
     output = run_python(
         """
         with torch.no_grad():
@@ -132,7 +132,7 @@ def test_after_fork(run_python):
 
 
 def test_calls_from_many_python_threads(kernel, device, slow):
-    """The kernels let go of the interpreter: calls that overlap must not share scratch memory."""
+    """The kernels release the GIL: concurrent calls must not share scratch memory."""
     least = 300 if slow else 1100
     problems = [make_problem((2, least + 100 * i, 2, 24), seed=i, device=device) for i in range(4)]
     expected = [p.run(xk.xfa, backend=kernel) for p in problems]

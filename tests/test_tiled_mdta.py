@@ -1,4 +1,4 @@
-"""Restormer's attention over tiles of rows: the result without tiles, in the memory of a tile."""
+"""Attention of Restormer computed by tiles of rows: the same result, with the memory of one tile."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_equals_the_forward_without_tiles(shape, bias, tile):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
-def test_by_the_rule(memory_format, dtype):
+def test_tolerance(memory_format, dtype):
     model = block().to(dtype).to(memory_format=memory_format)
     x = randn(2, 24, 33, 29, seed=1, dtype=dtype).to(memory_format=memory_format)
     y = tiled_mdta(model, x, tile=8)
@@ -62,8 +62,8 @@ def test_monai_and_replaced_modules():
         torch.testing.assert_close(tiled_mdta(model, x, tile=4), model(x), rtol=1e-10, atol=1e-10)
 
 
-def test_a_channel_of_zeros():
-    """Its norm is clamped, as by F.normalize."""
+def test_zero_channel():
+    """Its norm is clamped, as in F.normalize."""
     model = block(bias=False).double()
     model.qkv.weight[:5] = 0
     x = randn(1, 24, 9, 7, seed=1, dtype=torch.float64)
@@ -131,7 +131,7 @@ print((memory("VmHWM") - before) / y.nbytes)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read as Linux reports it")
 def test_peak_memory():
-    """In outputs: that one, and a tile. Without tiles q, k, v and their inputs are 6 more."""
+    """In units of the output: the output itself and one tile. Without tiles, q, k, v and their inputs are 6 more."""
 
     def outputs(how):
         command = [sys.executable, "-c", MEASURED, how, "1024"]

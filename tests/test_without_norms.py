@@ -21,7 +21,7 @@ SHAPES = ((1, 1, 1, 1), (2, 300, 3, 5), (1, 1031, 2, 32), (2, 7, 1, 40), (0, 9, 
 
 
 def problem(shape, config, **changes):
-    """The temperature is of the size that models have: N^-1/2."""
+    """A problem with a temperature as in models: N^-1/2."""
     p = make_problem(shape, config, **changes)
     p.temperature = (p.temperature * max(1, shape[1]) ** -0.5).to(p.temperature.dtype)
     return p
@@ -69,19 +69,19 @@ def test_derivatives(config, backend, slow):
 
 
 def davit(q, k, v):
-    """timm's ChannelAttention: the roles are k, v and q."""
+    """ChannelAttention of timm: k, v and q take the roles of q, k and v."""
     k = k * k.shape[-1] ** -0.5
     return ((k.transpose(-1, -2) @ v).softmax(-1) @ q.transpose(-1, -2)).transpose(-1, -2)
 
 
 def florence(q, k, v):
-    """Of transformers: scaled dot product attention of features, whose "head dimension" is N."""
+    """As in transformers: scaled dot product attention over features, with head dimension N."""
     return torch.nn.functional.scaled_dot_product_attention(*(x.transpose(-1, -2) for x in (q, k, v))).transpose(-1, -2)
 
 
 @pytest.mark.parametrize("name", ["davit", "florence"])
-def test_the_models_own_code(name, kernel, device):
-    """Outputs and gradients, to the letter."""
+def test_equals_the_code_of_models(name, kernel, device):
+    """Outputs and gradients equal those of the models' own code."""
     theirs = {"davit": davit, "florence": florence}[name]
     tokens = [randn(2, 3, 144, 32, seed=i).to(device) for i in range(3)]
     dout = randn(2, 3, 144, 32, seed=4).to(device)

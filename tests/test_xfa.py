@@ -1,4 +1,4 @@
-"""xfa by each backend, against the reference in float64."""
+"""xfa of each backend, compared with the reference in float64."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from torch.autograd import gradcheck, gradgradcheck
 import xformer_kernels as xk
 from xformer_kernels.testing import assert_bitwise, assert_close
 
-MIDDLING = ((2, 37, 3, 20), (1, 4100, 2, 48))
+MEDIUM = ((2, 37, 3, 20), (1, 4100, 2, 48))
 
 
 def check(problem: Problem, backend: str, ran) -> dict[str, torch.Tensor]:
@@ -45,9 +45,9 @@ def test_shapes_and_dtypes(shape, dtype, backend, device, ran, need_features, sh
 @pytest.mark.one_in(3)
 @pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
-@pytest.mark.parametrize("shape", MIDDLING, ids=str)
+@pytest.mark.parametrize("shape", MEDIUM, ids=str)
 def test_low_precision_is_rounded_last(shape, config, dtype, kernel, device, ran, shorter):
-    """All sums, norms and maps are float32's; beside the result, at most the map is rounded, to be multiplied."""
+    """Sums, norms and maps are float32; besides the result, at most the map is rounded, for products."""
     p = make_problem(shorter(shape), config, dtype=dtype, temperature_dtype=torch.float32, device=device)
     with ran("xfa_forward", "xfa_backward"):
         result = p.run(xk.xfa, backend=kernel)
@@ -60,10 +60,10 @@ def test_low_precision_is_rounded_last(shape, config, dtype, kernel, device, ran
 @pytest.mark.one_in(3)
 @pytest.mark.parametrize("dtype", [torch.float32, *LOW_PRECISION], ids=str)
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
-# of many tokens the masked ones: those that are not are in the other tests
+# many tokens only with a mask: other tests cover them without
 @pytest.mark.parametrize(
     "shape, masked",
-    [(MIDDLING[0], False), (MIDDLING[0], True), (MIDDLING[1], True)],
+    [(MEDIUM[0], False), (MEDIUM[0], True), (MEDIUM[1], True)],
     ids=["", "masked", "many, masked"],
 )
 def test_configs(shape, config, masked, dtype, backend, device, ran, shorter):
@@ -74,12 +74,12 @@ def test_configs(shape, config, masked, dtype, backend, device, ran, shorter):
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 @pytest.mark.parametrize("D", [130, 200])
 def test_wide_heads(D, config, backend, device, ran):
-    """Maps and tokens that are wider than one tile of a kernel, in several parts."""
+    """Maps and tokens wider than one tile of a kernel."""
     check(make_problem((1, 300, 1, D), config, masked=D == 200, device=device), backend, ran)
 
 
 def pairs_of_layouts():
-    """All of them in float32, and each in one of two other dtypes, which take turns."""
+    """All pairs in float32, and each also in bfloat16 or float64, alternately."""
     for i, (layout, dout) in enumerate(itertools.product(QKV_LAYOUTS, DOUTS)):
         yield layout, dout, torch.float32
         yield layout, dout, (torch.bfloat16, torch.float64)[i % 2]
@@ -94,7 +94,7 @@ def test_layouts(layout, dout, dtype, backend, device, ran):
     )
 
 
-def test_unlike_layouts_in_one_call(backend, device, ran):
+def test_mixed_layouts(backend, device, ran):
     layouts = ("padded", "token_contiguous", "contiguous")
     q, k, v = (
         getattr(make_problem((2, 50, 2, 12), layout=name, device=device), x)
@@ -106,8 +106,8 @@ def test_unlike_layouts_in_one_call(backend, device, ran):
 
 @pytest.mark.parametrize("first", [0, 1])
 @pytest.mark.parametrize("dtype", [torch.float32, *LOW_PRECISION], ids=str)
-def test_rows_at_an_odd_distance(dtype, first, backend, device, ran):
-    """Rows of unit stride whose distance is odd, and whose address is an odd multiple of the number's size."""
+def test_odd_row_stride(dtype, first, backend, device, ran):
+    """Unit stride over features, an odd stride over tokens, and addresses that are odd multiples of the item size."""
     p = make_problem((2, 51, 1, 24), dtype=dtype, device=device)
 
     def apart(x):
@@ -118,7 +118,7 @@ def test_rows_at_an_odd_distance(dtype, first, backend, device, ran):
 
 
 def test_expanded_inputs(backend, device, ran):
-    """k shared by all heads and v by the batch, as views of stride 0: their gradients are sums."""
+    """k expanded over the heads and v over the batch, with stride 0: their gradients are sums."""
     p = make_problem((3, 40, 4, 8), device=device)
     k, v = p.k[:, :1].detach().requires_grad_(), p.v[:1].detach().requires_grad_()
 
@@ -178,7 +178,7 @@ def test_temperature_shapes_and_dtypes(view, dtype, backend, device, ran):
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_float64_temperature(dtype, config, backend, device, ran):
-    """It promotes, as in PyTorch: the map is not computed in float32."""
+    """Type promotion applies, as in PyTorch: the map is computed in float64."""
     problem = make_problem(
         (2, 41, 3, 6), config, dtype=dtype, temperature_dtype=torch.float64, masked=True, device=device
     )
@@ -187,8 +187,8 @@ def test_float64_temperature(dtype, config, backend, device, ran):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("map", ["query_key", "key_value"])
-def test_a_shared_temperature_is_summed_in_the_accumulate_dtype(map, dtype, backend, device):
-    """Its gradient is a sum over heads that may cancel: their parts need not fit into 16 bits."""
+def test_shared_temperature_is_summed_in_the_accumulate_dtype(map, dtype, backend, device):
+    """Its gradient is a sum over heads whose terms may cancel, and may overflow float16."""
     q = torch.ones(1, 2, 4, 1, device=device)
     v = torch.tensor([1000.0, -999.0], device=device).view(1, 2, 1, 1).expand(1, 2, 4, 1)
     t = torch.ones(1, dtype=dtype, device=device, requires_grad=True)
@@ -199,8 +199,8 @@ def test_a_shared_temperature_is_summed_in_the_accumulate_dtype(map, dtype, back
 
 @pytest.mark.parametrize("map", ["query_key", "key_value"])
 @pytest.mark.parametrize("norm", ["token", "feature"])
-def test_a_norm_that_is_eps(norm, map, backend, device, ran):
-    """The gradient of F.normalize in this torch, on either side and at the tie itself."""
+def test_norm_equal_to_eps(norm, map, backend, device, ran):
+    """The gradient is that of F.normalize in the installed torch: for norms below, above and equal to eps."""
     for factor in (0.5, 2.0, 1.0):
         q, k = (torch.full((1, 1, 1, 1), 0.5 * factor, device=device, requires_grad=True) for _ in range(2))
         v, t = torch.full((1, 1, 1, 1), 3.0, device=device), torch.ones(1, device=device)
@@ -210,12 +210,12 @@ def test_a_norm_that_is_eps(norm, map, backend, device, ran):
         normed = [F.normalize(x, dim=-2, eps=0.5) for x in (q, k)]
         expected = torch.autograd.grad((normed[0] * normed[1] * v).sum(), (q, k))
         if factor == 1.0 and expected[0].item() == 0:
-            pytest.skip("before torch 2.14 the derivative at the tie was the one from above")
+            pytest.skip("before torch 2.14, F.normalize had the derivative from above if the norm equals eps")
         torch.testing.assert_close(got, expected)
 
 
 def test_scalar_temperature(backend, device, ran):
-    """One for all heads, with the sum of their gradients."""
+    """A single temperature for all heads; its gradient is the sum over the heads."""
     p = make_problem((2, 21, 3, 6), dtype=torch.float64, device=device)
     p.temperature.fill_(1.7)
     expected = p.run(xk.xfa, backend=backend)
@@ -230,7 +230,7 @@ def test_scalar_temperature(backend, device, ran):
 
 
 @pytest.mark.parametrize("wanted", ["q", "k", "v", "temperature", "qv"])
-def test_only_the_gradients_asked_for(wanted, kernel, device):
+def test_only_requested_gradients(wanted, kernel, device):
     names = ("q", "k", "v", "temperature")
     p = make_problem((2, 33, 2, 8), device=device)
     everything = p.run(xk.xfa, backend=kernel)
@@ -261,7 +261,7 @@ def test_same_bits_with_and_without_grad(kernel, device, ran):
 @pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_derivatives(config, masked, backend, device, ran, slow):
-    """First derivatives by the kernels themselves, second ones of whatever they call."""
+    """First and second derivatives, the first computed by the kernels."""
     shape = (1, 4, 1, 2) if slow else (2, 4, 2, 2)
     p = make_problem(shape, config, dtype=torch.float64, masked=masked, device=device)
 
@@ -291,8 +291,8 @@ def test_third_derivatives_are_right_or_refused(backend, device):
         torch.testing.assert_close(result, expected)
 
 
-def test_penalty_on_the_gradient(backend, device, ran):
-    """Double backward as it is used: a gradient penalty, in float32, through an otherwise ordinary loss."""
+def test_gradient_penalty(backend, device, ran):
+    """Double backward in float32: a loss with a gradient penalty."""
     p = make_problem((2, 40, 2, 8), device=device)
 
     def penalty(problem, name):
@@ -315,7 +315,7 @@ def test_penalty_on_the_gradient(backend, device, ran):
 @pytest.mark.one_in(3)
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_masked_tokens_are_as_if_absent(config, backend, device, ran):
-    """Each sequence alone, with its masked tokens cut out, gives the same; masked rows are exactly 0."""
+    """Each sequence alone, with its masked tokens removed, has the same results; masked rows are exactly 0."""
     p = make_problem((3, 50, 2, 7), config, dtype=torch.float64, masked=True, device=device)
     with ran("xfa_forward", "xfa_backward"):
         result = p.run(xk.xfa, backend=backend)
@@ -332,7 +332,7 @@ def test_masked_tokens_are_as_if_absent(config, backend, device, ran):
 
 
 def test_extreme_masks(backend, device):
-    """All tokens, or none in one sequence of the batch."""
+    """Masks that keep all tokens, or none in one sequence of the batch."""
     p = make_problem((2, 20, 2, 5), dtype=torch.float64, device=device)
     plain = p.run(xk.xfa, backend=backend)
     p.token_mask = torch.ones(2, 20, dtype=torch.bool, device=device)
@@ -366,7 +366,7 @@ def test_mask_of_any_strides(kernel, device):
 
 
 @pytest.mark.parametrize("name", ["q", "k", "v"])
-def test_inputs_changed_before_backward_are_noticed(name, backend, device):
+def test_inputs_changed_before_backward_are_detected(name, backend, device):
     p = make_problem((1, 10, 2, 4), device=device)
     tensors = {x: t * 1.0 for x, t in zip(("q", "k", "v", "temperature"), p.inputs(), strict=True)}
     out = xk.xfa(*tensors.values(), backend=backend)

@@ -1,4 +1,4 @@
-// Which cache lines a product asks for ahead of their use.
+// Software prefetch: which cache lines a product prefetches.
 #pragma once
 
 #include "vec.h"
@@ -6,19 +6,19 @@
 namespace xk {
 namespace XK_LEVEL {
 
-// Cache lines of tokens that are needed soon, in the order of memory: `lines` of a token, then those of the next one.
-// One is asked for per step of a product's inner loop, because memory and arithmetic take about as long as each other
-// and rows of a head are too short for the hardware to guess. They go to the second-level cache: rows a power of two
-// apart would push each other, and the block at hand, out of the first.
+// The cache lines of tokens that are needed soon, in memory order: `lines` of one token, then those of the next one.
+// One line is prefetched per step of a product's inner loop, because memory and arithmetic take about equally long and
+// the rows of a head are too short for the hardware prefetcher. They are prefetched into L2: in L1, rows a power of two
+// apart would evict each other and the current block.
 struct Ahead {
   const char* next = nullptr;
   ptrdiff_t row = 0;     // bytes from token to token
-  ptrdiff_t lines = 0;   // cache lines of a token
-  ptrdiff_t left = 0;    // of the token at hand
-  ptrdiff_t tokens = 0;  // with the one at hand; 0: nothing is asked for
+  ptrdiff_t lines = 0;   // cache lines per token
+  ptrdiff_t left = 0;    // lines left of the current token
+  ptrdiff_t tokens = 0;  // tokens left, including the current one; 0: nothing is prefetched
 
   Ahead() = default;
-  // `bytes` of each of `count` tokens, from p on
+  // `bytes` of each of `count` tokens, starting at p
   Ahead(const char* p, ptrdiff_t row, ptrdiff_t bytes, ptrdiff_t count)
       : next(p), row(row), lines((((ptrdiff_t)p & 63) + bytes + 63) / 64), left(lines), tokens(count) {}
 

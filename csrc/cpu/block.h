@@ -6,16 +6,15 @@
 namespace xk {
 namespace XK_LEVEL {
 
-// Tokens per block, a multiple of what tiles and vectors take; by_rows: of channel-major operands, whose rows lie far
-// apart, so that long pieces of few are better than short ones of many.
+// Tokens per block, a multiple of what tiles and vectors use. by_rows: for channel-major operands, whose rows are far
+// apart in memory: reading more tokens of each row is better.
 template <class T>
 int block_tokens(int dim, bool by_rows = false) {
   const int multiple = by_rows ? VL<T> : 12, bytes = by_rows ? 16384 : 8192;
   const int tokens = bytes / int(sizeof(T)) / padded<T>(dim) / multiple * multiple;
   return tokens < multiple ? multiple : tokens > 96 ? 96 : tokens;
 }
-// The scratch that one thread needs for a pass whose widest operand has `dim` features: blocks of an operand, and
-// numbers per token.
+// The scratch of one thread for a pass whose widest operand has `dim` features: packed blocks, and numbers per token.
 template <class T>
 size_t row_of_tokens(int dim) {
   const int tokens = block_tokens<T>(dim), by_rows = block_tokens<T>(dim, true);
@@ -26,18 +25,18 @@ size_t pass_scratch(int dim) {
   return row_of_tokens<T>(dim) * ((2 * kMaxOperands + 1) * padded<T>(dim) + kMaxOperands + 2);
 }
 
-constexpr int kHeadsTogether = 8;  // as many as leave their descriptions at hand
+constexpr int kHeadsTogether = 8;  // few enough that the descriptions of their passes stay in cache
 
-// The heads whose blocks of the same tokens are walked one after another, and which of them it is.
+// The heads whose blocks of the same tokens are processed one after another, and the index of the current head.
 template <class T>
 struct Heads {
   Pass<T> passes[kHeadsTogether];
   int count, index;
-  int64_t tokens, end;  // tokens of a block; the end of all
+  int64_t tokens, end;  // tokens per block; end of the unit's tokens
 };
 
-// A pass over tokens [first, first + tokens) of one (batch, head), tokens <= block_tokens(widest), in the scratch of
-// its thread: pass_scratch(widest).
+// A pass over tokens [first, first + tokens) of one (batch, head), tokens <= block_tokens(widest). scratch: that of the
+// thread, of size pass_scratch(widest).
 template <class T>
 class Block {
  public:
@@ -72,20 +71,20 @@ class Block {
   const Heads<T>& heads;
   const Pass<T>& pass;
   const int64_t first;
-  const int tokens, row;  // row: columns of features as rows
+  const int tokens, row;  // row: columns per row with features as rows
   Ahead asked[2];
   T *packed[kMaxOperands], *features[kMaxOperands], *norms[kMaxOperands], *staged;
-  T *factors, *along;    // per token: what mixes are multiplied by; and scratch
-  bool divided = false;  // whether factors hold anything
+  T *factors, *along;    // per token: the factor of the mix; scratch
+  bool divided = false;  // whether factors are used
 
   bool pairs() const { return kMayPair && pass.pairs; }
 
-  // Of an operand or result of a pass: of(pass). Where the heads of a token lie side by side, each head's block asks
-  // for all heads of its share of the next tokens; else, for the tokens of the next head.
+  // What to prefetch of an operand or result, of(pass). If the heads of a token are adjacent in memory, each head's
+  // block prefetches all heads of a share of the next tokens; otherwise, the tokens of the next head.
   template <class F>
   Ahead ahead(F of) const {
     const Operand &o = of(heads.passes[0]), &last = of(heads.passes[heads.count - 1]);
-    if (o.stride_d != 1) return {};  // what packs and writes channel-major tokens asks for the next ones
+    if (o.stride_d != 1) return {};  // packing and writing of channel-major tokens have their own prefetches
     const ptrdiff_t size = itemsize(o.dtype), row = o.stride_n * size, bytes = o.dim * size;
     const int64_t next = first + heads.tokens;
     if (last.data - o.data == (heads.count - 1) * bytes) {
@@ -182,7 +181,7 @@ class Block {
     return t;
   }
 
-  // An operand that need not be packed is read where it lies.
+  // An operand that is not packed is read in place.
   void source(int i, const T*& x, ptrdiff_t& row_stride, ptrdiff_t& K) const {
     const Operand& o = pass.in[i];
     const bool is_packed = o.by_tokens && !pairs();
@@ -253,12 +252,12 @@ class Block {
           memset(y + n * mix.y.stride_n * size, 0, (size_t)mix.y.dim * size);
   }
 
-  // The transposed product: w is its left operand, and rows of x are vectors of tokens.
+  // The transposed product: w is the left operand, and x has features as rows.
   void mix_by_rows(const Mix<T>& mix) {
     const Quotient<T>& quotient = pass.quotient;
     const int dim = mix.y.dim, size = itemsize(mix.y.dtype);
     char* y = result(mix);
-    for (int d = 0; d < dim; ++d)  // where the next block is written
+    for (int d = 0; d < dim; ++d)  // prefetch the destination of the next block
       for (int line = 0; line < tokens * size; line += 64)
         __builtin_prefetch(y + d * mix.y.stride_d * size + tokens * size + line, 0, 2);
     MixTile<T> t = tile(mix);

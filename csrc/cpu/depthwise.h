@@ -1,12 +1,12 @@
-// A depthwise convolution of images in channels_last memory, batch norm and hard-swish with it, in one pass:
+// A depthwise convolution of images in channels_last memory, fused with batch norm and hard-swish:
 //
 //     y[b,i,j,c] = act(batch_norm(sum_uv w[c,u,v] x[b, s i + u - k/2, s j + v - k/2, c]))
 //
 // with zeros outside the image.
 //
-// One vector of channels is computed for some rows of one image's output: its k x k weights, batch norm in them, are
-// packed first and stay in the first-level cache. Inside a row, outputs are taken `kTogether` at a time: a pixel of x
-// is read once for all of them that it belongs to, for each row of the kernel.
+// A unit of work is one vector of channels of some rows of one output image. Its k x k weights, with batch norm folded
+// in, are packed first and stay in L1. Within a row, `kTogether` outputs are computed at a time: for each row of the
+// kernel, a pixel of x is read once for all outputs that use it.
 #pragma once
 
 #include "norm.h"
@@ -15,8 +15,8 @@ namespace xk {
 namespace XK_LEVEL {
 namespace {
 
-constexpr int64_t kDepthwiseWork = 100'000;          // multiply-adds that are worth a thread: about 5 us
-constexpr int kTogether = kRegisters >= 32 ? 8 : 4;  // outputs at a time, of one accumulator each
+constexpr int64_t kDepthwiseWork = 100'000;          // minimum multiply-adds per thread: about 5 us
+constexpr int kTogether = kRegisters >= 32 ? 8 : 4;  // outputs computed at a time, with one accumulator each
 
 template <int K, int S>
 struct Depthwise {
@@ -30,7 +30,7 @@ struct Depthwise {
     alignas(64) float shift[VL<float>];
   };
 
-  // `lanes` channels from c on; the other lanes are zeros
+  // `lanes` channels starting at c; the other lanes are zeros
   void pack(int64_t c, int lanes, Kernel& kernel) const {
     auto part = [&](const float* v) { return v ? v + c : nullptr; };
     const xk_batch_norm norm = {part(p.norm.mean), part(p.norm.variance), part(p.norm.weight), part(p.norm.bias),
@@ -41,7 +41,8 @@ struct Depthwise {
       for (int t = 0; t < K * K; ++t) kernel.w[t][l] = l < lanes ? p.weight[(c + l) * K * K + t] * scale[l] : 0;
   }
 
-  // N outputs of row i from column j on; Inside: no column of x that they need is outside the image
+  // N outputs of row i, starting at column j. Inside: all columns of x that they use are inside the image. Whole: all
+  // lanes are used.
   template <int N, bool Inside, bool Whole>
   void outputs(const Kernel& kernel, const float* x, float* y, int64_t i, int64_t j, int lanes) const {
     const int64_t top = S * i - K / 2, left = S * j - K / 2;
@@ -92,8 +93,9 @@ struct Depthwise {
     }
   }
 
-  // Threads share out rows, each with all channels: neighbouring vectors of a pixel may lie in one cache line. Of small
-  // maps, whose weights would take as long to pack for each thread as to be used, they share out channels.
+  // The work is split over rows, all channels each, because adjacent vectors of a pixel may be in one cache line. For
+  // small feature maps, where packing the weights would take each thread as long as using them, it is split over
+  // channels.
   int run() const {
     const int64_t vectors = divide_up(p.channels, VL<float>), pixels = height * width;
     const int64_t work = p.batch * pixels * p.channels * K * K;

@@ -1,4 +1,4 @@
-// Chooses the instruction level and forwards the C API to it.
+// Chooses the instruction level and forwards calls of the C API to it.
 #include <stdlib.h>
 #include <string.h>
 
@@ -120,9 +120,9 @@ const Level* level() {
   return chosen;
 }
 
-// Zen 4 computes 512-bit instructions in two turns of 256-bit units: there, half registers cost half, and take over
-// where whole ones would be padded further, and for bf16, which they multiply by pairs. Null on other processors, or if
-// a level was asked for by name.
+// Zen 4 executes 512-bit instructions as two 256-bit operations, so half registers cost half as much there. They are
+// used where whole registers would need more padding, and for bf16, which they multiply as pairs. Null on other
+// processors, or if a level was requested by name.
 const Level* choose_zen4() {
 #ifdef XK_HAVE_zen4
   if (level() && !asked() && __builtin_cpu_is("amdfam19h") && has_zen4())
@@ -132,8 +132,8 @@ const Level* choose_zen4() {
   return nullptr;
 }
 
-// The level for products with `columns` columns of a dtype: by them alone, so that a shape always gives the same bits.
-// pairs: the kernel multiplies bf16 by pairs where the level can.
+// The level for products with `columns` columns of a dtype. It depends on nothing else, so that results of a shape are
+// always bitwise the same. pairs: whether the kernel multiplies bf16 as pairs if the level supports it.
 const Level* level_for(int64_t columns, int32_t dtype, bool pairs = false) {
   static const Level* const zen4 = choose_zen4();
   const int64_t half = dtype == XK_F64 ? 4 : 8;

@@ -1,5 +1,5 @@
-// How a tile reads the elements of its operand a, and how many rows it has: by broadcasts, or, where a multiply-add
-// takes one lane of a register for all lanes of another, by whole vectors too.
+// How a tile reads the elements of its operand a, and how many rows it has. Elements are broadcast one by one; on
+// architectures whose multiply-add can use a single lane of a register as a scalar, they are read as whole vectors.
 #pragma once
 
 #include "vec.h"
@@ -13,13 +13,14 @@ constexpr bool kByLane = true;
 constexpr bool kByLane = false;
 #endif
 
-// Most vectors of columns, and most rows, of a tile.
+// Maximum numbers of column vectors and of rows of a tile.
 constexpr int kMaxNR = kByLane ? 4 : kRegisters >= 32 ? 5 : 3, kMaxMR = 16;
 
 constexpr int least_of(int a, int b) { return a < b ? a : b; }
 
-// Most rows of a tile with nr vectors of columns, the last of them shared by `sharing` rows: its accumulators, the
-// vectors of b and what is read of a fit the registers. By lane, a register is left, and nothing is shared.
+// Maximum number of rows of a tile with nr column vectors, the last of them shared by `sharing` rows: the accumulators,
+// the vectors of b and the elements read of a must fit the registers. With kByLane one register is left free, and
+// `sharing` is always 1.
 constexpr int max_broadcast_rows(int nr, int sharing) {
   int rows = sharing == 1 ? (kRegisters - 1 - nr) / nr : (kRegisters - 3 - nr) * sharing / (sharing * (nr - 1) + 1);
   return least_of(rows / sharing * sharing, kMaxMR);
@@ -33,7 +34,7 @@ constexpr int max_gram_rows(int nr, int sharing) {
 }
 constexpr int max_mix_rows(int nr, int sharing) {
   if (!kByLane) return max_broadcast_rows(nr, sharing);
-  return least_of((kRegisters - 1 - nr) / (nr + 1), 9);  // each row has a pointer too
+  return least_of((kRegisters - 1 - nr) / (nr + 1), 9);  // each row also needs a pointer
 }
 
 template <class T, bool PAIRS>
@@ -45,13 +46,13 @@ XK_INLINE V<T> spread(const char* p) {
     return broadcast(*(const T*)p);
 }
 
-// The classes below walk k in turns of kSteps: in each, read(step) and at(step, row) for each step, then next(). rest()
-// is for the last steps, fewer than a turn.
+// The classes below walk over k, kSteps at a time: in each turn, read(step) and at(step, row) are called for every
+// step, then next(). rest() reads the remaining steps, fewer than kSteps.
 
 template <class T, bool PAIRS, int MR>
 struct Broadcasts {
   static constexpr int kSteps = 1;
-  // Every third row has a pointer: the two after it are reached by scaled index, which keeps all in registers.
+  // Every third row has a pointer; the next two rows use scaled indices, so that all addresses stay in registers.
   static constexpr int kPointers = (MR + 2) / 3;
   const char* p[kPointers];
   const ptrdiff_t row_bytes, k_bytes;
@@ -68,8 +69,8 @@ struct Broadcasts {
   }
 };
 
-// Rows side by side. The last vector of them is read whole, up to VL - 1 elements beyond the last row, of packed
-// blocks, which scratch follows.
+// For rows with unit stride. The last vector is read whole, up to VL - 1 elements past the last row: only for packed
+// blocks, which are followed by scratch memory.
 template <class T, int MR>
 struct VectorsOfRows {
   static constexpr int kSteps = 2, kVectors = (MR + VL<T> - 1) / VL<T>;
@@ -87,7 +88,7 @@ struct VectorsOfRows {
   XK_INLINE Broadcasts<T, false, MR> rest() const { return {p, 1, k_stride}; }
 };
 
-// k side by side.
+// For k with unit stride.
 template <class T, int MR>
 struct VectorsOfSteps {
   static constexpr int kSteps = VL<T>;
@@ -110,8 +111,8 @@ struct VectorsOfSteps {
   XK_INLINE Broadcasts<T, false, MR> rest() const { return {p[0], MR > 1 ? p[1] - p[0] : 0, 1}; }
 };
 
-// Elements of a Gram tile, whose rows lie side by side, and of a mix tile, whose k do; with broadcasts of any strides,
-// as of features as rows.
+// Elements of a Gram tile, whose rows have unit stride, and of a mix tile, whose k has. Broadcasts support any strides,
+// which products with features as rows need.
 template <class T, bool PAIRS, int MR>
 XK_INLINE auto gram_elements(const T* a, ptrdiff_t row_stride, ptrdiff_t k_stride) {
   if constexpr (kByLane)

@@ -6,7 +6,7 @@
 namespace xk {
 namespace XK_LEVEL {
 
-// f(vector, its column) in place on every row; columns from dim on stay 0.
+// Replaces each vector x of every row by f(x, its offset from the first row). The columns from dim on stay 0.
 template <class T, bool KEEPS_ZEROS, class F>
 XK_INLINE void map_rows(T* rows, int tokens, int dim, int ld, F f) {
   for (int n = 0; n < tokens; ++n, rows += ld) {
@@ -31,7 +31,7 @@ void softmax_rows(T* rows, int tokens, int dim, int ld) {
   }
 }
 
-// phi(x) in place. Of a softmax over tokens, exp(x): its rows come less the maxima of their columns.
+// phi(x) in place. For a softmax over the tokens, exp(x) only: the maxima of the columns are already subtracted.
 template <class T>
 void apply_features(int features, T* rows, int tokens, int dim, int ld) {
   const V<T> none = {};
@@ -49,8 +49,8 @@ void apply_features(int features, T* rows, int tokens, int dim, int ld) {
   }
 }
 
-// Rows g of gradients with regard to u = phi(x) become those with regard to x, in place. Of a softmax over tokens,
-// whose sums over tokens are not taken here, g exp(x).
+// Turns rows g of gradients with respect to u = phi(x) into gradients with respect to x, in place. For a softmax over
+// the tokens, g exp(x) only: its sums over tokens are not computed here.
 template <class T>
 void features_backward(int features, T* g, const T* u, int tokens, int dim, int ld) {
   const V<T> none = {}, one = broadcast(T(1));

@@ -1,5 +1,6 @@
-// The entry points at one instruction level. This file is compiled once per level (XK_LEVEL names it) and must
-// not instantiate anything outside its own namespace: a weak symbol built for a newer level would be linked for all.
+// The entry points of one instruction level. This file is compiled once per level, named by XK_LEVEL, and must not
+// instantiate anything outside its own namespace: the linker could keep a weak symbol built for a newer level for all
+// levels.
 #include "../include/xformer_kernels.h"
 #include "depthwise.h"
 #include "linear.h"
@@ -12,7 +13,7 @@ namespace {
 
 // ---------------------------------------------------------------------------------------------------------- gram
 
-// A vector of each (batch, head), padded with zeros to whole vectors; none for a null pointer.
+// One row per (batch, head), padded with zeros to whole vectors; empty if data is null.
 template <class T>
 struct Padded {
   int dim, ld;
@@ -29,7 +30,7 @@ template <class T>
 int gram(const xk_gram_args& p, const xk_layer_gram_args* layer = nullptr) {
   int da = int(p.dim_a), db = int(p.dim_b), lda = padded<T>(da), ldb = padded<T>(db), widest = da > db ? da : db;
   if (!p.batch || !p.heads) return XK_OK;
-  // the matrix, and sums of squares, or sums, of a's and b's features
+  // per head and chunk: the matrix, then the sums of squares (layer: the sums) of the features of a and of b
   size_t size = (size_t)da * ldb + lda + ldb, scratch = pass_scratch<T>(widest);
   Padded<T> center(layer ? layer->prologue.center : nullptr, p.batch * p.heads, db);
   Plan plan(p.batch, p.heads, p.tokens, widest, block_tokens<T>(widest), sizeof(T));
@@ -54,7 +55,7 @@ int gram(const xk_gram_args& p, const xk_layer_gram_args* layer = nullptr) {
         if (layer->prologue.center) pass.center[b] = center[u.b * p.heads + h];
         if (!p.symmetric) pass.sums[0] = g + (size_t)da * ldb;
         pass.sums[b] = g + (size_t)da * ldb + lda;
-      } else if (!p.symmetric) {  // else they are the diagonal
+      } else if (!p.symmetric) {  // if symmetric, the sums of squares are the diagonal
         pass.ssq[0] = g + (size_t)da * ldb;
         pass.ssq[1] = pass.ssq[0] + lda;
       }

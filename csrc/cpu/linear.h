@@ -1,10 +1,10 @@
-// A linear layer over rows of float, with what stands around it in a network, in one pass:
+// A linear layer on float32 rows, fused with the norms and the activation around it:
 //
 //     y = act(batch_norm(layer_norm(x) w^T + bias)) + add
 //
-// W, batch norm in it, is packed once a call, or before by pack_linear: input features as rows, output features in
-// whole vectors. A block of tokens is layer-normalised into rows of its own, if it is to be, and mixed by the register
-// tiles of tile.h.
+// W, with batch norm folded in, is packed once per call, or in advance by pack_linear: rows are input features, padded
+// to whole vectors of output features. Each block of tokens is layer-normalised into scratch rows, if there is a layer
+// norm, and multiplied by the register tiles of tile.h.
 #pragma once
 
 #include "norm.h"
@@ -13,9 +13,9 @@ namespace xk {
 namespace XK_LEVEL {
 namespace {
 
-constexpr int64_t kLinearWork = 600'000;  // multiply-adds that are worth a thread: about 5 us
-constexpr int kChain = 512;           // products that are added one after another: more would lose digits to torch's
-constexpr int64_t kLinearBlock = 96;  // tokens at most: a block stays in the second-level cache
+constexpr int64_t kLinearWork = 600'000;  // minimum multiply-adds per thread: about 5 us
+constexpr int kChain = 512;           // products summed sequentially: with more, the error would exceed that of torch
+constexpr int64_t kLinearBlock = 96;  // maximum tokens of a block, so that it stays in L2
 
 class Linear {
  public:
@@ -26,7 +26,7 @@ class Linear {
         ld(padded<float>(out)),
         ld_in(padded<float>(in)),
         threads(int(most(least(p.threads, p.tokens * in * out / kLinearWork), 1))),
-        // each thread has as many tokens as the others, and blocks of one size
+        // threads have equal numbers of tokens, in blocks of equal size
         block(divide_up(divide_up(p.tokens, threads), divide_up(divide_up(p.tokens, threads), kLinearBlock))),
         rows_size(p.layer_norm ? (block + 1) * ld_in + block : 0),
         w((size_t)((p.packed ? 0 : in) + 2) * ld),
@@ -51,23 +51,23 @@ class Linear {
   const int in, out, ld, ld_in, threads;
   const int64_t block, rows_size;
   Buffer<float> w, rows;
-  float *const shift, *const scale, *const own;  // own: W as this call packs it
+  float *const shift, *const scale, *const own;  // own: W as packed by this call
 
-  // Threads pack rows of W together, wait for each other, and take blocks of tokens.
+  // Threads pack the rows of W together, wait at a barrier, and then process blocks of tokens.
   void by_tokens() {
     const int64_t vectors = ld_in / VL<float>, blocks = divide_up(p.tokens, block);
     together(threads, [&](int thread, int count, auto wait) {
       auto share = [&](int64_t total, int which) { return total * which / count; };
       if (!p.packed) {
         pack(share(vectors, thread) * VL<float>, least(share(vectors, thread + 1) * VL<float>, in), 0, out, own, ld);
-        wait();  // every thread reads all of W
+        wait();  // each thread reads all of W
       }
       for (int64_t b = share(blocks, thread); b < share(blocks, thread + 1); ++b)
         mix(b * block, 0, out, p.packed ? p.packed : own, ld, rows.data + thread * rows_size);
     });
   }
 
-  // Few tokens and a large W: a thread packs columns of it, and alone uses them, for all tokens.
+  // For few tokens and a large W: each thread packs some columns of W and uses them for all tokens.
   void by_columns(int vectors) {
     parallel_for(threads, threads, [&](int64_t part, int thread) {
       const int first = int(vectors * part / threads) * VL<float>;
@@ -79,7 +79,7 @@ class Linear {
     });
   }
 
-  // to = W[first:end, i0:i1]^T, its columns times scale
+  // Writes W[first:end, i0:i1]^T to rows i0:i1 of w, with columns multiplied by scale.
   void pack(int64_t i0, int64_t i1, int first, int end, float* w, int ld) const {
     if (i0 >= i1) return;
     float* to = w + i0 * ld;
@@ -89,7 +89,7 @@ class Linear {
       for (int c = 0; c < ld; c += VL<float>) store(to + c, load(to + c) * load(scale + first + c));
   }
 
-  // columns [first, end) of a block of tokens
+  // Output columns [first, end) of a block of tokens.
   void mix(int64_t n, int first, int end, const float* w, int ld, float* normed) const {
     const int tokens = int(least(block, p.tokens - n));
     Ahead nothing[2];
@@ -120,7 +120,7 @@ class Linear {
       }
       mix_block(t, tokens, end - first, int(sizeof(float)));
       t.x += kChain;
-      t.add = t.y;  // the next chain starts from what this one has stored
+      t.add = t.y;  // the next chain adds to what this one has stored
       t.ld_add = out;
       t.add_dtype = XK_F32;
     }

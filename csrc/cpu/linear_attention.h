@@ -1,5 +1,5 @@
-// Linear attention forward and backward: a pass over keys and values and one over queries, in this order forward and in
-// the other one backward, with what belongs to a head between them.
+// Forward and backward of linear attention. The forward is a pass over keys and values, then one over queries; the
+// backward has them in the reverse order. Between the passes, the matrices of each head are processed.
 #pragma once
 
 #include "plan.h"
@@ -13,8 +13,8 @@ struct LinearAttention {
   const xk_linear_attention_args& p;
   int dim, dim_v, ld, ld_v, widest;
   bool softmax_tokens;
-  // S as dim x ld_v and z, padded; the operands of a head: S^T or dS^T as dim_v x ld, dS or S as dim x ld_v, and z or
-  // what is added to the gradient of phi(k), and the maxima of k's features
+  // sums: S (dim x ld_v), then z, padded. Operands of a head: S^T or dS^T (dim_v x ld), dS (dim x ld_v), z or the term
+  // added to the gradient of phi(k), and the maxima of the features of k.
   size_t sums_size, operands_size, scratch;
   Plan keys, queries;
 
@@ -45,7 +45,7 @@ struct LinearAttention {
     T* matrix = transposed + (size_t)dim_v * ld;
     return {transposed, matrix, matrix + (size_t)dim * ld_v, matrix + (size_t)dim * ld_v + ld};
   }
-  // S, z and the maxima of a head, as they are saved.
+  // S, z and the maxima of a head, as saved by the forward.
   T* stats_of(int64_t bh) const { return (T*)p.stats + bh * ((size_t)dim * dim_v + (softmax_tokens ? 2 : 1) * dim); }
 
   Pass<T> of_queries(int64_t b, int64_t h) const {
@@ -70,7 +70,7 @@ struct LinearAttention {
     return pass;
   }
 
-  // f(pass of head h) for all blocks of tokens of every unit.
+  // Runs pass_of(unit, head) on all blocks of tokens of every unit.
   template <class F>
   void walk(const Plan& plan, T* own, F pass_of) const {
     parallel_for(plan.units(), p.threads, [&](int64_t index, int thread) {
@@ -78,7 +78,7 @@ struct LinearAttention {
       sweep<T>(plan, u, widest, own + thread * scratch, [&](int64_t h) { return pass_of(u, h); });
     });
   }
-  // Sums over tokens: pass_of(unit, h, where) adds to zeros; those of all chunks are added to the first one's.
+  // Sums over the tokens of each chunk: pass_of(unit, head, to) returns a pass that adds to `to`, zeroed first.
   template <class F>
   void gather(const Plan& plan, T* own, T* sums, F pass_of) const {
     walk(plan, own, [&](const Unit& u, int64_t h) {
@@ -88,7 +88,7 @@ struct LinearAttention {
     });
   }
 
-  // The maxima of k's features over the tokens that take part; -inf where there are none. block: a thread's scratch.
+  // The maxima of the features of k over the unmasked tokens; -inf if there are none. block: scratch of the thread.
   void find_highest(int64_t bh, T* highest, T* block) const {
     const int64_t b = bh / p.heads, h = bh % p.heads;
     for (int c = 0; c < ld; ++c) highest[c] = c < dim ? -T(__builtin_inf()) : T(0);
@@ -96,7 +96,7 @@ struct LinearAttention {
     set_mask(pass, p.token_mask, b);
     pass.in[0] = operand(p.k, b, h, dim);
     const uint8_t* mask = pass.mask;
-    pass.mask = nullptr;  // its tokens are left out, and not zeros
+    pass.mask = nullptr;  // masked tokens are skipped below, not zeroed
     for (int64_t first = 0; first < p.tokens; first += keys.block) {
       const int tokens = int(least(keys.block, p.tokens - first));
       pack(pass, 0, first, tokens, block, (T*)nullptr);
@@ -166,7 +166,7 @@ struct LinearAttention {
         if (softmax_tokens) to.highest[i] = z[dim + i];
       }
     });
-    // dq = g S^T, less what the denominators take; dS = phi(q)^T g
+    // dq = g S^T minus the term of the denominators; dS = phi(q)^T g
     gather(queries, own.data, sums.data, [&](const Unit& u, int64_t h, T* to) {
       const Operands from = operands_of(operands.data, u.b * p.heads + h);
       Pass<T> pass = of_queries(u.b, h);
@@ -193,7 +193,8 @@ struct LinearAttention {
       const T *S = stats_of(bh), *z = S + (size_t)dim * dim_v;
       for (int i = 0; i < dim; ++i) {
         const T* row = dS + (ptrdiff_t)i * ld_v;
-        // exp(k - highest) / z is what a softmax over tokens multiplies with; its gradient lacks its mean over tokens
+        // The keys of a softmax over tokens are exp(k - highest) / z; its backward subtracts a mean over the tokens,
+        // which is computed here
         const T by = softmax_tokens ? (z[i] != 0 ? 1 / z[i] : T(0)) : T(1);
         double mean = 0;
         if (softmax_tokens)

@@ -1,9 +1,10 @@
-// The D x D algebra between the passes, one (batch, head) at a time. Matrices are `dim` rows of ld = padded<T>(dim).
+// The D x D algebra between the passes, for one (batch, head) at a time. Matrices have `dim` rows of ld =
+// padded<T>(dim) columns.
 //
-// query_key keeps its map with key features j as rows and query features i as columns, X[j,i] = cos(q_i, k_j): the
-// softmax over key features then runs down the columns, lane by lane, and A^T is what the mix reads.
-// key_value keeps X[i,j] = sum_n k[n,i] v[n,j] / |k_i| with key features as rows.
-// Only X and the norms are saved: A is recomputed in the backward.
+// query_key stores its map with key features j as rows and query features i as columns, X[j,i] = cos(q_i, k_j) with
+// token norm: the softmax over key features is then over rows, lane by lane, and A^T is the operand of the mix.
+// key_value stores X[i,j] = sum_n k[n,i] v[n,j] / |k_i|, with key features as rows.
+// Only X and the norms are saved; A is recomputed in the backward.
 #pragma once
 
 #include "pass.h"
@@ -21,7 +22,7 @@ struct Head {
   T* norm_q() const { return stats + (ptrdiff_t)dim * dim; }
   T* norm_k() const { return norm_q() + dim; }
   T clamped(T norm) const { return norm < eps ? eps : norm; }
-  // 1 / max(|q_i|, eps) for token norm, else 1.
+  // 1 / max(norm, eps) for token norm, otherwise 1.
   void inverse_norms(const T* norms, T* inverse) const {
     for (int i = 0; i < ld; ++i) inverse[i] = token_norm && i < dim ? 1 / clamped(norms[i]) : T(1);
   }
@@ -41,7 +42,8 @@ void transpose(const T* in, T* out, int dim, int ld) {
     }
 }
 
-// W from X: A^T[j,i] = softmax_j(t X[j,i]) or t X[j,i] for query_key; t X[i,j] / |q_i| for key_value. In place.
+// Computes W from X, in place: A^T[j,i] = softmax_j(t X[j,i]) or t X[j,i] for query_key; t X[i,j] / |q_i| for
+// key_value.
 template <class T>
 void apply_map(const Head<T>& head, T* x, T* inverse_q) {
   int dim = head.dim, ld = head.ld;
@@ -77,8 +79,8 @@ void apply_map(const Head<T>& head, T* x, T* inverse_q) {
   }
 }
 
-// Turns the summed Gram (and sums of squares) of a head into saved statistics and, in place, into W.
-// inverse_q: scratch of ld.
+// Computes the saved statistics of a head from its Gram matrix and sums of squares, and turns the Gram matrix into W,
+// in place. inverse_q: scratch of ld.
 template <class T>
 void forward_map(const Head<T>& head, T* g, const T* ssq_q, const T* ssq_k, T* inverse_q) {
   int dim = head.dim, ld = head.ld;
@@ -100,7 +102,7 @@ void forward_map(const Head<T>& head, T* g, const T* ssq_q, const T* ssq_k, T* i
   apply_map(head, g, inverse_q);
 }
 
-// W of the forward again, from the statistics.
+// Recomputes the W of the forward from the statistics.
 template <class T>
 void saved_map(const Head<T>& head, T* w, T* inverse_q) {
   for (int j = 0; j < head.dim; ++j)
@@ -109,15 +111,15 @@ void saved_map(const Head<T>& head, T* w, T* inverse_q) {
   apply_map(head, w, inverse_q);
 }
 
-// What the second pass of the backward adds to dq and dk along q and k: the derivative through 1 / |q_i| is
-// -along / |q_i|^2 where the norm is above eps (at eps too, F.normalize takes it for clamped).
+// The multiple of q (or k) that the second pass of the backward adds to dq (dk): the derivative through 1 / |q_i|,
+// which is -along / |q_i|^2 where the norm is above eps (F.normalize counts a norm equal to eps as clamped).
 template <class T>
 T norm_term(const Head<T>& head, T along, T norm) {
   return !head.token_norm || norm <= head.eps ? T(0) : -along / (norm * norm);
 }
 
-// The sum of lanes in double: in the gradient of the temperature terms of either sign may cancel. Lanes have few terms
-// each, so that rounding errors do not grow with the size of the map.
+// The sum of the lanes, in double: in the gradient of the temperature, terms of opposite sign may cancel. Each lane
+// sums few terms (kTermsOfLane in backward_query_key), so that rounding errors do not grow with the size of the map.
 constexpr int kTermsOfLane = 8;
 template <class T>
 XK_INLINE double wide_sum(V<T> x) {
@@ -127,8 +129,8 @@ XK_INLINE double wide_sum(V<T> x) {
   return total;
 }
 
-// query_key. d: dA^T in, dG^T out; a: A^T in, dG out. scale_q, scale_k: the norm terms, ld each (the padding is
-// zeroed).
+// query_key. d: dA^T in, dG^T out; a: A^T in, dG out. scale_q, scale_k: the norm terms, ld numbers each, with zeros as
+// padding. Returns the gradient of the temperature.
 template <class T>
 double backward_query_key(const Head<T>& head, T* d, T* a, T* scale_q, T* scale_k) {
   int dim = head.dim, ld = head.ld;
@@ -175,7 +177,7 @@ double backward_query_key(const Head<T>& head, T* d, T* a, T* scale_q, T* scale_
   return dt;
 }
 
-// key_value. d: dW in, dG out; w: W in, dG^T out; w_t: W^T out.
+// key_value. d: dW in, dG out; w: W in, dG^T out; w_t: W^T out. Otherwise as backward_query_key.
 template <class T>
 double backward_key_value(const Head<T>& head, T* d, T* w, T* w_t, T* scale_q, T* scale_k) {
   int dim = head.dim, ld = head.ld;

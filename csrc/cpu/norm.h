@@ -23,7 +23,7 @@ inline void scale_and_shift(const xk_batch_norm& norm, const float* bias, int di
   }
 }
 
-// rows = rows * weight + bias, in place; columns from dim on stay 0
+// rows = rows * weight + bias, in place; the padding columns stay 0
 inline void affine_rows(float* rows, const float* weight, const float* bias, int tokens, int dim, int ld) {
   if (!weight && !bias) return;
   for (int n = 0; n < tokens; ++n, rows += ld)

@@ -1,14 +1,14 @@
-// One pass over tokens. For a block of tokens that fits the first-level cache, a pass
-//   packs    its operands: any strides and storage dtype -> rows of T padded with zeros to whole vectors, masked tokens
-//            zeroed, rows divided by their norm where the feature norm is asked for, or layer-normalised and centred,
-//            or by the feature map of linear attention;
-//   grams    at most one pair of packed blocks into an accumulated D x D matrix (and sums of squares);
-//   mixes    each token's features by D x D operands into outputs.
-// Everything of size N goes through here; each operand is read from memory once per pass. This file says what a pass is
+// One pass over tokens. For each block of tokens, sized to fit L1, a pass
+//   packs    its operands: from any strides and storage dtype to rows of T padded with zeros to whole vectors. Masked
+//            tokens are zeroed, and rows are divided by their norm (feature norm), layer-normalised and centred, or
+//            mapped by the feature map of linear attention, if requested;
+//   grams    at most one pair of packed blocks: adds their product to a D x D matrix (and sums of squares);
+//   mixes    multiplies each token's features by D x D operands into outputs.
+// All tensors of size N are processed here; each operand is read from memory once per pass. This file defines a pass
 // and packs operands; block.h runs a pass on a block.
 //
-// Packed rows are tokens. Those of channel-major operands (unit stride from token to token) are features instead,
-// wherever the products allow: then nothing is transposed.
+// Packed rows are tokens. For channel-major operands (unit stride over tokens), rows are features wherever the products
+// allow it, so that nothing is transposed.
 #pragma once
 
 #include <initializer_list>
@@ -25,9 +25,9 @@ struct Operand {
   int64_t stride_n = 0, stride_d = 0;
   int dtype = 0, dim = 0;
   bool unit_rows = false;   // feature norm: each token's row is divided by max(norm, eps)
-  bool layer_norm = false;  // each token's row has its mean subtracted and is divided by its spread
+  bool layer_norm = false;  // each token's row is layer-normalised
   int features = XK_IDENTITY_FEATURES;
-  bool by_tokens = false, by_rows = false;  // how it is packed: tokens as rows, features as rows; see choose_rows
+  bool by_tokens = false, by_rows = false;  // packed with tokens as rows; with features as rows; see choose_rows
 
   bool channel_major() const { return stride_n == 1 && stride_d != 1 && dim > 1; }
 };
@@ -48,37 +48,37 @@ inline bool channel_major(const xk_tensor& t) { return t.stride_n == 1 && t.stri
 template <class T>
 struct Gram {
   int a = -1, b = -1;  // operand indices; a is b for a symmetric Gram
-  T* g = nullptr;      // dim_a x padded(dim_b), accumulated into
+  T* g = nullptr;      // dim_a x padded(dim_b), added to
 };
 
 template <class T>
 struct Mix {
   int x = -1, x2 = -1, add = -1;  // operand indices
   const T *w = nullptr, *w2 = nullptr, *bias = nullptr, *scale = nullptr;
-  int unit = -1;   // operand whose unit_rows, layer_norm or features are differentiated: y is a gradient with respect
-                   // to that row
-  int ahead = -1;  // operand whose next block is fetched while this one is mixed
+  int unit = -1;   // operand whose unit_rows, layer_norm or features are differentiated: y is the gradient with respect
+                   // to that operand
+  int ahead = -1;  // operand whose next block is prefetched during this mix
   Operand y;       // stride_d == 1, or stride_n == 1
 };
 
 constexpr int kMaxOperands = 4, kMaxMixes = 3;
 
-// Linear attention's denominators d[n] = <row n of an operand, z> + eps. Forward, row n of the mix is multiplied by
-// scale / d[n]; backward, so are rows of another operand when they are packed, and the mix that differentiates the
-// features takes the derivative of d too.
+// The denominators of linear attention, d[n] = <row n of an operand, z> + eps. In the forward, row n of the mix is
+// multiplied by scale / d[n]. In the backward, the packed rows of another operand are, and the mix that differentiates
+// the features includes the derivative of d.
 template <class T>
 struct Quotient {
-  int of = -1, scaled = -1;  // operand indices
+  int of = -1, scaled = -1;  // operand indices: of the denominators; whose packed rows are multiplied
   const T* z = nullptr;      // padded; null: d[n] = 1
   T eps = 0, scale = 1;
-  T* dz = nullptr;  // backward: added to; padded
+  T* dz = nullptr;  // backward: the gradient of z is added to it; padded
 };
 
 template <class T>
 struct Pass {
   Operand in[kMaxOperands];
-  T* ssq[kMaxOperands] = {};           // where an operand's sums of squares are added, if anywhere; padded
-  T* sums[kMaxOperands] = {};          // its sums likewise
+  T* ssq[kMaxOperands] = {};           // the operand's sums of squares are added to it, if given; padded
+  T* sums[kMaxOperands] = {};          // likewise for its sums
   const T* center[kMaxOperands] = {};  // subtracted from each of its rows, if given; padded with zeros
   int operands = 0;
   Gram<T> gram;
@@ -88,25 +88,25 @@ struct Pass {
   const uint8_t* mask = nullptr;
   int64_t mask_stride = 0;
   T eps = 0;
-  // bf16 by pairs: the operands of the Gram are packed by pairs of tokens, those of mixes are read where they lie as
-  // pairs of features, and their W has pairs of rows. For bf16 rows of unit stride, an even number of features and an
-  // even distance between tokens, no mask and no unit_rows.
+  // Products of bf16 pairs: operands of the Gram are packed as pairs of tokens; operands of mixes are read in place as
+  // pairs of features, and W has pairs of rows. Requires bf16 with unit stride over features, an even number of
+  // features, an even stride over tokens, no mask and no unit_rows.
   bool pairs = false;
-  bool by_rows = false;  // mixes: of features as rows
+  bool by_rows = false;  // mixes have features as rows
 };
 
 template <class T>
 constexpr int kNative = sizeof(T) == sizeof(double) ? XK_F64 : XK_F32;
 
-// How the operands of a pass are packed, if at all.
+// Chooses how each operand of a pass is packed, if at all.
 template <class T>
 void choose_rows(Pass<T>& pass) {
   const Gram<T>& gram = pass.gram;
   const Quotient<T>& quotient = pass.quotient;
-  // -1, no operand, has no objection.
+  // i = -1 (no operand) does not prevent it
   auto may_be_rows = [&](int i) {
     if (i < 0) return true;
-    if (kByLane) return false;  // its tiles have one order of their elements each
+    if (kByLane) return false;  // each kind of tile supports only one memory order of its elements
     const Operand& o = pass.in[i];
     return o.channel_major() && !o.unit_rows && !o.layer_norm && o.features != XK_SOFTMAX_FEATURES;
   };
@@ -136,7 +136,8 @@ void choose_rows(Pass<T>& pass) {
     if ((pass.ssq[i] || pass.sums[i]) && !pass.in[i].by_tokens && !pass.in[i].by_rows) need(i, may_be_rows(i));
 }
 
-// Tokens as rows. norms: per token, the norm before the clamp (unit_rows), or one over the spread (layer_norm).
+// Packs with tokens as rows. norms receives, per token, the norm before the clamp (unit_rows), or
+// 1 / sqrt(variance + eps) (layer_norm).
 template <class T>
 void pack(const Pass<T>& pass, int index, int64_t first, int tokens, T* out, T* norms) {
   const Operand& o = pass.in[index];
@@ -194,7 +195,7 @@ void pack(const Pass<T>& pass, int index, int64_t first, int tokens, T* out, T* 
     }
 }
 
-// Features as rows, of padded(tokens) columns.
+// Packs with features as rows, of padded(tokens) columns.
 template <class T>
 void pack_by_rows(const Pass<T>& pass, int index, int64_t first, int tokens, T* out) {
   const Operand& o = pass.in[index];

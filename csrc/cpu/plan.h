@@ -1,4 +1,4 @@
-// How a (batch, heads, tokens) problem is cut into units of work, and how threads walk them.
+// How a (batch, heads, tokens) problem is split into units of work, and how threads process them.
 #pragma once
 
 #include <stdlib.h>
@@ -26,8 +26,8 @@ struct Buffer {
   Buffer& operator=(const Buffer&) = delete;
 };
 
-// f(unit, thread) for each unit. Results may depend on the unit alone, so that any number of threads gives the same
-// bits.
+// Calls f(unit, thread) for each unit. Results must depend only on the unit, so that they are bitwise the same for any
+// number of threads.
 template <class F>
 void parallel_for(int64_t units, [[maybe_unused]] int threads, F f) {
 #if defined(_OPENMP)
@@ -40,8 +40,8 @@ void parallel_for(int64_t units, [[maybe_unused]] int threads, F f) {
   for (int64_t u = 0; u < units; ++u) f(u, 0);
 }
 
-// f(thread, threads, wait) in several threads at once, at most as many as asked for; after wait() every thread sees
-// what all have written before it.
+// Calls f(thread, threads, wait) in at most `threads` threads at once. wait() is a barrier: after it, each thread sees
+// what the others wrote before it.
 template <class F>
 void together([[maybe_unused]] int threads, F f) {
 #if defined(_OPENMP)
@@ -56,15 +56,15 @@ void together([[maybe_unused]] int threads, F f) {
   f(0, 1, [] {});
 }
 
-// How a (batch, heads, tokens) problem is cut, from its shape and layout alone. A unit is (batch, group of heads, chunk
-// of tokens): the heads of a token lie side by side in memory, so a unit walks blocks of tokens and, inside, its heads.
-// Channel-major heads do not, and are walked one after another.
+// How a (batch, heads, tokens) problem is split; depends only on its shape and layout. A unit is (batch, group of
+// heads, chunk of tokens). The heads of a token are adjacent in memory, so a unit loops over blocks of tokens and,
+// inside, over its heads. Channel-major heads are not adjacent, and are processed one after another.
 struct Plan {
   int64_t batch, heads, tokens, chunks, chunk, group, groups;
-  int block;                          // tokens packed at a time, at most widest_block
-  int64_t together = kHeadsTogether;  // heads of a block at a time
+  int block;                          // tokens packed at a time; at most widest_block
+  int64_t together = kHeadsTogether;  // heads per block of tokens
 
-  // multiple: of tokens in a block, if they are channel-major
+  // multiple: blocks have a multiple of it, if tokens are channel-major; otherwise 0
   Plan(int64_t batch, int64_t heads, int64_t tokens, int dim, int widest_block, int itemsize, int multiple = 0)
       : batch(batch), heads(heads), tokens(tokens) {
     const int64_t target = 64, shortest = 1024;
@@ -72,7 +72,7 @@ struct Plan {
     chunks = least(divide_up(target, most(batch, 1)), tokens / shortest);
     chunks = most(least(chunks, (512 << 10) / matrix), 1);
     int64_t blocks = divide_up(most(divide_up(tokens, chunks), 1), widest_block);
-    const int64_t whole = multiple ? multiple : 4;  // few odd tiles at the end of a block
+    const int64_t whole = multiple ? multiple : 4;  // few smaller tiles at the end of a block
     block = int(divide_up(divide_up(divide_up(most(tokens, 1), chunks), blocks), whole) * whole);
     chunk = blocks * block;
     int64_t fits = most((256 << 10) / matrix, 1), wanted = divide_up(8, most(batch * chunks, 1));
@@ -95,7 +95,7 @@ struct Unit {
         n1(least(n0 + p.chunk, p.tokens)) {}
 };
 
-// Walks a unit's tokens; make(h) describes the pass of a head.
+// Processes a unit's tokens; make(h) returns the Pass of a head.
 template <class T, class F>
 void sweep(const Plan& plan, const Unit& u, int widest, T* scratch, F make) {
   Heads<T> heads;

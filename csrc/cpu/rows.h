@@ -1,5 +1,5 @@
-// Rows of T, one per token, padded with zeros to whole vectors: packed from any strides and storage dtype, normalised,
-// normalisation differentiated, written back.
+// Operations on rows of T, one per token, padded with zeros to whole vectors: packing from any strides and storage
+// dtype, norms and their derivatives, and writing back.
 #pragma once
 
 #include "vec.h"
@@ -12,7 +12,7 @@ XK_INLINE int padded(int dim) {
   return (dim + VL<T> - 1) / VL<T> * VL<T>;
 }
 
-// NV vectors of each row, the last of `last` lanes; the sums of their squares are added to ssq.
+// Packs NV vectors of each row, the last one with `last` lanes. With Squares, adds the sums of squares to ssq.
 template <class T, int NV, bool Squares, class S>
 void pack_columns(const S* p, int64_t stride_n, int tokens, int last, T* out, int ld, T* ssq) {
   V<T> squares[NV] = {};
@@ -54,8 +54,8 @@ void pack_strided(const S* p, int64_t stride_n, int64_t stride_d, int tokens, in
   }
 }
 
-// Tokens side by side in memory (stride_n == 1), as in a (batch, channels, height, width) feature map. The next block
-// follows, and is asked for.
+// For tokens with unit stride (stride_n == 1), as in a (batch, channels, height, width) feature map. Prefetches the
+// next block, which follows in memory.
 template <class T, class S>
 void pack_transposed(const S* p, int64_t stride_d, int tokens, int dim, T* out, int ld) {
   for (int d = 0; d < ld; d += VL<T>)
@@ -76,7 +76,7 @@ void pack_transposed(const S* p, int64_t stride_d, int tokens, int dim, T* out, 
     }
 }
 
-// The same with features as rows, padded with zeros.
+// The same with features as rows of the result, padded with zeros.
 template <class T, class S>
 void pack_features(const S* p, int64_t stride_d, int tokens, int dim, T* out, int ld) {
   for (int d = 0; d < dim; ++d, p += stride_d, out += ld)
@@ -86,7 +86,7 @@ void pack_features(const S* p, int64_t stride_d, int tokens, int dim, T* out, in
     }
 }
 
-// Row n of out: (token 2n, token 2n + 1) of every feature. After an odd last token comes a zero.
+// Row n of out holds the pair (token 2n, token 2n + 1) of each feature. An odd last token is paired with zero.
 template <bool Squares>
 void pack_pairs(const bf16* p, int64_t stride_n, int tokens, int dim, float* out, int ld, float* ssq) {
   constexpr int L = VL<float>;
@@ -106,7 +106,7 @@ void pack_pairs(const bf16* p, int64_t stride_n, int tokens, int dim, float* out
   }
 }
 
-// W by pairs of its rows, in place: row i becomes (row 2i, row 2i + 1), rounded to bf16.
+// Packs W by pairs of rows, in place: row i becomes the pairs (row 2i, row 2i + 1), rounded to bf16.
 inline void pair_rows(float* w, int dim, int ld) {
   for (int i = 0; i < dim / 2; ++i)
     for (int c = 0; c < ld; c += VL<float>) {
@@ -116,8 +116,9 @@ inline void pair_rows(float* w, int dim, int ld) {
     }
 }
 
-// (x - mean) / sqrt(mean of squares of that + eps) for each row of `dim` columns; one over the root is left in norms.
-// Means are of x less its first feature: rows of equal features become 0 exactly, and not rounding errors over eps.
+// (x - mean) / sqrt(variance + eps) for each row of `dim` columns; norms receives the reciprocals of the roots.
+// x[0] is subtracted from the row first, so that a row of equal features becomes exactly 0, not rounding errors divided
+// by sqrt(eps).
 template <class T>
 void layer_norm_rows(T* rows, T* norms, int tokens, int dim, int ld, T eps) {
   for (int n = 0; n < tokens; ++n, rows += ld) {
@@ -138,8 +139,8 @@ void layer_norm_rows(T* rows, T* norms, int tokens, int dim, int ld, T eps) {
   }
 }
 
-// d/dx of a layer norm, in place on rows of gradients g: (g - mean(g) - u mean(g u)) / spread; u + center are the
-// normalised rows. `add`, if given, is added.
+// Layer norm backward, in place on rows of gradients g: (g - mean(g) - r mean(g r)) / sqrt(variance + eps), where
+// r = u + center are the normalised rows. `add` is added, if given.
 template <class T>
 void layer_norm_backward(T* rows, const T* u, const T* center, const T* norms, const T* add, ptrdiff_t ld_add,
                          int tokens, int dim, int ld) {
@@ -158,7 +159,8 @@ void layer_norm_backward(T* rows, const T* u, const T* center, const T* norms, c
   }
 }
 
-// d/dx of x / max(|x|, eps), in place on rows of gradients g: (g - u <g, u>) / |x| with u the unit row.
+// Backward of x / max(|x|, eps), in place on rows of gradients g: (g - u <g, u>) / |x| with u the unit row, or g / eps
+// where the norm is clamped.
 template <class T>
 void unit_rows_backward(T* rows, const T* unit, const T* norms, int tokens, int ld, T eps) {
   for (int n = 0; n < tokens; ++n, rows += ld, unit += ld) {
@@ -170,7 +172,7 @@ void unit_rows_backward(T* rows, const T* unit, const T* norms, int tokens, int 
   }
 }
 
-// out[n] = sum_i a[n,i] b[n,i], of rows of ld columns; a stride of 0 repeats one row of b.
+// out[n] = sum_i a[n,i] b[n,i] for rows of ld columns; with stride_b = 0, all rows of a use the same row of b.
 template <class T>
 void row_dots(const T* a, const T* b, ptrdiff_t stride_b, int tokens, int ld, T* out) {
   for (int n = 0; n < tokens; n += VL<T>) {
@@ -191,8 +193,8 @@ void row_dots(const T* a, const T* b, ptrdiff_t stride_b, int tokens, int ld, T*
   }
 }
 
-// The derivative of out[n] = x[n] / d[n] with d[n] = <u[n], z> + eps with regard to u, in place on rows of gradients g
-// with regard to u as if d were constant: g - z <g, u> / d. What z gains is added to dz. along: scratch, one per token.
+// Backward of out[n] = x[n] / d[n], d[n] = <u[n], z> + eps, with respect to u. rows g: the gradients with d taken as
+// constant; they become g - z <g, u> / d, in place. The gradient of z is added to dz. along: scratch, one per token.
 template <class T>
 void quotient_backward(T* rows, const T* u, const T* z, const T* inverse, T* along, T* dz, int tokens, int ld) {
   row_dots(rows, u, ld, tokens, ld, along);
@@ -209,7 +211,7 @@ void quotient_backward(T* rows, const T* u, const T* z, const T* inverse, T* alo
   }
 }
 
-// out[n] = sum_i a[i,n] b[i], with features as rows.
+// out[n] = sum_i a[i,n] b[i], for features as rows.
 template <class T>
 void column_dots(const T* a, const T* b, int dim, int ld, T* out) {
   for (int n = 0; n < ld; n += VL<T>) {
@@ -219,7 +221,7 @@ void column_dots(const T* a, const T* b, int dim, int ld, T* out) {
   }
 }
 
-// quotient_backward with features as rows.
+// quotient_backward for features as rows.
 template <class T>
 void quotient_backward_by_rows(T* rows, const T* u, const T* z, const T* inverse, T* along, T* dz, int dim, int ld) {
   for (int n = 0; n < ld; n += VL<T>) {
@@ -237,7 +239,7 @@ void quotient_backward_by_rows(T* rows, const T* u, const T* z, const T* inverse
   }
 }
 
-// Token n, feature d of `rows` to y[d * stride_d + n].
+// Writes token n, feature d of `rows` to y[d * stride_d + n].
 template <class T, class S>
 void unpack_transposed(const T* rows, int ld, int tokens, int dim, S* y, int64_t stride_d) {
   for (int d = 0; d < dim; d += VL<T>)

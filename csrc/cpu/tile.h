@@ -1,11 +1,12 @@
-// Register tiles. Both big products are the same loop,
+// Register tiles. Both large products use the same loop,
 //
 //     acc[r][c] += a[r, k] * b[k, c]        r < MR rows, c < NR vectors of columns, k < K
 //
-// with a broadcast element by element (elements.h) and b read by vectors. (PAIRS: the elements are pairs of bf16, and
-// their products sums of two; everything else is the same.) A Gram tile has features as rows and tokens as k; a mix
-// tile has tokens as rows and input features as k. MR * NR accumulators, NR vectors of b and what is read of a fit the
-// registers. Rows and column vectors of a product are cut into tiles of almost equal size (`Cut`).
+// where the elements of a are broadcast (elements.h) and b is read as vectors. With PAIRS, the elements are pairs of
+// bf16 and each product is the sum of two products; everything else is the same. A Gram tile has features as rows and
+// tokens as k; a mix tile has tokens as rows and input features as k. The MR * NR accumulators, NR vectors of b and the
+// elements read of a fit the registers. Rows and column vectors of a product are cut into tiles of almost equal size
+// (`Cut`).
 #pragma once
 
 #include "ahead.h"
@@ -14,7 +15,7 @@
 namespace xk {
 namespace XK_LEVEL {
 
-// Cuts `total` into the fewest parts of at most `most`, sizes differing by at most one.
+// Cuts `total` into the fewest parts of size at most `most`, with sizes that differ by at most one.
 struct Cut {
   int parts, small, larger;
   Cut(int total, int most) : parts((total + most - 1) / most), small(parts ? total / parts : 0) {
@@ -23,10 +24,9 @@ struct Cut {
   int size(int part) const { return small + (part < larger); }
 };
 
-// A last vector of columns that is at most half full would waste its other lanes: it is shared by G rows, W = VL / G
-// lanes each, so that G rows cost one multiply-add. `slot` moves lanes 0..W-1 of x to row r's place in the shared
-// vector, `unslot` moves them back, `repeat` copies them to every place, `choose` takes row r's place from x and the
-// rest from t.
+// If the last vector of columns is at most half full, G rows share one vector, with W = VL / G lanes each, so that G
+// rows cost one multiply-add. `slot<R>` returns t with lanes 0..W-1 of x in the lanes of row R; `choose<R>` returns t
+// with the lanes of row R taken from x; `unslot<R>` copies the lanes of row R to the lanes of every row.
 template <class T, int G>
 struct Shared {
   static constexpr int W = VL<T> / G;
@@ -52,12 +52,12 @@ XK_INLINE A add_product(A sum, A a, A b) {
     return sum + a * b;
 }
 
-// G > 1: the last of the NR vectors is shared.
+// If G > 1, the last of the NR vectors is shared.
 template <class T, bool PAIRS, int MR, int NR, int G, class Elements>
 XK_INLINE void accumulate(V<T> (&acc)[MR][NR], Elements a, const T* b, ptrdiff_t ldb, ptrdiff_t K, Ahead& ahead0,
                           Ahead& ahead1) {
   constexpr typename FirstLanes<VL<T>>::type lanes{};
-  constexpr int own = G > 1 ? NR - 1 : NR;  // vectors that each row has to itself
+  constexpr int own = G > 1 ? NR - 1 : NR;  // vectors that are not shared
   V<T> shared[MR / G];
   if constexpr (G > 1) {
 #pragma GCC unroll 16
@@ -71,11 +71,11 @@ XK_INLINE void accumulate(V<T> (&acc)[MR][NR], Elements a, const T* b, ptrdiff_t
     }
   }
   constexpr int kSteps = Elements::kSteps;
-  constexpr int at_once = PAIRS ? 2 : kSteps;  // lines of each operand per turn: as many as it has tokens, or features
+  constexpr int at_once = PAIRS ? 2 : kSteps;  // cache lines of each operand prefetched per turn: one per element of k
   const ptrdiff_t turns = K / kSteps;
   for (ptrdiff_t k = 0; k < turns;) {
     const ptrdiff_t count = ahead1.at_most(ahead0.at_most(turns - k, at_once), at_once), stop = k + count;
-    // b, which is at hand, where nothing is to be asked for
+    // if there is nothing to prefetch: b, which is in cache
     const char *next0 = ahead0.tokens ? ahead0.next : (const char*)b,
                *next1 = ahead1.tokens ? ahead1.next : (const char*)b;
     ahead0.took(count * at_once), ahead1.took(count * at_once);
@@ -96,7 +96,7 @@ XK_INLINE void accumulate(V<T> (&acc)[MR][NR], Elements a, const T* b, ptrdiff_t
 #pragma GCC unroll 16
         for (int r = 0; r < MR; ++r) {
           V<T> x = a.at(step, r);
-          if constexpr (G > 1) XK_OPAQUE(x);  // seen through, `choose` becomes more instructions than it saves
+          if constexpr (G > 1) XK_OPAQUE(x);  // otherwise compilers turn `choose` into more instructions than it saves
 #pragma GCC unroll 8
           for (int c = 0; c < own; ++c) acc[r][c] = add_product<PAIRS>(acc[r][c], x, row[c]);
           if constexpr (G > 1) {
@@ -125,12 +125,13 @@ XK_INLINE void accumulate(V<T> (&acc)[MR][NR], Elements a, const T* b, ptrdiff_t
   }
 }
 
-// g[r, c] += sum over tokens of a[n, r] * b[n, c], each block of tokens summed by itself first: rounding errors then
-// grow with the number of blocks, not of tokens. b is a packed block (tokens x ldb), g is padded to whole vectors.
+// g[r, c] += sum over tokens of a[n, r] * b[n, c]. Each block of tokens is summed separately first, so that rounding
+// errors grow with the number of blocks, not of tokens. b is a packed block (tokens x ldb); g is padded to whole
+// vectors.
 template <class T>
 struct GramTile {
   const T *a, *b;
-  ptrdiff_t a_row, a_k, ldb, tokens;  // a_row: from feature to feature, a_k: from token to token
+  ptrdiff_t a_row, a_k, ldb, tokens;  // a_row, a_k: strides of a over features and over tokens
   T* g;
   ptrdiff_t ldg;
   Ahead* ahead;  // two
@@ -154,13 +155,13 @@ void gram_tile(const GramTile<T>& t) {
     }
 }
 
-// y[n, o] = bias[o] + scale[o] * add[n, o] + sum_k x[n, k] w[k, o] (+ the same with x2, w2) for MR tokens, or its
-// hard-swish.
-// `divided`: row n is multiplied by divided[n] before all that is added.
-// x has unit stride along k (x_k), w, bias and scale are padded to whole vectors; add and y have unit stride along o,
+// y[n, o] = bias[o] + scale[o] * add[n, o] + sum_k x[n, k] w[k, o] (+ sum_k x2[n, k] w2[k, o]) for MR tokens, or the
+// hard-swish of this.
+// `divided`: the sums of row n are multiplied by divided[n] before the other terms are added.
+// x has unit stride along k (x_k). w, bias and scale are padded to whole vectors. add and y have unit stride along o,
 // and their last vector has `last_lanes` columns.
-// by_rows: the transposed product, y[o, n], for features as rows. w and x change places, so that x has unit stride
-// along its rows; bias and scale are of rows, and `divided` is of columns.
+// by_rows: the transposed product y[o, n], for features as rows. x and w swap roles, so x has unit stride along its
+// rows; bias and scale are indexed by row, and `divided` by column.
 template <class T>
 struct MixTile {
   const T* x;
@@ -179,7 +180,7 @@ struct MixTile {
   int dtype, last_lanes;
   bool hard_swish, by_rows;
   const T* divided;
-  const T* after;  // added to what is activated, if given
+  const T* after;  // added after the activation, if given
   ptrdiff_t ld_after;
   Ahead* ahead;  // two
 };
@@ -215,7 +216,7 @@ void mix_tile(const MixTile<T>& t) {
 #pragma GCC unroll 8
       for (int c = 0; c < NR; ++c) acc[r][c] *= t.by_rows ? load(t.divided + c * VL<T>) : broadcast(t.divided[r]);
   }
-  // Last, since products that are added to larger numbers are rounded at their size.
+  // After the products: added to larger numbers, they would be rounded to the precision of those.
   if (t.add)
     with_storage<T>(t.add_dtype, [&](auto* storage) {
 #pragma GCC unroll 8
@@ -259,8 +260,8 @@ void mix_tile(const MixTile<T>& t) {
                   [&](auto* storage) { store_tile<T, MR, NR>(acc, (decltype(storage))t.y, t.ldy, t.last_lanes); });
 }
 
-// Tiles by how many rows share the last vector, vectors and rows. Entries that would not fit the registers, or whose
-// rows are not a multiple of the sharing, stay null and are never asked for.
+// Tiles by log2 of the sharing (how many rows share the last vector), number of vectors and number of rows. Entries
+// that do not fit the registers, or whose rows are not a multiple of the sharing, are null and never used.
 template <class T, bool PAIRS>
 struct Tiles {
   static constexpr int kSharing = VL<T> >= 16 ? 3 : VL<T> >= 8 ? 2 : 1;  // G = 1, 2, 4: W is never below 4
@@ -289,7 +290,7 @@ struct Tiles {
 template <class T, bool PAIRS = false>
 constexpr Tiles<T, PAIRS> kTiles{};
 
-// log2 of how many rows may share the last vector of `cols` columns.
+// log2 of the number of rows that may share the last vector of `cols` columns.
 template <class T>
 int sharing(int cols) {
   int last = (cols - 1) % VL<T> + 1;
@@ -298,8 +299,8 @@ int sharing(int cols) {
   return 0;
 }
 
-// Cuts `rows` rows of one panel into tiles of at most `most` and calls f(first row, rows, sharing). Rows left over from
-// a multiple of the sharing make one last tile that does not share.
+// Cuts the rows of one panel into tiles of at most `most` rows and calls f(first row, rows, log2 of the sharing). Rows
+// beyond a multiple of the sharing form one last tile without sharing.
 template <class F>
 void for_tiles(int rows, int most, int sharing, F f) {
   int shared_rows = rows >> sharing, row = 0;
@@ -312,8 +313,8 @@ void for_tiles(int rows, int most, int sharing, F f) {
   if (row < rows) f(row, rows - row, 0);
 }
 
-// Whole products over one packed block of tokens, tile by tile. Columns are the outer loop: a panel of b stays in
-// cache while the rows pass.
+// Products over one packed block of tokens, tile by tile. The outer loop is over columns, so that a panel of b stays in
+// cache for all rows.
 template <class T, bool PAIRS = false>
 void gram_block(const GramTile<T>& whole, int rows, int cols, bool lower_only) {
   Cut panels((cols + VL<T> - 1) / VL<T>, kMaxNR);

@@ -1,6 +1,7 @@
-// One vector register of T, written with the compilers' vector extensions (GCC, Clang) so that every instruction level
-// and architecture compiles the same source. Storage types (bf16, f16) are widened on load and rounded to nearest even
-// on store. Only partial loads and stores and f16 conversion use intrinsics, where the level has them.
+// One vector register of T, written with the vector extensions of GCC and Clang, so that the same source compiles for
+// every instruction level and architecture. Storage types (bf16, f16) are widened on load and rounded to nearest even
+// on store. Intrinsics are used, where the level has them, for partial loads and stores, for conversions of 16-bit
+// types and for products of bf16 pairs.
 #pragma once
 
 #include <stddef.h>
@@ -15,7 +16,7 @@
 
 #define XK_INLINE [[gnu::always_inline]] inline
 
-// Hides from the optimiser how a vector was made.
+// Hides from the optimiser how a vector was computed.
 #if defined(__x86_64__)
 #define XK_OPAQUE(x) asm("" : "+v"(x))
 #elif defined(__aarch64__)
@@ -27,7 +28,7 @@
 namespace xk {
 namespace XK_LEVEL {
 
-// XK_VECTOR_BYTES=32: half of each register, for Zen 4 (see dispatch.cpp).
+// XK_VECTOR_BYTES=32: only half of each register is used, for Zen 4 (see dispatch.cpp).
 #if defined(__AVX512F__) && defined(XK_VECTOR_BYTES)
 constexpr int kVectorBytes = XK_VECTOR_BYTES, kRegisters = 32;
 static_assert(kVectorBytes == 32);
@@ -72,7 +73,7 @@ XK_INLINE float widen(float x) { return x; }
 XK_INLINE double widen(double x) { return x; }
 
 XK_INLINE float widen(f16 x) {
-  // Shift exponent and mantissa into place, then rescale by 2^112: subnormals come out exact. Inf and NaN are patched.
+  // Shift exponent and mantissa into place, then scale by 2^112: exact for subnormals. Inf and NaN are handled after.
   uint32_t magnitude = uint32_t(x.bits & 0x7fff) << 13;
   float scaled = __builtin_bit_cast(float, magnitude) * __builtin_bit_cast(float, uint32_t(0x77800000));
   uint32_t bits = __builtin_bit_cast(uint32_t, scaled);
@@ -94,7 +95,7 @@ XK_INLINE void narrow(f16* out, float x) {
   else if (m >= 0x477ff000)
     h = 0x7c00;  // rounds to infinity
   else if (m < 0x38800000) {
-    // Subnormal: adding 0.5 aligns the mantissa so that the hardware does the rounding.
+    // Subnormal: adding 0.5 aligns the mantissa, so the hardware does the rounding.
     float aligned = __builtin_bit_cast(float, m) + 0.5f;
     h = __builtin_bit_cast(uint32_t, aligned) - 0x3f000000;
   } else
@@ -104,12 +105,12 @@ XK_INLINE void narrow(f16* out, float x) {
 
 template <class T>
 XK_INLINE V<T> broadcast(T x) {
-  return x - V<T>{};  // folds to a broadcast, which 0 + x may not (it turns -0 into 0)
+  return x - V<T>{};  // compiles to a broadcast; 0 + x may not, since it turns -0 into 0
 }
 
 XK_INLINE V<float> load(const float* p) { return *(const typename VectorOf<float, kVectorBytes>::unaligned*)p; }
 XK_INLINE V<double> load(const double* p) { return *(const typename VectorOf<double, kVectorBytes>::unaligned*)p; }
-// 16-bit lanes to and from the low halves of 32-bit lanes (GCC 12 splits the generic conversion in two).
+// Convert 16-bit lanes to and from the low halves of 32-bit lanes (GCC 12 splits the generic conversion in two).
 #if defined(XK_512)
 XK_INLINE VU32 extend(VU16 x) { return (VU32)_mm512_cvtepu16_epi32((__m256i)x); }
 XK_INLINE VU16 truncate(VU32 x) { return (VU16)_mm512_cvtepi32_epi16((__m512i)x); }
@@ -120,8 +121,8 @@ XK_INLINE VU16 truncate(VU32 x) { return __builtin_convertvector(x, VU16); }
 XK_INLINE V<float> widen_bf16(VU16 x) { return (V<float>)(extend(x) << 16); }
 XK_INLINE V<float> load(const bf16* p) { return widen_bf16(*(const VU16u*)p); }
 
-// Pairs of bf16 in the 32-bit lanes of V<float>, their bits alone. kPairs: the level has the instruction that
-// multiplies both and adds them to a float, which doubles the rate of products.
+// Pairs of bf16 are stored as the bits of the 32-bit lanes of V<float>. kPairs: the level has the instruction that adds
+// the products of both elements of a pair to a float, which doubles the rate of products.
 #if defined(__AVX512BF16__) && defined(__AVX512VL__) && defined(XK_VECTOR_BYTES)
 constexpr bool kPairs = true;
 XK_INLINE V<float> add_product_of_pairs(V<float> sum, V<float> a, V<float> b) {
@@ -166,7 +167,7 @@ XK_INLINE void store(f16* p, V<float> x) {
 }
 #endif
 
-// First n lanes (0 < n <= VL); the others are zero on load and untouched in memory on store.
+// The first n lanes (0 < n <= VL); the other lanes are zero on load, and are not written on store.
 #if defined(XK_512)
 XK_INLINE V<float> load(const float* p, int n) { return (V<float>)_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p); }
 XK_INLINE V<double> load(const double* p, int n) {
@@ -250,7 +251,7 @@ XK_INLINE void store(double* p, V<double> x, int n) {
 }
 #endif
 
-// Shuffles by constant lanes: XK_SHUFFLE(a, b, f(L)...) with L the lane numbers of a FirstLanes pack.
+// Shuffles by constant lane indices: XK_SHUFFLE(a, b, f(L)...), with L the lane indices of a FirstLanes pack.
 #if defined(__has_builtin)
 #if __has_builtin(__builtin_shufflevector)
 #define XK_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
@@ -282,7 +283,7 @@ struct FirstLanes<0, I...> {
   typedef Lanes<I...> type;
 };
 
-// Swaps the off-diagonal D-lane halves of two rows, D apart; log2(VL) rounds of it transpose a square of registers.
+// Swaps the off-diagonal halves, D lanes each, of two rows D apart; log2(VL) rounds transpose a square of registers.
 template <class T, int D, int... L>
 XK_INLINE void swap_halves(V<T>& a, V<T>& b, Lanes<L...>) {
   V<T> low = XK_SHUFFLE(a, b, ((L & D) ? L - D + VL<T> : L)...);
@@ -297,7 +298,7 @@ XK_INLINE void transpose_registers(V<T> (&x)[VL<T>]) {
   if constexpr (D > 1) transpose_registers<T, D / 2>(x);
 }
 
-// f(pointer to the storage type of `dtype`), for the types that T computes on.
+// Calls f with a null pointer to the storage type of `dtype`, for the dtypes that are computed in T.
 template <class T, class F>
 XK_INLINE void with_storage(int dtype, F f) {
   if constexpr (sizeof(T) == sizeof(double)) {
@@ -328,7 +329,7 @@ template <class T, int D, int... L>
 XK_INLINE V<T> add_rotated(V<T> x, Lanes<L...>) {
   return x + XK_SHUFFLE(x, x, ((L + D) % VL<T>)...);
 }
-// By halves: a chain of additions would take longer than all else that is done with a short row.
+// Sums by halves: a chain of additions would take longer than everything else that is done with a short row.
 template <class T, int D = VL<T> / 2>
 XK_INLINE T sum_lanes(V<T> x) {
   x = add_rotated<T, D>(x, typename FirstLanes<VL<T>>::type{});
@@ -347,7 +348,7 @@ XK_INLINE T max_lanes(V<T> x) {
   return x[0];
 }
 
-// The sums of the lanes of VL vectors, one to a lane; x is overwritten.
+// Lane i is the sum of the lanes of x[i]; x is overwritten.
 template <class T, int D = VL<T> / 2>
 XK_INLINE V<T> sum_each(V<T> (&x)[VL<T>]) {
 #pragma GCC unroll 8
@@ -359,12 +360,12 @@ XK_INLINE V<T> sum_each(V<T> (&x)[VL<T>]) {
   return x[0];
 }
 
-// exp(x) for x <= 0 (a softmax after the maximum is taken off): 2^k * p(r), |r| <= ln2 / 2, within 1 ulp. NaN stays
-// NaN; below the smallest normal result the answer is 0.
+// exp(x) for x <= 0 (softmax after subtracting the maximum): 2^k * p(r), |r| <= ln2 / 2, within 1 ulp. NaN stays NaN;
+// the result is 0 where it would be below the smallest normal number.
 XK_INLINE V<float> exp_nonpositive(V<float> x) {
   const float lowest = -87.33654f;
   V<float> clamped = x < lowest ? broadcast(lowest) : x;
-  V<float> shifted = clamped * 1.44269504f + 12582912.f;  // rounds x / ln2 to an integer in the low mantissa bits
+  V<float> shifted = clamped * 1.44269504f + 12582912.f;  // rounds x / ln2 to an integer, in the low mantissa bits
   V<float> k = shifted - 12582912.f;
   V<float> r = clamped - k * 0.693359375f;
   r = r + k * 2.12194440e-4f;

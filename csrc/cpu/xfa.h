@@ -1,4 +1,4 @@
-// xfa forward and backward: two passes each, with the D x D algebra of maps.h between them.
+// Forward and backward of xfa: two passes each, with the D x D algebra of maps.h between them.
 #pragma once
 
 #include "maps.h"
@@ -26,7 +26,7 @@ template <class T>
 struct Xfa {
   const xk_xfa_args& p;
   int dim, ld;
-  bool by_rows;  // tokens are channel-major, and so is what is written
+  bool by_rows;  // q, k and v are channel-major, and so are the results
   bool key_value, token_norm, feature_norm, pairs;
   size_t matrix, sums_size, scratch;
   Plan plan;
@@ -47,7 +47,7 @@ struct Xfa {
         plan(p.batch, p.heads, p.tokens, dim, block_tokens<T>(dim, by_rows), sizeof(T), by_rows ? VL<T> : 0) {}
 
   static bool pairable(const xk_tensor& t) { return !t.data || (t.stride_d == 1 && t.stride_n % 2 == 0); }
-  // W as the mixes read it.
+  // Converts W to the layout that the mixes read.
   void ready(T* w) const {
     if constexpr (kPairs && sizeof(T) == sizeof(float))
       if (pairs) pair_rows(w, dim, ld);
@@ -64,7 +64,7 @@ struct Xfa {
     return operand(t, b, h, dim, normalised && feature_norm);
   }
 
-  // Gram of k with q (query_key) or with v (key_value), and the sums of squares of q and k.
+  // Gram matrix of k with q (query_key) or with v (key_value), and the sums of squares of q and k.
   Pass<T> forward_sums(int64_t b, int64_t h, T* sums) const {
     Pass<T> pass = empty_pass(b);
     pass.in[0] = in(p.k, b, h, true);
@@ -89,7 +89,7 @@ struct Xfa {
     return pass;
   }
 
-  // query_key: dA^T[j,i] = sum_n v[n,j] dout[n,i], and dv = dout A on the way. key_value: dW = gram(q, dout).
+  // query_key: dA^T[j,i] = sum_n v[n,j] dout[n,i], and dv = dout A in the same pass. key_value: dW = gram(q, dout).
   Pass<T> backward_sums(int64_t b, int64_t h, T* sums, const T* a) const {
     Pass<T> pass = empty_pass(b);
     pass.in[0] = key_value ? in(p.q, b, h, true) : in(p.v, b, h, false);
@@ -104,7 +104,7 @@ struct Xfa {
     }
     return pass;
   }
-  // The gradients of q and k (and v for key_value). m0, m1, m2: dG^T, dG for query_key; dG, dG^T, W^T for key_value.
+  // The gradients of q and k (and of v for key_value). m0, m1, m2: dG^T, dG for query_key; dG, dG^T, W^T for key_value.
   Pass<T> backward_mix(int64_t b, int64_t h, const T* m0, const T* m1, const T* m2, const T* scale_q,
                        const T* scale_k) const {
     Pass<T> pass = empty_pass(b);
@@ -140,7 +140,8 @@ struct Xfa {
   }
 
   int forward() const {
-    // One chunk: a unit goes from Gram to output alone, its matrices in its thread's cache. Several: three steps.
+    // With one chunk, a unit computes everything from the Gram matrix to the output, with its matrices in the cache of
+    // its thread. With several chunks, there are three steps over all units.
     bool alone = plan.chunks == 1;
     size_t slots = alone ? p.threads * plan.group : p.batch * p.heads * plan.chunks;
     Buffer<T> sums(slots * sums_size), own(p.threads * (scratch + ld));
@@ -179,7 +180,8 @@ struct Xfa {
     return XK_OK;
   }
 
-  // Per head: a (A^T, then dG), t (A; key_value: W^T) and the scales; the summed dA^T becomes dG^T in place.
+  // Operands of a head: A^T, overwritten by dG; A (key_value: W, overwritten by dG^T; W^T); and the two scales. The sum
+  // dA^T becomes dG^T in place (key_value: dW becomes dG).
   int backward() const {
     bool alone = plan.chunks == 1;
     size_t operands_size = 2 * matrix + 2 * ld;

@@ -1,7 +1,7 @@
 // C API of the compiled kernels: plain structs of pointers, sizes, strides and codes. No torch, no Python.
 //
-// Every function computes on (batch, heads, tokens, features) tensors of any strides and returns a status.
-// Names and formulas are those of the project's design notes: G = gram, A = map, W = the D x D operand of a mix.
+// Every function operates on (batch, heads, tokens, features) tensors with any strides and returns a status.
+// Notation: G is a Gram matrix, A an attention map, W the D x D operand of a mix.
 #pragma once
 
 #include <stdint.h>
@@ -10,37 +10,38 @@
 extern "C" {
 #endif
 
-// XK_BAD_ARGUMENT: a tensor without features (batch, heads and tokens may be 0), or no usable instruction level.
+// XK_BAD_ARGUMENT: a tensor has no features (batch, heads and tokens may be 0), or no instruction level is usable.
 // XK_CUDA_ERROR: see xk_cuda_error.
 enum xk_status { XK_OK = 0, XK_OUT_OF_MEMORY = 1, XK_BAD_ARGUMENT = 2, XK_CUDA_ERROR = 3 };
 enum xk_dtype { XK_F32 = 0, XK_F64 = 1, XK_BF16 = 2, XK_F16 = 3 };
 enum xk_map { XK_QUERY_KEY = 0, XK_KEY_VALUE = 1 };
-// Without norms q and k are taken as they are.
+// With XK_NO_NORM, q and k are used unnormalised.
 enum xk_norm { XK_TOKEN_NORM = 0, XK_FEATURE_NORM = 1, XK_NO_NORM = 2 };
 enum xk_activation { XK_SOFTMAX = 0, XK_IDENTITY = 1 };
-// phi(x) of linear attention: x, max(x, 0), elu(x) + 1, a softmax over the features of a token, or over the tokens.
+// Feature map phi(x) of linear attention: x, max(x, 0), elu(x) + 1, softmax over the features of each token, or softmax
+// over the tokens.
 enum xk_features {
   XK_IDENTITY_FEATURES = 0,
   XK_RELU = 1,
   XK_ELU_PLUS_1 = 2,
   XK_SOFTMAX_FEATURES = 3,
-  XK_SOFTMAX_TOKENS = 4  // of keys only
+  XK_SOFTMAX_TOKENS = 4  // for keys only
 };
 
-// Strides are in elements and may be zero or negative. A null pointer means "absent".
+// Strides are in elements and may be zero or negative. A null pointer means that the tensor is absent.
 typedef struct {
   void* data;
   int64_t stride_b, stride_h, stride_n, stride_d;
   int32_t dtype;
 } xk_tensor;
 
-// stride_b and stride_n of a (batch, tokens) bool mask; false tokens take no part.
+// A (batch, tokens) bool mask; tokens where it is false are ignored.
 typedef struct {
   const uint8_t* data;
   int64_t stride_b, stride_n;
 } xk_mask;
 
-// One value per head: temperature (H,) and its gradient.
+// One value per head: the temperature (H,) and its gradient.
 typedef struct {
   void* data;
   int64_t stride;
@@ -48,11 +49,11 @@ typedef struct {
 } xk_per_head;
 
 // g[b,h,i,j] = sum_n a[b,h,n,i] b[b,h,n,j];  ssq_a[b,h,i] = sum_n a^2;  ssq_b likewise.
-// g, ssq_a, ssq_b are contiguous, in the accumulate dtype (f64 for f64 operands, else f32).
+// g, ssq_a and ssq_b are contiguous, in the accumulate dtype (f64 for f64 operands, otherwise f32).
 typedef struct {
   int64_t batch, heads, tokens, dim_a, dim_b;
   xk_tensor a, b;
-  int32_t symmetric;  // a is b: only one operand is read and half of g is computed
+  int32_t symmetric;  // a is b: one operand is read and half of g is computed
   xk_mask mask;
   void *g, *ssq_a, *ssq_b;
   int32_t threads;
@@ -60,42 +61,44 @@ typedef struct {
 
 // y[n,o] = sum_i w[o,i] x[n,i] + sum_i w2[o,i] x2[n,i] + bias[o] + scale[o] * add[n,o], for each (b, h).
 // Tensors other than x, x2, add and y use stride_n for the row o and stride_d for the column i.
-// bias and scale: stride_d runs over o. An absent scale with a present add means 1. dim_in2 is 0 where there is no x2;
-// other tensors are absent where their data is null, which empty ones may have too.
+// bias and scale: stride_d is the stride over o. If add is present and scale is absent, scale is 1. dim_in2 is 0 if x2
+// is absent; other tensors are absent if their data is null. Empty tensors may have null data too.
 typedef struct {
   int64_t batch, heads, tokens, dim_in, dim_in2, dim_out;
   xk_tensor x, weight, bias, add, scale, x2, weight2, y;
   int32_t threads;
 } xk_channel_mix_args;
 
-// What is done to each token x[n] of an operand while it is read, with means over its features (layer_norm != 0):
-//   u[n,i] = (x[n,i] - mean(x[n])) / sqrt(mean((x[n] - mean(x[n]))^2) + eps) - center[i]        else x[n,i] - center[i]
-// center: (batch, heads, features) in the accumulate dtype, contiguous, or null.
+// Applied to each token x[n] of an operand as it is read; means are over the features of the token:
+//   layer_norm != 0:   u[n,i] = (x[n,i] - mean(x[n])) / sqrt(mean((x[n] - mean(x[n]))^2) + eps) - center[i]
+//   otherwise:         u[n,i] = x[n,i] - center[i]
+// center: (batch, heads, features) in the accumulate dtype, contiguous, or null for zeros.
 typedef struct {
   int32_t layer_norm;
   double eps;
   const void* center;
 } xk_prologue;
 
-// gram with u in the place of b (and of a, if symmetric), and sums over tokens: sum_a[b,h,i] = sum_n a[b,h,n,i], sum_b
-// likewise of u; contiguous, in the accumulate dtype. The sums of squares are not computed.
+// gram with u in place of b (and of a, if symmetric), and the sums over tokens: sum_a[b,h,i] = sum_n a[b,h,n,i], and
+// sum_b likewise for u; contiguous, in the accumulate dtype. Sums of squares are not computed.
 typedef struct {
   xk_gram_args gram;
   xk_prologue prologue;
   void *sum_a, *sum_b;
 } xk_layer_gram_args;
 
-// channel_mix with u in the place of x2, or of x if there is no x2. differentiate: the sum without `add` is taken for a
-// gradient with regard to u, and y is the one with regard to what u was made of, and `add` (dim_out is that of u).
+// channel_mix with u in place of x2, or of x if x2 is absent. differentiate: the mix without `add` is a gradient with
+// respect to u; y is the gradient with respect to the operand from which u was computed, plus `add`. dim_out is then
+// the number of features of u.
 typedef struct {
   xk_channel_mix_args mix;
   xk_prologue prologue;
   int32_t differentiate;
 } xk_layer_mix_args;
 
-// Forward writes out and stats; backward reads stats and writes dq, dk, dv, dtemperature.
-// stats: contiguous (batch, heads, dim * dim + 2 * dim), accumulate dtype: the normalised map with key features
-// as rows, then the norms of q's and k's features over tokens (token norm only, before the clamp by eps).
+// Forward writes out and stats; backward reads stats and writes dq, dk, dv and dtemperature.
+// stats: contiguous (batch, heads, dim * dim + 2 * dim), in the accumulate dtype: the normalised map with key features
+// as rows, then the norms of the features of q and of k over the tokens (token norm only, before the clamp by eps).
 typedef struct {
   int64_t batch, heads, tokens, dim;
   int32_t map, norm, activation;
@@ -108,11 +111,11 @@ typedef struct {
 } xk_xfa_args;
 
 // S[i,j] = sum_m phi_k(k)[m,i] v[m,j], z[i] = sum_m phi_k(k)[m,i]; normalize:
-//   out[n,j] = scale sum_i phi_q(q)[n,i] S[i,j] / (sum_i phi_q(q)[n,i] z[i] + eps)        else without the division.
+//   out[n,j] = scale sum_i phi_q(q)[n,i] S[i,j] / (sum_i phi_q(q)[n,i] z[i] + eps)      otherwise without the division
 // q has `queries` tokens, k and v have `tokens`; v, out and dout have dim_v features, the others dim.
-// Forward writes out and stats; backward reads stats and writes dq, dk, dv. stats: contiguous
-// (batch, heads, dim * dim_v + dim), accumulate dtype: S and z. Of a softmax over tokens z are the sums of
-// exponentials, and dim more numbers are the maxima of k's features.
+// Forward writes out and stats; backward reads stats and writes dq, dk and dv. stats: contiguous
+// (batch, heads, dim * dim_v + dim), in the accumulate dtype: S, then z. For a softmax over the tokens, z holds the
+// sums of the exponentials, and dim more numbers follow: the maximum of each feature of k.
 typedef struct {
   int64_t batch, heads, queries, tokens, dim, dim_v;
   int32_t features_q, features_k, normalize;
@@ -123,17 +126,17 @@ typedef struct {
   int32_t threads;
 } xk_linear_attention_args;
 
-// Batch norm of features with running statistics: weight (z - mean) / sqrt(variance + eps) + bias. variance null: none;
-// weight and bias may be null.
+// Batch norm over features with running statistics: weight (z - mean) / sqrt(variance + eps) + bias. No batch norm if
+// variance is null; weight and bias may be null.
 typedef struct {
   const float *mean, *variance, *weight, *bias;
   double eps;
 } xk_batch_norm;
 
-// y = act(norm(layer_norm(x) weight^T + bias)) + add, of float32: x (tokens, dim_in), weight (dim_out, dim_in),
-// add and y (tokens, dim_out), all side by side.
-// layer_norm: whether there is one; its weight and bias, bias and add may be null. packed: null, or what xk_pack_linear
-// has made of the weight, which is not read then; there is no batch norm then. Only the CPU has it.
+// y = act(norm(layer_norm(x) weight^T + bias)) + add, in float32: x (tokens, dim_in), weight (dim_out, dim_in),
+// add and y (tokens, dim_out), all contiguous.
+// layer_norm: whether the layer norm is applied; its weight and bias, and bias and add, may be null. packed: null, or
+// the weight as packed by xk_pack_linear; `weight` is not read then, and batch norm is not supported. CPU only.
 typedef struct {
   int64_t tokens, dim_in, dim_out;
   const float *x, *layer_norm_weight, *layer_norm_bias;
@@ -147,17 +150,17 @@ typedef struct {
   int32_t threads;
 } xk_linear_args;
 
-// packed: dim_in rows of dim_out numbers, rounded up to a multiple of 16. How many of these are used depends on the
-// instruction level: what one has packed is for no other.
+// packed: room for dim_in rows of dim_out numbers, with dim_out rounded up to a multiple of 16. How many of them are
+// used depends on the instruction level: a weight packed by one level must not be used by another.
 typedef struct {
   int64_t dim_in, dim_out;
   const float* weight;
   float* packed;
 } xk_pack_linear_args;
 
-// y = act(norm(convolution of every channel by itself + bias)), of float32: x (batch, height, width, channels) side by
-// side, weight (channels, kernel, kernel), y (batch, ceil(height / stride), ceil(width / stride), channels). kernel is
-// 3 or 5, stride 1 or 2, and kernel / 2 zeros are around the image. Only the CPU has it.
+// y = act(norm(depthwise_convolution(x) + bias)), in float32: x (batch, height, width, channels), contiguous; weight
+// (channels, kernel, kernel); y (batch, ceil(height / stride), ceil(width / stride), channels). kernel is 3 or 5,
+// stride 1 or 2, padding kernel / 2 (rounded down) with zeros. CPU only.
 typedef struct {
   int64_t batch, height, width, channels;
   int32_t kernel, stride;
@@ -174,30 +177,30 @@ int xk_layer_gram(const xk_layer_gram_args* args);
 int xk_layer_mix(const xk_layer_mix_args* args);
 int xk_xfa_forward(const xk_xfa_args* args);
 int xk_xfa_backward(const xk_xfa_args* args);
-int xk_linear_attention_forward(const xk_linear_attention_args* args);  // of the CPU only, as what follows
+int xk_linear_attention_forward(const xk_linear_attention_args* args);  // this and the following: CPU only
 int xk_linear_attention_backward(const xk_linear_attention_args* args);
 int xk_linear(const xk_linear_args* args);
 int xk_pack_linear(const xk_pack_linear_args* args);
 int xk_depthwise(const xk_depthwise_args* args);
 
-// Asks the system to back fresh memory with huge pages, where it knows how: a large result is otherwise page-faulted
-// 4 KiB at a time, which takes longer than computing it. A wish: it changes no contents and cannot fail.
+// Advises the operating system, where supported, to back newly allocated memory with huge pages: otherwise a large
+// result is page-faulted 4 KiB at a time, which takes longer than computing it. Contents do not change; cannot fail.
 void xk_prefer_huge_pages(void* data, int64_t bytes);
 
-// Instruction level in use ("x86_64_v4", ...). Chosen at first use: the best that was built and that this processor
-// has, or the one named by XFORMER_KERNELS_CPU_LEVEL. Empty if that name is unknown or not usable here. Beside
-// x86_64_v4, some numbers of features are computed by x86_64_v4_256 where that is faster.
+// Instruction level in use ("x86_64_v4", ...), chosen at first use: the best one that was built and that the processor
+// supports, or the one named by XFORMER_KERNELS_CPU_LEVEL. Empty if that level is unknown or not usable here. On Zen 4,
+// the level "zen4" computes some calls in place of the chosen level (see cpu/dispatch.cpp).
 const char* xk_cpu_level(void);
 
-// The same functions on a CUDA device, from a library of their own. `threads` is not used; stats are as above, for the
-// same library's backward. They launch on `stream` and return.
+// The same functions for CUDA devices, in a separate library. `threads` is not used; stats are laid out as above, and
+// are for the backward of the same library. The functions launch on `stream` and return without waiting.
 enum xk_cuda_path { XK_ANY_PATH = 0, XK_ONE_LAUNCH = 1, XK_TWO_PASSES = 2 };
 typedef struct {
-  int32_t device;   // whose memory the tensors are in
+  int32_t device;   // index of the device that holds the tensors
   void* stream;     // cudaStream_t
-  void* workspace;  // as many bytes as the function's _workspace says, at a multiple of 256; not needed afterwards
-  int32_t tf32;     // whether products of f32 may be cut to tf32
-  int32_t path;     // of xk_cuda_path, for xfa: XK_ONE_LAUNCH fails where tokens do not fit
+  void* workspace;  // of the size that the function's _workspace returns, aligned to 256 bytes; scratch only
+  int32_t tf32;     // whether f32 products may use tf32
+  int32_t path;     // xk_cuda_path, for xfa; XK_ONE_LAUNCH fails if the tokens do not fit
 } xk_cuda_launch;
 
 int xk_cuda_gram(const xk_gram_args* args, const xk_cuda_launch* launch);
@@ -205,13 +208,13 @@ int xk_cuda_channel_mix(const xk_channel_mix_args* args, const xk_cuda_launch* l
 int xk_cuda_xfa_forward(const xk_xfa_args* args, const xk_cuda_launch* launch);
 int xk_cuda_xfa_backward(const xk_xfa_args* args, const xk_cuda_launch* launch);
 
-// Bytes of workspace of a call, from all but its addresses; negative after an error.
+// Size of the workspace of a call in bytes; depends on everything but addresses. Negative on error.
 int64_t xk_cuda_gram_workspace(const xk_gram_args* args, const xk_cuda_launch* launch);
 int64_t xk_cuda_xfa_forward_workspace(const xk_xfa_args* args, const xk_cuda_launch* launch);
 int64_t xk_cuda_xfa_backward_workspace(const xk_xfa_args* args, const xk_cuda_launch* launch);
 
-// What went wrong in this thread's last call that failed, and the names of the kernels that its last call launched,
-// with a space between them.
+// The message of this thread's last call that failed, and the names of the kernels that its last call launched,
+// separated by spaces.
 const char* xk_cuda_error(void);
 const char* xk_cuda_launched(void);
 

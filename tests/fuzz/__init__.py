@@ -1,1 +1,1 @@
-"""Random calls of every public function, judged by the one rule: ``make fuzz``, and examples of it in the tests."""
+"""Random calls of every public function: ``make fuzz``, and a few of them in the tests."""

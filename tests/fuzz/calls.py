@@ -1,7 +1,7 @@
-"""What is called, and how it is judged: by the rule of :mod:`xformer_kernels.testing`, output and gradients alike.
+"""The calls, and the check of their outputs and gradients by :mod:`xformer_kernels.testing`.
 
-The rule compares two errors that both depend on chance. A call that misses it is repeated with other numbers of the
-same sizes and strides, and has failed if it misses it again more often than not.
+The check compares two errors that are both random. A call that exceeds the tolerance is repeated 4 times with other
+values of the same sizes and strides, and fails if at least 3 of these exceed it too.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Tensors = dict[str, Any]
 def gradients(
     function: Callable[[Tensors], Tensor | tuple[Tensor, ...]], tensors: Tensors, wanted: list[str], dy: Any
 ) -> Tensors:
-    """Outputs and wanted gradients, by name."""
+    """Outputs and requested gradients, by name."""
     leaves = {
         name: None if t is None else t.detach().requires_grad_(name in wanted) for name, t in tensors.items()
     }  # fmt: skip
@@ -55,9 +55,12 @@ def judge(
     terms: Callable[[list[Tensor]], Tensors],
     cancels: bool = False,
 ) -> None:
-    """`outputs`: shapes and dtypes of the results of `ours`, `eager` being the same in PyTorch.
+    """Compares `ours` with `eager`, the same function in PyTorch.
 
-    `cancels`: rounding errors are all that is left of the results, which need but be finite where eager's are.
+    Args:
+        outputs: shapes and dtypes of the results.
+        terms: the terms of subtractions in the gradients, by name.
+        cancels: whether the results are only rounding errors; they must then be finite where eager's are.
     """
     short = any(dtype in LOW_PRECISION for _, dtype in outputs)
     wanted = d.wanted(tensors)
@@ -70,7 +73,7 @@ def judge(
     for name, exact in oracle.items():
         assert got[name].dtype == theirs[name].dtype, f"{name} is {got[name].dtype}, eager's {theirs[name].dtype}"
         finite = theirs[name].isfinite().all()
-        if short and not finite:  # 16 bits overflow in PyTorch too
+        if short and not finite:  # 16-bit dtypes overflow in PyTorch too
             continue
         if cancels:
             assert not finite or got[name].isfinite().all(), f"{name} is not finite"
@@ -79,9 +82,9 @@ def judge(
 
 
 def sums_of_sizes(eager: Any, tensors: Tensors) -> Callable[[list[Tensor]], Tensors]:
-    """Of functions that are sums of products, and so are their gradients: the same sums of absolute values.
+    """For functions that are sums of products, as are their gradients: the same sums of absolute values.
 
-    A sum is as accurate as these let it be, in whatever order it is made.
+    They bound the accuracy of a sum in any order of its terms.
     """
     sizes = {name: None if t is None else t.double().abs() for name, t in tensors.items()}
     names = [name for name, t in sizes.items() if t is not None]
@@ -113,7 +116,7 @@ def xfa(d: Draw) -> None:
 def linear_attention(d: Draw) -> None:
     B, N, M, H = d.batch(), d.tokens(), d.pick("M", 0, 1, 2, 31, 196, 1024), d.pick("H", 1, 2, 3, 8)
     D, Dv, dtype = d.size("D", (8, 16, 32, 33), 130), d.size("Dv", (8, 16, 32, 33), 130), d.dtype()
-    # positive, where a denominator near zero would leave of the outputs nothing but rounding errors
+    # positive values, if denominators near zero would reduce the outputs to rounding errors
     of_q = d.pick("feature map of q", "relu", "elu1", "softmax_features")
     of_k = d.pick("feature map of k", "relu", "elu1", "softmax_features", "softmax_tokens")
     choices = {
@@ -198,10 +201,10 @@ def channel_mix(d: Draw) -> None:
 
 
 def layer(d: Draw) -> None:
-    """xfa_layer and xfa_block in both forms, with other numbers of outputs and inner features than of x."""
+    """xfa_layer and xfa_block in both forms, with numbers of output and inner features other than that of x."""
     B, N, H = d.batch(), d.tokens(), d.pick("H", 1, 2, 3, 4)
     D, dtype, config, block = d.size("D", (8, 24, 32), 40), d.dtype(), d.config(), d.pick("block", True, False)
-    # layer norm makes rounding errors, or zeros, of 1 to 3 features and of equal ones: tests/test_layer.py has those
+    # layer norm of few or of equal features gives zeros or rounding errors: tests/test_layer.py covers these
     C = max(d.size("C", (24, 48, 64), 130), 8 if block else 1)
     O = C if block else d.pick("O", C, C, 7, 33)  # noqa: E741
     form = d.pick("form", "gram", "direct", "auto")
@@ -213,8 +216,8 @@ def layer(d: Draw) -> None:
     def weight(name: str, *shape: int, by: float = 1.0) -> Tensor:
         return d.tensor(name, shape, small, by * torch.randn(shape, generator=d.numbers, dtype=torch.float64))
 
-    # equal features, and weights that are equal along them, project to nothing what layer norm leaves: see the limits
-    # of the Gram form in xfa_layer's docstring
+    # not with equal features, or weights equal along the features: the projection of the layer norm's result is then
+    # zero; see the limits of the Gram form in the docstring of xfa_layer
     x, qkv_weight = d.tensor("x", (B, N, C), dtype), weight("qkv_weight", 3 * H * D, C, by=gain)
     if x.stride(-1) == 0:
         x = d.values("x", (B, N, C)).to(dtype)
@@ -241,7 +244,7 @@ def layer(d: Draw) -> None:
         return of(t).call([t[name] for name in NAMES], form=form)
 
     def eager(t: Tensors) -> Tensor:
-        # weights of another dtype as torch's layers would need them
+        # weights cast to the dtype that torch's layers would need
         cast = {name: x if x is None or name == "temperature" else x.to(t["x"].dtype) for name, x in t.items()}
         return of(cast).by_reference([cast[name] for name in NAMES])
 
@@ -250,8 +253,8 @@ def layer(d: Draw) -> None:
         case.dy = dy[0]
         return case.terms()
 
-    # Normalised features of equal tokens do not depend on them, and those of 1 to 3 tokens take few values, which
-    # often cancel exactly: roundings are what is left, and those of eager, which may be none, are no measure of them.
+    # Normalised features of equal tokens do not depend on the tokens, and those of 1 to 3 tokens have few values, which
+    # often cancel exactly. Only rounding errors are left, for which those of eager, possibly zero, are no measure.
     cancels = N <= 3 or d.notes["x numbers"] == "equal tokens" or d.notes["x layout"] == "expanded"
     judge(d, ours, eager, tensors, [((B, N, O), dtype)], terms, cancels)
 
@@ -266,11 +269,11 @@ CALLS: dict[str, Callable[[Draw], None]] = {
     "linear": linear,
     "depthwise": depthwise,
 }
-"""By name, which stands for the public functions of that kind."""
+"""The calls by the name of a kind of public functions."""
 
 
 def attempt(name: str, seed: int) -> tuple[str, bool]:
-    """What is wrong with one call, or nothing; and whether it missed the rule at all."""
+    """The failure of one call, empty if it passes, and whether the tolerance was exceeded at least once."""
     draw = Draw(seed)
     try:
         CALLS[name](draw)

@@ -1,4 +1,4 @@
-"""How a case is drawn from a seed: sizes, numbers, strides and choices."""
+"""Draws a case from a seed: sizes, values, strides and options."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ T = TypeVar("T")
 
 
 class Draw:
-    """Everything random of one call. What is drawn under a name is kept, to describe a call that fails."""
+    """The random parts of one call. Named draws are kept, to describe a call that fails."""
 
     def __init__(self, seed: int, numbers: int = 0) -> None:
-        """`numbers`: other numbers, of the same sizes, strides and choices."""
+        """`numbers`: selects other values, with the same sizes, strides and options."""
         self.seed = seed
         self.random = random.Random(seed)
         self.numbers = torch.Generator().manual_seed((seed + 0x9E3779B1 * numbers) % 2**32)
@@ -32,7 +32,7 @@ class Draw:
         return self.random.random() < p
 
     def size(self, name: str, few: Sequence[int], most: int) -> int:
-        """Mostly small or one of `few`, sometimes any up to `most`."""
+        """Mostly a small size or one of `few`, sometimes any size up to `most`."""
         return self.pick(name, 1, 2, 3, *few, self.random.randint(1, most))
 
     def batch(self) -> int:
@@ -64,14 +64,14 @@ class Draw:
         return mask
 
     def temperature(self, H: int, dtype: torch.dtype, shapes: Sequence[tuple[int, ...]]) -> Tensor:
-        """Of any accepted shape and dtype."""
+        """A temperature of any accepted shape and dtype."""
         shape = self.pick("temperature shape", *shapes)
         kind = self.pick("temperature dtype", dtype, dtype, torch.float32, torch.bfloat16, torch.float16, torch.float64)
         numbers = torch.rand(math.prod(shape), generator=self.numbers, dtype=torch.float64) * 3 + 0.2
         return numbers.view(shape).to(kind)
 
     def values(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """float64 numbers of (..., tokens, features), of some character."""
+        """float64 values (..., tokens, features) with a random kind of distribution."""
         x = torch.randn(shape, generator=self.numbers, dtype=torch.float64)
         kind = self.pick(
             f"{name} numbers", "normal", "normal", "scaled", "means", "equal tokens", "zero features", "spread"
@@ -91,7 +91,7 @@ class Draw:
         return x
 
     def tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, values: Tensor | None = None) -> Tensor:
-        """A view with dimensions in any order, steps, offset; what lies between is NaN. Or one that is expanded."""
+        """A view with any memory order, steps and offset in a buffer of NaN, or an expanded view."""
         values = self.values(name, shape) if values is None else values
         layout = self.pick(f"{name} layout", "contiguous", "contiguous", "permuted", "strided", "expanded")
         if layout == "contiguous":
@@ -118,7 +118,7 @@ class Draw:
         return self.tensor("gradient", shape, dtype, torch.randn(shape, generator=self.numbers, dtype=torch.float64))
 
     def wanted(self, tensors: dict[str, Any]) -> list[str]:
-        """Which tensors want a gradient: all, or some of them."""
+        """Names of the tensors that require a gradient: all, or some of them."""
         names = [name for name, t in tensors.items() if t is not None]
         some = [name for name in names if self.maybe()] or names[:1]
         return self.pick("wanted", names, some)

@@ -1,4 +1,4 @@
-"""Modules whose attention is replaced, and the kernels of inference."""
+"""Modules whose attention is replaced, and the inference kernels."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from xformer_kernels.testing import assert_close
 
 
 def model(d: Draw) -> None:
-    """Families that replace_attention serves, and XFA in the place of XCA, each part in a mode of its own.
+    """Families that replace_attention supports, and XFA in place of XCA, with a random mode for each part.
 
-    Judged as a whole: the worst error of any tensor may be twice the worst of the original.
+    All results are compared together: the worst error of any tensor may be twice the worst one of the original.
     """
     from test_integrations import MDTA
     from timm.models.edgenext import CrossCovarianceAttn, SplitTransposeBlock
@@ -28,7 +28,7 @@ def model(d: Draw) -> None:
 
     heads = d.pick("heads", 1, 2, 4)
     C, bias = heads * d.pick("D", 2, 3, 8, 12), d.pick("bias", True, False)
-    # few tokens are for `layer`, where the rule knows what the subtractions in the gradients start from
+    # few tokens are covered by `layer`, whose check knows the terms of subtractions in the gradients
     B, h, w = d.pick("B", 1, 2), d.pick("h", 5, 9, 16), d.pick("w", 7, 13, 20)
     made: dict[str, Callable[[], nn.Module]] = {
         "XCA": lambda: XCA(C, heads, bias),
@@ -91,17 +91,17 @@ def model(d: Draw) -> None:
     largest = max(t.abs().max().item() for t in oracle.values())
 
     def worst(found: dict[str, Tensor]) -> float:
-        # in units of the largest gradient: the smaller ones are what its terms leave when they cancel
+        # relative to the largest gradient: the smaller ones result from cancellation of its terms
         return max((found[name].double() - t).abs().max().item() for name, t in oracle.items()) / largest
 
     error, allowed = worst(got), 2 * worst(eager) + 8 * torch.finfo(torch.float32).eps
     assert error <= allowed, f"error {error:.3e} of the largest gradient > {allowed:.3e} allowed"
-    for name, t in oracle.items():  # and no tensor is another one
+    for name, t in oracle.items():  # tensors are not swapped
         size = max(t.abs().max().item(), 1e-3 * largest)
         assert (got[name].double() - t).abs().max() <= 1e-2 * size, name
 
 
-# Kernels of inference.
+# Inference kernels.
 
 
 def _batch_norm(d: Draw, features: int) -> inference.BatchNorm | None:
@@ -113,7 +113,7 @@ def _batch_norm(d: Draw, features: int) -> inference.BatchNorm | None:
     return inference.BatchNorm(mean, variance, weight if affine else None, bias if affine else None, 1e-5)
 
 
-def _plainly(y: Tensor, norm: Any, hard_swish: bool) -> Tensor:
+def _norm_and_activation(y: Tensor, norm: Any, hard_swish: bool) -> Tensor:
     if norm is not None:
         y = F.batch_norm(y, norm.mean, norm.variance, norm.weight, norm.bias, eps=norm.eps)
     return F.hardswish(y) if hard_swish else y
@@ -144,13 +144,13 @@ def linear(d: Draw) -> None:
 
         u = to(x) if before is None else F.layer_norm(to(x), (I,), *map(part, before))
         bn = None if norm is None else inference.BatchNorm(*map(part, norm))
-        y = _plainly(F.linear(u, to(weight), part(bias)), bn, hard_swish)
+        y = _norm_and_activation(F.linear(u, to(weight), part(bias)), bn, hard_swish)
         return y if add is None else y + to(add)
 
     def ours() -> Any:
         return inference.linear(x, weight, bias, batch_norm=norm, layer_norm=before, hard_swish=hard_swish, add=add)
 
-    # a sum of products is as accurate as the sum of their sizes lets it be, in whatever order it is made
+    # the accuracy of a sum of products, in any order, is bounded by the sum of absolute values
     u = (
         x.double()
         if before is None
@@ -176,7 +176,9 @@ def depthwise(d: Draw) -> None:
             return to(t) if isinstance(t, Tensor) else t
 
         bn = None if norm is None else inference.BatchNorm(*map(part, norm))
-        return _plainly(F.conv2d(to(x), to(weight), part(bias), stride, side // 2, groups=C), bn, hard_swish)
+        return _norm_and_activation(
+            F.conv2d(to(x), to(weight), part(bias), stride, side // 2, groups=C), bn, hard_swish
+        )
 
     def ours() -> Any:
         return inference.depthwise(x, weight, bias, stride, batch_norm=norm, hard_swish=hard_swish)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Cross-compiles the CPU kernels for arm64 and runs the test of the C API under QEMU. The tools are installed where that
-# needs no question: as root, by apt-get. Otherwise says in a line what is missing, and that nothing was run.
+# Cross-compiles the CPU kernels for arm64 and runs the test of the C API under QEMU. As root, missing tools are
+# installed with apt-get; otherwise a line says what is missing and that nothing was run.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 missing() {
@@ -14,7 +14,7 @@ if [[ $(missing) == *aarch64* && $(id -u) == 0 ]] && command -v apt-get > /dev/n
     > /dev/null 2>&1 || true
 fi
 if [[ -n $(missing) ]]; then
-  echo "arm64 was not run: there is no$(missing) (Debian: g++-aarch64-linux-gnu, qemu-user), and no apt-get as root that gets it"
+  echo "arm64 was not run: missing$(missing) (Debian: g++-aarch64-linux-gnu, qemu-user), and apt-get did not install it"
   exit 0
 fi
 cmake -S . -B build/arm64 -G Ninja --toolchain tests/native/arm64.cmake -DXK_PYTHON=OFF -DXK_NATIVE_TESTS=ON \

@@ -1,6 +1,6 @@
-"""The inner loops of the register tiles (csrc/cpu/tile.h) as compiled for arm64: what they take beside multiply-adds.
+"""The inner loops of the register tiles (csrc/cpu/tile.h) compiled for arm64: instructions besides multiply-adds.
 
-The tiles are instantiated from their header with the flags of the build; nothing is run, and no processor is needed.
+The tiles are instantiated from their header with the flags of the build; nothing is run.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-# Those of CMakeLists.txt that matter to code.
+# The flags of CMakeLists.txt that affect the generated code.
 FLAGS = ("-std=c++20", "-O3", "-fPIC", "-ffp-contract=fast", "-fno-math-errno", "-fno-schedule-insns")
-# The tiles with most accumulators that products of whole panels are cut into.
+# The largest tiles of products of whole panels.
 PROBE = """
 #include "csrc/cpu/tile.h"
 using namespace xk::probe;
@@ -45,7 +45,7 @@ class Loop:
 
 
 def inner_loop(code: list[tuple[int, str, str]]) -> list[tuple[int, str, str]]:
-    """Of the innermost loops with most multiply-adds, the longest."""
+    """The innermost loop with the most multiply-adds; the longest one if there are several."""
     index = {address: i for i, (address, _, _) in enumerate(code)}
     loops = []
     for i, (_, op, operands) in enumerate(code):

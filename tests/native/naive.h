@@ -1,15 +1,15 @@
-// What the C API is defined to compute, as plain loops in double.
+// The functions of the C API as plain loops in double.
 #pragma once
 
 #include "tensors.h"
 
-// f(batch, head) for all of them
+// Calls f(batch, head) for all batches and heads.
 template <class F>
 void heads(const Array& x, F f) {
   for (int64_t b = 0; b < x.B; ++b)
     for (int64_t h = 0; h < x.H; ++h) f(b, h);
 }
-// f(i, j) for all of I x J
+// Calls f(i, j) for all i < I, j < J.
 template <class F>
 void pairs_of(int64_t I, int64_t J, F f) {
   for (int64_t i = 0; i < I; ++i)
@@ -39,7 +39,7 @@ inline Array transposed(const Array& x) {
   heads(x, [&](auto B, auto H) { pairs_of(x.N, x.D, [&](auto n, auto d) { y(B, H, d, n) = x(B, H, n, d); }); });
   return y;
 }
-// f(element of x, element of y); y may be x
+// Elementwise f(x, y); y may be x.
 template <class F>
 Array each(const Array& x, const Array& y, F f) {
   Array z = x;
@@ -52,7 +52,7 @@ inline Array plus(const Array& x, const Array& y) {
 inline Array times(const Array& x, double by) {
   return each(x, x, [=](double a, double) { return a * by; });
 }
-// sums over tokens, of x^power: one row
+// Sums of x^power over the tokens, as one row.
 inline Array sums_of(const Array& x, int power) {
   Array s(x.B, x.H, 1, x.D);
   heads(x, [&](auto B, auto H) {
@@ -61,7 +61,8 @@ inline Array sums_of(const Array& x, int power) {
   return s;
 }
 
-// What rows (by_rows) or columns of x and y have in common: f(index) is x's element, and so on.
+// Calls f(length, get, set) for each row (by_rows) or column of x: get(array, i) and set(array, i) are element i of
+// that row or column of an array of the same shape.
 template <class F>
 void lines(const Array& x, bool by_rows, F f) {
   heads(x, [&](auto B, auto H) {
@@ -72,7 +73,7 @@ void lines(const Array& x, bool by_rows, F f) {
           [=](Array& of, int64_t i) -> double& { return by_rows ? of(B, H, line, i) : of(B, H, i, line); });
   });
 }
-// x / max(|x|, eps), and the gradient with regard to x of what has gradient g with regard to that
+// u = x / max(|x|, eps), and the gradient with respect to x, given the gradient g with respect to u.
 inline Array unit(const Array& x, int norm, double eps) {
   Array u = x;
   if (norm == XK_NO_NORM) return u;
@@ -95,7 +96,7 @@ inline Array unit_backward(const Array& x, const Array& g, int norm, double eps)
   });
   return dx;
 }
-// a softmax, and its derivative
+// Softmax and its derivative.
 inline Array softmax(const Array& x, bool by_rows) {
   Array y = x;
   lines(x, by_rows, [&](int64_t size, auto get, auto ref) {
@@ -115,7 +116,7 @@ inline Array softmax_backward(const Array& y, const Array& g, bool by_rows) {
   });
   return dx;
 }
-// (x - mean) / sqrt(variance + eps) of each row, and its derivative
+// (x - mean) / sqrt(variance + eps) of each row, and its derivative.
 inline Array layer_norm(const Array& x, double eps) {
   Array y = x;
   lines(x, true, [&](int64_t size, auto get, auto ref) {
@@ -140,7 +141,7 @@ inline Array layer_norm_backward(const Array& x, const Array& g, double eps) {
   return dx;
 }
 
-// a feature map of linear attention, and its derivative
+// A feature map of linear attention, and its derivative.
 inline Array features(const Array& x, int map, const Mask& mask) {
   if (map == XK_SOFTMAX_FEATURES) return mask.applied(softmax(x, true));
   if (map == XK_SOFTMAX_TOKENS) {

@@ -1,4 +1,4 @@
-// Tensors of every storage type and layout, and how results are judged. Nothing here is shared with the library.
+// Tensors of every storage type and layout, and the comparison of results. No code is shared with the library.
 #pragma once
 
 #include <cmath>
@@ -12,13 +12,13 @@
 
 #include "../../csrc/include/xformer_kernels.h"
 
-inline double random_number() {  // in (-1, 1), the same ones in each run
+inline double random_number() {  // in (-1, 1), the same sequence in each run
   static uint64_t state = 1;
   state = state * 6364136223846793005u + 1442695040888963407u;
   return double(int64_t(state) >> 11) / double(int64_t(1) << 52);
 }
 
-// (batch, heads, rows, columns) in double: what the naive loops compute on.
+// (batch, heads, rows, columns) in double, for the naive loops.
 struct Array {
   int64_t B, H, N, D;
   std::vector<double> data;
@@ -29,7 +29,7 @@ struct Array {
 
 struct Type {
   const char* name;
-  int size, bits, lowest;  // bits of a significand, the first included; the exponent of the smallest number
+  int size, bits, lowest;  // bytes; significand bits including the leading one; exponent of the smallest number
 };
 inline const Type& type(int dtype) {
   static const Type types[] = {{"f32", 4, 24, -149}, {"f64", 8, 53, -1074}, {"bf16", 2, 8, -133}, {"f16", 2, 11, -24}};
@@ -78,8 +78,8 @@ inline void encode(uint8_t* p, int dtype, double x) {
   memcpy(p, &half, 2);
 }
 
-// Tokens one after another with heads side by side; the same with gaps; features one after another, as in channel-major
-// images; nothing of unit stride. Heads first is for what the C API writes as matrices.
+// kPacked: token-major, with the heads of a token adjacent. kPadded: the same with gaps. kChannelMajor: unit stride
+// over tokens, as in images. kStrided: no unit stride. kHeadsFirst: for matrices that the C API writes.
 enum Layout { kPacked, kPadded, kChannelMajor, kStrided, kLayouts, kHeadsFirst = kLayouts };
 
 struct Tensor {
@@ -125,7 +125,7 @@ struct Tensor {
   xk_per_head per_head() { return {bytes.data(), sd, dtype}; }
 };
 
-// true: takes part. Every third token does not, where there is a mask.
+// True for tokens that are kept. With a mask, every third token is masked.
 struct Mask {
   bool present;
   int64_t N;
@@ -155,11 +155,11 @@ inline std::string describe(const char* format, ...) {
 
 struct Judge {
   int failures = 0, compared = 0;
-  double worst = 0;    // error over tolerance
-  bool pairs = false;  // whether bf16 is multiplied by pairs, its maps rounded to bf16
+  double worst = 0;    // largest ratio of error to tolerance
+  bool pairs = false;  // whether products use bf16 pairs, with maps rounded to bf16
 
-  // Rounding to the type of the result, and rounding errors of sums in the type that products are added in, which are
-  // as large as the largest of what is added.
+  // The tolerance is the rounding error of the result's type plus that of sums in the accumulate type, which is
+  // relative to the largest term.
   void near(Tensor& got, const Array& expected, const std::string& what, int computed, double terms = 1) {
     double largest = terms;
     for (double x : expected.data) largest = std::max(largest, std::fabs(x));
@@ -179,7 +179,7 @@ struct Judge {
     });
     untouched(got, what);
   }
-  // What is between the elements of a result stays as it was, NaN.
+  // Memory between the elements of a result must not be written: it stays NaN.
   void untouched(Tensor got, const std::string& what) {
     got.each([&](auto... i) { encode(got.at(i...), got.dtype, NAN); });
     for (size_t i = 0; i < got.bytes.size(); i += type(got.dtype).size)

@@ -1,6 +1,6 @@
-// The C API against plain loops in double, at one instruction level: the one that XFORMER_KERNELS_CPU_LEVEL names, or
-// the one that the library chooses. Says what is wrong, and exits with 1 then; with 77 where this processor does not
-// have the level. Needs neither Python nor torch.
+// Compares the C API with plain loops in double, at the instruction level named by XFORMER_KERNELS_CPU_LEVEL, or the
+// one that the library chooses. Prints failures and exits with 1 if there are any, or with 77 if the level is not
+// usable on this processor. Needs neither Python nor torch.
 #include <stdlib.h>
 
 #include "naive.h"
@@ -70,7 +70,7 @@ void channel_mix(const Shape& s, int dtype, Layout layout, bool everything) {
   p.batch = s.B, p.heads = s.H, p.tokens = s.N, p.dim_in = s.D, p.dim_in2 = I2, p.dim_out = O;
   p.x = x.c(), p.weight = w.c(), p.threads = kThreads;
   if (everything) p.bias = bias.c(), p.scale = scale.c(), p.add = add.c(), p.x2 = x2.c(), p.weight2 = w2.c();
-  // y is written where tokens or features lie side by side
+  // y must have unit stride over tokens or over features
   const Layout to = layout == kStrided ? kPadded : layout;
   Tensor y(s.B, s.H, s.N, O, dtype, to);
   p.y = y.c();
@@ -103,7 +103,7 @@ void channel_mix(const Shape& s, int dtype, Layout layout, bool everything) {
   const Array g = everything ? expected(x.values(), u, 0) : expected(u, u, 0);
   Array dx = layer_norm_backward(everything ? x2.values() : x.values(), g, 1e-3);
   if (everything) dx = plus(dx, add.values());
-  judge.near(gradient, dx, "differentiated layer " + what, dtype, s.D < 4 ? 1000 : 100);  // one over a small spread
+  judge.near(gradient, dx, "differentiated layer " + what, dtype, s.D < 4 ? 1000 : 100);  // 1 / a small spread
 }
 
 void xfa(const Shape& s, int dtype, Layout layout, bool masked, int map, int norm, int activation) {
@@ -125,7 +125,7 @@ void xfa(const Shape& s, int dtype, Layout layout, bool masked, int map, int nor
   judge.status(xk_xfa_backward(&p), XK_OK, what + " backward");
   auto part = [&](Tensor& x) { return mask.applied(x.values()); };
   const Attention r = xfa(part(q), part(k), part(v), t.values(), part(dout), map, norm, activation == XK_SOFTMAX, kEps);
-  // but for the token norm, maps are sums over tokens; of few features, gradients of norms are differences of equals
+  // except with token norm, maps are sums over tokens; with few features, gradients of norms cancel
   const double size = norm == XK_TOKEN_NORM ? 1 : std::max(std::sqrt(s.N), 1.), gradient = size * (s.D < 4 ? 100 : 4);
   judge.near(out, mask.applied(r.out), what + " out", dtype, size);
   judge.near(dq, mask.applied(r.dq), what + " dq", dtype, gradient);
@@ -145,7 +145,7 @@ void linear_attention(const Shape& s, int dtype, Layout layout, bool masked, int
   xk_linear_attention_args p = {};
   p.batch = s.B, p.heads = s.H, p.queries = s.N, p.tokens = M, p.dim = s.D, p.dim_v = E, p.threads = kThreads;
   p.features_q = features_q, p.features_k = features_k, p.normalize = features_k != XK_IDENTITY_FEATURES;
-  p.scale = 0.7, p.eps = 0.5;  // denominators of relu may be 0 without it
+  p.scale = 0.7, p.eps = 0.5;  // with relu, denominators may be 0 without eps
   p.q = q.c(), p.k = k.c(), p.v = v.c(), p.out = out.c(), p.dout = dout.c(), p.dq = dq.c(), p.dk = dk.c();
   p.dv = dv.c(), p.query_mask = queries.c(), p.token_mask = tokens.c(), p.stats = stats.bytes.data();
   const std::string what =
@@ -161,7 +161,7 @@ void linear_attention(const Shape& s, int dtype, Layout layout, bool masked, int
   judge.near(dv, r.dv, what + " dv", dtype, size);
 }
 
-// One row of floats, as parameters are; positive: those of variances.
+// One row of floats for parameters; positive: for variances.
 struct Parameters {
   Tensor stored;
   Array values;
@@ -229,7 +229,7 @@ void linear(int64_t N, int64_t I, int64_t O, bool everything) {
 void depthwise(int64_t height, int64_t width, int64_t channels, int kernel, int stride, bool everything) {
   const int64_t h = (height + stride - 1) / stride, w = (width + stride - 1) / stride;
   Tensor x = Tensor(2, height, width, channels, XK_F32), y(2, h, w, channels, XK_F32);
-  x.sh = width * channels, x.sn = channels, x.sb = height * x.sh;  // images, in the place of heads and tokens
+  x.sh = width * channels, x.sn = channels, x.sb = height * x.sh;  // image rows and columns as heads and tokens
   y.sh = w * channels, y.sn = channels, y.sb = h * y.sh;
   x.randomise();
   Parameters weight(channels * kernel * kernel), bias(channels);
@@ -260,7 +260,7 @@ void attention(const Shape& s, int dtype, Layout layout, bool masked) {
   for (int norm : {XK_TOKEN_NORM, XK_FEATURE_NORM, XK_NO_NORM}) {
     xfa(s, dtype, layout, masked, XK_KEY_VALUE, norm, XK_IDENTITY);
     xfa(s, dtype, layout, masked, XK_QUERY_KEY, norm, XK_IDENTITY);
-    // without norms a softmax of sums over many tokens is all 0 and 1, and its derivative rounding errors
+    // without norms, a softmax of sums over many tokens is one-hot, and its derivative consists of rounding errors
     if (norm != XK_NO_NORM || s.N < 50) xfa(s, dtype, layout, masked, XK_QUERY_KEY, norm, XK_SOFTMAX);
   }
   for (int map : {XK_IDENTITY_FEATURES, XK_RELU, XK_ELU_PLUS_1, XK_SOFTMAX_FEATURES})
@@ -281,7 +281,7 @@ int main() {
   int turn = 0;
   for (const Shape& s : kShapes)
     for (int dtype : {XK_F32, XK_F64, XK_BF16, XK_F16}) {
-      // each shape has all layouts, in one dtype or another, with a mask and without
+      // all layouts occur for each shape, in some dtype, with and without a mask
       const Layout layout = Layout(turn / 2 % kLayouts);
       const bool masked = turn++ % 2;
       gram(s, dtype, layout, masked);

@@ -1,4 +1,4 @@
-"""The kernels without Python: the C API against plain loops, and what their inner loops are on arm64."""
+"""The kernels without Python: the C API compared with plain loops, and the inner loops compiled for arm64."""
 
 import os
 import re
@@ -13,7 +13,7 @@ from inner_loops import FLAGS, ROOT, compiled
 def need(*tools):
     for tool in tools:
         if shutil.which(tool) is None:
-            pytest.skip(f"there is no {tool} here")
+            pytest.skip(f"{tool} is not installed")
 
 
 def run(*command, **more):
@@ -24,7 +24,7 @@ def run(*command, **more):
 
 @pytest.mark.nightly
 def test_c_api(tmp_path):
-    """At the level that compiles fastest: half a minute of one core. Others are test_levels.py's, and arm64 make's."""
+    """At the level that compiles fastest: half a minute on one core. test_levels.py and make test-arm64 run others."""
     need("cmake", "ninja", os.environ.get("CXX", "c++"))
     options = ("-DXK_PYTHON=OFF", "-DXK_NATIVE_TESTS=ON", "-DXK_LEVELS=generic", "-DXK_WERROR=ON")
     run("cmake", "-S", ROOT, "-B", tmp_path, "-G", "Ninja", *options)
@@ -39,16 +39,16 @@ def test_c_api(tmp_path):
 
 
 def test_inner_loops_of_arm64(tmp_path):
-    """Instructions per multiply-add of the tiles that most of a product is cut into, and registers that are spilled."""
+    """Instructions per multiply-add and register spills of the tiles that compute most of a product."""
     need("aarch64-linux-gnu-g++", "aarch64-linux-gnu-objdump")
     version = run("aarch64-linux-gnu-g++", "-dumpversion").strip()
     if version.split(".")[0] != "12":
-        pytest.skip(f"the figures are those of GCC 12, and this is {version}")
+        pytest.skip(f"the expected figures are for GCC 12, got {version}")
     gram, mix = (compiled(tmp_path)[kind] for kind in ("gram", "mix"))
     assert (gram.rows, gram.vectors, mix.rows, mix.vectors) == (6, 4, 5, 4)
-    # two steps of k at once, and four
+    # the loops are unrolled by 2 and by 4 steps of k
     assert gram.count("fmla") == 2 * 6 * 4 and mix.count("fmla") == 4 * 5 * 4
-    assert gram.spills == 0 and mix.spills <= 2  # a store and a load of one register
+    assert gram.spills == 0 and mix.spills <= 2  # one register is stored and loaded
     assert gram.per_multiply_add <= 1.48
     assert mix.per_multiply_add <= 1.53
 

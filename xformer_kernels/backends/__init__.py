@@ -26,7 +26,7 @@ PATHS: dict[str, Any] = {
     "triton": "xformer_kernels.backends.triton",
     "cuda": "xformer_kernels.backends.cuda",
 }
-"""The backends, in the order in which ``backend="auto"`` tries them: the name of a module or of a module-like object.
+"""The backends, in the order in which ``backend="auto"`` tries them: the path of a module, or a module-like object.
 
 The reference is tried last and is not listed here.
 """

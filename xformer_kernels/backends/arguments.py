@@ -96,7 +96,7 @@ def _xfa(
     token_mask: Tensor | None,
     spec: Spec,
 ) -> tuple[Any, ...]:
-    """What forward and backward have in common."""
+    """The arguments that forward and backward have in common."""
     return (
         q.shape, _DTYPES[q.dtype], *choices(spec),
         q.data_ptr(), q.stride(), k.data_ptr(), k.stride(), v.data_ptr(), v.stride(),
@@ -143,7 +143,7 @@ def _linear_attention(
     token_mask: Tensor | None,
     spec: Spec,
 ) -> tuple[Any, ...]:
-    """What forward and backward have in common."""
+    """The arguments that forward and backward have in common."""
     of_q, of_k = spec.feature_maps
     return (
         q.shape, v.shape, _DTYPES[q.dtype], FEATURE_MAPS[of_q], FEATURE_MAPS[of_k], spec.normalize, spec.scale,

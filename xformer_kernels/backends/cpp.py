@@ -35,8 +35,8 @@ def unsupported(device_type: str, dtypes: Iterable[torch.dtype], head_dims: Iter
     reasons = []
     if not LEVEL:
         reasons.append(
-            "no instruction level is usable here: XFORMER_KERNELS_CPU_LEVEL names none of the built levels "
-            f"({_C.build_info()['levels']}) that this processor has"
+            "no instruction level is usable: XFORMER_KERNELS_CPU_LEVEL must name one of the built levels "
+            f"({_C.build_info()['levels']}) that this processor supports"
         )
     if device_type != "cpu":
         reasons.append(f"tensors are on {device_type}, the kernels run on cpu")
@@ -100,7 +100,7 @@ def layer_gram(
     center: Tensor | None,
     layer_norm_eps: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """gram of a and b with b layer-normalised and centred while read; returns sums instead of sums of squares."""
+    """gram of a and b, with b layer-normalised and centred as it is read; returns sums instead of sums of squares."""
     addresses, result = arguments.gram(_RESULTS, a, b, symmetric, token_mask)
     sums = (result[1].data_ptr(), result[2].data_ptr())
     _C.layer_gram(*addresses, *_prologue(center, layer_norm_eps), *sums, torch.get_num_threads())
@@ -118,7 +118,7 @@ def layer_mix(
     layer_norm_eps: float | None,
     differentiate: bool,
 ) -> Tensor:
-    """channel_mix with x2 (x if there is none) layer-normalised and centred while read, or the gradient of that."""
+    """channel_mix with x2 (x if x2 is None) layer-normalised and centred as it is read, or the gradient of that."""
     addresses, result = arguments.channel_mix(_RESULTS, x, weight, bias, add, None, x2, weight2)
     _C.layer_mix(*addresses, *_prologue(center, layer_norm_eps), differentiate, torch.get_num_threads())
     return result

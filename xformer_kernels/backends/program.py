@@ -125,8 +125,8 @@ class Program:
     Args:
         calls: an empty ``_C.Program``, to which the steps are added. It reads parameters by address; this object keeps
             them alive.
-        shape: of the input.
-        function: from a :class:`Value` to a :class:`Value`.
+        shape: the shape of the input.
+        function: the function to record; it maps a :class:`Value` to a :class:`Value`.
 
     Raises:
         Unrecordable: `function` calls anything other than kernels.
