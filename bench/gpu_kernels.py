@@ -203,6 +203,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.dry and options.backend != "triton":
         parser.error(f"--dry with --backend {options.backend}: it is for triton")
     device, on_gpu, _ = setup(options.dry)
+    compiled = gpu_launches.count_compiled()
     copy = copy_bandwidth(device, on_gpu)
     terminal = Terminal()
     wrong = False
@@ -227,6 +228,7 @@ def main(arguments: list[str] | None = None) -> int:
             terminal.print("written: " + ", ".join(map(str, written)))
     if on_gpu:
         torch.cuda.synchronize()
+    terminal.print(f"kernels of Triton: {compiled[False]} compiled, {compiled[True]} found in its cache")
     return int(wrong)
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 from triton.testing import do_bench
@@ -135,6 +136,20 @@ def of_call(tensors: tuple[Tensor, ...], change: Change | None = None) -> list[t
         count = len(recorded)
         torch.autograd.grad(out, leaves, dout)
     return [("forward" if i < count else "backward", x) for i, x in enumerate(recorded)]
+
+
+_compiled = {False: 0, True: 0}
+
+
+def count_compiled() -> dict[bool, int]:
+    """How many kernels Triton has compiled (False) and how many its cache had (True), from the first call of this
+    function on, in this process."""
+
+    def listener(*, cache_hit: bool, **_: object) -> None:
+        _compiled[cache_hit] += 1
+
+    triton.knobs.compilation.listener = listener
+    return _compiled
 
 
 def seconds(call: Callable[[], object], on_gpu: bool) -> tuple[float, float]:

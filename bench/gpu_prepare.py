@@ -37,16 +37,9 @@ def groups() -> list[Group]:
 
 def compile_group(group: Group, tuner: bool) -> tuple[Group, int, int]:
     """The group, how many kernels were compiled, and how many the cache had."""
-    from triton import knobs
+    from bench import gpu_kernels, gpu_launches, gpu_memory
 
-    from bench import gpu_kernels, gpu_memory
-
-    counts = [0, 0]
-
-    def listener(*, cache_hit: bool, **_: object) -> None:
-        counts[cache_hit] += 1
-
-    knobs.compilation.listener = listener
+    counts = gpu_launches.count_compiled()
     what, dtype, index = group
     with open(os.devnull, "w") as nowhere:
         sys.stdout = nowhere
