@@ -96,6 +96,24 @@ def test_pieces_are_read_and_copied(bench, triton_runs, monkeypatch):
     }
 
 
+def test_results_are_judged(bench, need_backend, monkeypatch, capsys):
+    """By backends that compute here; a wrong result is found in each output."""
+    need_backend("cpp")
+    kernels, launches, workloads = bench("gpu_kernels"), bench("gpu_launches"), bench("workloads")
+    given = (workloads.OpShape(2, 40, 2, 16), torch.bfloat16, "cpu", None, "cpp")
+    assert kernels.is_right(*given, judged=True) is True
+    assert kernels.is_right(*given, judged=False) is None
+    compute = launches.gradients
+    for wrong, name in enumerate(kernels.RESULTS):
+
+        def gradients(*args, wrong=wrong):
+            return tuple(x * 1.1 if i == wrong else x for i, x in enumerate(compute(*args)))
+
+        monkeypatch.setattr(launches, "gradients", gradients)
+        assert kernels.is_right(*given, judged=True) is False
+        assert f" {name}" in capsys.readouterr().out
+
+
 def launched():
     """Names of the kernels that the model's calls launch now, and of their directions."""
     sys.path.insert(0, str(ROOT / "tests" / "triton"))
