@@ -75,6 +75,7 @@ def _calls(dtype: str) -> None:
 
     import xformer_kernels as xk
     from bench import gpu_launches, host
+    from xformer_kernels.backends.triton import plan
 
     host.install()
     for shape in (*OP_SHAPES["gpu"], *OP_SHAPES["gpu-latency"]):
@@ -86,7 +87,7 @@ def _calls(dtype: str) -> None:
             x, w, b, w2, b2 = (torch.zeros(p, dtype=getattr(torch, dtype), requires_grad=True) for p in parts)
             temperature = torch.ones(layer.heads, requires_grad=True)
             # the products beside the kernels, which are torch's, take time on a CPU: no more than the small batch
-            for form in ("direct", "gram") if B == 1 else ("direct",):
+            for form in ("direct", "gram") if B == 1 and layer.C <= plan.WIDEST else ("direct",):
                 y = xk.xfa_layer(x, w, b, temperature, w2, b2, form=form, backend="triton")
                 torch.autograd.grad(y, (x, w), torch.zeros_like(y))
 
