@@ -1,5 +1,5 @@
 # make demo   set up everything and run the main job      make test   set up and test
-# make lint | bench | fuzz | sanitize | sanitize-emulated | gpu-sanitize | test-arm64 | clean
+# make lint | bench | fuzz | sanitize | sanitize-emulated | gpu-prepare | gpu-sanitize | test-arm64 | clean
 # The active virtual or conda environment is used if there is one, else .venv is made here.
 PYTHON ?= python3
 ENV := $(or $(VIRTUAL_ENV),$(CONDA_PREFIX),$(CURDIR)/.venv)
@@ -13,7 +13,7 @@ JOBS ?= 2
 GPU := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2> /dev/null | head -n 1 | tr -d .)
 export XFORMER_KERNELS_CUDA_ARCHS ?= $(or $(GPU),90)
 
-.PHONY: demo test lint bench fuzz sanitize sanitize-emulated gpu-sanitize test-arm64 setup clean
+.PHONY: demo test lint bench fuzz sanitize sanitize-emulated gpu-prepare gpu-sanitize test-arm64 setup clean
 
 demo: setup
 	$(BIN)/python -m bench.demo
@@ -81,6 +81,21 @@ sanitize-emulated: setup
 # The Triton and the CUDA kernels under the tools of compute-sanitizer; needs a GPU and the CUDA toolkit.
 gpu-sanitize: setup
 	bash tests/gpu/sanitize.sh $(BIN)/python
+
+# Everything that bench/gpu_check.sh runs, compiled on a machine without a GPU, into build/gpu/prepared.tar.xz: for the
+# Python, torch (which brings Triton) and architecture of the machine that has one. torch is a download of 2.5 GB.
+GPU_PYTHON ?= python3.12
+GPU_TORCH ?= 2.11.0
+GPU_ARCHS ?= 90a
+PREPARING := build/gpu/venv-$(GPU_TORCH)
+gpu-prepare: $(PREPARING)/ready
+	PYTHONPATH=$(CURDIR) PYTHONDONTWRITEBYTECODE=1 PATH="$(CURDIR)/$(PREPARING)/bin:$$PATH" \
+	  $(PREPARING)/bin/python -m bench.gpu_prepare --out build/gpu --jobs $(JOBS) --cuda "$(GPU_ARCHS)"
+
+$(PREPARING)/ready:
+	$(GPU_PYTHON) -m venv $(PREPARING)
+	$(PREPARING)/bin/python -m pip install -q torch==$(GPU_TORCH) numpy pybind11 cmake ninja
+	@touch $@
 
 # The C API on arm64, under emulation; cross-compiled objects stay in build/arm64.
 test-arm64: setup

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from bench import forms, machine, measure, modules, providers, report, segment, workloads
+from bench import forms, machine, measure, modules, providers, report, workloads
 from bench.modules import FORMS, KERNELS
 from bench.terminal import Terminal
 
@@ -89,6 +89,8 @@ def main(arguments: list[str] | None = None) -> int:
     begun = time.monotonic()
     arguments = sys.argv[1:] if arguments is None else arguments
     if _task(arguments) == "segment":
+        from bench import segment  # which needs what training needs
+
         return segment.main(arguments)
     options = parse(arguments)
     if options.allocator == "raised":

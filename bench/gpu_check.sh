@@ -1,22 +1,31 @@
 #!/usr/bin/env bash
-# bash bench/gpu_check.sh OUTDIR: builds, tests, measures and sanitizes on a GPU, offline, in less than ten minutes.
+# bash bench/gpu_check.sh OUTDIR: measures, checks and sanitizes on a GPU, offline, in calls of less than ten minutes.
 #
-# Every step has a time limit, a log in OUTDIR and, once it succeeded, a stamp in OUTDIR/.stamps: a rerun with the same
-# OUTDIR and the same sources does the rest. What is compiled is kept below TMPDIR, for reruns on the same machine.
+# The order is that of worth: the first 200 s are memory, each kernel alone and its counters; then the tuner, operators,
+# calls of one image, layers; then a few cases for correctness, the sanitizers and, last, all tests for a GPU. Every step
+# has a time limit, a log in OUTDIR and, once it succeeded, a stamp in OUTDIR/.stamps: another call with the same OUTDIR
+# and the same sources does the rest. Three calls do all.
+#
+# `make gpu-prepare` leaves build/gpu/prepared.tar.xz, compiled beforehand for the Python and the Triton of the machine
+# with the GPU: carried along, it saves the minutes that compiling takes. GPU_CHECK_PREPARED: another place of it.
 # Exit status: 0, 1 if a step failed or was not run, 2 without a GPU.
 #
-# PYTHON: the interpreter that has torch. GPU_CHECK_SCALE: multiplies all limits. GPU_CHECK_QUICK=1: benchmarks are short
-# and without torch.compile, a first look. XFORMER_KERNELS_COMMIT: what results say where the checkout has no .git.
+# PYTHON: the interpreter that has torch. GPU_CHECK_SCALE: multiplies all limits. GPU_CHECK_ONLY: a regular expression of
+# the steps that are run. GPU_CHECK_DRY=1: no GPU is needed; every step compiles, is interpreted or is only parsed.
+# XFORMER_KERNELS_COMMIT: what results say where the checkout has no .git.
 set -uo pipefail
 
 out=${1:?usage: bash bench/gpu_check.sh OUTDIR}
 root=$(cd "$(dirname "$0")/.." && pwd)
 python=${PYTHON:-$(command -v python || command -v python3)}
 scale=${GPU_CHECK_SCALE:-1}
+dry=${GPU_CHECK_DRY:-0}
+only=${GPU_CHECK_ONLY:-.}
+prepared=${GPU_CHECK_PREPARED:-$root/build/gpu/prepared.tar.xz}
 deadline=$((580 * scale))
 
 see='import sys, torch; sys.exit(not torch.cuda.is_available() and "torch sees no CUDA device")'
-if ! why=$("$python" -c "$see" 2>&1); then
+if ((!dry)) && ! why=$("$python" -c "$see" 2>&1); then
     echo "no GPU: $(tail -n 1 <<< "$why")"
     exit 2
 fi
@@ -24,20 +33,16 @@ fi
 mkdir -p "$out/.stamps"
 out=$(cd "$out" && pwd)
 stamps=$out/.stamps
-sources=(csrc xformer_kernels xformer bench tests pyproject.toml setup.py CMakeLists.txt MANIFEST.in README.md
-    CHANGELOG.md CONTRIBUTING.md LICENSE Makefile)
+sources=(csrc xformer_kernels xformer bench tests pyproject.toml setup.py CMakeLists.txt Makefile)
+others=(docs examples README.md CHANGELOG.md CONTRIBUTING.md LICENSE MANIFEST.in) # which tests read
 digest=$(cd "$root" && find "${sources[@]}" -type f ! -name '*.so' ! -name '*.pyc' ! -path 'bench/results/*' \
     -exec sha256sum {} + | sort -k 2 | sha256sum | cut -c 1-16)
 work=${TMPDIR:-/tmp}/xformer-kernels-gpu-check-$(id -u)
-tree=$work/$digest/tree # a copy of the checkout without the packages
-site=$work/$digest/site # where the packages are installed
+tree=$work/$digest # a copy of the checkout, with what was prepared
 
 if [[ $(cat "$stamps/sources" 2> /dev/null) != "$digest" ]]; then
     rm -f "$stamps"/*
     echo "$digest" > "$stamps/sources"
-fi
-if [[ ! -d $site/xformer_kernels || ! -d $tree ]]; then
-    rm -f "$stamps"/build*
 fi
 
 if [[ -z ${XFORMER_KERNELS_COMMIT:-} ]]; then
@@ -47,8 +52,10 @@ if [[ -z ${XFORMER_KERNELS_COMMIT:-} ]]; then
     fi
 fi
 export XFORMER_KERNELS_COMMIT
-export XDG_CACHE_HOME=$work/cache TRITON_CACHE_DIR=$work/triton TORCHINDUCTOR_CACHE_DIR=$work/inductor
-export PYTHONDONTWRITEBYTECODE=1 PIP_DISABLE_PIP_VERSION_CHECK=1 MPLCONFIGDIR=$work/matplotlib
+export XDG_CACHE_HOME=$work/cache TRITON_CACHE_DIR=$tree/prepared/triton TORCHINDUCTOR_CACHE_DIR=$work/inductor
+export XFORMER_KERNELS_CACHE=$out # the tuner's results
+export PYTHONPATH=$tree PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 MPLCONFIGDIR=$work/matplotlib
+export python digest tree prepared dry
 
 failed=0
 failures=()
@@ -61,6 +68,7 @@ note() { # NAME STATUS SECONDS
 step() { # NAME LIMIT COMMAND...
     local name=$1 limit=$(($2 * scale)) left=$((deadline - SECONDS)) begun=$SECONDS status=0
     shift 2
+    [[ $name =~ $only ]] || return 0
     if [[ -e $stamps/$name ]]; then
         note "$name" "done before" -
         return 0
@@ -88,11 +96,25 @@ step() { # NAME LIMIT COMMAND...
     return 1
 }
 
-# -------------------------------------------------------------------------------------------------------------- facts
+# What a step has in addition without a GPU: a driver that launches nothing, the interpreter on the CPU, or no run.
+if ((dry)); then
+    launches_nothing=(--dry) interpreted=(env TRITON_INTERPRET=1 XFORMER_KERNELS_CALIBRATION=off) collects=(--collect-only)
+    of_op=(--device cpu --quick --shapes tiny --providers "eager,triton")
+    of_latency=("${of_op[@]}") of_layer=("--help")
+else
+    launches_nothing=() interpreted=(env) collects=()
+    of_op=(--device cuda --seconds 0.4 --shapes gpu --providers "eager,triton,cuda")
+    of_latency=(--device cuda --seconds 0.2 --shapes gpu-latency --providers "eager,triton,cuda,triton+graphs,cuda+graphs")
+    of_layer=(--device cuda --seconds 0.3 --shapes "gpu,gpu-latency" --providers "eager,triton,triton-gram,triton-direct")
+fi
+
+# ------------------------------------------------------------------------------------------------------- what there is
 
 # shellcheck disable=SC2329 # runs in the shell of its step
 facts() {
-    nvidia-smi
+    if ((!dry)); then
+        nvidia-smi || return 1
+    fi
     nvcc --version
     "$python" -c '
 import sys, torch, triton
@@ -104,78 +126,100 @@ for i in range(torch.cuda.device_count()):
     echo "commit $XFORMER_KERNELS_COMMIT, sources $digest"
     return "$status"
 }
-export -f facts
-export python digest
+
+# shellcheck disable=SC2329
+unpack() { # a module for another Python stays unused beside the one that is built below
+    mkdir -p "$tree/prepared"
+    [[ ! -f $prepared ]] || tar -xJf "$prepared" -C "$tree/prepared" || return 1
+    find "$tree/prepared" -maxdepth 1 -name '_cuda*.so' -exec cp {} "$tree/xformer_kernels/" \;
+    "$python" -m xformer_kernels.info
+}
+export -f facts unpack
+
 step facts 15 bash -c facts
-
-# -------------------------------------------------------------------------------------------------------------- build
-# Into a folder, not a virtual environment: one made from within another would not see torch. From a copy, since a build
-# writes beside its sources; without the packages in it, so that nothing but what is installed can be imported.
-
-install() { # NAME LIMIT VARIABLE
-    if [[ ! -e $stamps/$1 ]]; then
-        rm -rf "$tree" "$site"
-        mkdir -p "$tree" "$site"
-        (cd "$root" && cp -R "${sources[@]}" "$tree")
-        rm -f "$tree"/xformer_kernels/{_C,_cuda}*.so
-    fi
-    step "$1" "$2" env "$3=1" "$python" -m pip install --no-build-isolation --no-deps --no-index --target "$site" \
-        "$tree" || return 1
-    rm -rf "$tree/xformer_kernels" "$tree/xformer" "$tree/build" "$tree"/*.egg-info
-}
-
-# The CUDA module for this GPU alone.
-export XFORMER_KERNELS_CUDA_ARCHS=${XFORMER_KERNELS_CUDA_ARCHS:-$("$python" -c '
-import torch
-print("{}{}".format(*torch.cuda.get_device_capability()))')}
-installed=1
-if install build 120 XFORMER_KERNELS_REQUIRE_EXTENSION; then
-    export XFORMER_KERNELS_REQUIRE_EXTENSION=1
-else # the kernels for the GPU need no compiler
-    rm -f "$stamps/build-without-extension"
-    install build-without-extension 30 XFORMER_KERNELS_NO_EXTENSION || installed=0
+if [[ ! -d $tree ]]; then
+    rm -f "$stamps/unpack"
+    mkdir -p "$tree"
+    (cd "$root" && cp -R "${sources[@]}" "${others[@]}" "$tree")
+    rm -f "$tree"/xformer_kernels/{_C,_cuda}*.so
 fi
+cd "$tree" || exit 1
+step unpack 30 bash -c unpack
 
-# ---------------------------------------------------------------------------------------- tests, benchmarks, sanitizer
+# ---------------------------------------------------------------------------------------- memory, and each kernel alone
 
-quick=()
-[[ ${GPU_CHECK_QUICK:-0} == 0 ]] || quick=(--quick)
-measure() { # NAME LIMIT ARGUMENTS OF BENCH. The last workload may begin 15 s before the limit: what is there is saved
-    step "$1" "$2" "$python" -m bench "${@:3}" "${quick[@]}" --device cuda --seconds 0.4 \
-        --stop-after $((($2 - 15) * scale)) --out "$out/results"
-}
+kernels=("$python" -m bench.gpu_kernels "${launches_nothing[@]}")
+step memory 40 "$python" -m bench.gpu_memory "${launches_nothing[@]}" --out "$out/results"
+step kernels-fixed 60 "${kernels[@]}" --fixed --out "$out/results"
+for dtype in bfloat16 float32; do
+    step "kernels-$dtype" 60 "${kernels[@]}" --dtype "$dtype" --out "$out/results/varied"
+done
 
-checks() {
-    cd "$tree" || return 1
-    export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH} XFORMER_KERNELS_EXPECTED_LOCATION=$site
-    local workers=()
-    if "$python" -c 'import xdist' 2> /dev/null; then
-        workers=(-n "$(($(nproc) < 12 ? $(nproc) : 12))" --dist loadgroup)
-    fi
-    step info 20 "$python" -m xformer_kernels.info
-    # the reference is PyTorch's own operators
-    step tests 270 "$python" -m pytest -m gpu -k "not reference-cuda" -v --tb=short -p no:cacheprovider \
-        "${workers[@]}" tests
-
-    measure bench-op-float32 80 op --dtype float32
-    measure bench-op-bfloat16 80 op --dtype bfloat16
-    measure bench-layer-bfloat16 40 layer --dtype bfloat16
-    # torch.compile takes minutes for whole models: python -m bench model --device cuda has it
-    measure bench-model-float32 30 model --dtype float32 --providers eager,triton,cuda
-    measure bench-model-bfloat16 30 model --dtype bfloat16 --providers eager,triton,cuda
-
-    if command -v compute-sanitizer > /dev/null; then
-        step sanitize 45 bash tests/gpu/sanitize.sh "$python" "$out"
+counters() { # NAME LIMIT ARGUMENTS: of each kernel by ncu, where it is and may read them; clocks stay as they are
+    local sections=(--section SpeedOfLight --section MemoryWorkloadAnalysis --section MemoryWorkloadAnalysis_Tables
+        --section Occupancy --section WarpStateStats --print-details all)
+    local watch=(ncu --clock-control none --target-processes all -k "regex:gram|apply|mix|forward|gradients|backward")
+    if ((dry)); then
+        step "$1" "$2" "${kernels[@]}" --once "${@:3}"
+    elif command -v ncu > /dev/null; then
+        step "$1" "$2" "${watch[@]}" "${sections[@]}" "${kernels[@]}" --once "${@:3}"
     else
-        note sanitize "no compute-sanitizer on PATH" -
+        note "$1" "no ncu on PATH" -
     fi
 }
+counters ncu-bfloat16 40 --dtype bfloat16
+counters ncu-float32 40 --dtype float32
 
-if ((installed)); then
-    checks
+# ------------------------------------------------------------------------------- the tuner, operators, calls of one image
+
+tuned=(env XFORMER_KERNELS_AUTOTUNE=$((!dry)))
+for dtype in bfloat16 float32; do
+    step "tune-$dtype" 120 "${tuned[@]}" "${kernels[@]}" --once --dtype "$dtype"
+done
+step kernels-tuned 60 "${tuned[@]}" "${kernels[@]}" --fixed --out "$out/results/tuned"
+
+# Compiled here where what was prepared is not for this Python: the CUDA module for this GPU alone.
+# shellcheck disable=SC2329
+build() {
+    "$python" -c 'from xformer_kernels import _cuda; print(_cuda.build_info())' && return 0
+    ((dry)) && return 0
+    "$python" -m bench.gpu_prepare --no-triton --out "$tree/prepared" --cuda "$("$python" -c '
+import torch
+major, minor = torch.cuda.get_device_capability()
+print(f"{major}{minor}" + "a" * (major == 9))')" && cp "$tree"/prepared/_cuda*.so "$tree/xformer_kernels/"
+}
+export -f build
+step build-cuda 120 bash -c build
+((dry)) || step kernels-cuda 40 "${kernels[@]}" --backend cuda --out "$out/results"
+
+bench() { # NAME LIMIT ARGUMENTS. The last workload may begin 15 s before the limit: what is there is saved
+    step "$1" "$2" "${interpreted[@]}" "$python" -m bench "${@:3}" --stop-after $((($2 - 15) * scale)) --out "$out/results"
+}
+for dtype in bfloat16 float32; do
+    bench "op-$dtype" 60 op --dtype "$dtype" "${of_op[@]}"
+    bench "latency-$dtype" 45 op --dtype "$dtype" "${of_latency[@]}"
+done
+bench layer-bfloat16 60 layer --dtype bfloat16 "${of_layer[@]}"
+
+# ------------------------------------------------------------------------------------------ correctness, sanitizers, tests
+
+# the reference is PyTorch's own operators; files whose packages are missing keep no others from running
+tests=("${interpreted[@]}" "$python" -m pytest -p no:cacheprovider --tb=short --continue-on-collection-errors)
+tests+=("${collects[@]}")
+((dry)) || tests+=(-m gpu)
+step cases 60 "${tests[@]}" -q -k "test_shapes_and_dtypes and not reference and (196 or 64)" tests/test_xfa.py
+if ((dry)); then
+    step sanitize 60 bash -n tests/gpu/sanitize.sh
+elif command -v compute-sanitizer > /dev/null; then
+    step sanitize 120 bash tests/gpu/sanitize.sh "$python" "$out"
 else
-    note "tests, bench, sanitize" "NOT RUN: nothing is installed" -
+    note sanitize "no compute-sanitizer on PATH" -
 fi
+workers=()
+if "$python" -c 'import xdist' 2> /dev/null && ((!dry)); then # no more than compile side by side without harm
+    workers=(-n 4 --dist loadgroup)
+fi
+step tests 540 "${tests[@]}" -v -k "not reference-cuda" "${workers[@]}" tests
 
 summary() {
     for name in "${failures[@]}"; do
@@ -186,4 +230,5 @@ summary() {
     printf '%s\n' "${table[@]}"
 }
 summary 2>&1 | tee "$out/summary.txt"
+tar -cJf "$work/all.tar.xz" --exclude=all.tar.xz -C "$out" . && mv "$work/all.tar.xz" "$out" # one file to carry back
 exit "$failed"

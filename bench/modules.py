@@ -65,7 +65,7 @@ def layer_cases(shape: LayerShape, dtype: torch.dtype, device: str, wanted: set[
     if block:
         eager = HalfBlock(nn.LayerNorm(shape.C, eps=1e-6), eager, nn.Parameter(torch.full((shape.C,), 0.5)))
     eager = eager.to(device, dtype)
-    x = torch.randn(shape.B, shape.N, shape.C).to(device, dtype)
+    x = torch.randn(shape.B, shape.N, shape.C, device=device).to(dtype)
     baseline = Baseline(eager, x)
     yield from _baseline_cases(baseline, wanted)
     for name in KERNELS:
@@ -196,7 +196,8 @@ class Baseline:
         self.module, self.x, self.leaf = module, x, x.detach().requires_grad_()
         with torch.no_grad():
             y = module(x)
-        self.dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(x)
+        generator = torch.Generator(x.device).manual_seed(1)
+        self.dy = torch.randn(y.shape, generator=generator, device=x.device).to(x)
 
     @cached_property
     def eager(self) -> list[Tensor]:

@@ -46,7 +46,7 @@ hypothesis.settings.load_profile("default")
 
 def pytest_configure(config):
     """Builds the emulated kernels once, before the test processes start; each test process loads them."""
-    if not EMULATING or emulated.why_not():
+    if not EMULATING or config.option.collectonly or emulated.why_not():
         return
     if hasattr(config, "workerinput"):
         config.stash[EMULATED] = config.workerinput["emulated"]

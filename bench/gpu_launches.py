@@ -1,0 +1,165 @@
+"""What a call of the Triton backend launches: recorded from Triton itself, on a GPU or with ``bench.host``'s driver."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.runtime.jit import JITFunction
+from triton.testing import do_bench
+
+import xformer_kernels as xk
+from bench.workloads import OpShape
+from xformer_kernels.backends.triton import launch, linear, ops
+
+DTYPES = (torch.float32, torch.bfloat16)
+TOKENS = {"gram_kernel": 2, "apply_kernel": 2, "forward_kernel": 4, "gradients_kernel": 6, "map_backward_kernel": 0}
+"""Tensors of B H N D numbers that a kernel reads or writes, for ``map="query_key"`` and ``norm="token"``; none if the
+kernel is not named here."""
+OPTIONS = ("num_warps", "num_stages", "maxnreg")
+PLANNED = tuple(
+    function for module in (ops, linear) for function in vars(module).values() if hasattr(function, "plans")
+)
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A launch of a kernel, with what Triton compiled it to."""
+
+    name: str
+    programs: int
+    constants: dict[str, Any]
+    warps: int
+    stages: int
+    shared: int
+    cubin: bytes
+    again: Callable[[], object]
+
+
+Change = Callable[[str, dict[str, Any]], None]
+
+
+@contextmanager
+def recording(change: Change | None = None) -> Iterator[list[Recorded]]:
+    """Records the launches of Triton kernels within it. `change` may replace the compiler options of a kernel.
+
+    Plans are dropped on both sides, since a planned call does not ask Triton.
+    """
+    recorded: list[Recorded] = []
+    run = JITFunction.run
+
+    def record(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        if change:
+            change(self.__name__, options)
+        compiled = run(self, *args, grid=grid, warmup=warmup, **options)
+        whole = (*args, *(options[name] for name in self.arg_names[len(args) :]))
+        size = (*grid, 1, 1)[:3]
+        recorded.append(
+            Recorded(
+                self.__name__,
+                size[0] * size[1] * size[2],
+                options,
+                compiled.metadata.num_warps,
+                compiled.metadata.num_stages,
+                compiled.metadata.shared,
+                compiled.asm["cubin"],
+                lambda: compiled[size](*whole),
+            )
+        )
+        return compiled
+
+    _forget()
+    JITFunction.run = record
+    try:
+        yield recorded
+    finally:
+        JITFunction.run = run
+        _forget()
+
+
+def _forget() -> None:
+    for function in PLANNED:
+        function.plans.clear()
+
+
+@contextmanager
+def processors(factor: float) -> Iterator[None]:
+    """Within it, calls are split as on a device of so many times the multiprocessors: more or fewer waves."""
+    target = launch.target
+
+    def scaled(device: torch.device) -> launch.Target:
+        real = target(device)
+        return real._replace(processors=max(1, round(real.processors * factor)))
+
+    launch.target = scaled  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        launch.target = target
+
+
+def inputs(shape: OpShape, dtype: torch.dtype, device: str, values: bool = True) -> tuple[Tensor, ...]:
+    """q, k and v of a packed projection, temperature and dout, drawn on the device; without `values`, only memory."""
+    generator = torch.Generator(device).manual_seed(0) if values else None
+
+    def draw(*size: int) -> Tensor:
+        if not values:
+            return torch.empty(size, dtype=dtype, device=device)
+        return torch.randn(size, dtype=dtype, device=device, generator=generator)
+
+    q, k, v = draw(shape.B, shape.N, 3, shape.H, shape.D).permute(2, 0, 3, 1, 4).unbind(0)
+    dout = draw(shape.B, shape.N, shape.H, shape.D).transpose(1, 2)
+    return q, k, v, torch.linspace(0.7, 1.5, shape.H, device=device), dout
+
+
+def gradients(tensors: tuple[Tensor, ...], backend: str = "triton") -> tuple[Tensor, ...]:
+    """out and the gradients of q, k, v and temperature."""
+    *rest, dout = tensors
+    leaves = [x.detach().requires_grad_() for x in rest]
+    out = xk.xfa(*leaves, backend=backend)
+    return (out.detach(), *torch.autograd.grad(out, leaves, dout))
+
+
+def of_call(tensors: tuple[Tensor, ...], change: Change | None = None) -> list[tuple[str, Recorded]]:
+    """The launches of xfa, forward and then backward, each with its direction."""
+    *rest, dout = tensors
+    leaves = [x.detach().requires_grad_() for x in rest]
+    with recording(change) as recorded:
+        out = xk.xfa(*leaves, backend="triton")
+        count = len(recorded)
+        torch.autograd.grad(out, leaves, dout)
+    return [("forward" if i < count else "backward", x) for i, x in enumerate(recorded)]
+
+
+_compiled = {False: 0, True: 0}
+
+
+def count_compiled() -> dict[bool, int]:
+    """How many kernels Triton has compiled (False) and how many its cache had (True), from the first call of this
+    function on, in this process."""
+
+    def listener(*, cache_hit: bool, **_: object) -> None:
+        _compiled[cache_hit] += 1
+
+    triton.knobs.compilation.listener = listener
+    return _compiled
+
+
+def seconds(call: Callable[[], object], on_gpu: bool) -> tuple[float, float]:
+    """Median time of a call on the GPU, with its caches flushed before each, and the distance between the quartiles
+    over it. Without a GPU, the host's time of one call."""
+    if not on_gpu:
+        begun = time.perf_counter()
+        call()
+        return time.perf_counter() - begun, 0.0
+    samples = do_bench(call, warmup=5, rep=40, return_mode="all")
+    median = statistics.median(samples)
+    low, _, high = statistics.quantiles(samples, n=4) if len(samples) > 1 else (median,) * 3
+    return median / 1e3, (high - low) / median
