@@ -409,8 +409,8 @@ def test_what_is_refused(root, tmp_path):
         ({"hflip": 1.5}, "hflip must be from 0 to 1, got 1.5"),
         ({"color_jitter": -1.0}, "color_jitter must be finite, 0 or more, got -1.0"),
         ({"model": "resnet18"}, "backbone_name must be one of xformer_s"),
-        ({"model_options": {"depth": 3}}, "cannot detect with these options"),
-        ({"model_options": {"anchors": [1, 2]}}, "cannot detect with these options"),
+        ({"model_options": {"depth": 3}}, "of task detect does not take these options"),
+        ({"model_options": {"anchors": [1, 2]}}, "of task detect does not take these options"),
         ({"model_options": {"anchors": [[1, 2]]}}, "anchors must be 9 pairs"),
     ):
         with pytest.raises(UsageError, match=message):

@@ -158,7 +158,7 @@ def test_what_is_refused(root, tmp_path):
         ({"reprob": 0.3}, "reprob means nothing to task segment, got 0.3"),
         ({"scale": [2.0, 1.0]}, "scale must be two factors above 0 in order"),
         ({"model": "resnet18"}, "backbone_name must be one of xformer_s"),
-        ({"model_options": {"depth": 3}}, "cannot segment with these options"),
+        ({"model_options": {"depth": 3}}, "of task segment does not take these options"),
     ):
         with pytest.raises(UsageError, match=message):
             train(recipe(root, tmp_path / "out", **changes))

@@ -24,7 +24,8 @@ from xformer.recipes.data.files import read_names
 from xformer.recipes.data.images import TURNED, Unreadable, open_image
 from xformer.recipes.files import make_folder, write_json
 from xformer.recipes.pictures import check_files, find_images, picture_paths, write_picture
-from xformer.recipes.tasks import Option, Predictor, all_tasks, find_task
+from xformer.recipes.settings import help_text
+from xformer.recipes.tasks import Predictor, all_tasks, find_task
 from xformer.recipes.weights import load_model
 
 NOT_FINITE = "what the model says of it is not finite: the weights are damaged, or the image is unlike any other"
@@ -104,23 +105,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="", help="what they are of, where the file does not say")
     parser.add_argument("--labels", default="", help="class names, one a line; default: those in the weights file")
     parser.add_argument("--json", default="", help="also write the results here")
-    for name, by_task in task_options().items():
-        *_, option = by_task.values()
-        defaults = {task: f"{o.default}" for task, o in by_task.items() if o.default not in (None, "")}
-        shown = next(iter(defaults.values())) if len({*defaults.values()}) == 1 else defaults
-        said = f"{', '.join(by_task)}: {option.help}"
-        if defaults:
-            each = shown if isinstance(shown, str) else ", ".join(f"{value} to {task}" for task, value in shown.items())
-            said += f" (default: {each})"
+    for name, tasks in task_options().items():
+        texts: dict[str, list[str]] = {}
+        for task in tasks:
+            option = find_task(task).options[name]
+            texts.setdefault(help_text(option.help, option.default), []).append(task)
+        said = "; ".join(f"{', '.join(names)}: {text}" for text, names in texts.items())
         parser.add_argument(f"--{name.replace('_', '-')}", default=None, help=said, **option.parsed())
 
 
-def task_options() -> dict[str, dict[str, Option]]:
-    """Options of all tasks, by name and task."""
-    found: dict[str, dict[str, Option]] = {}
-    for task, kind in sorted(all_tasks().items()):
-        for name, option in kind.options.items():
-            found.setdefault(name, {})[task] = option
+def task_options() -> dict[str, list[str]]:
+    """Options of all tasks, with the names of the tasks that have them.
+
+    Raises:
+        ValueError: two tasks parse an option differently.
+    """
+    tasks = all_tasks()
+    found: dict[str, list[str]] = {}
+    for task in sorted(tasks):
+        for name, option in tasks[task].options.items():
+            found.setdefault(name, []).append(task)
+            first = found[name][0]
+            if option.parsed() != tasks[first].options[name].parsed():
+                raise ValueError(f"option {name} must be parsed alike by the tasks {first} and {task}")
     return found
 
 

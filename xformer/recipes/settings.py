@@ -10,7 +10,7 @@ import types
 import typing
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import Field, asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -210,9 +210,11 @@ def _toml() -> types.ModuleType:
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
     """Add an option for each setting; options not given are absent from the parsed namespace."""
+    plain = Recipe()
     for entry in fields(Recipe):
         kind = typing.get_origin(_TYPES[entry.name]) or _TYPES[entry.name]
-        options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": _help(entry)}
+        said = help_text(entry.metadata["help"], getattr(plain, entry.name))
+        options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": said}
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         elif kind is dict:
@@ -224,15 +226,14 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{entry.name.replace('_', '-')}", **options)
 
 
-def _help(entry: Field[Any]) -> str:
-    """Help text of a setting, with its default."""
-    default = getattr(Recipe(), entry.name)
-    shown = "none" if default in ("", [], {}) else default
+def help_text(help: str, default: Any) -> str:
+    """Help of an option, with its default."""
+    shown = "none" if default in ("", [], {}, None) else default
     if isinstance(shown, list):
         shown = " ".join(map(str, shown))
     elif isinstance(shown, bool):
         shown = "yes" if shown else "no"
-    return f"{entry.metadata['help']} (default: {shown})".replace("%", "%%")
+    return f"{help} (default: {shown})".replace("%", "%%")
 
 
 def from_options(path: str, options: argparse.Namespace) -> Recipe:

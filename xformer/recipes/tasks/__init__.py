@@ -69,7 +69,7 @@ class Metrics(Protocol):
 class Option(NamedTuple):
     """An option of ``predict`` that a task adds.
 
-    default: also determines the type, unless `keywords` has one. help: without the default, which is appended.
+    default: also determines the type, unless `keywords` has one. help: the default is appended to it.
     keywords: more arguments of ``ArgumentParser.add_argument``. needs_json: the option requires ``--json``.
     """
 
@@ -179,7 +179,7 @@ class Task(ABC):
         try:
             return cls.model(card.model, card.num_classes, in_chans=card.in_chans, **card.options)
         except (TypeError, ValueError) as error:
-            raise UsageError(f"model {card.model} cannot {cls.name} with these options: {error}") from error
+            raise UsageError(f"model {card.model} of task {cls.name} does not take these options: {error}") from error
 
     @classmethod
     def defaults(cls, card: Card) -> dict[str, Any]:
@@ -276,7 +276,7 @@ def find_task(name: str) -> type[Task]:
     if name in own and name not in TASKS:
         import_module(f"{__name__}.{name}")
     if name not in TASKS:
-        raise UsageError(f"task must be one of {', '.join(sorted({*own, *TASKS}))}, got {name!r}")
+        raise UsageError(f"task must be one of {', '.join(dict.fromkeys([*own, *TASKS]))}, got {name!r}")
     return TASKS[name]
 
 

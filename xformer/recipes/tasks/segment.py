@@ -162,8 +162,8 @@ class Segment(Task):
     metric = "miou"
     model, predictor = Segmenter, PixelPredictor
     options: ClassVar[Mapping[str, Option]] = {
-        "window": Option(None, "predict by windows, in place of the whole image at once", TWO),
-        "stride": Option(None, "of windows; default: three quarters of them", TWO),
+        "window": Option(None, "predict windows of this size in place of whole images", TWO),
+        "stride": Option(None, "distance of windows; without it three quarters of their sides", TWO),
         "legend": Option(True, "below each picture, the colours of its classes"),
         "out": OUT,
     }
