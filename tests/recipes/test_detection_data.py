@@ -110,7 +110,7 @@ def test_detections_in_crowds_are_neither_right_nor_wrong(root):
 
 def test_metrics_are_over_all_processes(root, monkeypatch):
     pytest.importorskip("pycocotools", reason="pycocotools is not installed")
-    from xformer.detection import task
+    from xformer.recipes.tasks import detect
 
     pictures = held_out(root)
     *shares, whole = (MeanAP(pictures.annotations) for _ in range(3))
@@ -126,9 +126,9 @@ def test_metrics_are_over_all_processes(root, monkeypatch):
         assert own is shares[1].found
         parts[:] = [share.found for share in shares]
 
-    monkeypatch.setattr(task.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(task.dist, "get_world_size", lambda: 2)
-    monkeypatch.setattr(task.dist, "all_gather_object", gather)
+    monkeypatch.setattr(detect.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(detect.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(detect.dist, "all_gather_object", gather)
     assert shares[1].compute() == expected and 0 < expected["map"] < 100
 
 

@@ -115,7 +115,7 @@ def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
     return None
 
 
-FREE = ("drop_rate", "drop_path_rate", "proj_drop_rate", "attn_drop_rate", "img_size", "form")
+UNCOMPARED = ("drop_rate", "drop_path_rate", "proj_drop_rate", "attn_drop_rate", "img_size", "form")
 """Options that do not change the function of the weights in inference, except for rounding."""
 
 
@@ -129,7 +129,7 @@ def difference(own: Card, other: Card) -> str:
     defaults, theirs = (find_task(card.task).defaults(card) for card in (own, other))
     shared = own.task == other.task
     for name in sorted(own.options.keys() | other.options.keys()):
-        if name in FREE or not (shared or name in backbone_defaults()):
+        if name in UNCOMPARED or not (shared or name in backbone_defaults()):
             continue
         values = own.options.get(name, defaults.get(name)), other.options.get(name, theirs.get(name))
         mine, its = (json.loads(json.dumps(value, default=repr)) for value in values)  # tuples become lists
