@@ -18,10 +18,7 @@ COMMANDS = {
     "eval": ("xformer.recipes.eval", "metrics of weights"),
     "predict": ("xformer.recipes.predict", "classes, objects or segments of images"),
     "export": ("xformer.recipes.export", "a model as a file for inference elsewhere"),
-    "make-shapes": (
-        "experiments.shapes",
-        "scenes of shapes as COCO and Cityscapes files; in a clone of the repository",
-    ),
+    "make-shapes": ("experiments.shapes", "scenes of shapes as COCO and Cityscapes files (in a clone)"),
 }
 """Module and help of each command. The module has ``add_arguments(parser)`` and ``run(options)``."""
 
@@ -33,9 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"xformer-kernels {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     parsers = {name: commands.add_parser(name, help=text) for name, (_, text) in COMMANDS.items()}
-    command = argv[0] if argv and argv[0] in COMMANDS else ""
+    command = next((word for word in argv if not word.startswith("-")), "")
     try:
-        if command:
+        if command in COMMANDS:
             module = importlib.import_module(COMMANDS[command][0])
             module.add_arguments(parsers[command])
         options = parser.parse_args(argv)
@@ -54,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         hint = "install this one with the extras train and export"
         if missing == "experiments":
-            hint = "it is not installed, run the command in a clone of the repository"
+            hint = "it is not installed, use python -m xformer in a clone of the repository"
         said = f"{command} needs the package {error.name}: {hint}"
     say_once(f"error: {said}")
     return 2

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -116,6 +117,13 @@ def test_command(tmp_path, capsys, monkeypatch):
     assert command.main(call) == 0
     assert capsys.readouterr().err == ""  # no terminal
     assert len(list((tmp_path / "made" / "coco" / "train2017").iterdir())) == 2
+
+
+def test_command_outside_of_a_clone(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "experiments.shapes", None)
+    assert command.main(["make-shapes", "made"]) == 2
+    said = "it is not installed, use python -m xformer in a clone of the repository"
+    assert capsys.readouterr().err == f"error: make-shapes needs the package experiments.shapes: {said}\n"
 
 
 def test_progress_on_a_terminal(tmp_path, capsys, monkeypatch):
