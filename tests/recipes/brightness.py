@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from xformer.recipes.data.images import Skipped, open_image
-from xformer.recipes.data.order import Replica, digest
+from xformer.recipes.data.order import digest
 from xformer.recipes.data.sets import DataSet, Indexed, indexed
 from xformer.recipes.data.transforms import to_tensor
 from xformer.recipes.tasks import Option, Predictor, Task, register
@@ -86,13 +86,9 @@ class BrightnessPredictor(Predictor):
 
 @register("brightness")
 class BrightnessTask(Task):
-    metric, model, predictor = "closeness", Brightness, BrightnessPredictor
+    metric, model, dataset, predictor = "closeness", Brightness, PhotoData, BrightnessPredictor
     options = {"percent": Option(False, "print percent")}  # noqa: RUF012
     unused = ("mixup", "cutmix")
-
-    def __init__(self, recipe, rank=0, world=1, weights=None):
-        super().__init__(recipe)
-        self.data = PhotoData(recipe, Replica(rank, world), weights)
 
     def loss(self, outputs, targets):
         return F.mse_loss(outputs, targets)

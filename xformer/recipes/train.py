@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from xformer.errors import UsageError
 from xformer.recipes.checkpoint import Checkpoints, check_same_run
-from xformer.recipes.data.order import seed_all
+from xformer.recipes.data.order import Replica, seed_all
 from xformer.recipes.eval import check_finite, evaluate, try_evaluation
 from xformer.recipes.files import held, make_folder, writing
 from xformer.recipes.interrupt import Interrupts
@@ -64,7 +64,7 @@ class Run:
             raise UsageError(f"ema must be 0 where parameters are sharded (FSDP), got {recipe.ema}")
         if recipe.sync_bn and self.device.type != "cuda":
             raise UsageError(f"sync_bn must be off on {self.device}: torch synchronises batch norm on GPUs only")
-        self.task = find_task(recipe.task)(recipe, self.rank, self.world)
+        self.task = find_task(recipe.task)(recipe, Replica(self.rank, self.world))
         self.per_epoch = self.task.data.batches_per_epoch // recipe.accumulate
         if self.per_epoch < 1:
             raise UsageError(

@@ -16,7 +16,7 @@ from xformer.recipes.card import Card
 from xformer.recipes.data import files, shards, tars
 from xformer.recipes.data.images import Skipped
 from xformer.recipes.data.loader import Batch
-from xformer.recipes.data.order import Replica, digest
+from xformer.recipes.data.order import SINGLE, Replica, digest
 from xformer.recipes.data.sets import Content, DataSet, indexed, sizes
 from xformer.recipes.data.transforms import Statistics, Transform, eval_transform, train_transform
 from xformer.recipes.settings import Recipe
@@ -63,7 +63,7 @@ class ClassificationData(DataSet):
         super().__init__(recipe, replica, content, ClassifyTransform(self.transform, training), collate, skipped)
 
 
-def open_data(recipe: Recipe, replica: Replica | None = None, weights: Card | None = None) -> ClassificationData:
+def open_data(recipe: Recipe, replica: Replica = SINGLE, weights: Card | None = None) -> ClassificationData:
     """Open the data named by `recipe.data`, for one of the data-parallel processes.
 
     `weights`: card of the weights to evaluate. Training images are then not required, and pixels are normalised with
@@ -72,7 +72,6 @@ def open_data(recipe: Recipe, replica: Replica | None = None, weights: Card | No
     Raises:
         UsageError: unknown data, missing or invalid files, too few images for one batch, or only one class.
     """
-    replica = replica or Replica()
     skipped = Skipped()
     content, classes = _open(recipe, replica, skipped, weights)
     if weights is not None:

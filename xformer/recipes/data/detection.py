@@ -21,7 +21,7 @@ from xformer.errors import UsageError
 from xformer.recipes.card import Card
 from xformer.recipes.data.coco import Annotations, read_annotations
 from xformer.recipes.data.images import Skipped, Unreadable, check_resized, notice, open_image
-from xformer.recipes.data.order import Replica, digest
+from xformer.recipes.data.order import SINGLE, Replica, digest
 from xformer.recipes.data.sets import DataSet, Indexed, indexed, scale_of
 from xformer.recipes.data.transforms import Statistics, to_tensor
 from xformer.recipes.settings import Recipe
@@ -132,14 +132,14 @@ def collate(samples: list[tuple[Tensor, Target]]) -> tuple[Tensor, list[Target]]
 TRAIN, VAL = "train2017", "val2017"
 
 
-def open_coco(root: Path, replica: Replica | None = None) -> tuple[Pictures, Pictures]:
+def open_coco(root: Path, replica: Replica = SINGLE) -> tuple[Pictures, Pictures]:
     """Open the training and evaluation images; the latter with the data set for pycocotools.
 
     Raises:
         UsageError: missing files or folders, annotations rejected by :func:`read_annotations`, different categories in
             the two files, or a file without boxes other than crowds.
     """
-    train, held_out = (open_split(root, split, replica or Replica()) for split in (TRAIN, VAL))
+    train, held_out = (open_split(root, split, replica) for split in (TRAIN, VAL))
     ours, theirs = train.annotations.categories, held_out.annotations.categories
     if ours != theirs:
         one = sorted(set(ours.items()) ^ set(theirs.items()))[0]

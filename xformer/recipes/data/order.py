@@ -25,6 +25,10 @@ class Replica(NamedTuple):
     world: int = 1
 
 
+SINGLE = Replica()
+"""The only process."""
+
+
 def hashed(*values: int | str) -> int:
     """64-bit hash of all values: the same in every process and version."""
     return int.from_bytes(hashlib.blake2b(repr(values).encode(), digest_size=8).digest(), "little")

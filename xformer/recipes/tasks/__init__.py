@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from xformer.backbone import Trunk
 from xformer.errors import UsageError
 from xformer.recipes.card import Card
+from xformer.recipes.data.order import SINGLE, Replica
 from xformer.recipes.settings import Recipe
 from xformer.registry import default_cfgs
 
@@ -57,6 +58,11 @@ class Data(Protocol):
     @property
     def samples(self) -> dict[str, str]:
         """Digests of the lists of training and evaluation samples, by name."""
+
+
+class OpenData(Protocol):
+    def __call__(self, recipe: Recipe, replica: Replica, weights: Card | None, /) -> Data:
+        """Open the data of a run; the arguments are those of :class:`Task`."""
 
 
 class Metrics(Protocol):
@@ -136,7 +142,7 @@ class Task(ABC):
 
     Args:
         recipe: settings of the run.
-        rank, world: rank of this process, and number of processes.
+        replica: rank of this process, and number of processes.
         weights: card of the weights to evaluate, if any, which specifies the preprocessing. No training images are
             opened then.
 
@@ -157,17 +163,20 @@ class Task(ABC):
     the longer side and pads at the bottom and right, "none" keeps the size."""
     model: ClassVar[type[nn.Module]]
     """Class of our models, called as (backbone name, number of classes, in_chans=, options of the card)."""
+    dataset: ClassVar[OpenData]
+    """Opens ``data``; a class or a static method."""
     predictor: ClassVar[type[Predictor]]
     options: ClassVar[Mapping[str, Option]] = {}
     """Options of ``predict``: arguments of the predictor, and ``out`` if the task draws pictures."""
     data: Data
 
-    def __init__(self, recipe: Recipe, rank: int = 0, world: int = 1, weights: Card | None = None) -> None:
+    def __init__(self, recipe: Recipe, replica: Replica = SINGLE, weights: Card | None = None) -> None:
         self.recipe = recipe
         plain = Recipe()
         for setting in self.unused:
             if getattr(recipe, setting) != getattr(plain, setting):
                 raise UsageError(f"{setting} means nothing to task {self.name}, got {getattr(recipe, setting)!r}")
+        self.data = self.dataset(recipe, replica, weights)
 
     @classmethod
     def create(cls, card: Card) -> nn.Module:

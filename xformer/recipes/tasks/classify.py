@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -14,10 +15,8 @@ from torch import Tensor, nn
 from xformer.backbone import XFormer
 from xformer.errors import UsageError
 from xformer.recipes.card import Card
-from xformer.recipes.data.classification import open_data
-from xformer.recipes.data.order import Replica
+from xformer.recipes.data.classification import ClassificationData, open_data
 from xformer.recipes.data.transforms import eval_transform
-from xformer.recipes.settings import Recipe
 from xformer.recipes.tasks import Answer, Metrics, Option, Predictor, Task, register
 from xformer.registry import build, default_cfgs
 
@@ -77,22 +76,23 @@ class ClassPredictor(Predictor):
 @register("classify")
 class Classify(Task):
     metric, resize, eval_batch = "top1", "crop", None
-    model, predictor = XFormer, ClassPredictor
+    model, dataset, predictor = XFormer, staticmethod(open_data), ClassPredictor
     options: ClassVar[Mapping[str, Option]] = {
         "top": Option(5, "classes to print"),
         "batch_size": Option(32, "images at a time"),
     }
 
-    def __init__(self, recipe: Recipe, rank: int = 0, world: int = 1, weights: Card | None = None) -> None:
-        super().__init__(recipe)
-        self.data = self.images = open_data(recipe, Replica(rank, world), weights)
-        self.mixup = None
-        if recipe.mixup > 0 or recipe.cutmix > 0:
-            from timm.data import Mixup
+    data: ClassificationData
 
-            self.mixup = Mixup(
-                recipe.mixup, recipe.cutmix, label_smoothing=recipe.smoothing, num_classes=len(self.images.classes)
-            )
+    @cached_property
+    def mixup(self) -> Any:
+        """timm's mixup and cutmix, or None."""
+        recipe = self.recipe
+        if recipe.mixup == recipe.cutmix == 0:
+            return None
+        from timm.data import Mixup
+
+        return Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.smoothing, num_classes=len(self.data.classes))
 
     @classmethod
     def create(cls, card: Card) -> nn.Module:
@@ -112,7 +112,7 @@ class Classify(Task):
         raise UsageError(f"model must be one of {names} or a name of timm.list_models(), got {name!r}")
 
     def card(self) -> Card:
-        return replace(super().card(), mean=self.images.mean, std=self.images.std)
+        return replace(super().card(), mean=self.data.mean, std=self.data.std)
 
     def mix(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         if self.mixup is None or len(images) % 2:
@@ -126,4 +126,4 @@ class Classify(Task):
         return F.cross_entropy(outputs, targets, label_smoothing=self.recipe.smoothing)
 
     def metrics(self, device: Any) -> Metrics:
-        return Accuracy(len(self.images.classes), device)
+        return Accuracy(len(self.data.classes), device)

@@ -21,10 +21,8 @@ from xformer.errors import UsageError
 from xformer.recipes.card import Card
 from xformer.recipes.data.coco import Annotations, check_category_ids, coco_results, image_ids
 from xformer.recipes.data.detection import CocoData, Target, letterbox, restore
-from xformer.recipes.data.order import Replica
 from xformer.recipes.lettering import font, legible
 from xformer.recipes.pictures import colour
-from xformer.recipes.settings import Recipe
 from xformer.recipes.tasks import OUT, Answer, Metrics, Option, Predictor, Task, register
 
 SCORE, IOU, LIMIT = 0.001, 0.6, 100
@@ -194,7 +192,7 @@ def draw(image: Image.Image, objects: Sequence[dict[str, Any]]) -> Image.Image:
 @register("detect")
 class Detect(Task):
     metric, resize = "map", "fit"
-    model, predictor = Detector, BoxPredictor
+    model, dataset, predictor = Detector, CocoData, BoxPredictor
     options: ClassVar[Mapping[str, Option]] = {
         "score": Option(0.3, "what is not above it is left out"),
         "iou": Option(0.45, "of two boxes of a class that overlap more the better stays"),
@@ -211,10 +209,6 @@ class Detect(Task):
         "train_shards", "eval_shards", "train_samples", "eval_samples", "classes",
     )  # fmt: skip
     data: CocoData
-
-    def __init__(self, recipe: Recipe, rank: int = 0, world: int = 1, weights: Card | None = None) -> None:
-        super().__init__(recipe)
-        self.data = CocoData(recipe, Replica(rank, world), weights)
 
     def of_labels(self) -> dict[str, Any]:
         return {"class_ids": list(self.data.held_out.categories)}

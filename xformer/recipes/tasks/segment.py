@@ -13,12 +13,10 @@ from torch import Tensor, nn
 
 from xformer.errors import UsageError
 from xformer.recipes.card import Card
-from xformer.recipes.data.order import Replica
 from xformer.recipes.data.segmentation import CLASSES, COLOURS, IGNORE, CityscapesData
 from xformer.recipes.data.transforms import to_tensor
 from xformer.recipes.lettering import font, legible
 from xformer.recipes.pictures import colour
-from xformer.recipes.settings import Recipe
 from xformer.recipes.tasks import OUT, Answer, Metrics, Option, Predictor, Task, register
 from xformer.segmentation.decoder import upsample
 from xformer.segmentation.model import Segmenter, check_windows
@@ -160,7 +158,7 @@ def with_legend(image: Image.Image, classes: Sequence[tuple[str, int, tuple[int,
 @register("segment")
 class Segment(Task):
     metric = "miou"
-    model, predictor = Segmenter, PixelPredictor
+    model, dataset, predictor = Segmenter, CityscapesData, PixelPredictor
     options: ClassVar[Mapping[str, Option]] = {
         "window": Option(None, "predict windows of this size in place of whole images", TWO),
         "stride": Option(None, "distance of windows; without it three quarters of their sides", TWO),
@@ -172,10 +170,6 @@ class Segment(Task):
         "train_shards", "eval_shards", "train_samples", "eval_samples",
     )  # fmt: skip
     data: CityscapesData
-
-    def __init__(self, recipe: Recipe, rank: int = 0, world: int = 1, weights: Card | None = None) -> None:
-        super().__init__(recipe)
-        self.data = CityscapesData(recipe, Replica(rank, world), weights)
 
     def of_labels(self) -> dict[str, Any]:
         return {"class_ids": list(self.data.labels.ids), "colours": list(self.data.labels.colours)}
