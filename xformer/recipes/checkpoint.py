@@ -40,6 +40,7 @@ FREE = {
 """Settings that may change when a run is resumed: they do not affect its result, except for rounding."""
 
 
+# not accelerate's save_state: it pickles random states, and a killed run leaves a part of it
 class Checkpoints:
     """The checkpoints of a run, newest last.
 

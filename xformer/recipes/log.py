@@ -14,6 +14,7 @@ from xformer.errors import UsageError
 from xformer.recipes.files import write_file, writing
 
 
+# not accelerate's trackers: they would keep the rows that a resumed run writes again
 class Table:
     """A CSV file with a step per row; on resume, rows after step `after` are removed."""
 

@@ -49,6 +49,7 @@ def setting(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 
+# not jsonargparse or tyro: files, options and Python have the same checks and the same one-sentence errors
 @dataclass
 class Recipe:
     """Settings of a run. Each is a key in recipe files and an option of the command line."""

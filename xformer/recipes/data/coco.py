@@ -63,6 +63,7 @@ ACCEPTED: dict[str, Callable[[Any], bool]] = {
 }
 
 
+# not pycocotools' COCO: it raises KeyError for an invalid record, without its id
 class Records:
     """Records of one of the lists in a file, by id.
 

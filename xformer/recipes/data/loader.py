@@ -92,6 +92,7 @@ class Batches(Dataset[Loaded]):
             return self.prepare(image, target, batch.size, True)
 
 
+# not torchdata's StatefulDataLoader: there is no state, and the number of workers may change on resume
 class Loader:
     """Loads batches in worker processes, which are kept for the next run; in this process if `workers` is 0."""
 

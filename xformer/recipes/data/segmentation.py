@@ -115,6 +115,7 @@ LOOKED_AT = 8
 IMAGE, LABEL = "leftImg8bit", "gtFine"
 
 
+# not torchvision's Cityscapes: its classes and ids are fixed
 class Scenes(Indexed):
     """Pairs of files ``leftImg8bit/split/city/*_leftImg8bit.png`` and ``gtFine/split/city/*_gtFine_labelIds.png``."""
 
@@ -192,6 +193,7 @@ class Scenes(Indexed):
         return image, self.lookup[labels]
 
 
+# not torchvision's transforms v2: they draw other random numbers, so that no existing run could be resumed
 class SegmentTransform:
     """Convert image and classes to tensors (3, h, w) float32 and (h, w) int64.
 

@@ -47,6 +47,7 @@ class Samples:
         return itertools.chain(batch.items[index + 1 :], batch.spare, batch.items[:index])
 
 
+# not webdataset's pipelines: global batches would depend on the number of processes
 @dataclass
 class Stream:
     """Training or evaluation shards, as read by one process (`replica`: its rank and the world size)."""
