@@ -1,4 +1,4 @@
-"""Inference runtimes other than PyTorch: each runs the ONNX file that :mod:`xformer.export` writes of a model.
+"""Inference runtimes other than PyTorch: each runs the ONNX file that :mod:`xformer.recipes.export` writes of a model.
 
 Both get as many threads as PyTorch has, images of one fixed shape, and float32.
 """
@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xformer.export import export
-from xformer.weights import Card
+from xformer.recipes.card import Card
+from xformer.recipes.export import export
 
 RUNTIMES = {
-    "onnxruntime": "ONNX Runtime, CPU execution provider, of the file that xformer.export writes",
+    "onnxruntime": "ONNX Runtime, CPU execution provider, of the file that xformer.recipes.export writes",
     "openvino": "OpenVINO, CPU plugin, performance hint LATENCY, inference precision f32, of the same file",
 }
 EXPORTER = ("onnx", "onnxscript")

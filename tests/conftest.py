@@ -34,6 +34,7 @@ from cases import THOROUGH  # noqa: E402
 from xformer_kernels import backends, dispatch  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT))  # for bench and experiments, which are not installed
 KERNELS = tuple(backends.PATHS)
 REQUIRED = os.environ.get("XFORMER_KERNELS_REQUIRE_EXTENSION", "0") not in ("", "0")
 EXPECTED = os.environ.get("XFORMER_KERNELS_EXPECTED_LOCATION")

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import xformer
-from xformer.weights import Card, build_model
+from xformer.recipes.card import Card
+from xformer.recipes.weights import build_model
 
 NAMES = tuple(xformer.VARIANTS)
 

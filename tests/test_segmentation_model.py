@@ -10,9 +10,10 @@ from torch import nn
 
 import xformer
 from xformer import fuse_for_inference
+from xformer.recipes.card import Card
+from xformer.recipes.weights import load_state, load_weights, save_weights
 from xformer.segmentation import FORMS, Decoder, Segmenter, upsample
 from xformer.segmentation.model import starts
-from xformer.weights import Card, load_state, load_weights, save_weights
 from xformer_kernels.testing import assert_bitwise
 
 CLASSES = 5

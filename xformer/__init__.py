@@ -5,8 +5,9 @@
     ATTENTION                             accepted values of attention=, by name
     fuse_for_inference                    a copy with batch norms folded and layers fused
 
-``python -m xformer`` has the commands train, eval, predict, export and make-shapes. ``python -m xformer.counts`` prints
-parameters and multiply-adds next to those of other models. There are no pretrained weights.
+This package has the models; :mod:`xformer.detection` and :mod:`xformer.segmentation` are built on the backbones.
+:mod:`xformer.recipes` has the commands of ``python -m xformer``: train, eval, predict and export. ``python -m
+xformer.counts`` prints parameters and multiply-adds next to those of other models. There are no pretrained weights.
 """
 
 from xformer.attention import ATTENTION

@@ -1,4 +1,4 @@
-"""``python -m xformer COMMAND ...``; each command's module adds its own options."""
+"""``python -m xformer COMMAND ...``"""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from xformer.errors import UsageError
 from xformer_kernels import __version__
 
 COMMANDS = {
-    "train": "xformer.engine.commands",
-    "eval": "xformer.engine.commands",
-    "predict": "xformer.predict",
-    "export": "xformer.export",
-    "make-shapes": "xformer.data.shapes",
+    "train": ("xformer.recipes.train", "train a model"),
+    "eval": ("xformer.recipes.eval", "metrics of weights"),
+    "predict": ("xformer.recipes.predict", "classes, objects or segments of images"),
+    "export": ("xformer.recipes.export", "a model as a file for inference elsewhere"),
+    "make-shapes": ("experiments.shapes", "scenes of shapes as COCO and Cityscapes files (in a clone)"),
 }
+"""Module and help of each command. The module has ``add_arguments(parser)`` and ``run(options)``."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,24 +29,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("xformer", description="Light backbones of convolutions and transformer layers.")
     parser.add_argument("--version", action="version", version=f"xformer-kernels {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    modules = [COMMANDS[argv[0]]] if argv and argv[0] in COMMANDS else dict.fromkeys(COMMANDS.values())
-    for module in modules:
-        importlib.import_module(module).add_parser(commands)
-    options = parser.parse_args(argv)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # file names may not be valid text
+    parsers = {name: commands.add_parser(name, help=text) for name, (_, text) in COMMANDS.items()}
+    command = next((word for word in argv if not word.startswith("-")), "")
     try:
-        return options.run(options) or 0
+        if command in COMMANDS:
+            module = importlib.import_module(COMMANDS[command][0])
+            module.add_arguments(parsers[command])
+        options = parser.parse_args(argv)
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")  # file names may not be valid text
+        return module.run(options) or 0
     except KeyboardInterrupt as stopped:
         say_once(f"{stopped}" or "stopped")
         return 130
     except UsageError as error:
         said = str(error)
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.startswith("xformer"):
+        missing = f"{error.name}".partition(".")[0]
+        if missing == "xformer":
             raise
-        said = f"{options.command} needs the package {error.name}: install this one with the extras train and export"
+        hint = "install this one with the extras train and export"
+        if missing == "experiments":
+            hint = "it is not installed, use python -m xformer in a clone of the repository"
+        said = f"{command} needs the package {error.name}: {hint}"
     say_once(f"error: {said}")
     return 2
 

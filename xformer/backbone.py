@@ -72,7 +72,7 @@ POOLS: dict[str, Callable[[Tensor], Tensor]] = {
 """Global pooling of (B, C, H, W), by timm's names; "catavgmax" gives 2 C features, the others C."""
 
 
-class FeatureInfo(list[dict[str, Any]]):
+class FeatureInfo(list[dict[str, Any]]):  # not timm's: the backbone imports without timm
     """One dict (num_chs, reduction, module, index) per feature map, with the methods of timm's ``FeatureInfo``."""
 
     @property

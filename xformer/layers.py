@@ -121,7 +121,7 @@ class SqueezeExcite(nn.Module):
         return x * gate[:, :, None, None]
 
 
-class DropPath(nn.Module):
+class DropPath(nn.Module):  # not timm's: the backbone imports without timm
     """Zeros whole samples with probability ``drop_prob`` in training and scales the rest by 1 / (1 - drop_prob)."""
 
     def __init__(self, drop_prob: float = 0.0) -> None:

@@ -3,14 +3,13 @@
     Detector          images to three raw maps
     DetectionLoss     raw maps and targets to losses
     detect            raw maps to boxes, scores and labels
-    ANCHORS, kmeans   YOLOv3's anchors for COCO, and k-means to compute anchors for other data
+    ANCHORS           YOLOv3's anchors for COCO
 
-``python -m xformer.detection.anchors`` prints anchors for a file in COCO format. There are no pretrained weights.
+There are no pretrained weights.
 """
 
-from xformer.detection.anchors import kmeans
 from xformer.detection.boxes import ANCHORS, detect
 from xformer.detection.loss import DetectionLoss
 from xformer.detection.model import Detector
 
-__all__ = ["ANCHORS", "DetectionLoss", "Detector", "detect", "kmeans"]
+__all__ = ["ANCHORS", "DetectionLoss", "Detector", "detect"]

@@ -41,6 +41,12 @@ def check_anchors(anchors: Sequence[Sequence[float]]) -> tuple[tuple[float, floa
     return tuple((p[0], p[1]) for p in pairs)
 
 
+def shape_iou(sizes: Tensor, anchors: Tensor) -> Tensor:
+    """Pairwise IoU (n, k) of boxes (n, 2) and (k, 2), given as (w, h) with the same centre."""
+    common = torch.minimum(sizes[:, None], anchors).prod(-1)
+    return common / (sizes.prod(-1)[:, None] + anchors.prod(-1) - common)
+
+
 class Grid(NamedTuple):
     """Position of predictions: cells (P, 2) as column and row, strides (P, 1), anchors (P, 2) in pixels."""
 

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from torchvision.ops import box_iou, complete_box_iou_loss
 
 from xformer.detection import boxes as coding
-from xformer.detection.anchors import shape_iou
-from xformer.detection.boxes import ANCHORS, PER_SCALE, STRIDES, Grid, to_cxcywh, to_xyxy
+from xformer.detection.boxes import ANCHORS, PER_SCALE, STRIDES, Grid, shape_iou, to_cxcywh, to_xyxy
 from xformer.errors import UsageError
 
 BOX = ("ciou", "yolov3")

@@ -1,5 +1,0 @@
-"""Image classification."""
-
-from xformer.classification.task import Classify
-
-__all__ = ["Classify"]
