@@ -1,7 +1,7 @@
 """Figures of the documents, as SVG in docs/figures: ``python -m bench.figures`` draws them again.
 
-``speed`` is drawn from result files, ``forms`` and ``costs`` from the definition and the cost model of the two forms of a
-layer. Each file has the numbers that it shows in its description, by which a test knows whether it is current.
+``speed`` is drawn from result files, ``forms`` and ``costs`` from the definition and the cost model of the two forms of
+a layer. Each file has the numbers that it shows in its description, by which a test knows whether it is current.
 """
 
 from __future__ import annotations
@@ -67,7 +67,13 @@ def forms() -> dict[str, Any]:
     """What the two forms of a layer compute and save: tensors of N tokens, and maps of features."""
     return {
         "direct": [("x", "N x C"), ("q, k, v", "N x 3C"), ("A", "H x D x D"), ("A v", "N x C"), ("y", "N x C")],
-        "gram": [("x", "N x C"), ("S = xᵀx", "C x C"), ("A", "H x D x D"), ("M = Wₒ A Wᵥ", "C x C"), ("y = M x", "N x C")],
+        "gram": [
+            ("x", "N x C"),
+            ("S = xᵀx", "C x C"),
+            ("A", "H x D x D"),
+            ("M = Wₒ A Wᵥ", "C x C"),
+            ("y = M x", "N x C"),
+        ],
     }
 
 
@@ -89,12 +95,14 @@ def draw_forms(plt: Any, facts: dict[str, Any]) -> Any:
             if i:
                 axis.annotate("", (i - 0.3, 0), (i - 0.7, 0), arrowprops={"arrowstyle": "->", "color": GREY})
                 axis.text(i - 0.5, -0.55, arrows[form][i - 1], ha="center", fontsize=7.5, color="#444444")
-    figure.supxlabel("Blue: as large as the image. Orange: independent of the number of tokens.", fontsize=8, color=GREY)
+    figure.supxlabel(
+        "Blue: as large as the image. Orange: independent of the number of tokens.", fontsize=8, color=GREY
+    )
     return figure
 
 
 def costs() -> dict[str, Any]:
-    """FLOPs and bytes of both forms against tokens, by the cost model: one image of 128 channels and 4 heads, training."""
+    """FLOPs and bytes of both forms against tokens, by the cost model: an image of 128 channels, training."""
     C, H = 128, 4
     tokens = [2**i for i in range(4, 17)]
     shapes = [cost.Shape(1, N, C, H, C, C, 4, True) for N in tokens]
@@ -119,7 +127,9 @@ def draw_costs(plt: Any, facts: dict[str, Any]) -> Any:
         axis.axvline(facts["channels"], color=GREY, lw=0.8, ls=":")
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(fontsize=8, frameon=False)
-    figure.supxlabel("One image, 128 channels, 4 heads, float32. Dotted: N = C. Estimates of layer/cost.py.", fontsize=8)
+    figure.supxlabel(
+        "One image, 128 channels, 4 heads, float32. Dotted: N = C. Estimates of layer/cost.py.", fontsize=8
+    )
     return figure
 
 

@@ -1,8 +1,8 @@
 """What each backend computes, as the table of the README: ``python -m bench.support`` rewrites it.
 
-The cells are what :func:`xformer_kernels.explain` and ``python -m xformer_kernels.info`` are made of: the reasons of each
-backend against dtypes and numbers of features, and the variants that it fuses. Reasons that are about this machine (no
-GPU) are left out, so the table is the same everywhere.
+The cells are computed from what :func:`xformer_kernels.explain` shows: the reasons of each backend against dtypes and
+numbers of features, and the variants that it fuses. Reasons about this machine (no GPU) are left out, so the table is
+the same everywhere.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from xformer_kernels.validate import DTYPES
 
 BEGIN = "<!-- support: python -m bench.support -->"
 DEVICES = {"cpp": ("cpu", "CPU"), "triton": ("cuda", "NVIDIA and AMD GPUs"), "cuda": ("cuda", "NVIDIA GPUs")}
-LARGEST = 2048
+LARGEST = 1024
 """More features than any backend takes."""
 
 
@@ -66,7 +66,7 @@ def _up_to(backend: backends.Backend, also: Callable[[torch.dtype, int], bool], 
     """The most features of each dtype that the backend takes and for which `also` holds."""
     most: dict[int, list[str]] = {}
     for dtype in DTYPES:
-        taken = [D for D in range(1, LARGEST) if not _against(backend, dtype, D) and also(dtype, D)]
+        taken = [D for D in range(8, LARGEST, 8) if not _against(backend, dtype, D) and also(dtype, D)]
         if taken:
             most.setdefault(max(taken), []).append(_name(dtype))
     if len(most) == 1:

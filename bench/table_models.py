@@ -50,8 +50,8 @@ def render_models(folder: Path) -> str:
         opening(MODELS, folder),
         f"{machine(run)}.",
         "",
-        "| model, image | forward: x eager | forward+backward: x eager | memory of eager's | attention's share of forward "
-        "| most that attention could gain | output error | gradient error |",
+        "| model, image | forward: x eager | forward+backward: x eager | memory of eager's "
+        "| attention's share of forward | most that attention could gain | output error | gradient error |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for workload in dict.fromkeys(row["workload"] for row in run["rows"]):
