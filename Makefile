@@ -1,5 +1,5 @@
 # make demo   set up everything and run the main job      make test   set up and test
-# make lint | bench | fuzz | sanitize | sanitize-emulated | gpu-prepare | gpu-sanitize | test-arm64 | clean
+# make lint | docs | bench | fuzz | sanitize | sanitize-emulated | gpu-prepare | gpu-sanitize | test-arm64 | clean
 # The active virtual or conda environment is used if there is one, else .venv is made here.
 PYTHON ?= python3
 ENV := $(or $(VIRTUAL_ENV),$(CONDA_PREFIX),$(CURDIR)/.venv)
@@ -13,7 +13,7 @@ JOBS ?= 2
 GPU := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2> /dev/null | head -n 1 | tr -d .)
 export XFORMER_KERNELS_CUDA_ARCHS ?= $(or $(GPU),90)
 
-.PHONY: demo test lint bench fuzz sanitize sanitize-emulated gpu-prepare gpu-sanitize test-arm64 setup clean
+.PHONY: demo test lint docs bench fuzz sanitize sanitize-emulated gpu-prepare gpu-sanitize test-arm64 setup clean
 
 demo: setup
 	$(BIN)/python -m bench.demo
@@ -47,6 +47,10 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
 	$(BIN)/mypy
+
+# The site, in build/site; a link that leads nowhere is an error.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # The compiled kernels once more, instrumented, under the tests that reach all of them. Warnings are not errors in this
 # build: with sanitizers on, GCC warns of the deliberately undefined values in its own intrinsics. An instruction level

@@ -119,5 +119,6 @@ def _commit() -> str:
         return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True).stdout.strip()
 
     commit = git("rev-parse", "--short=12", "HEAD")
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results", ":!README.md")
+    rewritten = (":!bench/results", ":!README.md", ":!docs")
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", *rewritten)
     return (commit or "unknown") + ("-modified" if changed else "")

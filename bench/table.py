@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench.cells import END, ROOT, cell, machine, opening
+from bench.cells import END, FIELDS, ROOT, cell, directions, find, machine, many, mean, numbers, opening
+from bench.table_models import MODELS, SUMMARY, render_models, render_summary
 from bench.table_tasks import (
     LEARNING,
     METRICS,
@@ -42,7 +42,6 @@ GOALS = {
 EAGER = ("unfused", "folded", "fused")
 # (dtype, allocator) of the runs; only the first one is shown for each workload
 RUNS = (("float32", "default"), ("float32", "raised"), ("bfloat16", "raised"))
-FIELDS = ("speedup_over_eager", "speedup_over_compile", "fraction_of_limit")
 
 
 def render(folder: Path) -> str:
@@ -57,7 +56,7 @@ def render(folder: Path) -> str:
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for workload in dict.fromkeys(row["workload"] for row in first["rows"]):
-        cells = [cell(_find(first, workload, d).get(field)) for d in _directions(first) for field in FIELDS]
+        cells = [cell(find(first, workload, d).get(field)) for d in directions(first) for field in FIELDS]
         lines.append(f"| {workload} | {' | '.join(cells)} |")
     for (dtype, allocator), run in runs.items():
         label = dtype if allocator == "default" else f"{dtype}, {allocator} allocator"
@@ -76,7 +75,7 @@ def render_machines(folder: Path) -> str:
     ]
     for path in sorted(folder.parent.glob("*/op-cpu-*.json")):
         run = json.loads(path.read_text())
-        means = [cell(mean) for mean in _means(run)]
+        means = [cell(value) for value in _means(run)]
         lines.append(
             f"| {run['machine']}, {run['date'][:10]} | {run['dtype']}, {run['allocator']} | {' | '.join(means)} |"
         )
@@ -86,8 +85,8 @@ def render_machines(folder: Path) -> str:
 def _means(run: dict[str, Any]) -> list[float | None]:
     """Geometric means of each field in each direction, over the workloads with many tokens."""
     return [
-        _mean(run, direction, field, lambda workload: _numbers(workload)[1] >= 1024)
-        for direction in _directions(run)
+        mean(run, direction, field, lambda workload: numbers(workload)[1] >= 1024)
+        for direction in directions(run)
         for field in FIELDS
     ]
 
@@ -99,7 +98,7 @@ def render_layers(folder: Path) -> str:
     if not all(path.exists() for path in paths):
         return f"{begin}\nNot measured yet.\n{END}"
     runs = [json.loads(path.read_text()) for path in paths]
-    regrets = [_regrets(run, direction) for run in runs for direction in _directions(run)]
+    regrets = [_regrets(run, direction) for run in runs for direction in directions(run)]
     lines = [
         begin,
         f"{_origin(runs[0])}. Of the forms chosen, the worst regret is {max(regrets)[0]:.0%}, at {max(regrets)[1]}.",
@@ -109,17 +108,17 @@ def render_layers(folder: Path) -> str:
         "|---|---:|---:|---:|---:|---:|---|",
     ]
     for run, kind in zip(runs, ("layers", "blocks"), strict=True):
-        directions = _directions(run)
+        both = directions(run)
         for workload in dict.fromkeys(row["workload"] for row in run["rows"]):
-            found = [_find(run, workload, direction) for direction in directions]
+            found = [find(run, workload, direction) for direction in both]
             cells = [cell(row.get(field)) for row in found for field in FIELDS[:2]]
             forms = dict.fromkeys(row["form"] for row in found if row.get("form"))
             lines.append(
                 f"| {workload} | {' | '.join(cells)} | {cell(found[-1].get('memory_of_eager'))} "
                 f"| {', then '.join(forms) or '-'} |"
             )
-        means = [cell(_mean(run, direction, field, _many)) for direction in directions for field in FIELDS[:2]]
-        memory = cell(_mean(run, directions[-1], "memory_of_eager", _many))
+        means = [cell(mean(run, direction, field, many)) for direction in both for field in FIELDS[:2]]
+        memory = cell(mean(run, both[-1], "memory_of_eager", many))
         lines.append(f"| mean of {kind} where N >= 8C | {' | '.join(means)} | {memory} | |")
     return "\n".join([*lines, END])
 
@@ -147,7 +146,7 @@ def render_gpu(folder: Path) -> str:
 
 
 def render_backbones(folder: Path) -> str:
-    """For the README: time of timm's models over that of ours, in the same variant: unfused, folded and fused."""
+    """For the page of benchmarks: time of timm's models over that of ours, unfused and fused alike."""
     begin = opening(BACKBONES, folder)
     (run,) = _backbones(folder, "forward", ("",))
     if run is None:
@@ -279,31 +278,6 @@ def _load(folder: Path, dtype: str, allocator: str) -> dict[str, Any]:
     return run
 
 
-def _directions(run: dict[str, Any]) -> list[str]:
-    return list(dict.fromkeys(row["direction"] for row in run["rows"]))
-
-
-def _find(run: dict[str, Any], workload: str, direction: str) -> dict[str, Any]:
-    rows = [r for r in run["rows"] if (r["workload"], r["direction"], r["provider"]) == (workload, direction, "cpp")]
-    return rows[0] if rows else {}
-
-
-def _numbers(workload: str) -> list[int]:
-    return [int(number) for number in workload.split("(")[1].strip(")").split(",")]
-
-
-def _many(workload: str) -> bool:
-    """The same as workloads.LayerShape.many."""
-    _, N, C, _ = _numbers(workload)
-    return N >= 8 * C
-
-
-def _mean(run: dict[str, Any], direction: str, field: str, many: Callable[[str], bool]) -> float | None:
-    rows = [r for r in run["rows"] if r["direction"] == direction and r["provider"] == "cpp" and r[field]]
-    values = [r[field] for r in rows if many(r["workload"])]
-    return math.exp(sum(map(math.log, values)) / len(values)) if values else None
-
-
 def render_variants(folder: Path) -> str:
     """For the integrations page: our kernels compared with the original code of each model."""
     begin = opening(VARIANTS, folder)
@@ -317,7 +291,7 @@ def render_variants(folder: Path) -> str:
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for workload in dict.fromkeys(row["workload"] for row in run["rows"]):
-        cells = [cell(_find(run, workload, d).get(field)) for d in _directions(run) for field in FIELDS]
+        cells = [cell(find(run, workload, d).get(field)) for d in directions(run) for field in FIELDS]
         lines.append(f"| {workload} | {' | '.join(cells)} |")
     return "\n".join([*lines, END])
 
@@ -325,6 +299,8 @@ def render_variants(folder: Path) -> str:
 def replace(readme: str, table: str) -> str:
     """`readme` with the table of the same kind replaced by `table`."""
     begins = (
+        SUMMARY,
+        MODELS,
         BEGIN,
         LAYERS,
         GPU,
@@ -343,9 +319,10 @@ def replace(readme: str, table: str) -> str:
     return before + table + rest.split(END, 1)[1]
 
 
-ON_GPU: dict[str, tuple[Callable[[Path], str], ...]] = {"README.md": (render_gpu,)}
+ON_GPU: dict[str, tuple[Callable[[Path], str], ...]] = {"docs/benchmarks.md": (render_gpu,)}
 ON_CPU: dict[str, tuple[Callable[[Path], str], ...]] = {
-    "README.md": (render, render_machines, render_layers, render_backbones),
+    "README.md": (render_summary,),
+    "docs/benchmarks.md": (render, render_machines, render_layers, render_models, render_backbones),
     "docs/backbone.md": (render_forward, render_training),
     "docs/training.md": (render_learning,),
     "docs/detection.md": (partial(render_scenes, "detect"),),

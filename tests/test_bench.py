@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import re
 import sys
 from pathlib import Path
 
@@ -232,12 +231,6 @@ def test_wrong_and_failing_providers_are_reported(load, capsys):
         assert main._right(case, "shape", told, "cpu") == right
     assert "not timed: off by one" in told["b", "shape"]
     assert "failed: RuntimeError: out of memory" in told["c", "shape"]
-
-
-def test_table_of_layers_in_the_readme_comes_from_the_result_files(load):
-    table, readme = load("table"), (ROOT / "README.md").read_text()
-    (folder,) = re.findall(re.escape(table.LAYERS).replace(r"\{\}", "(.*?)"), readme)
-    assert table.render_layers(ROOT / folder) in readme
 
 
 def test_table_of_layers(load, monkeypatch, tmp_path):

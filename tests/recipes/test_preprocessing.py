@@ -58,10 +58,10 @@ def evaluated(card, pixels):
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 @pytest.mark.parametrize("crop_pct", [1.0, 0.95, 0.875, 0.9])
 def test_documented_lines_are_the_evaluation(crop_pct, interpolation):
-    text = (Path(__file__).parents[2] / "docs" / "backbone.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "export.md").read_text()
     (block,) = re.findall(r"<!-- preparation -->\n```python\n(.*?)```", text, re.S)
     names = {}
-    exec(compile(block, "docs/backbone.md", "exec"), names)
+    exec(compile(block, "docs/export.md", "exec"), names)
     for size in (32, 45):
         card = Card("", 5, image_size=size, crop_pct=crop_pct, interpolation=interpolation)
         for sides in SIZES + TALL:

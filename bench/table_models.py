@@ -1,0 +1,77 @@
+"""The table of the README, and that of whole models."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from bench.cells import END, FIELDS, cell, directions, find, machine, many, mean, numbers, opening
+
+SUMMARY = "<!-- summary: python -m bench.table {} -->"
+MODELS = "<!-- models: python -m bench.table {} -->"
+# what the README shows: rows over which means are taken, by the file of their run
+MEANS: dict[str, tuple[str, Callable[[str], bool]]] = {
+    "the operator, mean of N ≥ 1024": ("op-cpu-float32", lambda workload: numbers(workload)[1] >= 1024),
+    "the layer, mean of N ≥ 8 C": ("layer-cpu-float32", many),
+    "the half block, mean of N ≥ 8 C": ("layer-cpu-float32-blocks", many),
+}
+
+
+def render_summary(folder: Path) -> str:
+    """For the README: means of the operator, layers and half blocks, and whole models, of one machine."""
+    runs = {what: (_load(folder / f"{name}.json"), among) for what, (name, among) in MEANS.items()}
+    models = _load(folder / "model-cpu-float32.json")
+    lines = [
+        opening(SUMMARY, folder),
+        f"{models['machine']}, {models['threads']} threads, {models['dtype']}, torch {models['versions']['torch']}.",
+        "",
+        "| | forward: x eager | x compiled | forward+backward: x eager | x compiled | memory of eager's | run |",
+        "|---|---:|---:|---:|---:|---:|---|",
+    ]
+    for what, (run, among) in runs.items():
+        both = directions(run)
+        values = [mean(run, direction, field, among) for direction in both for field in FIELDS[:2]]
+        memory = mean(run, both[-1], "memory_of_eager", among)
+        lines.append(f"| {what} | {' | '.join(map(cell, [*values, memory]))} | {_origin(run)} |")
+    for workload in dict.fromkeys(row["workload"] for row in models["rows"]):
+        found = [find(models, workload, direction) for direction in directions(models)]
+        values = [row.get(field) for row in found for field in FIELDS[:2]]
+        memory = found[-1].get("memory_of_eager")
+        lines.append(f"| {workload} | {' | '.join(map(cell, [*values, memory]))} | {_origin(models)} |")
+    return "\n".join([*lines, END])
+
+
+def render_models(folder: Path) -> str:
+    """For the page of benchmarks: whole models before and after replacement, and what no attention could exceed."""
+    run = _load(folder / "model-cpu-float32.json")
+    lines = [
+        opening(MODELS, folder),
+        f"{machine(run)}.",
+        "",
+        "| model, image | forward: x eager | forward+backward: x eager | memory of eager's "
+        "| attention's share of forward | most that attention could gain | output error | gradient error |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for workload in dict.fromkeys(row["workload"] for row in run["rows"]):
+        forward, both = (find(run, workload, direction) for direction in directions(run))
+        cells = [
+            *(cell(row["speedup_over_eager"]) for row in (forward, both)),
+            cell(both["memory_of_eager"]),
+            f"{forward['attention_share']:.0%}",
+            cell(forward["bound"]),
+            f"{forward['output_error']:.0e}",
+            f"{both['gradient_error']:.0e}",
+        ]
+        lines.append(f"| {workload} | {' | '.join(cells)} |")
+    return "\n".join([*lines, END])
+
+
+def _load(path: Path) -> dict[str, Any]:
+    run: dict[str, Any] = json.loads(path.read_text())
+    return run
+
+
+def _origin(run: dict[str, Any]) -> str:
+    return f"{run['date'][:10]}, {run['commit']}"
