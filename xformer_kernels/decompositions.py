@@ -19,6 +19,7 @@ from torch import Tensor
 
 from xformer_kernels import linear_ops, ops, reference
 from xformer_kernels import torch_internals as internals
+from xformer_kernels._ops import ops as _ops
 from xformer_kernels.layer import ops as layer_ops
 from xformer_kernels.spec import Spec
 
@@ -36,7 +37,7 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
 
 def _register(op: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        overload = getattr(torch.ops.xformer_kernels, op).default
+        overload = getattr(_ops, op).default
         _decompositions[overload] = function
         internals.decompose_in_onnx(overload, function, fake)
         return function

@@ -29,6 +29,8 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from xformer_kernels import linear_ops, ops  # noqa: F401 - linear_ops defines an op
+from xformer_kernels._ops import add_op_namespace_prefix
+from xformer_kernels._ops import ops as _ops
 from xformer_kernels.layer.ops import Choices, Operands, Saved
 from xformer_kernels.spec import Spec
 
@@ -97,7 +99,7 @@ def _register(op: str, macs: Callable[..., int]) -> None:
     def flops(*args: Any, out_shape: Any = None, **_: Any) -> int:
         return 2 * macs(*args)
 
-    register_flop_formula(getattr(torch.ops.xformer_kernels, op))(flops)
+    register_flop_formula(getattr(_ops, op))(flops)
 
 
 for _op, _macs in MACS.items():
@@ -110,7 +112,7 @@ def fvcore_handlers() -> dict[str, Callable[[list[Any], list[Any]], int]]:
     def handler(macs: Callable[..., int]) -> Callable[[list[Any], list[Any]], int]:
         return lambda inputs, outputs: macs(*map(_known, inputs))
 
-    return {f"xformer_kernels::{op}": handler(macs) for op, macs in MACS.items()}
+    return {add_op_namespace_prefix(op): handler(macs) for op, macs in MACS.items()}
 
 
 def _known(value: Any) -> Any:

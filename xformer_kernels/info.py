@@ -18,17 +18,16 @@ from typing import Any
 
 import torch
 
-import xformer_kernels
-from xformer_kernels import dispatch
+from xformer_kernels import __version__, dispatch
 
-PACKAGE = Path(xformer_kernels.__file__).parent
+PACKAGE = Path(__file__).parent
 
 
 def collect() -> dict[str, Any]:
     """The printed information as plain data."""
     return {
         "versions": {
-            "xformer_kernels": xformer_kernels.__version__,
+            "xformer_kernels": __version__,
             "torch": torch.__version__,
             "triton": _version("triton"),
             "python": platform.python_version(),
@@ -77,7 +76,7 @@ def processor_name() -> str:
 def _compiled(name: str, note_of_build: str) -> dict[str, Any]:
     """The build information of a compiled module, or why it is not used."""
     try:
-        module = importlib.import_module(f"xformer_kernels.{name}")
+        module = importlib.import_module(f"{__package__}.{name}")
     except ImportError as error:
         note = PACKAGE / note_of_build
         built = {"why it was not built": note.read_text().strip()} if note.exists() else {}

@@ -32,10 +32,12 @@ from torch.nn import Parameter
 
 from xformer_kernels import autocast, dispatch, reference
 from xformer_kernels import torch_internals as internals
+from xformer_kernels._ops import add_op_namespace_prefix
+from xformer_kernels._ops import ops as _ops
 from xformer_kernels.backends import layouts
 from xformer_kernels.spec import Spec
 
-library = torch.library.Library("xformer_kernels", "DEF")
+library = torch.library.Library(add_op_namespace_prefix("").removesuffix("::"), "DEF")
 library.define(
     "xfa_forward(Tensor q, Tensor k, Tensor v, Tensor temperature, Tensor? token_mask, str spec, str backend)"
     " -> (Tensor out, Tensor stats)"
@@ -52,7 +54,6 @@ library.define(
     "channel_mix(Tensor x, Tensor weight, Tensor? bias, Tensor? add, Tensor? add_scale, Tensor? x2, Tensor? weight2,"
     " str backend) -> Tensor"
 )
-_ops = torch.ops.xformer_kernels
 
 
 # ------------------------------------------------------------------------------------------------- eager without a trip
@@ -401,7 +402,7 @@ def register(
     if tokens:
         for key in ("AutocastCPU", "AutocastCUDA"):
             library.impl(op, under_autocast, key)
-    torch.library.register_fake(f"xformer_kernels::{op}", fake, lib=library)
+    torch.library.register_fake(add_op_namespace_prefix(op), fake, lib=library)
 
 
 register("xfa_forward", _fake_xfa_forward, _Xfa, ("q", "k", "v"))

@@ -22,9 +22,9 @@ from xformer_kernels.spec import Spec
 from xformer_kernels.validate import DTYPES
 
 PATHS: dict[str, Any] = {
-    "cpp": "xformer_kernels.backends.cpp",
-    "triton": "xformer_kernels.backends.triton",
-    "cuda": "xformer_kernels.backends.cuda",
+    "cpp": f"{__name__}.cpp",
+    "triton": f"{__name__}.triton",
+    "cuda": f"{__name__}.cuda",
 }
 """The backends, in the order in which ``backend="auto"`` tries them: the path of a module, or a module-like object.
 
