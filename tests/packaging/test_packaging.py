@@ -112,6 +112,8 @@ def test_wheel_from_sdist(source, tmp_path, without_nvcc):
     extension = facts["info"]["extension"]
     assert extension["loaded"] and extension["version"] == facts["info"]["versions"]["xformer_kernels"]
     assert extension["levels"] == LEVEL == extension["level in use"]
+    assert (tmp_path / "installed" / "xformer" / "recipes" / "configs" / "small.toml").is_file()
+    assert not (tmp_path / "installed" / "experiments").exists()
     if hidden:
         lines = [line for line in said(done).splitlines() if "xformer_kernels._cuda" in line]
         assert len(lines) == 1 and "was not built: no CUDA toolkit" in lines[0], lines
