@@ -1,4 +1,4 @@
-"""Data sets for the engine, for any task: training and evaluation sources, and the order of their batches."""
+"""Data sets of any task: training and evaluation sources, and the order of their batches."""
 
 from __future__ import annotations
 
