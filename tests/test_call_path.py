@@ -56,10 +56,10 @@ def test_number_of_frames_to_the_kernel(monkeypatch, need_backend):
 def test_spec_checks_and_text():
     for config in CONFIGS:
         spec = config.spec.check()
-        assert Spec.of_text(spec.text) == spec and hash(spec) == hash(config.spec)
-    assert Spec.of_text(Spec(eps=1e-300).text).eps == 1e-300
+        assert Spec.of_text(spec.text()) == spec and hash(spec) == hash(config.spec)
+    assert Spec.of_text(Spec(eps=1e-300).text()).eps == 1e-300
     linear = Spec.of_linear_attention("softmax_tokens", True, 0.3, 1e-5)
-    assert Spec.of_text(linear.text) == linear and linear.feature_maps == ("softmax_features", "softmax_tokens")
+    assert Spec.of_text(linear.text()) == linear and linear.feature_maps == ("softmax_features", "softmax_tokens")
     for wrong, error, said in (
         (Spec(map="key_query"), ValueError, "map must be one of 'query_key', 'key_value', got 'key_query'"),
         (Spec(norm=None), ValueError, "norm must be one of"),
@@ -98,14 +98,14 @@ def channel_mix(x, weight, bias, add, add_scale, x2, weight2):
 
 def xfa_forward(q, k, v, temperature, token_mask, spec):
     B, H, _, D = q.shape
-    out = reference.xfa(q, k, v, temperature, **spec.of_xfa, token_mask=token_mask)
+    out = reference.xfa(q, k, v, temperature, **spec.of_xfa(), token_mask=token_mask)
     return out.transpose(1, 2).contiguous(), q.new_empty(B, H, D * D + 2 * D)
 
 
 def xfa_backward(dout, q, k, v, temperature, stats, token_mask, spec, packed):
     with torch.enable_grad():
         inputs = [x.detach().requires_grad_() for x in (q, k, v, temperature)]
-        out = reference.xfa(*inputs, **spec.of_xfa, token_mask=token_mask)
+        out = reference.xfa(*inputs, **spec.of_xfa(), token_mask=token_mask)
         *dqkv, dtemperature = torch.autograd.grad(out, inputs, dout)
     return torch.stack([x.transpose(1, 2) for x in dqkv]), dtemperature
 

@@ -57,7 +57,7 @@ def test_layer_counts_passes_and_algebra(map):
     args = layer_ops.Operands(x, *module.weights())
     args = args._replace(temperature=args.temperature.reshape(-1))
     choices = layer_ops.Choices(None, None, Spec(map), None, False, "")
-    as_in_schemas = (*choices._replace(spec=choices.spec.text), "reference")
+    as_in_schemas = (*choices._replace(spec=choices.spec.text()), "reference")
 
     def total(function):
         """Products with vectors (means and biases) are linear in C, and not part of the formulas."""

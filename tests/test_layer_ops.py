@@ -30,7 +30,7 @@ def small(device):
 
 def arguments(layer, backend, keep=None):
     tensors = [t if t is None else t.detach() for t in layer.tensors]
-    return layer_ops.Operands(*tensors), (keep, layer.token_mask, Spec().text, layer.ln_eps, True, "", backend)
+    return layer_ops.Operands(*tensors), (keep, layer.token_mask, Spec().text(), layer.ln_eps, True, "", backend)
 
 
 @pytest.mark.parametrize("block", [False, True], ids=["layer", "block"])

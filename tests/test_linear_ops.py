@@ -25,7 +25,7 @@ def test_ops_of_linear_attention(op, feature_map, kernel, device):
     """All elements of the results are written, as the comparison with fake and compiled calls shows."""
     if not dispatch.fuses_linear_attention(kernel, (feature_map, feature_map), torch.float32, (5, 4)):
         pytest.skip(f"{kernel} composes linear attention, and has no such op")
-    spec = Spec.of_linear_attention(feature_map, True, 0.5, 1e-5).text
+    spec = Spec.of_linear_attention(feature_map, True, 0.5, 1e-5).text()
     q, k, v, dout = (
         randn(2, 3, n, d, seed=d + n, device=device).requires_grad_() for n, d in ((7, 5), (11, 5), (11, 4), (7, 4))
     )

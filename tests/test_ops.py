@@ -30,7 +30,7 @@ def op_samples(kernel, device, dtype):
     for config, masked, grad in ((CONFIGS[0], False, True), (CONFIGS[3], True, True), (CONFIGS[4], True, False)):
         p = make_problem((2, 9, 2, 4), config, dtype=dtype, masked=masked, device=device)
         q, k, v, t = p.inputs() if grad else (p.q, p.k, p.v, p.temperature)
-        choices = (p.token_mask, config.spec.text, kernel)
+        choices = (p.token_mask, config.spec.text(), kernel)
         yield OPS.xfa_forward, (q, k, v, t, *choices)
         _, stats = OPS.xfa_forward(p.q, p.k, p.v, p.temperature, *choices)
         yield OPS.xfa_backward, (p.dout.requires_grad_(grad), q, k, v, t, stats, *choices[:2], False, kernel)

@@ -53,7 +53,7 @@ def _not_computed(statistics: Tensor) -> Tensor:
 def _xfa_forward(
     q: Tensor, k: Tensor, v: Tensor, temperature: Tensor, token_mask: Tensor | None, spec: str, backend: str
 ) -> tuple[Tensor, Tensor]:
-    out = reference.xfa(q, k, v, temperature, **Spec.of_text(spec).of_xfa, token_mask=token_mask)
+    out = reference.xfa(q, k, v, temperature, **Spec.of_text(spec).of_xfa(), token_mask=token_mask)
     _, statistics = ops._fake_xfa_forward(q, k, v, "reference")
     return out.transpose(1, 2), _not_computed(statistics)
 
@@ -74,7 +74,7 @@ def _channel_mix(x: Tensor, weight: Tensor, *others: Any) -> Tensor:
 def _linear_attention_forward(
     q: Tensor, k: Tensor, v: Tensor, query_mask: Tensor | None, token_mask: Tensor | None, spec: str, backend: str
 ) -> tuple[Tensor, Tensor]:
-    choices = Spec.of_text(spec).of_linear
+    choices = Spec.of_text(spec).of_linear()
     out = reference.linear_attention(q, k, v, **choices, query_mask=query_mask, token_mask=token_mask)
     _, statistics = linear_ops._fake_forward(q, k, v, query_mask, token_mask, spec, "reference")
     return out.transpose(1, 2), _not_computed(statistics)

@@ -91,7 +91,10 @@ def xfa(
 
 
 class Arguments(NamedTuple):
-    """The checked arguments of :func:`xfa`, with the temperature as (H,)."""
+    """The checked arguments of :func:`xfa`, with the temperature as (H,).
+
+    It has methods, not properties: torch.compile of PyTorch 2.10 does not trace properties of a NamedTuple of tensors.
+    """
 
     q: Tensor
     k: Tensor
@@ -102,16 +105,13 @@ class Arguments(NamedTuple):
     dropout_p: float = 0.0
     map_fn: Callable[[Tensor], Tensor] | None = None
 
-    @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self.q, self.k, self.v, self.temperature
 
-    @property
     def fusible(self) -> bool:
         """Whether a single op can compute the call, if the backend supports the Spec; otherwise it is composed."""
         return self.map_fn is None and self.dropout_p == 0
 
-    @property
     def promotes(self) -> bool:
         """Whether a float64 temperature promotes the tokens to float64."""
         return self.temperature.dtype is torch.float64 and self.q.dtype is not torch.float64
@@ -119,9 +119,9 @@ class Arguments(NamedTuple):
 
 def prepared(a: Arguments, backend: str) -> Callable[[], Sequence[Tensor]]:
     """A callable that computes :func:`xfa`; its first result is out (B, N, H, D)."""
-    if a.promotes:
+    if a.promotes():
         return partial(_rounded, a, backend)
-    q, tensors, fusible = a.q, a.tensors, a.fusible
+    q, tensors, fusible = a.q, a.tensors(), a.fusible()
     first = dispatch.first_asked(q, a.spec) if fusible else None
     name = backend_of(backend, tensors, (q.dtype, a.temperature.dtype), head_dims(q), first)
     spec = a.spec.with_normal_eps(reference.accumulate_dtype(q.dtype))
@@ -140,7 +140,9 @@ def _reference(a: Arguments) -> tuple[Tensor]:
     note_reference("xfa")
     map_fn = None if a.map_fn is None else _checked_result(a.map_fn)
     with autocast.disabled(a.q):
-        out = reference.xfa(*a.tensors, **a.spec.of_xfa, token_mask=a.token_mask, dropout_p=a.dropout_p, map_fn=map_fn)
+        out = reference.xfa(
+            *a.tensors(), **a.spec.of_xfa(), token_mask=a.token_mask, dropout_p=a.dropout_p, map_fn=map_fn
+        )
     return (out.transpose(1, 2),)
 
 
@@ -279,10 +281,10 @@ def explain(
     spec = Spec(map, norm, activation, eps).check()
     q, k, v, temperature = _prepare(q, k, v, temperature, token_mask, dropout_p, map_fn)
     a = Arguments(q, k, v, temperature, spec, token_mask, dropout_p, map_fn)
-    if ops.torch_only(*a.tensors):
+    if ops.torch_only(*a.tensors()):
         return dispatch.explain_reference(backend, TORCH_ONLY)
-    first = dispatch.first_asked(q, spec) if a.fusible and not a.promotes else None
-    dtypes = (torch.float64 if a.promotes else q.dtype, temperature.dtype)
+    first = dispatch.first_asked(q, spec) if a.fusible() and not a.promotes() else None
+    dtypes = (torch.float64 if a.promotes() else q.dtype, temperature.dtype)
     return dispatch.explain(backend, q.device.type, dtypes, head_dims(q), first, {"q": q, "k": k, "v": v})
 
 

@@ -83,7 +83,7 @@ def linear_attention(
     with autocast.disabled(q):
         if name == "reference":
             functional.note_reference("linear_attention")
-            return reference.linear_attention(q, k, v, **spec.of_linear, query_mask=query_mask, token_mask=token_mask)
+            return reference.linear_attention(q, k, v, **spec.of_linear(), query_mask=query_mask, token_mask=token_mask)
         return _composed(q, k, v, spec, query_mask, token_mask, name)
 
 

@@ -75,7 +75,7 @@ class _LinearAttentionBackward(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         *tensors, query_mask, token_mask = ctx.saved_tensors
         function = partial(
-            reference.linear_attention, **ctx.spec.of_linear, query_mask=query_mask, token_mask=token_mask
+            reference.linear_attention, **ctx.spec.of_linear(), query_mask=query_mask, token_mask=token_mask
         )
         return None, *ops.differentiated_again(function, tensors, gradients), None, None, None, None, None
 

@@ -249,7 +249,7 @@ def _through_modules(layer: Any, x: Tensor, call: Call, p: float | None) -> Tens
         return A
 
     out = xfa(
-        q, k, v, layer.temperature, **call.spec.of_xfa,
+        q, k, v, layer.temperature, **call.spec.of_xfa(),
         token_mask=call.token_mask, dropout_p=p or 0.0, map_fn=dropped_map if p is None else None, backend=call.backend,
     )  # fmt: skip
     y: Tensor = layer.proj(out.transpose(1, 2).flatten(2))

@@ -161,7 +161,7 @@ def channel_mix(
 
 
 def _dispatched(op: str, backend: str) -> Callable[..., Any]:
-    return lambda *args: getattr(_ops, op)(*(x.text if isinstance(x, Spec) else x for x in args), backend)
+    return lambda *args: getattr(_ops, op)(*(x.text() if isinstance(x, Spec) else x for x in args), backend)
 
 
 # ------------------------------------------------------------------------------------------------------------- autograd
@@ -226,7 +226,7 @@ class _XfaBackward(torch.autograd.Function):
     def backward(ctx: Any, ddqkv: Tensor | None, ddtemperature: Tensor | None) -> tuple[Tensor | None, ...]:
         grads = (*((None,) * 3 if ddqkv is None else ddqkv.transpose(2, 3).unbind(0)), ddtemperature)
         *tensors, token_mask = ctx.saved_tensors
-        function = partial(reference.xfa, **ctx.spec.of_xfa, token_mask=token_mask)
+        function = partial(reference.xfa, **ctx.spec.of_xfa(), token_mask=token_mask)
         return None, *differentiated_again(function, tensors, grads), None, None, None, None
 
 

@@ -23,7 +23,10 @@ LEAST = torch.finfo(torch.float32).tiny
 
 
 class Spec(NamedTuple):
-    """The options of both functions; see their docstrings. Hashable."""
+    """The options of both functions; see their docstrings. Hashable.
+
+    It has methods where properties would do: torch.compile of PyTorch 2.10 does not trace properties of a NamedTuple.
+    """
 
     map: str = "query_key"
     norm: str = "token"
@@ -74,7 +77,6 @@ class Spec(NamedTuple):
                 f"map='key_value' and norm='none', got map={self.map!r} and norm={self.norm!r}"
             )
 
-    @property
     def of_xfa(self) -> dict[str, Any]:
         """The keyword arguments of :func:`xformer_kernels.xfa`."""
         return {"map": self.map, "norm": self.norm, "activation": self.activation, "eps": self.eps}
@@ -94,14 +96,12 @@ class Spec(NamedTuple):
         """Whether the map is a softmax; the activation applies to ``map="query_key"`` only."""
         return self.map == "query_key" and self.activation == "softmax"
 
-    @property
     def of_linear(self) -> dict[str, Any]:
         """The keyword arguments of :func:`xformer_kernels.linear_attention`."""
         return {
             "feature_map": self.feature_maps, "normalize": self.normalize, "scale": float(self.scale), "eps": self.eps,
         }  # fmt: skip
 
-    @property
     def text(self) -> str:
         """The spec as a string, for the schemas of the ops."""
         of_q, of_k = self.feature_maps
@@ -113,7 +113,7 @@ class Spec(NamedTuple):
     @staticmethod
     @lru_cache
     def of_text(text: str) -> Spec:
-        """The inverse of :attr:`text`."""
+        """The inverse of :meth:`text`."""
         map, norm, activation, eps, of_q, of_k, normalize, scale = text.split()
         return Spec(map, norm, activation, float(eps), (of_q, of_k), normalize == "1", float(scale))
 

@@ -22,7 +22,7 @@ def channel_attention(module: Any, call: Call, x: Tensor) -> Tensor:
     """timm's ``ChannelAttention``: A = softmax(scale k^T v) and q A^T, which is xfa of (k, v, q)."""
     q, k, v = heads_of(module.qkv(x), module.num_heads)
     scale = _each_head(module.scale, module.num_heads, x)
-    out = xfa(k, v, q, scale, backend=call.backend, **NO_NORMS.of_xfa)
+    out = xfa(k, v, q, scale, backend=call.backend, **NO_NORMS.of_xfa())
     y: Tensor = module.proj(out.transpose(1, 2).flatten(2))
     return y
 

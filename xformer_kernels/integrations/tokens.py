@@ -30,7 +30,7 @@ def attention(x: Tensor, qkv: Any, temperature: Tensor, proj: Any, p: float, cal
 
 def _direct(x: Tensor, qkv: Any, temperature: Tensor, p: float, call: Call) -> Tensor:
     q, k, v = heads_of(qkv(x), temperature.shape[0])
-    return xfa(q, k, v, temperature, dropout_p=p, backend=call.backend, **call.spec.of_xfa)
+    return xfa(q, k, v, temperature, dropout_p=p, backend=call.backend, **call.spec.of_xfa())
 
 
 def _is_pointwise(conv: Any) -> bool:

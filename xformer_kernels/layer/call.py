@@ -31,7 +31,7 @@ class Call(NamedTuple):
     def keywords(self) -> dict[str, Any]:
         """The keyword arguments of :func:`xfa_layer` and :func:`xfa_block`."""
         others = {name: value for name, value in self._asdict().items() if name not in ("spec", "kernels")}
-        return {**self.spec.of_xfa, **others}
+        return {**self.spec.of_xfa(), **others}
 
     def check(self, o: Operands, *block: Any) -> None:
         """Checks all arguments. `block`: ln_eps and residual of a half block."""
@@ -61,7 +61,7 @@ class Call(NamedTuple):
         if self.group is None:
             return
         absent = [t is None for t in o]
-        choices = (self.spec.text, float(self.dropout_p), self.form)
+        choices = (self.spec.text(), float(self.dropout_p), self.form)
         # gradients of any operand, which make the Gram form's backward communicate; of q and k, for the direct form's
         of_qk = (o.x, o.qkv_weight, o.qkv_bias, o.ln_weight, o.ln_bias)
         wanted = [ops.wants_grad(*o), ops.wants_grad(*of_qk)]

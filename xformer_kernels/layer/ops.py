@@ -64,7 +64,6 @@ class Choices(NamedTuple):
     residual: bool
     group: str
 
-    @property
     def rule(self) -> algebra.Rule:
         return algebra.Rule(self.spec.map, self.spec.activation, self.spec.eps, self.spec.norm == "token")
 
@@ -130,7 +129,7 @@ def _forward(backend: str, *args: Any) -> tuple[Tensor, ...]:
         S, _, s = (t.squeeze(1) for t in gram(heads, heads, True, mask, c, choices.ln_eps))
         n = s.new_full((x.shape[0], 1), x.shape[1]) if mask is None else mask.sum(1, keepdim=True).to(s.dtype)
         S, s, n = parallel.total(choices.group, S, s, n)
-        m, statistics = algebra.forward(algebra.Sums(S, s, n, c), w, choices.keep, choices.rule)
+        m, statistics = algebra.forward(algebra.Sums(S, s, n, c), w, choices.keep, choices.rule())
         operands = passes.with_head(x, statistics.M, m, x if choices.residual else None, None, None)
         y = passes.without_head(mix(*operands, c, choices.ln_eps, False))
         if mask is not None:
@@ -154,7 +153,7 @@ def _backward(backend: str, dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
         tokens = (dy.unsqueeze(1), x.unsqueeze(1))
         dM, dm, _ = (t.squeeze(1) for t in gram(*tokens, False, mask, c, choices.ln_eps))
         dM, dm = parallel.total(choices.group, dM, dm)
-        R, r, g = algebra.backward(dM, dm, sums, w, choices.keep, choices.rule, statistics)
+        R, r, g = algebra.backward(dM, dm, sums, w, choices.keep, choices.rule(), statistics)
         add = dy if choices.residual else None
         operands = passes.with_head(dy, saved.M.transpose(-2, -1), r, add, x, R)
         dx = passes.without_head(mix(*operands, c, choices.ln_eps, True))
@@ -240,7 +239,7 @@ def _reference(o: Operands, choices: Choices) -> Tensor:
         *o,
         ln_eps=choices.ln_eps,
         residual=choices.residual,
-        **spec.of_xfa,
+        **spec.of_xfa(),
         token_mask=choices.token_mask,
         map_fn=None if dropped is None else lambda scaled: reference.activate(scaled, spec) * dropped,
     )
