@@ -60,8 +60,11 @@ lint: setup
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
 	$(BIN)/mypy
 
-# The site, in build/site; a link that leads nowhere is an error.
+# The site, in build/site; a link that leads nowhere is an error. Its packages are those of the extra "docs".
 docs: setup
+	@$(BIN)/python -c 'from importlib.metadata import requires; print(*(r.partition(";")[0] \
+	  for r in requires("xformer-kernels") if "docs" in r.partition(";")[2]), sep="\n")' > build/docs.txt
+	$(BIN)/python -m pip install -q -r build/docs.txt
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # The compiled kernels once more, instrumented, under the tests that reach all of them. Warnings are not errors in this
