@@ -67,7 +67,8 @@ def faults_of_loop(row):
     size = 4 if row["dtype"] == "float32" else 2
     tile = LOOPS[row["kernel"]] * row["block_n"] * row["features"] * size
     in_flight = (row["stages"] - 1) * tile * row["resident"]
-    if in_flight < IN_FLIGHT:
+    normalised = row["kernel"].startswith("gram") and row["map"].endswith("feature")  # bound by products
+    if in_flight < IN_FLIGHT and not normalised:
         faults.append(f"{in_flight} bytes in flight: {row['resident']} programs of {row['registers']} registers")
     per_512 = loop["instructions"] / loop["vectors"]
     if row["features"] >= 32 and (row["features"] == 32 or size == 2) and per_512 > MOST_INSTRUCTIONS[row["dtype"]]:
