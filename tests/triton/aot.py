@@ -42,6 +42,8 @@ TYPES = {
     torch.bool: "*i1",
     torch.int64: "*i64",
 }
+LABEL = re.compile(r"^\s*(\.L_x_\d+):")
+LINE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(\S+)\s*(.*?);")
 TENSOR_CORE = re.compile(r"HMMA|HGMMA|UTC\w*MMA|DMMA|v_mfma")
 INSTRUCTION = re.compile(
     r"\b((?:HMMA|HGMMA|UTC\w*MMA|DMMA|LDGSTS|LDG|STG|LDL|STL)[.\w]*|v_mfma_\w+|(?:global|buffer)_load_\w+)\b"
@@ -68,17 +70,17 @@ class Job(NamedTuple):
 def recording(arch: str) -> Iterator[list[Launch]]:
     """Within it, ops on meta tensors launch nothing and think that they are on `arch`."""
     recorded: list[Launch] = []
-    saved = ops._run, launch.target
+    saved = ops._run, ops._slots, launch.target
 
     def run(kernel: Any, grid: int, config: configs.Config, *args: Any, **constants: Any) -> None:
         recorded.append(Launch(kernel, config, args, constants))
 
-    ops._run = run
+    ops._run, ops._slots = run, lambda *_, **__: 2 * PROCESSORS[arch]
     launch.target = lambda device: launch.Target(arch, PROCESSORS[arch])
     try:
         yield recorded
     finally:
-        ops._run, launch.target = saved
+        ops._run, ops._slots, launch.target = saved
 
 
 def launches(job: Job) -> dict[str, Launch]:
@@ -146,6 +148,41 @@ def signature(launched: Launch) -> dict[str, str]:
     return {**types, **dict.fromkeys(launched.constants, "constexpr")}
 
 
+class Loop(NamedTuple):
+    """A loop of machine code for NVIDIA: instructions, accesses of 16 bytes to memory outside the processor, products,
+    and how many groups of asynchronous loads may be outstanding after each of its waits."""
+
+    instructions: int
+    vectors: float
+    products: int
+    outstanding: list[int]
+
+
+def loops(code: str) -> list[Loop]:
+    """The loops of nvdisasm's listing of one kernel."""
+    lines: list[tuple[str, str]] = []
+    labels: dict[str, int] = {}
+    found = []
+    for line in code.splitlines():
+        if label := LABEL.match(line):
+            labels[label[1]] = len(lines)
+        elif instruction := LINE.search(line):
+            lines.append((instruction[1], instruction[2]))
+            to = re.search(r"\.L_x_\d+", instruction[2])
+            begin = labels.get(to[0]) if to and instruction[1].startswith("BRA") else None
+            if begin is not None and begin < len(lines) - 1:
+                found.append(lines[begin:])
+    return [_loop(body) for body in found]
+
+
+def _loop(body: list[tuple[str, str]]) -> Loop:
+    accesses = [op for op, _ in body if re.match(r"(LDG|LDGSTS|STG)\.", op)]
+    size = sum(16 if ".128" in op else 8 if ".64" in op else 4 for op in accesses)
+    products = sum(bool(re.match(r"FFMA|HMMA|HGMMA|DMMA", op)) for op, _ in body)
+    outstanding = [int(rest.split(",")[-1], 16) for op, rest in body if op.startswith("DEPBAR") and "SB0" in rest]
+    return Loop(len(body), size / 16, products, outstanding)
+
+
 def compile_one(job: Job, name: str, launched: Launch) -> dict[str, Any]:
     """A row of the table; raises what the compiler raises."""
     config = launched.config
@@ -168,7 +205,13 @@ def compile_one(job: Job, name: str, launched: Launch) -> dict[str, Any]:
             usage = _output(TOOLS / "cuobjdump", "--dump-resource-usage", file.name)
             code = _output(TOOLS / "nvdisasm", "-c", "-ndf", file.name)
         numbers = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
-        row |= {"registers": numbers["REG"], "spilled": numbers["STACK"] + numbers["LOCAL"]}
+        resources = launch.Target(job.arch, PROCESSORS[job.arch])
+        row |= {
+            "registers": numbers["REG"],
+            "spilled": numbers["STACK"] + numbers["LOCAL"],
+            "resident": launch.resident(resources, config.warps, numbers["REG"], row["shared"]),
+            "loops": [loop._asdict() for loop in loops(code)],
+        }
     else:
         code = compiled.asm["amdgcn"]
         row |= {

@@ -1,9 +1,10 @@
 """Every kernel at every shipped configuration, compiled for GPUs that are not there; see aot.py.
 
 What must hold: it compiles, its shared memory fits, nothing spills, products of 16 bits and of tf32 use tensor cores,
-contiguous tokens are loaded by 128 bits (on NVIDIA). The table of registers, shared memory and spills is left in
-build/triton. All of it is compiled where tests are thorough, else every row for one architecture, and for another one
-and the oldest the row of most shared memory.
+contiguous tokens are loaded by 128 bits (on NVIDIA). On sm_90, of up to 64 features, tokens are loaded while others are
+multiplied, enough of them to hide the latency of memory, and with few instructions. The table of registers, shared
+memory and spills is left in build/triton. All of it is compiled where tests are thorough, else every row for one
+architecture, and for another one and the oldest the row of most shared memory.
 """
 
 from __future__ import annotations
@@ -47,6 +48,34 @@ NARROW = ("map_backward",)
 NO_PRODUCT = (*NARROW, "linear_maxima")
 
 
+# loops over tokens, and how many tensors each reads
+LOOPS = {"gram": 2, "gram of dout": 2, "apply": 1, "gradients": 3}
+# instructions for 512 bytes: of 16 bits, and of float32, whose products of 32 features take 64 of them
+MOST_INSTRUCTIONS = {"bfloat16": 40, "float32": 100}
+IN_FLIGHT = 32 << 10
+"""Bytes per multiprocessor, by Little's law on an H100 or H200."""
+
+
+def faults_of_loop(row):
+    """Of the loop over tokens, which is the one with most products."""
+    if row["dtype"] == "float32" and row["features"] > 32 and row["kernel"] == "gradients":
+        return []  # its maps do not fit in registers, and its loops are bound by multiply-adds
+    loop = max(row["loops"], key=lambda loop: loop["products"])
+    faults = []
+    if not loop["outstanding"] or min(loop["outstanding"]) < 1:
+        faults.append(f"waits for all loads: {loop}")
+    size = 4 if row["dtype"] == "float32" else 2
+    tile = LOOPS[row["kernel"]] * row["block_n"] * row["features"] * size
+    in_flight = (row["stages"] - 1) * tile * row["resident"]
+    normalised = row["kernel"].startswith("gram") and row["map"].endswith("feature")  # bound by products
+    if in_flight < IN_FLIGHT and not normalised:
+        faults.append(f"{in_flight} bytes in flight: {row['resident']} programs of {row['registers']} registers")
+    per_512 = loop["instructions"] / loop["vectors"]
+    if row["features"] >= 32 and (row["features"] == 32 or size == 2) and per_512 > MOST_INSTRUCTIONS[row["dtype"]]:
+        faults.append(f"{per_512:.0f} instructions for 512 bytes: {loop}")
+    return faults
+
+
 def compiled(name, arch, dtypes, arguments):
     """Rows of the table; the interpreter's variable, which the tests set, must not be seen by the compiler."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
@@ -71,6 +100,8 @@ def test_resources(name):
             faults.append(f"{what}: spills {row['spilled']} bytes of a thread's registers ({row['registers']})")
         if row["shared"] > SHARED[arch]:
             faults.append(f"{what}: {row['shared']} bytes of shared memory")
+        if arch == "sm_90" and row["dtype"] in MOST_INSTRUCTIONS and row["features"] <= 64 and row["kernel"] in LOOPS:
+            faults += [f"{what}: {fault}" for fault in faults_of_loop(row)]
         multiplies = row["kernel"] not in NO_PRODUCT
         cut = "tf32" in row["dtype"] and row["kernel"] != "gram, symmetric"  # which norms come of
         if multiplies and not row["tensor_core"] and (not row["dtype"].startswith("float32") or cut):

@@ -14,11 +14,12 @@ import torch
 from cases import CONFIGS, make_problem, packed, randn, random_mask
 
 import xformer_kernels as xk
+from bench import workloads
 from xformer_kernels import dispatch
 
 backend = pytest.importorskip("xformer_kernels.backends.triton", reason="triton is not installed")
 
-from xformer_kernels.backends.triton import configs, launch, ops, plan  # noqa: E402
+from xformer_kernels.backends.triton import configs, launch, plan  # noqa: E402
 from xformer_kernels.reference import accumulate_dtype  # noqa: E402
 from xformer_kernels.testing import assert_bitwise, assert_close  # noqa: E402
 
@@ -237,7 +238,50 @@ def test_split_covers_the_tokens(N, units):
     assert parts >= 1 and parts * chunk >= N and (parts - 1) * chunk < max(N, 1)
     assert chunk % plan.CHUNK == 0
     assert parts == 1 or parts * parts * record <= 2 * N * row
-    assert parts == 1 or units < 2 * 132
+    assert parts <= max(plan.PARTS, plan.cdiv(132, units))
+
+
+@pytest.mark.parametrize("resident", range(1, 7))
+@pytest.mark.parametrize("shape", workloads.OP_SHAPES["gpu"], ids=str)
+def test_programs_fill_a_device(shape, resident):
+    """Of 132 multiprocessors with one to six programs each; sequences under 1024 tokens are not cut as finely."""
+    slots, units = 132 * resident, shape.B * shape.H
+    for size in (2, 4):
+        row = shape.D * size
+        maps = ((plan.split_sums, shape.D**2 * 4, row), (plan.split_tokens, 3 * shape.D**2 * size, 3 * row))
+        for split, record, bytes_of_token in maps:
+            parts, chunk, _ = split(shape.N, units, record, bytes_of_token, slots, 64)
+            assert plan.busy(units * parts, slots) > (0.95 if shape.many else 0.77)
+            assert shape.N / (parts * chunk) > 0.87  # the last chunk is nearly as long as the others
+
+
+def test_programs_of_a_multiprocessor():
+    """As NVIDIA's occupancy calculator and AMD's documents say."""
+    hopper, radeon = launch.Target("sm_90", 132), launch.Target("gfx942", 304, 64 << 10)
+    assert launch.resident(hopper, 4, 144, 32 << 10) == 3
+    assert launch.resident(hopper, 4, 32, 0) == 16
+    assert launch.resident(hopper, 4, 255, 0) == 2
+    assert launch.resident(hopper, 4, 64, 90_112) == 2
+    assert launch.resident(launch.Target("sm_120", 170, 100 << 10, 1536), 4, 32, 0) == 12
+    assert launch.resident(radeon, 4, 128, 0) == 4
+    assert launch.resident(radeon, 4, 128, 24 << 10) == 2
+    assert launch.resident(hopper, 8, 255, 300_000) == 1
+
+
+def test_offsets_within_a_tile_are_short_unless_tokens_lie_far_apart():
+    def far(stride_n, stride_d, N=2, row=0):
+        tokens = torch.empty_strided((1, 1, N, 3), (1, 1, stride_n, stride_d), device="meta")
+        return launch.far(tokens, None, row=row)
+
+    assert not far(96, 1) and not far(1, 1 << 22) and far(1, 1 << 23)
+    assert not far((1 << 22) - 1, 1) and far(1 << 22, 1) and not far(1 << 22, 1, N=1)
+    assert far(96, 1, row=1 << 22)
+
+
+def test_dtemperature_of_more_batches_than_are_loaded_at_a_time(triton_runs, ran_backend):
+    p = make_problem((130, 1, 2, 3))
+    with ran_backend("triton", "xfa_backward"):
+        p.check(p.run(partial(xk.xfa, backend="triton")))
 
 
 @pytest.mark.parametrize("N", [0, 5000, 16384, 10**6, 2**33])
@@ -256,7 +300,7 @@ def test_many_parts_are_summed_first(config, monkeypatch, triton_runs, ran_backe
     monkeypatch.setattr(plan, "LONGEST", 128)
     monkeypatch.setattr(plan, "SHORT", plan.CHUNK)
     p = make_problem((2, 600, 2, 8), config, masked=True)
-    assert ops._split(p.q, 8, configs.Key("gram", p.q.dtype, 8, "gram")) == (3, plan.CHUNK, True)
+    assert plan.split_sums(600, 4, 4 * 8 * 8, 4 * 8, 8, 128) == (3, plan.CHUNK, True)
     with ran_backend("triton", "xfa_forward", "xfa_backward"):
         p.check(p.run(partial(xk.xfa, backend="triton")))
     G, ssq, _ = xk.gram(p.q, p.k, backend="triton")

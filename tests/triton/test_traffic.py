@@ -61,7 +61,7 @@ def counting(tensors):
 
 
 def run(N, D, dtype, map, norm):
-    """Counts of forward, counts of backward; features and tokens are whole blocks, so that nothing is padded."""
+    """Counts of forward, counts of backward."""
     inputs = {name: randn(B, H, N, D, seed=i, dtype=dtype) for i, name in enumerate(("q", "k", "v", "dout"))}
     t, spec = torch.ones(H), Spec(map, norm)
     q, k, v, dout = inputs.values()
@@ -88,20 +88,22 @@ def models(D, dtype, map, norm, at_once):
 @pytest.mark.one_in(3)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("map, norm", CHOICES, ids="-".join)
-@pytest.mark.parametrize("N, D", [(512, 32), (128, 256)])
+@pytest.mark.parametrize("N, D", [(512, 32), (128, 256), (500, 48)])
 def test_model_is_what_the_kernels_do(N, D, map, norm, dtype):
     inputs, forward, backward = run(N, D, dtype, map, norm)
     size = inputs["q"].nbytes
     for (loads, stores, terms), model in zip((forward, backward), models(D, dtype, map, norm, False), strict=True):
         assert {name: count / size for name, count in loads.items() if count} == model.reads
         assert not any(stores.values())
-        assert terms[0] == model.products * B * H * N * D * D
+        if N % 128 == 0 and configs.block(D) == D:  # products are of whole tiles, loads are not
+            assert terms[0] == model.products * B * H * N * D * D
 
 
 @pytest.mark.parametrize("map, norm", CHOICES, ids="-".join)
 def test_one_launch(map, norm, monkeypatch):
     """As many heads as fill the machine: simulated by a machine of one processor."""
-    monkeypatch.setattr(launch, "target", lambda device: launch.Target("interpreter", 0))
+    monkeypatch.setattr(launch, "target", lambda device: launch.Target("interpreter", 1))
+    monkeypatch.setattr(ops, "_slots", lambda *_, **__: 1)
     inputs, (loads, _, terms), _ = run(512, 32, torch.float32, map, norm)
     model, _ = models(32, torch.float32, map, norm, True)
     assert {name: count / inputs["q"].nbytes for name, count in loads.items() if count} == model.reads

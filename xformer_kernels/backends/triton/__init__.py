@@ -1,7 +1,8 @@
 """GPU kernels in Triton; under ``TRITON_INTERPRET=1`` they run on CPU tensors instead, slowly, for tests.
 
 Each function has the signature of its op and returns newly allocated tensors. The kernels read any strides in place,
-accumulate in fp32 (fp64 for fp64) and sum in an order that depends only on the shapes and the device.
+accumulate in fp32 (fp64 for fp64) and sum in an order that depends only on the shapes, the device and the compiled
+kernel: a launch has as many programs as the device runs at the same time, or a few times as many.
 """
 
 from __future__ import annotations

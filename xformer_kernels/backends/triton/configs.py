@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import triton
@@ -24,6 +24,7 @@ from triton.runtime.errors import OutOfResources, PTXASError
 
 from xformer_kernels.backends.triton import replay
 
+Result = TypeVar("Result")
 AUTOTUNE = "XFORMER_KERNELS_AUTOTUNE"
 CACHE = "XFORMER_KERNELS_CACHE"
 
@@ -103,7 +104,7 @@ _TABLE: dict[tuple[str, int], dict[Any, tuple[int, ...]]] = {
     },
     ("gram", 4): {
         16: (64, 16, 0, 4, 3, 255),
-        32: (32, 32, 0, 4, 3, 255),
+        32: (32, 32, 0, 2, 3, 255),
         64: (32, 64, 0, 4, 3),
         128: (32, 128, 0, 8, 3, 255),
         256: (32, 128, 0, 8, 3, 255),
@@ -112,33 +113,33 @@ _TABLE: dict[tuple[str, int], dict[Any, tuple[int, ...]]] = {
     ("gram_normalised", 4): {d: (64 if d == 16 else 32, min(d, 64), 0, 4, 3, 255) for d in BLOCKS},
     ("gram_normalised", 8): {d: (16, min(d, 32), 0, 4, 2, 255) for d in BLOCKS},
     ("apply", 2): {
-        16: (64, 16, 16, 4, 2),
-        32: (64, 32, 32, 4, 2),
-        64: (64, 64, 64, 4, 2),
-        128: (64, 128, 128, 8, 2, 255),
-        256: (32, 64, 256, 8, 2, 255),
+        16: (64, 16, 16, 4, 3),
+        32: (64, 32, 32, 4, 3),
+        64: (64, 64, 64, 4, 3),
+        128: (64, 128, 128, 8, 3, 255),
+        256: (32, 64, 256, 8, 3, 255),
         (256, "gfx942"): (32, 32, 256, 8, 1),
     },
     ("apply", 4): {
-        16: (64, 16, 16, 4, 2),
-        32: (64, 32, 32, 4, 2),
-        64: (64, 64, 64, 4, 2),
-        128: (32, 64, 128, 8, 2, 255),
-        256: (16, 64, 256, 8, 2, 255),
+        16: (64, 16, 16, 4, 3),
+        32: (64, 32, 32, 4, 3),
+        64: (32, 64, 64, 4, 3, 255),
+        128: (32, 64, 128, 8, 3, 255),
+        256: (16, 64, 256, 8, 3, 255),
         (256, "gfx942"): (16, 32, 256, 8, 1),
     },
     ("apply", 8): {d: (16, min(d, 32), d, 4, 1) for d in BLOCKS},
     ("forward", 2): {
-        16: (64, 16, 16, 4, 2),
-        32: (64, 32, 32, 4, 2, 255),
-        64: (64, 64, 64, 4, 2),
-        128: (32, 128, 128, 8, 2, 255),
+        16: (64, 16, 16, 4, 3),
+        32: (64, 32, 32, 4, 3, 255),
+        64: (64, 64, 64, 4, 3),
+        128: (32, 128, 128, 8, 3, 255),
         (128, "gfx942"): (64, 128, 128, 8, 1),
     },
     ("forward", 4): {
-        16: (32, 16, 16, 4, 2),
-        32: (32, 32, 32, 4, 2),
-        64: (32, 64, 64, 8, 2),
+        16: (32, 16, 16, 4, 3),
+        32: (32, 32, 32, 4, 3),
+        64: (32, 64, 64, 8, 3),
         128: (16, 128, 128, 8, 2, 255),
     },
     ("forward", 8): {d: (16, d, d, 4, 1) for d in (16, 32, 64)},
@@ -151,40 +152,40 @@ _TABLE: dict[tuple[str, int], dict[Any, tuple[int, ...]]] = {
     },
     ("map_backward", 8): {d: (0, 8, 0, 16, 1) if d > 128 else (0, 8, 0, 8, 1, 255) for d in BLOCKS},
     ("gradients", 2): {
-        16: (64, 16, 16, 4, 2),
-        32: (64, 32, 32, 4, 2),
-        64: (64, 64, 64, 4, 2),
-        128: (32, 64, 64, 4, 2, 255),
-        256: (32, 64, 64, 8, 2, 255),
+        16: (64, 16, 16, 4, 3),
+        32: (64, 32, 32, 4, 3),
+        64: (64, 64, 64, 4, 3),
+        128: (32, 64, 64, 4, 3, 255),
+        256: (32, 64, 64, 8, 3, 255),
         (128, "gfx942"): (32, 32, 32, 4, 1),
         (256, "gfx942"): (32, 32, 32, 8, 1),
     },
     ("gradients", 4): {
-        16: (64, 16, 16, 4, 2),
-        32: (64, 32, 16, 4, 2),
+        16: (64, 16, 16, 4, 3),
+        32: (32, 32, 32, 4, 3, 255),
         64: (32, 64, 16, 4, 2),
-        128: (32, 64, 16, 4, 2),
+        128: (32, 64, 16, 4, 2, 255),
         256: (32, 64, 16, 8, 2, 255),
     },
     ("gradients", 8): {d: (32, 16, 16, 8, 1) for d in BLOCKS},
     ("channel_mix", 2): {
-        16: (64, 16, 16, 4, 2),
-        32: (64, 32, 32, 4, 2),
-        64: (64, 64, 64, 4, 2, 255),
-        128: (64, 64, 64, 4, 2, 255),
-        256: (64, 64, 64, 8, 2, 255),
+        16: (64, 16, 16, 4, 3),
+        32: (64, 32, 32, 4, 3),
+        64: (64, 64, 64, 4, 3, 255),
+        128: (64, 64, 64, 4, 3, 255),
+        256: (64, 64, 64, 8, 3, 255),
     },
     ("channel_mix", 4): {
-        16: (64, 16, 16, 4, 2, 255),
-        32: (64, 32, 16, 4, 2, 255),
-        64: (64, 64, 16, 8, 2),
-        128: (64, 64, 16, 8, 2),
-        256: (64, 64, 16, 8, 2),
+        16: (64, 16, 16, 4, 3, 255),
+        32: (64, 32, 16, 4, 3, 255),
+        64: (64, 64, 16, 8, 3),
+        128: (64, 64, 16, 8, 3),
+        256: (64, 64, 16, 8, 3),
     },
     ("channel_mix", 8): {d: (32, min(d, 32), 16, 4, 1) for d in BLOCKS},
     # whole maps; block_k of linear_queries: columns of S that are in registers beside dS
-    ("linear_maxima", 2): {d: (4096 // d, d, 0, 4, 2) for d in (16, 32, 64, 128)},
-    ("linear_maxima", 4): {d: (2048 // d, d, 0, 4, 2) for d in (16, 32, 64)},
+    ("linear_maxima", 2): {d: (4096 // d, d, 0, 4, 3) for d in (16, 32, 64, 128)},
+    ("linear_maxima", 4): {d: (2048 // d, d, 0, 4, 3) for d in (16, 32, 64)},
     ("linear_maxima", 8): {d: (1024 // d, d, 0, 4, 2) for d in (16, 32, 64)},
     ("linear_sums", 2): {
         16: (128, 16, 0, 4, 3),
@@ -199,40 +200,40 @@ _TABLE: dict[tuple[str, int], dict[Any, tuple[int, ...]]] = {
     },
     ("linear_sums", 8): {d: (16, d, 0, 4, 2, 255) for d in (16, 32, 64)},
     ("linear_apply", 2): {
-        16: (64, 16, 0, 4, 2),
-        32: (64, 32, 0, 4, 2),
-        64: (64, 64, 0, 4, 2, 255),
+        16: (64, 16, 0, 4, 3),
+        32: (64, 32, 0, 4, 3),
+        64: (64, 64, 0, 4, 3, 255),
         128: (32, 128, 0, 8, 2, 255),
         (128, "gfx942"): (16, 128, 0, 8, 2),
     },
     ("linear_apply", 4): {
-        16: (64, 16, 0, 4, 2),
-        32: (64, 32, 0, 4, 2),
-        64: (32, 64, 0, 8, 2, 255),
+        16: (64, 16, 0, 4, 3),
+        32: (64, 32, 0, 4, 3),
+        64: (32, 64, 0, 8, 3, 255),
     },
     ("linear_apply", 8): {d: (16, d, 0, 4, 1) for d in (16, 32, 64)},
     ("linear_queries", 2): {
-        16: (64, 16, 16, 4, 2, 255),
-        32: (64, 32, 32, 4, 2, 255),
-        64: (32, 64, 32, 4, 2, 255),
+        16: (64, 16, 16, 4, 3, 255),
+        32: (64, 32, 32, 4, 3, 255),
+        64: (32, 64, 32, 4, 3, 255),
         128: (16, 128, 64, 8, 2, 255),
     },
     ("linear_queries", 4): {
-        16: (32, 16, 16, 4, 2, 255),
-        32: (32, 32, 32, 4, 2, 255),
-        64: (16, 64, 64, 8, 2, 255),
+        16: (32, 16, 16, 4, 3, 255),
+        32: (32, 32, 32, 4, 3, 255),
+        64: (16, 64, 64, 8, 3, 255),
     },
     ("linear_queries", 8): {d: (16, d, d, 8, 1, 255) for d in (16, 32, 64)},
     ("linear_keys", 2): {
-        16: (64, 16, 0, 4, 2),
-        32: (64, 32, 0, 4, 2, 255),
-        64: (32, 64, 0, 4, 2, 255),
+        16: (64, 16, 0, 4, 3),
+        32: (64, 32, 0, 4, 3, 255),
+        64: (32, 64, 0, 4, 3, 255),
         128: (16, 128, 0, 8, 2, 255),
     },
     ("linear_keys", 4): {
-        16: (32, 16, 0, 4, 2, 255),
-        32: (32, 32, 0, 4, 2, 255),
-        64: (16, 64, 0, 8, 2, 255),
+        16: (32, 16, 0, 4, 3, 255),
+        32: (32, 32, 0, 4, 3, 255),
+        64: (16, 64, 0, 8, 3, 255),
         (64, "gfx942"): (16, 64, 0, 4, 2),
     },
     ("linear_keys", 8): {d: (16, d, 0, 4 if d == 16 else 8, 1, 255) for d in (16, 32, 64)},
@@ -245,15 +246,16 @@ def get(key: Key, arch: str) -> Config:
     return (_tuned().get(_name(key, arch)) if autotuning() else None) or shipped(key, arch)
 
 
-def launch(key: Key, arch: str, run: Callable[[Config], None]) -> None:
-    """Runs with the best known configuration. `run` may be called many times, so it must not read its own results."""
+def launch(key: Key, arch: str, run: Callable[[Config], Result]) -> Result:
+    """What `run` returns for the best known configuration. It may be called many times, so it must not read its own
+    results."""
     if autotuning() and _name(key, arch) not in _tuned():
         if not _capturing():
             with replay.paused():
                 _remember(_name(key, arch), fastest(candidates(key, arch), run))
         elif recorder := replay.recorder():
             recorder.repeatable = False
-    run(get(key, arch))
+    return run(get(key, arch))
 
 
 # ---------------------------------------------------------------------------------------------------------------- tuner
@@ -280,7 +282,7 @@ def candidates(key: Key, arch: str) -> list[Config]:
     return [first, *(config for config in found if config != first)]
 
 
-def fastest(configs: list[Config], run: Callable[[Config], None]) -> Config:
+def fastest(configs: list[Config], run: Callable[[Config], object]) -> Config:
     """The fastest configuration; those that exceed the device's resources are skipped."""
     times: dict[Config, float] = {}
     for config in configs:
@@ -293,7 +295,7 @@ def fastest(configs: list[Config], run: Callable[[Config], None]) -> Config:
     return min(times, key=times.__getitem__)
 
 
-def _seconds(call: Callable[[], None]) -> float:
+def _seconds(call: Callable[[], object]) -> float:
     if torch.cuda.is_available():
         return float(triton.testing.do_bench(call, warmup=5, rep=20, return_mode="median")) / 1e3
     start = time.perf_counter()

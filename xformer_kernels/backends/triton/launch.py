@@ -14,24 +14,53 @@ from xformer_kernels.backends.triton.kernels.tiles import INTERPRETED
 
 INTERPRETING = bool(INTERPRETED)
 VECTOR_BYTES = 16
+TALLEST = 512
+"""More tokens than any tile has."""
+WIDEST = 256
+"""As many features as any tile has."""
+_LDS = 64 << 10
+"""Bytes of shared memory per compute unit of AMD."""
+_RESERVED = 1024
+"""Bytes of shared memory that CUDA takes for each program."""
 
 
 class Target(NamedTuple):
-    """What a launch depends on in addition to its tensors."""
+    """What a launch depends on in addition to its tensors: the architecture, and the resources of the device."""
 
     arch: str
     processors: int
+    shared: int = 228 << 10
+    """Bytes of shared memory per multiprocessor."""
+    threads: int = 2048
+    """Threads per multiprocessor."""
 
 
 @cache
 def target(device: torch.device) -> Target:
-    """Architecture and number of multiprocessors; 4 for the interpreter, although it runs programs serially."""
+    """Of a device; of 4 multiprocessors for the interpreter, although it runs programs serially."""
     if INTERPRETING:
         return Target("interpreter", 4)
     properties = torch.cuda.get_device_properties(device)
+    processors, threads = properties.multi_processor_count, properties.max_threads_per_multi_processor
     if torch.version.hip:
-        return Target(properties.gcnArchName.partition(":")[0], properties.multi_processor_count)
-    return Target(f"sm_{properties.major}{properties.minor}", properties.multi_processor_count)
+        return Target(properties.gcnArchName.partition(":")[0], processors, _LDS, threads)
+    arch = f"sm_{properties.major}{properties.minor}"
+    return Target(arch, processors, properties.shared_memory_per_multiprocessor, threads)
+
+
+def resident(target: Target, warps: int, registers: int, shared: int) -> int:
+    """Programs that a multiprocessor runs at the same time, limited by registers per thread and bytes of shared memory.
+
+    Registers are those of four schedulers, which allocate them by the warp: 16384 of 32 threads on NVIDIA, on AMD 512
+    of each of 64 threads.
+    """
+    if target.arch.startswith("gfx"):
+        fit, threads, used = 512 // max(1, registers + -registers % 8), 64, shared
+    else:
+        per_warp = 32 * registers
+        fit, threads, used = 16384 // max(1, per_warp + -per_warp % 256), 32, shared + _RESERVED
+    by_memory = target.shared // used if used else fit * 4
+    return max(1, min(fit * 4 // warps, by_memory, target.threads // (threads * warps)))
 
 
 def is_current(device: torch.device) -> bool:
@@ -67,6 +96,15 @@ def _alignment(t: Tensor) -> int:
         if size > 1:
             most = _power_of_two(stride, most)
     return most
+
+
+def far(*tokens: Tensor | None, row: int = 0) -> bool:
+    """Whether offsets within a tile need 64 bits. `row`: numbers between tokens of the results."""
+    steps = [row * TALLEST]
+    for t in tokens:
+        if t is not None:
+            steps.append(t.stride(-2) * TALLEST * (t.shape[-2] > 1) + t.stride(-1) * WIDEST)
+    return max(steps) >= 1 << 31
 
 
 def out_alignment(features: int, itemsize: int) -> int:

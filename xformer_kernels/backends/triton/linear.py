@@ -54,7 +54,7 @@ class _Call:
         """How queries or keys are split, if each program writes sums, or reads those of all parts of another pass."""
         split = plan.split_sums if sums else plan.split_tokens
         row = max(1, (self.D + self.Dv) // 2) * self.dtype.itemsize
-        return split(tokens, self.B * self.H, self.record * self.wide.itemsize, row, self.target.processors)
+        return split(tokens, self.B * self.H, self.record * self.wide.itemsize, row, 2 * self.target.processors)
 
     def records(self, *parts: int) -> Tensor:
         return self.empty((*parts, self.B, self.H, self.record), self.wide)
@@ -104,7 +104,7 @@ def linear_attention_forward(
         call.run(
             key_sums_kernel, "linear_sums", keys.parts,
             (k, v, mask, stats, partial, *k.stride(), *v.stride(), *mask_strides, M, B, H, keys.parts, keys.chunk),
-            **call.shared, **masked, **launch.alignment(k=k, v=v),
+            **call.shared, **masked, **launch.alignment(k=k, v=v), FAR=launch.far(k, v),
             PRECISION=launch.tokens_precision(q.dtype, call.target.arch),
         )  # fmt: skip
         parts = keys.parts
@@ -115,6 +115,7 @@ def linear_attention_forward(
             (q, q_mask, partial, stats, out, *q.stride(), *q_mask_strides, N, B, H, parts, queries.parts,
              queries.chunk),
             **call.shared, **call.of_queries, **call.map, HAS_MASK=query_mask is not None, **launch.alignment(q=q),
+            FAR=launch.far(q, row=H * Dv),
             OUT_ALIGN=launch.out_alignment(Dv, q.element_size()),
         )  # fmt: skip
     return out, stats
@@ -136,6 +137,7 @@ def _maxima(
         maxima_kernel, "linear_maxima", split.parts,
         (k, mask, found, *k.stride(), *mask_strides, found.stride(-2), call.M, B, H, split.parts, split.chunk),
         **{name: call.shared[name] for name in ("ACC", "D", "BLOCK_D")}, **masked, **launch.alignment(k=k),
+        FAR=launch.far(k),
     )  # fmt: skip
     if split.parts > 1:
         ops._reduce(torch.amax, found, highest)
@@ -169,8 +171,8 @@ def linear_attention_backward(
             (q, dout, q_mask, stats, partial, dq, *q.stride(), *dout.stride(), *q_mask_strides, N, B, H, queries.parts,
              queries.chunk),
             **call.shared, **call.of_queries, **call.map, HAS_MASK=query_mask is not None,
-            **launch.alignment(q=q, g=dout), OUT_ALIGN=launch.out_alignment(D, q.element_size()),
-            CHANNEL_MAJOR=channel_major(q),
+            **launch.alignment(q=q, g=dout), FAR=launch.far(q, dout, row=H * D),
+            OUT_ALIGN=launch.out_alignment(D, q.element_size()), CHANNEL_MAJOR=channel_major(q),
         )  # fmt: skip
         parts = queries.parts
         if queries.many:
@@ -180,7 +182,7 @@ def linear_attention_backward(
             (k, v, mask, stats, partial, dk, dv, *k.stride(), *v.stride(), *mask_strides, M, B, H, parts, keys.parts,
              keys.chunk),
             **call.shared, **call.map, HAS_MASK=token_mask is not None, **launch.alignment(k=k, v=v),
-            OUT_ALIGN=launch.out_alignment(D, q.element_size()),
+            FAR=launch.far(k, v, row=H * max(D, Dv)), OUT_ALIGN=launch.out_alignment(D, q.element_size()),
             OUT_ALIGN_V=launch.out_alignment(Dv, q.element_size()), CHANNEL_MAJOR=channel_major(k),
             CHANNEL_MAJOR_V=channel_major(v),
         )  # fmt: skip

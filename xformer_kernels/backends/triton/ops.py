@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
 from xformer_kernels.backends.triton import configs, launch, plan, replay
+from xformer_kernels.backends.triton.choices import Choices, gram_key
 from xformer_kernels.backends.triton.kernels.backward import gradients_kernel, map_backward_kernel
 from xformer_kernels.backends.triton.kernels.forward import apply_kernel, forward_kernel
 from xformer_kernels.backends.triton.kernels.gram import gram_kernel
@@ -25,39 +27,6 @@ _one_at_a_time: AbstractContextManager[Any] = threading.Lock() if launch.INTERPR
 _TRANSPOSING = ("sm_90", "sm_100")
 # Strides of absent tensors.
 _NONE3, _NONE4 = (0, 0, 0), (0, 0, 0, 0)
-
-
-class Choices(NamedTuple):
-    """The mathematical options of a call as compile-time constants of the kernels."""
-
-    KEY_VALUE: bool
-    TOKEN_NORM: bool
-    FEATURE_NORM: bool
-    """If neither TOKEN_NORM nor FEATURE_NORM is set, nothing is divided by norms."""
-    SOFTMAX: bool
-    EPS: float
-
-    @property
-    def name(self) -> str:
-        """The name in the tuner's keys."""
-        norm = "token" if self.TOKEN_NORM else "feature" if self.FEATURE_NORM else "none"
-        return f"{('query_key', 'key_value')[self.KEY_VALUE]}-{norm}"
-
-    @property
-    def squares(self) -> str:
-        """Which sums of squares the forward's Gram pass computes besides those of k; see gram.accumulate."""
-        return "" if not self.TOKEN_NORM else "ac" if self.KEY_VALUE else "ab"
-
-
-def _gram_key(dtype: torch.dtype, D: int, choices: Choices, norm: bool, suffix: str = "") -> configs.Key:
-    """The tuner's key of a Gram pass; normalised tokens are multiplied in the accumulate dtype."""
-    if norm:
-        return configs.Key("gram_normalised", accumulate_dtype(dtype), D, choices.name + suffix)
-    return configs.Key("gram", dtype, D, choices.name + suffix)
-
-
-def _choices(spec: Spec) -> Choices:
-    return Choices(spec.map == "key_value", spec.norm == "token", spec.norm == "feature", spec.softmax, spec.eps)
 
 
 def _empty(size: tuple[int, ...], dtype: torch.dtype, like: Tensor) -> Tensor:
@@ -83,6 +52,16 @@ def transposes(arch: str) -> bool:
     return arch in _TRANSPOSING
 
 
+def _slots(device: torch.device, kernel: Any, config: configs.Config, *args: Any, **constants: Any) -> int:
+    """Number of programs that the device runs at the same time. Sizes among the arguments may have any value."""
+    target = launch.target(device)
+    if launch.INTERPRETING:
+        return 2 * target.processors
+    compiled = kernel.run(*args, grid=(1,), warmup=True, **constants, **config.options())
+    compiled._init_handles()
+    return target.processors * launch.resident(target, config.warps, compiled.n_regs, compiled.metadata.shared)
+
+
 def _run(kernel: Any, grid: int, config: configs.Config, *args: Any, **constants: Any) -> None:
     with _one_at_a_time:
         compiled = kernel[(grid,)](*args, **constants, **config.options())
@@ -98,23 +77,13 @@ def _reduce(function: Any, partial: Tensor, out: Tensor) -> Tensor:
     return out
 
 
-def _split(x: Tensor, features: int, key: configs.Key) -> plan.Split:
-    """How the tokens are split for a Gram pass, and for the pass that reads its partial results."""
-    B, H, N, D = x.shape
-    side = min(configs.get(key, launch.target(x.device).arch).block_o, configs.block(D))
-    tiles = plan.cdiv(D, side) * plan.cdiv(features, side)
-    record = D * features * accumulate_dtype(x.dtype).itemsize
-    return plan.split_sums(N, B * H * tiles, record, D * x.element_size(), launch.target(x.device).processors)
-
-
 def _gram(
     key: configs.Key,
-    split: plan.Split,
     a: Tensor,
     b: Tensor,
     c: Tensor,
     token_mask: Tensor | None,
-    results: tuple[Tensor, Tensor, Tensor],
+    records: Callable[[int], tuple[Tensor, Tensor, Tensor]],
     steps: tuple[int, int, int],
     eps: float = 0.0,
     *,
@@ -122,31 +91,43 @@ def _gram(
     squares: str = "ab",
     norm_a: bool = False,
     norm_b: bool = False,
-) -> None:
-    """Launches a^T b into `results`, G and two sums of squares: (parts, B, H) records, `steps` apart."""
+) -> tuple[plan.Split, tuple[Tensor, Tensor, Tensor]]:
+    """Launches a^T b. Returns how the tokens were split, and the results: G and two sums of squares.
+
+    `records` gives memory for the results of this many parts: (parts, B, H) records, `steps` numbers apart.
+    """
     B, H, N, DA = a.shape
     DB = b.shape[-1]
     mask, mask_strides = _mask(token_mask, a)
-    arch = launch.target(a.device).arch
-    precision = launch.gram_precision(a.dtype, norm_a or norm_b, arch, symmetric)
-    facts = launch.alignment(a=a, b=b, c=c)
-    acc = _ACC[accumulate_dtype(a.dtype)]
+    target = launch.target(a.device)
+    precision = launch.gram_precision(a.dtype, norm_a or norm_b, target.arch, symmetric)
+    facts = {**launch.alignment(a=a, b=b, c=c), "FAR": launch.far(a, b, c)}
+    acc = accumulate_dtype(a.dtype)
+    strides = (*a.stride(), *b.stride(), *c.stride(), *mask_strides, *steps)
 
-    def run(config: configs.Config) -> None:
-        if precision == "tf32" and transposes(arch):
+    def run(config: configs.Config) -> tuple[plan.Split, tuple[Tensor, Tensor, Tensor]]:
+        if precision == "tf32" and transposes(target.arch):
             config = config._replace(stages=1)
         block_a, block_b = (min(config.block_o, configs.block(D)) for D in (DA, DB))
         tiles = plan.cdiv(DA, block_a) * plan.cdiv(DB, block_b)
+        constants = {
+            **facts, "ACC": _ACC[acc], "EPS": eps, "DA": DA, "DB": DB, "BLOCK_A": block_a, "BLOCK_B": block_b,
+            "BLOCK_N": config.block_n, "SYMMETRIC": symmetric, "SQUARES": squares, "NORM_A": norm_a, "NORM_B": norm_b,
+            "HAS_MASK": token_mask is not None, "PRECISION": precision,
+        }  # fmt: skip
+        of_results = (a.new_empty(0, dtype=acc),) * 3
+        slots = _slots(a.device, gram_kernel, config, a, b, c, mask, *of_results, *strides, N, B, H, 1, N, **constants)
+        split = plan.split_sums(
+            N, B * H * tiles, DA * DB * acc.itemsize, DA * a.element_size(), slots, config.block_n
+        )  # fmt: skip
+        results = records(split.parts)
         _run(
             gram_kernel, B * H * split.parts * tiles, config,
-            a, b, c, mask, *results, *a.stride(), *b.stride(), *c.stride(), *mask_strides, *steps,
-            N, B, H, split.parts, split.chunk,
-            ACC=acc, EPS=eps, DA=DA, DB=DB, BLOCK_A=block_a, BLOCK_B=block_b, BLOCK_N=config.block_n,
-            SYMMETRIC=symmetric, SQUARES=squares, NORM_A=norm_a, NORM_B=norm_b, HAS_MASK=token_mask is not None,
-            PRECISION=precision, **facts,
+            a, b, c, mask, *results, *strides, N, B, H, split.parts, split.chunk, **constants,
         )  # fmt: skip
+        return split, results
 
-    configs.launch(key, arch, run)
+    return configs.launch(key, target.arch, run)
 
 
 @replay.planned
@@ -154,21 +135,25 @@ def gram(a: Tensor, b: Tensor, symmetric: bool, token_mask: Tensor | None) -> tu
     B, H, _, DA = a.shape
     DB = b.shape[-1]
     dtype = accumulate_dtype(a.dtype)
-    key = configs.Key("gram", a.dtype, max(DA, DB), "symmetric" if symmetric else "gram")
-    split = _split(a, DB, key)
     sizes = ((DA, DB), (DA,), (DB,))
-    parts = () if split.parts == 1 else (split.parts,)
-    parts_G, parts_a, parts_b = (_empty((*parts, B, H, *size), dtype, a) for size in sizes)
-    results = (parts_G, parts_a, parts_b)
-    if B * H:
-        with launch.on_device(a.device):
-            _gram(key, split, a, b, a, token_mask, results, (DA * DB, DA, DB), symmetric=symmetric)
-    if parts:
-        G, ssq_a, ssq_b = (_empty((B, H, *size), dtype, a) for size in sizes)
-        for partial, out in zip(results, (G, ssq_a, ssq_b), strict=True):
-            _reduce(torch.sum, partial, out)
+
+    def records(parts: int) -> tuple[Tensor, Tensor, Tensor]:
+        leading = (B, H) if parts == 1 else (parts, B, H)
+        G, ssq_a, ssq_b = (_empty((*leading, *size), dtype, a) for size in sizes)
         return G, ssq_a, ssq_b
-    return results
+
+    if B * H == 0:
+        return records(1)
+    key = configs.Key("gram", a.dtype, max(DA, DB), "symmetric" if symmetric else "gram")
+    with launch.on_device(a.device):
+        split, results = _gram(key, a, b, a, token_mask, records, (DA * DB, DA, DB), symmetric=symmetric)
+        if split.parts == 1:
+            return results
+        G, ssq_a, ssq_b = (
+            _reduce(torch.sum, partial, _empty((B, H, *size), dtype, a))
+            for partial, size in zip(results, sizes, strict=True)
+        )
+    return G, ssq_a, ssq_b
 
 
 @replay.planned
@@ -191,7 +176,7 @@ def channel_mix(
     own = all(w is None or w.dtype == x.dtype for w in (weight, weight2))
     arch = launch.target(x.device).arch
     precision = (launch.tokens_precision if own else launch.map_precision)(x.dtype, arch)
-    facts = launch.alignment(x=x, x2=x2, add=add)
+    facts = {**launch.alignment(x=x, x2=x2, add=add), "FAR": launch.far(x, x2, add, row=H * O)}
 
     def strides(t: Tensor | None, none: tuple[int, ...]) -> tuple[int, ...]:
         return none if t is None else t.stride()
@@ -231,13 +216,9 @@ def xfa_forward(
     stats = _empty((B, H, D * D + 2 * D), accumulate_dtype(q.dtype), q)
     if B * H == 0:
         return out, stats
-    choices = _choices(spec)
-    split = _split(q, D, _gram_key(q.dtype, D, choices, choices.FEATURE_NORM))
     with launch.on_device(q.device):
-        if split.parts == 1 and plan.fits_one_launch(D, stats.element_size()):
-            _forward_at_once(q, k, v, temperature, token_mask, choices, out, stats)
-        else:
-            _forward_in_two(q, k, v, temperature, token_mask, choices, out, stats, split)
+        if not _forward_at_once(q, k, v, temperature, token_mask, Choices.of(spec), out, stats):
+            _forward_in_two(q, k, v, temperature, token_mask, Choices.of(spec), out, stats)
     return out, stats
 
 
@@ -263,26 +244,39 @@ def _forward_at_once(
     choices: Choices,
     out: Tensor,
     stats: Tensor,
-) -> None:
+) -> bool:
+    """Launches the forward in which a program owns a head, unless two launches use more of the device."""
     B, H, N, D = q.shape
-    mask, mask_strides = _mask(token_mask, q)
     target = launch.target(q.device)
-    constants = {**_of_map(q, choices), **launch.alignment(q=q, k=k, v=v)}
+    few = N <= plan.CHUNK
+    if not plan.fits_one_launch(D, stats.element_size()) or not (few or target.processors <= B * H):
+        return False
+    if N > plan.LONGEST:
+        return False
+    mask, mask_strides = _mask(token_mask, q)
+    constants = {
+        **_of_map(q, choices), **launch.alignment(q=q, k=k, v=v), "FAR": launch.far(q, k, v, row=H * D),
+        "WIDE_MAP": q.dtype is not torch.bfloat16, "SOFTMAX": choices.SOFTMAX, "FEATURE_NORM": choices.FEATURE_NORM,
+        "HAS_MASK": token_mask is not None, "OUT_ALIGN": launch.out_alignment(D, q.element_size()),
+        "PRECISION": launch.gram_precision(q.dtype, choices.FEATURE_NORM, target.arch),
+        "MAP_PRECISION": launch.map_precision(q.dtype, target.arch),
+    }  # fmt: skip
+    args = (
+        q, k, v, temperature, mask, stats, out, *q.stride(), *k.stride(), *v.stride(), temperature.stride(0),
+        *mask_strides, N, H,
+    )  # fmt: skip
+
+    def run(config: configs.Config) -> bool:
+        constants["BLOCK_N"] = config.block_n
+        if not few:
+            slots = _slots(q.device, forward_kernel, config, *args, **constants)
+            if plan.busy(B * H, slots) < plan.BUSY:
+                return False
+        _run(forward_kernel, B * H, config, *args, **constants)
+        return True
+
     key = configs.Key("forward", stats.dtype if choices.FEATURE_NORM else q.dtype, D, choices.name)
-
-    def run(config: configs.Config) -> None:
-        _run(
-            forward_kernel, B * H, config,
-            q, k, v, temperature, mask, stats, out, *q.stride(), *k.stride(), *v.stride(), temperature.stride(0),
-            *mask_strides, N, H,
-            BLOCK_N=config.block_n, WIDE_MAP=q.dtype is not torch.bfloat16, SOFTMAX=choices.SOFTMAX,
-            FEATURE_NORM=choices.FEATURE_NORM, HAS_MASK=token_mask is not None,
-            OUT_ALIGN=launch.out_alignment(D, q.element_size()),
-            PRECISION=launch.gram_precision(q.dtype, choices.FEATURE_NORM, target.arch),
-            MAP_PRECISION=launch.map_precision(q.dtype, target.arch), **constants,
-        )  # fmt: skip
-
-    configs.launch(key, target.arch, run)
+    return configs.launch(key, target.arch, run)
 
 
 def _forward_in_two(
@@ -294,15 +288,17 @@ def _forward_in_two(
     choices: Choices,
     out: Tensor,
     stats: Tensor,
-    split: plan.Split,
 ) -> None:
     B, H, N, D = q.shape
     record = stats.shape[-1]
-    partial = stats if split.parts == 1 else _empty((split.parts, B, H, record), stats.dtype, q)
     x, b = (q, v) if choices.KEY_VALUE else (v, q)
-    _gram(
-        _gram_key(q.dtype, D, choices, choices.FEATURE_NORM), split, k, b, q, token_mask,
-        (partial, partial[..., D * D :], partial[..., D * D + D :]), (record,) * 3, choices.EPS,
+
+    def records(parts: int) -> tuple[Tensor, Tensor, Tensor]:
+        partial = stats if parts == 1 else _empty((parts, B, H, record), stats.dtype, q)
+        return partial, partial[..., D * D :], partial[..., D * D + D :]
+
+    split, (partial, *_) = _gram(
+        gram_key(q.dtype, D, choices, choices.FEATURE_NORM), k, b, q, token_mask, records, (record,) * 3, choices.EPS,
         squares=choices.squares, norm_a=choices.FEATURE_NORM,
         norm_b=choices.FEATURE_NORM and not choices.KEY_VALUE,
     )  # fmt: skip
@@ -311,25 +307,26 @@ def _forward_in_two(
         parts, partial = 1, _reduce(torch.sum, partial, stats)
     mask, mask_strides = _mask(token_mask, q)
     target = launch.target(q.device)
-    constants = {**_of_map(q, choices), **launch.alignment(x=x)}
-    key = configs.Key("apply", q.dtype, D, choices.name)
+    constants = {
+        **_of_map(q, choices), **launch.alignment(x=x), "FAR": launch.far(x, row=H * D),
+        "WIDE_MAP": q.dtype is not torch.bfloat16, "FEATURE_NORM": choices.FEATURE_NORM, "SOFTMAX": choices.SOFTMAX,
+        "HAS_MASK": token_mask is not None, "OUT_ALIGN": launch.out_alignment(D, q.element_size()),
+        "PRECISION": launch.map_precision(q.dtype, target.arch),
+    }  # fmt: skip
+    args = (
+        x, partial, stats, temperature, mask, out, *x.stride(), temperature.stride(0), *mask_strides, N, B, H, parts,
+    )  # fmt: skip
 
     def run(config: configs.Config) -> None:
         tiles = plan.cdiv(D, config.block_o)
+        constants.update(BLOCK_O=config.block_o, BLOCK_N=config.block_n)
+        slots = _slots(q.device, apply_kernel, config, *args, 1, N, **constants)
         over = plan.split_tokens(
-            N, B * H * tiles, record * stats.element_size(), D * q.element_size(), target.processors
-        )
-        _run(
-            apply_kernel, B * H * over.parts * tiles, config,
-            x, partial, stats, temperature, mask, out, *x.stride(), temperature.stride(0), *mask_strides,
-            N, B, H, parts, over.parts, over.chunk,
-            BLOCK_O=config.block_o, BLOCK_N=config.block_n, WIDE_MAP=q.dtype is not torch.bfloat16,
-            FEATURE_NORM=choices.FEATURE_NORM, SOFTMAX=choices.SOFTMAX, HAS_MASK=token_mask is not None,
-            OUT_ALIGN=launch.out_alignment(D, q.element_size()), PRECISION=launch.map_precision(q.dtype, target.arch),
-            **constants,
+            N, B * H * tiles, record * stats.element_size(), D * q.element_size(), slots, config.block_n
         )  # fmt: skip
+        _run(apply_kernel, B * H * over.parts * tiles, config, *args, over.parts, over.chunk, **constants)
 
-    configs.launch(key, target.arch, run)
+    configs.launch(configs.Key("apply", q.dtype, D, choices.name), target.arch, run)
 
 
 @replay.planned
@@ -349,46 +346,74 @@ def xfa_backward(
     dtemperature = _empty((H,), temperature.dtype, q)
     if B * H == 0:
         return dqkv, dtemperature.zero_()
-    choices = _choices(spec)
+    choices = Choices.of(spec)
     x = q if choices.KEY_VALUE else v
     norm_x = choices.KEY_VALUE and choices.FEATURE_NORM
-    key = _gram_key(q.dtype, D, choices, norm_x, "-backward")
-    split = _split(q, D, key)
-    parts, partial = split.parts, _empty((split.parts, B, H, D * D), stats.dtype, q)
     weights = _empty((B, H, 3, D * D), q.dtype if q.dtype is torch.bfloat16 else stats.dtype, q)
     vectors = _empty((B, H, 2 * D + 1), stats.dtype, q)
-    mask, mask_strides = _mask(token_mask, q)
     target = launch.target(q.device)
-    of_map = _of_map(q, choices)
-    weight_align = launch.out_alignment(D, weights.element_size())
-    facts = launch.alignment(q=q, k=k, v=v, g=dout)
 
-    def run_map_backward(config: configs.Config) -> None:
-        _run(
-            map_backward_kernel, B * H, config,
-            partial, stats, temperature, weights, vectors, temperature.stride(0), B, H, parts,
-            BLOCK_O=config.block_o, SOFTMAX=choices.SOFTMAX, WEIGHT_ALIGN=weight_align, **of_map,
-        )  # fmt: skip
-
-    def run_gradients(config: configs.Config) -> None:
-        blocks = max(1, plan.cdiv(N, config.block_n))
-        _run(
-            gradients_kernel, B * H * blocks, config,
-            q, k, v, dout, mask, weights, vectors, dqkv[0], dqkv[1], dqkv[2], dtemperature,
-            *q.stride(), *k.stride(), *v.stride(), *dout.stride(), *mask_strides, N, B, H, blocks,
-            BLOCK_O=config.block_o, BLOCK_K=min(config.block_k, configs.block(D)), BLOCK_N=config.block_n,
-            FEATURE_NORM=choices.FEATURE_NORM, HAS_MASK=token_mask is not None,
-            OUT_ALIGN=launch.out_alignment(D, q.element_size()), PRECISION=launch.map_precision(q.dtype, target.arch),
-            WEIGHT_ALIGN=weight_align, **{name: x for name, x in of_map.items() if name != "RECORD_ALIGN"}, **facts,
-        )  # fmt: skip
+    def records(parts: int) -> tuple[Tensor, Tensor, Tensor]:
+        return (_empty((parts, B, H, D * D), stats.dtype, q),) * 3
 
     with launch.on_device(q.device):
-        _gram(
-            key, split, x, dout, x, token_mask, (partial,) * 3, (D * D,) * 3, choices.EPS, squares="",
-            norm_a=norm_x,
+        split, (partial, *_) = _gram(
+            gram_key(q.dtype, D, choices, norm_x, "-backward"), x, dout, x, token_mask, records, (D * D,) * 3,
+            choices.EPS, squares="", norm_a=norm_x,
         )  # fmt: skip
+        parts = split.parts
         if split.many:
             parts, partial = 1, _reduce(torch.sum, partial, _empty((B, H, D * D), stats.dtype, q))
+        of_map = {**_of_map(q, choices), "WEIGHT_ALIGN": launch.out_alignment(D, weights.element_size())}
+
+        def run_map_backward(config: configs.Config) -> None:
+            _run(
+                map_backward_kernel, B * H, config,
+                partial, stats, temperature, weights, vectors, temperature.stride(0), B, H, parts,
+                BLOCK_O=config.block_o, SOFTMAX=choices.SOFTMAX, **of_map,
+            )  # fmt: skip
+
         configs.launch(configs.Key("map_backward", q.dtype, D, choices.name), target.arch, run_map_backward)
-        configs.launch(configs.Key("gradients", q.dtype, D, choices.name), target.arch, run_gradients)
+        del of_map["RECORD_ALIGN"]
+        _gradients(dout, q, k, v, token_mask, choices, weights, vectors, dqkv, dtemperature, of_map)
     return dqkv, dtemperature
+
+
+def _gradients(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    token_mask: Tensor | None,
+    choices: Choices,
+    weights: Tensor,
+    vectors: Tensor,
+    dqkv: Tensor,
+    dtemperature: Tensor,
+    of_map: dict[str, Any],
+) -> None:
+    B, H, N, D = q.shape
+    mask, mask_strides = _mask(token_mask, q)
+    target = launch.target(q.device)
+    constants = {
+        **of_map, **launch.alignment(q=q, k=k, v=v, g=dout), "FAR": launch.far(q, k, v, dout, row=H * D),
+        "FEATURE_NORM": choices.FEATURE_NORM, "HAS_MASK": token_mask is not None,
+        "OUT_ALIGN": launch.out_alignment(D, q.element_size()),
+        "PRECISION": launch.map_precision(q.dtype, target.arch),
+    }  # fmt: skip
+    args = (
+        q, k, v, dout, mask, weights, vectors, dqkv[0], dqkv[1], dqkv[2], dtemperature,
+        *q.stride(), *k.stride(), *v.stride(), *dout.stride(), *mask_strides, N, B, H,
+    )  # fmt: skip
+
+    def run(config: configs.Config) -> None:
+        block_k = min(config.block_k, configs.block(D))
+        constants.update(BLOCK_O=config.block_o, BLOCK_K=block_k, BLOCK_N=config.block_n)
+        slots = _slots(q.device, gradients_kernel, config, *args, 1, N, **constants)
+        # a program reads three maps, and of each token three or four rows
+        over = plan.split_tokens(
+            N, B * H, 3 * D * D * weights.element_size(), 3 * D * q.element_size(), slots, config.block_n
+        )  # fmt: skip
+        _run(gradients_kernel, B * H * over.parts, config, *args, over.parts, over.chunk, **constants)
+
+    configs.launch(configs.Key("gradients", q.dtype, D, choices.name), target.arch, run)

@@ -115,39 +115,67 @@ def map_backward_kernel(
 
 
 @device
+def whole_map(weights_ptr, D: tl.constexpr, BLOCK_D: tl.constexpr, HELD: tl.constexpr):
+    """A map of `weights` as one tile, if it is HELD over all tokens of a program."""
+    i = tl.arange(0, BLOCK_D)
+    w = weights_ptr
+    if HELD:
+        inside = (i < D)[:, None] & (i < D)[None, :]
+        w = tl.load(weights_ptr + i[:, None] * D + i[None, :], mask=inside, other=0.0)
+    return w
+
+
+@device
+def whole_vector(vector_ptr, D: tl.constexpr, BLOCK_D: tl.constexpr, HELD: tl.constexpr):
+    """What norms over tokens add to a gradient, if it is HELD over all tokens of a program."""
+    i = tl.arange(0, BLOCK_D)
+    vector = vector_ptr
+    if HELD:
+        vector = tl.load(vector_ptr + i, mask=i < D, other=0.0)
+    return vector
+
+
+@device
 def mix(
     x,
     x_base,
     x_scale,
+    start,
     rows,
     keep,
     stride_n,
     stride_d,
     weights_ptr,
+    held,
     first,
     ACC: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    HELD: tl.constexpr,
     ALIGN: tl.constexpr,
+    FAR: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """(BLOCK_N, BLOCK_O): features [first, first + BLOCK_O) of x_scale * (x @ weights).
 
     Where a product takes fewer than all features of x at a time, they are loaded anew, out of the cache.
     """
-    o = first + tl.arange(0, BLOCK_O)
     y = tl.zeros((x.shape[0], BLOCK_O), ACC)
-    for begin in range(0, D, BLOCK_K):
-        i = begin + tl.arange(0, BLOCK_K)
-        inside = (i < D)[:, None] & (o < D)[None, :]
-        w = tl.load(weights_ptr + i[:, None] * D + o[None, :], mask=inside, other=0.0)
-        if BLOCK_K < BLOCK_D:
-            part = load_tokens(x_base, rows, keep, begin, stride_n, stride_d, D, BLOCK_K, ALIGN)
-        else:
-            part = x
-        y = product(part.to(w.dtype), w, y, PRECISION)
+    if HELD:
+        y = product(x.to(held.dtype), held, y, PRECISION)
+    else:
+        o = first + tl.arange(0, BLOCK_O)
+        for begin in range(0, D, BLOCK_K):
+            i = begin + tl.arange(0, BLOCK_K)
+            inside = (i < D)[:, None] & (o < D)[None, :]
+            w = tl.load(weights_ptr + i[:, None] * D + o[None, :], mask=inside, other=0.0)
+            if BLOCK_K < BLOCK_D:
+                part = load_tokens(x_base, start, rows, keep, begin, stride_n, stride_d, D, BLOCK_K, ALIGN, FAR)
+            else:
+                part = x
+            y = product(part.to(w.dtype), w, y, PRECISION)
     return y * x_scale[:, None]
 
 
@@ -159,7 +187,9 @@ def store_gradient(
     x_stride_n,
     x_stride_d,
     weights_ptr,
+    held,
     vector_ptr,
+    vector,
     own,
     own_base,
     own_norm,
@@ -169,8 +199,10 @@ def store_gradient(
     ptr,
     b,
     h,
+    start,
     rows,
     keep,
+    end,
     N,
     H,
     ACC: tl.constexpr,
@@ -179,11 +211,14 @@ def store_gradient(
     BLOCK_D: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    HELD: tl.constexpr,
     ADD: tl.constexpr,
     PROJECT: tl.constexpr,
+    HAS_MASK: tl.constexpr,
     ALIGN: tl.constexpr,
     OWN_ALIGN: tl.constexpr,
     OUT_ALIGN: tl.constexpr,
+    FAR: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Stores x @ weights, for tokens `own` that are normalised less what lies along `own`.
@@ -195,11 +230,13 @@ def store_gradient(
         total = tl.zeros((x.shape[0],), ACC)
         for first in range(0, D, BLOCK_O):
             y = mix(
-                x, x_base, x_scale, rows, keep, x_stride_n, x_stride_d, weights_ptr, first, ACC, D, BLOCK_D, BLOCK_O,
-                BLOCK_K, ALIGN, PRECISION,
+                x, x_base, x_scale, start, rows, keep, x_stride_n, x_stride_d, weights_ptr, held, first, ACC, D,
+                BLOCK_D, BLOCK_O, BLOCK_K, HELD, ALIGN, FAR, PRECISION,
             )  # fmt: skip
             if BLOCK_O < BLOCK_D:
-                part = load_tokens(own_base, rows, keep, first, stride_n, stride_d, D, BLOCK_O, OWN_ALIGN)
+                part = load_tokens(
+                    own_base, start, rows, keep, first, stride_n, stride_d, D, BLOCK_O, OWN_ALIGN, FAR
+                )  # fmt: skip
             else:
                 part = own
             total += tl.sum(y * part.to(ACC), axis=1)
@@ -207,21 +244,41 @@ def store_gradient(
         total = tl.where(held_up, 0.0, total * own_scale * own_scale)
     for first in range(0, D, BLOCK_O):
         y = mix(
-            x, x_base, x_scale, rows, keep, x_stride_n, x_stride_d, weights_ptr, first, ACC, D, BLOCK_D, BLOCK_O,
-            BLOCK_K, ALIGN, PRECISION,
+            x, x_base, x_scale, start, rows, keep, x_stride_n, x_stride_d, weights_ptr, held, first, ACC, D, BLOCK_D,
+            BLOCK_O, BLOCK_K, HELD, ALIGN, FAR, PRECISION,
         )  # fmt: skip
         if ADD or PROJECT:
             if BLOCK_O < BLOCK_D:
-                part = load_tokens(own_base, rows, keep, first, stride_n, stride_d, D, BLOCK_O, OWN_ALIGN)
+                part = load_tokens(
+                    own_base, start, rows, keep, first, stride_n, stride_d, D, BLOCK_O, OWN_ALIGN, FAR
+                )  # fmt: skip
             else:
                 part = own
         if ADD:
-            o = first + tl.arange(0, BLOCK_O)
-            y += part.to(ACC) * tl.load(vector_ptr + o, mask=o < D, other=0.0)[None, :]
+            along_own = vector
+            if BLOCK_O < BLOCK_D:
+                o = first + tl.arange(0, BLOCK_O)
+                along_own = tl.load(vector_ptr + o, mask=o < D, other=0.0)
+            y += part.to(ACC) * along_own[None, :]
         if PROJECT:
             y = (y - part.to(ACC) * total[:, None]) * own_scale[:, None]
-        y = tl.where(keep[:, None], y, 0.0)
-        store_tokens(ptr, y, b, h, rows, rows < N, first, N, H, D, BLOCK_O, OUT_ALIGN)
+        if HAS_MASK:
+            y = tl.where(keep[:, None], y, 0.0)
+        store_tokens(ptr, y, b, h, start, rows, end, first, N, H, D, BLOCK_O, OUT_ALIGN, FAR)
+
+
+SUMMED = tl.constexpr(128)
+"""Parts of dtemperature that are loaded at a time."""
+
+
+@device
+def sum_of_batch(ptr, B, stride, ACC: tl.constexpr):
+    """The sum of B numbers, `stride` apart, in an order that depends on B alone."""
+    i = tl.arange(0, SUMMED).to(tl.int64)
+    total = tl.zeros((SUMMED,), ACC)
+    for first in range(0, B, SUMMED):
+        total += tl.load(ptr + (first + i) * stride, mask=first + i < B, other=0.0)
+    return tl.sum(total, axis=0)
 
 
 @kernel
@@ -258,7 +315,8 @@ def gradients_kernel(
     N: tl.int64,
     B: tl.int64,
     H: tl.int64,
-    blocks: tl.int64,
+    parts: tl.int64,
+    chunk: tl.int64,
     ACC: tl.constexpr,
     EPS: tl.constexpr,
     D: tl.constexpr,
@@ -276,67 +334,77 @@ def gradients_kernel(
     ALIGN_G: tl.constexpr,
     OUT_ALIGN: tl.constexpr,
     WEIGHT_ALIGN: tl.constexpr,
+    FAR: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """A program owns BLOCK_N tokens of one (b, h): it reads them once and writes their dq, dk and dv.
+    """A program owns one chunk of the tokens of one (b, h): it reads them once and writes their dq, dk and dv.
 
-    The program of the first tokens of (0, h) also adds up dtemperature[h] over the batch, in order.
+    HELD: maps are loaded once and not for each tile of tokens. The program of the first tokens of (0, h) also adds up
+    dtemperature[h] over the batch.
     """
-    b, h, block = locate(H, blocks)
-    if block == 0:
+    HELD: tl.constexpr = BLOCK_K >= BLOCK_D and BLOCK_O >= BLOCK_D
+    b, h, part = locate(H, parts)
+    if part == 0:
         if b == 0:
-            total = tl.zeros((), ACC)
-            for other in range(B):
-                total += tl.load(vectors_ptr + (other * H + h) * (2 * D + 1) + 2 * D)
+            total = sum_of_batch(vectors_ptr + h * (2 * D + 1) + 2 * D, B, H * (2 * D + 1), ACC)
             tl.store(dtemperature_ptr + h, narrow(total, dtemperature_ptr.dtype.element_ty))
-    rows = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    keep = kept(rows, N, mask_ptr, b, stride_mb, stride_mn, HAS_MASK)
     weights_ptr = record_base(weights_ptr, (b * H + h) * 3 * D * D, WEIGHT_ALIGN)
     vectors_ptr += (b * H + h) * (2 * D + 1)
+    to_q_ptr, to_k_ptr, to_v_ptr = weights_ptr, weights_ptr + D * D, weights_ptr + 2 * D * D
+    to_q = whole_map(to_q_ptr, D, BLOCK_D, HELD)
+    to_k = whole_map(to_k_ptr, D, BLOCK_D, HELD)
+    to_v = whole_map(to_v_ptr, D, BLOCK_D, HELD)
+    ONE_TILE: tl.constexpr = TOKEN_NORM and BLOCK_O >= BLOCK_D
+    along_q = whole_vector(vectors_ptr, D, BLOCK_D, ONE_TILE)
+    along_k = whole_vector(vectors_ptr + D, D, BLOCK_D, ONE_TILE)
     q_base = head_base(q_ptr, b, h, stride_qb, stride_qh, ALIGN_Q)
     k_base = head_base(k_ptr, b, h, stride_kb, stride_kh, ALIGN_K)
+    v_base = head_base(v_ptr, b, h, stride_vb, stride_vh, ALIGN_V)
     g_base = head_base(dout_ptr, b, h, stride_gb, stride_gh, ALIGN_G)
-    one = tl.full((BLOCK_N,), 1.0, ACC)
-    # whole tokens, where something takes them whole: a product, the end of a gradient, a norm
-    q, k, g, v = one, one, one, one
-    if BLOCK_K >= BLOCK_D or BLOCK_O >= BLOCK_D or FEATURE_NORM:
-        q = load_tokens(q_base, rows, keep, 0, stride_qn, stride_qd, D, BLOCK_D, ALIGN_Q)
-        k = load_tokens(k_base, rows, keep, 0, stride_kn, stride_kd, D, BLOCK_D, ALIGN_K)
-    if BLOCK_K >= BLOCK_D:
-        g = load_tokens(g_base, rows, keep, 0, stride_gn, stride_gd, D, BLOCK_D, ALIGN_G)
-    norm_q, scale_q, norm_k, scale_k = one, one, one, one
-    if FEATURE_NORM:
-        norm_q, scale_q = token_norms(q.to(ACC), EPS)
-        norm_k, scale_k = token_norms(k.to(ACC), EPS)
     ALIGN_FOR_Q: tl.constexpr = ALIGN_G if KEY_VALUE else ALIGN_K
     ALIGN_FOR_K: tl.constexpr = ALIGN_V if KEY_VALUE else ALIGN_Q
     ALIGN_FOR_V: tl.constexpr = ALIGN_K if KEY_VALUE else ALIGN_G
-    if KEY_VALUE:
-        v_base = head_base(v_ptr, b, h, stride_vb, stride_vh, ALIGN_V)
+    one = tl.full((BLOCK_N,), 1.0, ACC)
+    rows = tl.arange(0, BLOCK_N)
+    end = tl.minimum(part * chunk + chunk, N)
+    for start in range(part * chunk, end, BLOCK_N):
+        keep = kept(start, rows, end, mask_ptr, b, stride_mb, stride_mn, HAS_MASK)
+        # whole tokens, where something takes them whole: a product, the end of a gradient, a norm
+        q, k, g, v = one, one, one, one
+        if BLOCK_K >= BLOCK_D or BLOCK_O >= BLOCK_D or FEATURE_NORM:
+            q = load_tokens(q_base, start, rows, keep, 0, stride_qn, stride_qd, D, BLOCK_D, ALIGN_Q, FAR)
+            k = load_tokens(k_base, start, rows, keep, 0, stride_kn, stride_kd, D, BLOCK_D, ALIGN_K, FAR)
         if BLOCK_K >= BLOCK_D:
-            v = load_tokens(v_base, rows, keep, 0, stride_vn, stride_vd, D, BLOCK_D, ALIGN_V)
-        for_q, base_for_q, scale_for_q, stride_n_for_q, stride_d_for_q = g, g_base, one, stride_gn, stride_gd
-        for_k, base_for_k, scale_for_k, stride_n_for_k, stride_d_for_k = v, v_base, one, stride_vn, stride_vd
-        for_v, base_for_v, scale_for_v, stride_n_for_v, stride_d_for_v = k, k_base, scale_k, stride_kn, stride_kd
-    else:
-        for_q, base_for_q, scale_for_q, stride_n_for_q, stride_d_for_q = k, k_base, scale_k, stride_kn, stride_kd
-        for_k, base_for_k, scale_for_k, stride_n_for_k, stride_d_for_k = q, q_base, scale_q, stride_qn, stride_qd
-        for_v, base_for_v, scale_for_v, stride_n_for_v, stride_d_for_v = g, g_base, one, stride_gn, stride_gd
-    store_gradient(
-        for_q, base_for_q, scale_for_q, stride_n_for_q, stride_d_for_q, weights_ptr, vectors_ptr,
-        q, q_base, norm_q, scale_q, stride_qn, stride_qd, dq_ptr, b, h, rows, keep, N, H,
-        ACC, EPS, D, BLOCK_D, BLOCK_O, BLOCK_K, TOKEN_NORM, FEATURE_NORM, ALIGN_FOR_Q, ALIGN_Q, OUT_ALIGN,
-        PRECISION,
-    )  # fmt: skip
-    store_gradient(
-        for_k, base_for_k, scale_for_k, stride_n_for_k, stride_d_for_k, weights_ptr + D * D, vectors_ptr + D,
-        k, k_base, norm_k, scale_k, stride_kn, stride_kd, dk_ptr, b, h, rows, keep, N, H,
-        ACC, EPS, D, BLOCK_D, BLOCK_O, BLOCK_K, TOKEN_NORM, FEATURE_NORM, ALIGN_FOR_K, ALIGN_K, OUT_ALIGN,
-        PRECISION,
-    )  # fmt: skip
-    store_gradient(
-        for_v, base_for_v, scale_for_v, stride_n_for_v, stride_d_for_v, weights_ptr + 2 * D * D, vectors_ptr,
-        g, g_base, one, one, stride_gn, stride_gd, dv_ptr, b, h, rows, keep, N, H,
-        ACC, EPS, D, BLOCK_D, BLOCK_O, BLOCK_K, False, False, ALIGN_FOR_V, ALIGN_G, OUT_ALIGN,
-        PRECISION,
-    )  # fmt: skip
+            g = load_tokens(g_base, start, rows, keep, 0, stride_gn, stride_gd, D, BLOCK_D, ALIGN_G, FAR)
+        norm_q, scale_q, norm_k, scale_k = one, one, one, one
+        if FEATURE_NORM:
+            norm_q, scale_q = token_norms(q.to(ACC), EPS)
+            norm_k, scale_k = token_norms(k.to(ACC), EPS)
+        if KEY_VALUE:
+            if BLOCK_K >= BLOCK_D:
+                v = load_tokens(v_base, start, rows, keep, 0, stride_vn, stride_vd, D, BLOCK_D, ALIGN_V, FAR)
+            for_q, base_for_q, scale_for_q, stride_n_for_q, stride_d_for_q = g, g_base, one, stride_gn, stride_gd
+            for_k, base_for_k, scale_for_k, stride_n_for_k, stride_d_for_k = v, v_base, one, stride_vn, stride_vd
+            for_v, base_for_v, scale_for_v, stride_n_for_v, stride_d_for_v = k, k_base, scale_k, stride_kn, stride_kd
+        else:
+            for_q, base_for_q, scale_for_q, stride_n_for_q, stride_d_for_q = k, k_base, scale_k, stride_kn, stride_kd
+            for_k, base_for_k, scale_for_k, stride_n_for_k, stride_d_for_k = q, q_base, scale_q, stride_qn, stride_qd
+            for_v, base_for_v, scale_for_v, stride_n_for_v, stride_d_for_v = g, g_base, one, stride_gn, stride_gd
+        store_gradient(
+            for_q, base_for_q, scale_for_q, stride_n_for_q, stride_d_for_q, to_q_ptr, to_q, vectors_ptr,
+            along_q, q, q_base, norm_q, scale_q, stride_qn, stride_qd, dq_ptr, b, h, start, rows, keep, end, N, H,
+            ACC, EPS, D, BLOCK_D, BLOCK_O, BLOCK_K, HELD, TOKEN_NORM, FEATURE_NORM, HAS_MASK, ALIGN_FOR_Q, ALIGN_Q,
+            OUT_ALIGN, FAR, PRECISION,
+        )  # fmt: skip
+        store_gradient(
+            for_k, base_for_k, scale_for_k, stride_n_for_k, stride_d_for_k, to_k_ptr, to_k, vectors_ptr + D,
+            along_k, k, k_base, norm_k, scale_k, stride_kn, stride_kd, dk_ptr, b, h, start, rows, keep, end, N, H,
+            ACC, EPS, D, BLOCK_D, BLOCK_O, BLOCK_K, HELD, TOKEN_NORM, FEATURE_NORM, HAS_MASK, ALIGN_FOR_K, ALIGN_K,
+            OUT_ALIGN, FAR, PRECISION,
+        )  # fmt: skip
+        store_gradient(
+            for_v, base_for_v, scale_for_v, stride_n_for_v, stride_d_for_v, to_v_ptr, to_v, vectors_ptr,
+            along_q, g, g_base, one, one, stride_gn, stride_gd, dv_ptr, b, h, start, rows, keep, end, N, H,
+            ACC, EPS, D, BLOCK_D, BLOCK_O, BLOCK_K, HELD, False, False, HAS_MASK, ALIGN_FOR_V, ALIGN_G,
+            OUT_ALIGN, FAR, PRECISION,
+        )  # fmt: skip

@@ -67,21 +67,22 @@ def apply_map(
     HAS_MASK: tl.constexpr,
     ALIGN: tl.constexpr,
     OUT_ALIGN: tl.constexpr,
+    FAR: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Features [first, first + BLOCK_O) of out[n] = x[n] @ weight for the tokens [begin, end)."""
     MAP_DTYPE: tl.constexpr = ACC if WIDE_MAP else x_base.dtype.element_ty
     weight = narrow(weight, MAP_DTYPE)
+    rows = tl.arange(0, BLOCK_N)
     for start in range(begin, end, BLOCK_N):
-        rows = start + tl.arange(0, BLOCK_N).to(tl.int64)
-        keep = kept(rows, end, mask_ptr, b, stride_mb, stride_mn, HAS_MASK)
-        x = load_tokens(x_base, rows, keep, 0, stride_n, stride_d, D, BLOCK_D, ALIGN)
+        keep = kept(start, rows, end, mask_ptr, b, stride_mb, stride_mn, HAS_MASK)
+        x = load_tokens(x_base, start, rows, keep, 0, stride_n, stride_d, D, BLOCK_D, ALIGN, FAR)
         y = product(x.to(MAP_DTYPE), weight, tl.zeros((BLOCK_N, BLOCK_O), ACC), PRECISION)
         if NORM_X:
             y *= token_norms(x.to(ACC), EPS)[1][:, None]
         if HAS_MASK:
             y = tl.where(keep[:, None], y, 0.0)
-        store_tokens(out_ptr, y, b, h, rows, rows < end, first, N, H, D, BLOCK_O, OUT_ALIGN)
+        store_tokens(out_ptr, y, b, h, start, rows, end, first, N, H, D, BLOCK_O, OUT_ALIGN, FAR)
 
 
 @kernel
@@ -120,6 +121,7 @@ def apply_kernel(
     ALIGN_X: tl.constexpr,
     OUT_ALIGN: tl.constexpr,
     RECORD_ALIGN: tl.constexpr,
+    FAR: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """The second launch of forward. A program owns BLOCK_O features of out for one chunk of the tokens of one (b, h).
@@ -187,6 +189,7 @@ def apply_kernel(
         HAS_MASK,
         ALIGN_X,
         OUT_ALIGN,
+        FAR,
         PRECISION,
     )
 
@@ -233,6 +236,7 @@ def forward_kernel(
     ALIGN_V: tl.constexpr,
     OUT_ALIGN: tl.constexpr,
     RECORD_ALIGN: tl.constexpr,
+    FAR: tl.constexpr,
     PRECISION: tl.constexpr,
     MAP_PRECISION: tl.constexpr,
 ):
@@ -285,6 +289,7 @@ def forward_kernel(
         ALIGN_K,
         ALIGN_B,
         ALIGN_Q,
+        FAR,
         PRECISION,
     )
     i = tl.arange(0, BLOCK_D)
@@ -324,5 +329,6 @@ def forward_kernel(
         HAS_MASK,
         ALIGN_X,
         OUT_ALIGN,
+        FAR,
         MAP_PRECISION,
     )

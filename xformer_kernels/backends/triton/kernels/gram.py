@@ -17,6 +17,7 @@ from xformer_kernels.backends.triton.kernels.tiles import (
 def reciprocal_norms(
     tile,
     base,
+    start,
     rows,
     keep,
     stride_n,
@@ -25,6 +26,7 @@ def reciprocal_norms(
     D: tl.constexpr,
     BLOCK: tl.constexpr,
     ALIGN: tl.constexpr,
+    FAR: tl.constexpr,
 ):
     """(BLOCK_N,): 1 / max(norm, eps) of whole tokens, of which `tile` may hold only some features."""
     if D <= BLOCK:
@@ -32,7 +34,7 @@ def reciprocal_norms(
     else:
         ssq = tl.zeros((tile.shape[0],), tile.dtype)
         for first in range(0, D, BLOCK):
-            part = load_tokens(base, rows, keep, first, stride_n, stride_d, D, BLOCK, ALIGN).to(tile.dtype)
+            part = load_tokens(base, start, rows, keep, first, stride_n, stride_d, D, BLOCK, ALIGN, FAR).to(tile.dtype)
             ssq += tl.sum(part * part, axis=1)
     return 1.0 / clamped(ssq, EPS)
 
@@ -71,6 +73,7 @@ def accumulate(
     ALIGN_A: tl.constexpr,
     ALIGN_B: tl.constexpr,
     ALIGN_C: tl.constexpr,
+    FAR: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """(BLOCK_A, BLOCK_B) sum of a[n]^T b[n] over the tokens [begin, end), and the sums of squares of their features.
@@ -81,14 +84,14 @@ def accumulate(
     G = tl.zeros((BLOCK_A, BLOCK_B), ACC)
     squares_a = tl.zeros((BLOCK_N, BLOCK_A), ACC)
     squares_b = tl.zeros((BLOCK_N, BLOCK_B), ACC)
+    rows = tl.arange(0, BLOCK_N)
     for start in range(begin, end, BLOCK_N):
-        rows = start + tl.arange(0, BLOCK_N).to(tl.int64)
-        keep = kept(rows, end, mask_ptr, batch, stride_mb, stride_mn, HAS_MASK)
-        a = load_tokens(a_base, rows, keep, first_a, stride_an, stride_ad, DA, BLOCK_A, ALIGN_A)
+        keep = kept(start, rows, end, mask_ptr, batch, stride_mb, stride_mn, HAS_MASK)
+        a = load_tokens(a_base, start, rows, keep, first_a, stride_an, stride_ad, DA, BLOCK_A, ALIGN_A, FAR)
         if SAME:
             b = a
         else:
-            b = load_tokens(b_base, rows, keep, first_b, stride_bn, stride_bd, DB, BLOCK_B, ALIGN_B)
+            b = load_tokens(b_base, start, rows, keep, first_b, stride_bn, stride_bd, DB, BLOCK_B, ALIGN_B, FAR)
         if SQUARES != "":
             wide_a = a.to(ACC)
             squares_a += wide_a * wide_a
@@ -96,14 +99,18 @@ def accumulate(
             wide_b = b.to(ACC)
             squares_b += wide_b * wide_b
         if SQUARES == "ac":
-            c = load_tokens(c_base, rows, keep, first_b, stride_cn, stride_cd, DB, BLOCK_B, ALIGN_C).to(ACC)
+            c = load_tokens(c_base, start, rows, keep, first_b, stride_cn, stride_cd, DB, BLOCK_B, ALIGN_C, FAR).to(ACC)
             squares_b += c * c
         if NORM_A or NORM_B:
             a, b = a.to(ACC), b.to(ACC)
         if NORM_A:
-            a *= reciprocal_norms(a, a_base, rows, keep, stride_an, stride_ad, EPS, DA, BLOCK_A, ALIGN_A)[:, None]
+            a *= reciprocal_norms(a, a_base, start, rows, keep, stride_an, stride_ad, EPS, DA, BLOCK_A, ALIGN_A, FAR)[
+                :, None
+            ]
         if NORM_B:
-            b *= reciprocal_norms(b, b_base, rows, keep, stride_bn, stride_bd, EPS, DB, BLOCK_B, ALIGN_B)[:, None]
+            b *= reciprocal_norms(b, b_base, start, rows, keep, stride_bn, stride_bd, EPS, DB, BLOCK_B, ALIGN_B, FAR)[
+                :, None
+            ]
         G = product(tl.trans(a), b, G, PRECISION)
     return G, tl.sum(squares_a, axis=0), tl.sum(squares_b, axis=0)
 
@@ -154,6 +161,7 @@ def gram_kernel(
     ALIGN_A: tl.constexpr,
     ALIGN_B: tl.constexpr,
     ALIGN_C: tl.constexpr,
+    FAR: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """A program owns one (BLOCK_A, BLOCK_B) tile of one (b, h) over one chunk of the tokens, its `part`.
@@ -208,6 +216,7 @@ def gram_kernel(
         ALIGN_A,
         ALIGN_B,
         ALIGN_C,
+        FAR,
         PRECISION,
     )
     record = (part * B + b) * H + h

@@ -94,6 +94,7 @@ def maxima_kernel(
     BLOCK_N: tl.constexpr,
     HAS_MASK: tl.constexpr,
     ALIGN_K: tl.constexpr,
+    FAR: tl.constexpr,
 ):
     """A program owns one chunk of the keys of one (b, h): (parts, B, H) maxima by feature, `step` numbers apart.
 
@@ -103,10 +104,10 @@ def maxima_kernel(
     k_base = head_base(k_ptr, b, h, stride_kb, stride_kh, ALIGN_K)
     highest = tl.full((BLOCK_N, BLOCK_D), float("-inf"), ACC)
     end = tl.minimum(part * chunk + chunk, N)
+    rows = tl.arange(0, BLOCK_N)
     for start in range(part * chunk, end, BLOCK_N):
-        rows = start + tl.arange(0, BLOCK_N).to(tl.int64)
-        keep = kept(rows, end, mask_ptr, b, stride_mb, stride_mn, HAS_MASK)
-        k = load_tokens(k_base, rows, keep, 0, stride_kn, stride_kd, D, BLOCK_D, ALIGN_K).to(ACC)
+        keep = kept(start, rows, end, mask_ptr, b, stride_mb, stride_mn, HAS_MASK)
+        k = load_tokens(k_base, start, rows, keep, 0, stride_kn, stride_kd, D, BLOCK_D, ALIGN_K, FAR).to(ACC)
         highest = tl.maximum(highest, tl.where(keep[:, None], k, float("-inf")))
     i = tl.arange(0, BLOCK_D)
     tl.store(highest_ptr + ((part * B + b) * H + h) * step + i, tl.max(highest, axis=0), mask=i < D)
@@ -145,6 +146,7 @@ def key_sums_kernel(
     ALIGN_K: tl.constexpr,
     ALIGN_V: tl.constexpr,
     RECORD_ALIGN: tl.constexpr,
+    FAR: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """The first launch of forward. A program owns one chunk of the keys of one (b, h), and gives their S and z.
@@ -163,11 +165,11 @@ def key_sums_kernel(
     S = tl.zeros((BLOCK_D, BLOCK_V), ACC)
     z = tl.zeros((BLOCK_N, BLOCK_D), ACC)
     end = tl.minimum(part * chunk + chunk, N)
+    rows = tl.arange(0, BLOCK_N)
     for start in range(part * chunk, end, BLOCK_N):
-        rows = start + tl.arange(0, BLOCK_N).to(tl.int64)
-        keep = kept(rows, end, mask_ptr, b, stride_mb, stride_mn, HAS_MASK)
-        k = load_tokens(k_base, rows, keep, 0, stride_kn, stride_kd, D, BLOCK_D, ALIGN_K)
-        v = load_tokens(v_base, rows, keep, 0, stride_vn, stride_vd, DV, BLOCK_V, ALIGN_V)
+        keep = kept(start, rows, end, mask_ptr, b, stride_mb, stride_mn, HAS_MASK)
+        k = load_tokens(k_base, start, rows, keep, 0, stride_kn, stride_kd, D, BLOCK_D, ALIGN_K, FAR)
+        v = load_tokens(v_base, start, rows, keep, 0, stride_vn, stride_vd, DV, BLOCK_V, ALIGN_V, FAR)
         phi = narrow(features(k, highest, keep, D, OF_K, ACC), v.dtype)
         z += phi.to(ACC)
         S = product(tl.trans(phi), v, S, PRECISION)
@@ -211,6 +213,7 @@ def apply_sums_kernel(
     ALIGN_Q: tl.constexpr,
     OUT_ALIGN: tl.constexpr,
     RECORD_ALIGN: tl.constexpr,
+    FAR: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """The second launch of forward. A program owns one chunk of the queries of one (b, h).
@@ -237,14 +240,14 @@ def apply_sums_kernel(
     weight = narrow(S * tl.full([], SCALE, ACC), MAP_DTYPE)
     q_base = head_base(q_ptr, b, h, stride_qb, stride_qh, ALIGN_Q)
     end = tl.minimum(part * chunk + chunk, N)
+    rows = tl.arange(0, BLOCK_N)
     for start in range(part * chunk, end, BLOCK_N):
-        rows = start + tl.arange(0, BLOCK_N).to(tl.int64)
-        keep = kept(rows, end, mask_ptr, b, stride_mb, stride_mn, HAS_MASK)
-        q = load_tokens(q_base, rows, keep, 0, stride_qn, stride_qd, D, BLOCK_D, ALIGN_Q)
+        keep = kept(start, rows, end, mask_ptr, b, stride_mb, stride_mn, HAS_MASK)
+        q = load_tokens(q_base, start, rows, keep, 0, stride_qn, stride_qd, D, BLOCK_D, ALIGN_Q, FAR)
         phi = narrow(features(q, z, keep, D, OF_Q, ACC), MAP_DTYPE)
         y = product(phi, weight, tl.zeros((BLOCK_N, BLOCK_V), ACC), PRECISION)
         if NORMALIZE:
             y *= (1.0 / (tl.sum(phi.to(ACC) * z[None, :], axis=1) + tl.full([], EPS, ACC)))[:, None]
         if HAS_MASK:
             y = tl.where(keep[:, None], y, 0.0)
-        store_tokens(out_ptr, y, b, h, rows, rows < end, 0, N, H, DV, BLOCK_V, OUT_ALIGN)
+        store_tokens(out_ptr, y, b, h, start, rows, end, 0, N, H, DV, BLOCK_V, OUT_ALIGN, FAR)

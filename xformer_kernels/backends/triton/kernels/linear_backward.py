@@ -60,6 +60,7 @@ def query_gradients_kernel(
     OUT_ALIGN: tl.constexpr,
     CHANNEL_MAJOR: tl.constexpr,
     RECORD_ALIGN: tl.constexpr,
+    FAR: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """A program owns one chunk of the queries of one (b, h): it reads them once, writes their dq, and their dS and dz.
@@ -87,18 +88,18 @@ def query_gradients_kernel(
     q_base = head_base(q_ptr, b, h, stride_qb, stride_qh, ALIGN_Q)
     g_base = head_base(dout_ptr, b, h, stride_gb, stride_gh, ALIGN_G)
     end = tl.minimum(part * chunk + chunk, N)
+    rows = tl.arange(0, BLOCK_N)
     for start in range(part * chunk, end, BLOCK_N):
-        rows = start + tl.arange(0, BLOCK_N).to(tl.int64)
-        keep = kept(rows, end, mask_ptr, b, stride_mb, stride_mn, HAS_MASK)
-        q = load_tokens(q_base, rows, keep, 0, stride_qn, stride_qd, D, BLOCK_D, ALIGN_Q)
-        g = load_tokens(g_base, rows, keep, 0, stride_gn, stride_gd, DV, BLOCK_V, ALIGN_G)
+        keep = kept(start, rows, end, mask_ptr, b, stride_mb, stride_mn, HAS_MASK)
+        q = load_tokens(q_base, start, rows, keep, 0, stride_qn, stride_qd, D, BLOCK_D, ALIGN_Q, FAR)
+        g = load_tokens(g_base, start, rows, keep, 0, stride_gn, stride_gd, DV, BLOCK_V, ALIGN_G, FAR)
         phi = features(q, z, keep, D, OF_Q, ACC)
         rounded = narrow(phi, MAP_DTYPE)
         t = tl.zeros((BLOCK_N, BLOCK_D), ACC)
         if BLOCK_K < BLOCK_V:
             t = multiply(
-                dout_ptr, stats_ptr, t, b, h, rows, keep, i, stride_gb, stride_gh, stride_gn, stride_gd, 0, 0, DV, 1,
-                DV, D, BLOCK_K, WIDE_MAP, ALIGN_G, PRECISION,
+                dout_ptr, stats_ptr, t, b, h, start, rows, keep, i, stride_gb, stride_gh, stride_gn, stride_gd, 0, 0,
+                DV, 1, DV, D, BLOCK_K, WIDE_MAP, ALIGN_G, FAR, PRECISION,
             )  # fmt: skip
             if OF_K == "softmax_tokens":
                 t *= reciprocals(sums)[None, :]
@@ -121,7 +122,7 @@ def query_gradients_kernel(
         dq = differentiated(t, q, phi, OF_Q)
         if HAS_MASK:
             dq = tl.where(keep[:, None], dq, 0.0)
-        store_tokens(dq_ptr, dq, b, h, rows, rows < end, 0, N, H, D, BLOCK_D, OUT_ALIGN, CHANNEL_MAJOR)
+        store_tokens(dq_ptr, dq, b, h, start, rows, end, 0, N, H, D, BLOCK_D, OUT_ALIGN, FAR, CHANNEL_MAJOR)
     if not NORMALIZE:
         dS *= scale
     record = record_base(partial_ptr, ((part * B + b) * H + h) * RECORD, RECORD_ALIGN)
@@ -170,6 +171,7 @@ def key_gradients_kernel(
     CHANNEL_MAJOR: tl.constexpr,
     CHANNEL_MAJOR_V: tl.constexpr,
     RECORD_ALIGN: tl.constexpr,
+    FAR: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """A program owns one chunk of the keys of one (b, h): it sums the partial dS and dz, and writes dk and dv.
@@ -202,11 +204,11 @@ def key_gradients_kernel(
     k_base = head_base(k_ptr, b, h, stride_kb, stride_kh, ALIGN_K)
     v_base = head_base(v_ptr, b, h, stride_vb, stride_vh, ALIGN_V)
     end = tl.minimum(part * chunk + chunk, N)
+    rows = tl.arange(0, BLOCK_N)
     for start in range(part * chunk, end, BLOCK_N):
-        rows = start + tl.arange(0, BLOCK_N).to(tl.int64)
-        keep = kept(rows, end, mask_ptr, b, stride_mb, stride_mn, HAS_MASK)
-        k = load_tokens(k_base, rows, keep, 0, stride_kn, stride_kd, D, BLOCK_D, ALIGN_K)
-        v = load_tokens(v_base, rows, keep, 0, stride_vn, stride_vd, DV, BLOCK_V, ALIGN_V)
+        keep = kept(start, rows, end, mask_ptr, b, stride_mb, stride_mn, HAS_MASK)
+        k = load_tokens(k_base, start, rows, keep, 0, stride_kn, stride_kd, D, BLOCK_D, ALIGN_K, FAR)
+        v = load_tokens(v_base, start, rows, keep, 0, stride_vn, stride_vd, DV, BLOCK_V, ALIGN_V, FAR)
         phi = features(k, highest, keep, D, OF_K, ACC)
         t = product(v.to(MAP_DTYPE), tl.trans(weight), tl.zeros((BLOCK_N, BLOCK_D), ACC), PRECISION) + add[None, :]
         dk = differentiated(t, k, phi, OF_K)
@@ -214,5 +216,5 @@ def key_gradients_kernel(
         if HAS_MASK:
             dk = tl.where(keep[:, None], dk, 0.0)
             dv = tl.where(keep[:, None], dv, 0.0)
-        store_tokens(dk_ptr, dk, b, h, rows, rows < end, 0, N, H, D, BLOCK_D, OUT_ALIGN, CHANNEL_MAJOR)
-        store_tokens(dv_ptr, dv, b, h, rows, rows < end, 0, N, H, DV, BLOCK_V, OUT_ALIGN_V, CHANNEL_MAJOR_V)
+        store_tokens(dk_ptr, dk, b, h, start, rows, end, 0, N, H, D, BLOCK_D, OUT_ALIGN, FAR, CHANNEL_MAJOR)
+        store_tokens(dv_ptr, dv, b, h, start, rows, end, 0, N, H, DV, BLOCK_V, OUT_ALIGN_V, FAR, CHANNEL_MAJOR_V)

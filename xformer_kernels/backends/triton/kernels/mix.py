@@ -4,6 +4,7 @@ import triton.language as tl
 
 from xformer_kernels.backends.triton.kernels.compiler import device, kernel
 from xformer_kernels.backends.triton.kernels.tiles import (
+    existing,
     head_base,
     load_tokens,
     locate,
@@ -20,6 +21,7 @@ def multiply(
     y,
     b,
     h,
+    start,
     rows,
     keep,
     o,
@@ -36,6 +38,7 @@ def multiply(
     BLOCK_K: tl.constexpr,
     WIDE_MAP: tl.constexpr,
     ALIGN: tl.constexpr,
+    FAR: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """y + x @ weight^T, BLOCK_K features of x at a time, in the dtype of y if WIDE_MAP, otherwise in that of x."""
@@ -43,7 +46,7 @@ def multiply(
     w_base = weight_ptr + b * stride_wb + h * stride_wh
     for first in range(0, I, BLOCK_K):
         i = (first + tl.arange(0, BLOCK_K)).to(tl.int64)
-        x = load_tokens(x_base, rows, keep, first, stride_xn, stride_xd, I, BLOCK_K, ALIGN)
+        x = load_tokens(x_base, start, rows, keep, first, stride_xn, stride_xd, I, BLOCK_K, ALIGN, FAR)
         inside = (i < I)[:, None] & (o < O)[None, :]
         w = tl.load(w_base + i[:, None] * stride_wi + o[None, :] * stride_wo, mask=inside, other=0.0)
         if WIDE_MAP:
@@ -108,32 +111,37 @@ def channel_mix_kernel(
     ALIGN_X2: tl.constexpr,
     ALIGN_ADD: tl.constexpr,
     OUT_ALIGN: tl.constexpr,
+    FAR: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """A program owns a (BLOCK_N, BLOCK_O) tile of y. I2 = 0: no second pair. WIDE_MAP: products are of ACC numbers."""
     TILES: tl.constexpr = (O + BLOCK_O - 1) // BLOCK_O
     b, h, rest = locate(H, blocks * TILES)
     first = (rest % TILES).to(tl.int32) * BLOCK_O
-    rows = rest // TILES * BLOCK_N + tl.arange(0, BLOCK_N)
-    present = rows < N
+    start = rest // TILES * BLOCK_N
+    rows = tl.arange(0, BLOCK_N)
+    present = existing(start, rows, N)
     o = (first + tl.arange(0, BLOCK_O)).to(tl.int64)
     y = multiply(
-        x_ptr, weight_ptr, tl.zeros((BLOCK_N, BLOCK_O), ACC), b, h, rows, present, o, stride_xb, stride_xh, stride_xn,
-        stride_xd, stride_wb, stride_wh, stride_wo, stride_wi, I, O, BLOCK_K, WIDE_MAP, ALIGN_X, PRECISION,
+        x_ptr, weight_ptr, tl.zeros((BLOCK_N, BLOCK_O), ACC), b, h, start, rows, present, o, stride_xb, stride_xh,
+        stride_xn, stride_xd, stride_wb, stride_wh, stride_wo, stride_wi, I, O, BLOCK_K, WIDE_MAP, ALIGN_X, FAR,
+        PRECISION,
     )  # fmt: skip
     if I2 > 0:
         y = multiply(
-            x2_ptr, weight2_ptr, y, b, h, rows, present, o, stride_x2b, stride_x2h, stride_x2n, stride_x2d, stride_w2b,
-            stride_w2h, stride_w2o, stride_w2i, I2, O, BLOCK_K, WIDE_MAP, ALIGN_X2, PRECISION,
+            x2_ptr, weight2_ptr, y, b, h, start, rows, present, o, stride_x2b, stride_x2h, stride_x2n, stride_x2d,
+            stride_w2b, stride_w2h, stride_w2o, stride_w2i, I2, O, BLOCK_K, WIDE_MAP, ALIGN_X2, FAR, PRECISION,
         )  # fmt: skip
     if HAS_BIAS:
         bias = tl.load(bias_ptr + b * stride_bb + h * stride_bh + o * stride_bo, mask=o < O, other=0.0)
         y += bias.to(ACC)[None, :]
     if HAS_ADD:
         add_base = head_base(add_ptr, b, h, stride_ab, stride_ah, ALIGN_ADD)
-        add = load_tokens(add_base, rows, present, first, stride_an, stride_ad, O, BLOCK_O, ALIGN_ADD).to(ACC)
+        add = load_tokens(add_base, start, rows, present, first, stride_an, stride_ad, O, BLOCK_O, ALIGN_ADD, FAR).to(
+            ACC
+        )
         if HAS_SCALE:
             scale = tl.load(scale_ptr + b * stride_sb + h * stride_sh + o * stride_so, mask=o < O, other=0.0)
             add *= scale.to(ACC)[None, :]
         y += add
-    store_tokens(y_ptr, y, b, h, rows, present, first, N, H, O, BLOCK_O, OUT_ALIGN)
+    store_tokens(y_ptr, y, b, h, start, rows, N, first, N, H, O, BLOCK_O, OUT_ALIGN, FAR)

@@ -1,7 +1,9 @@
 """Device functions that the kernels share: where a program works, tiles of tokens, products, norms and maps.
 
-Tiles are named by their shapes. Tokens are (BLOCK_N, BLOCK_D): tokens by features, 0 beyond N, beyond D and where
-masked. Maps are (in, out): features of what is mixed by features of the result, so that a mix is ``tokens @ map``.
+A tile of tokens is the tokens start + rows, with rows from 0. Its first token has a 64-bit address, from which offsets
+are 32-bit unless FAR. Tiles are named by their shapes. Tokens are (BLOCK_N, BLOCK_D): tokens by features, 0 beyond N,
+beyond D and where masked. Maps are (in, out): features of what is mixed by features of the result, so that a mix is
+``tokens @ map``.
 """
 
 import triton.language as tl
@@ -29,23 +31,44 @@ def head_base(ptr, b, h, stride_b, stride_h, ALIGN: tl.constexpr):
 
 
 @device
+def tile_base(base, start, stride_n, ALIGN: tl.constexpr):
+    """Where token `start` starts."""
+    start_ptr = base + start * stride_n.to(tl.int64)
+    return tl.multiple_of(start_ptr, (ALIGN if ALIGN > 0 else 1) * (base.dtype.element_ty.primitive_bitwidth // 8))
+
+
+@device
+def tile_stride(stride, FAR: tl.constexpr):
+    """A stride in the integers of offsets within a tile: FAR is what launch.far says of all strides of a launch."""
+    return stride.to(tl.int64) if FAR else stride.to(tl.int32)
+
+
+@device
 def record_base(ptr, offset, ALIGN: tl.constexpr):
     """ptr + offset into a buffer of ours whose rows are whole features: the promise is as for tokens of ours."""
     return tl.multiple_of(ptr + offset, ALIGN * (ptr.dtype.element_ty.primitive_bitwidth // 8))
 
 
 @device
-def kept(rows, end, mask_ptr, b, stride_mb, stride_mn, HAS_MASK: tl.constexpr):
-    """Which of the tokens `rows` exist and are not masked."""
-    keep = rows < end
+def existing(start, rows, end):
+    """Which of the tokens start + rows are before `end`."""
+    return rows < tl.minimum(end - start, rows.shape[0]).to(tl.int32)
+
+
+@device
+def kept(start, rows, end, mask_ptr, b, stride_mb, stride_mn, HAS_MASK: tl.constexpr):
+    """Which of the tokens start + rows are before `end` and not masked."""
+    keep = existing(start, rows, end)
     if HAS_MASK:
-        keep = keep & (tl.load(mask_ptr + b * stride_mb + rows * stride_mn, mask=keep, other=0) != 0)
+        step = stride_mn.to(tl.int64)
+        keep = keep & (tl.load(mask_ptr + b * stride_mb + start * step + rows * step, mask=keep, other=0) != 0)
     return keep
 
 
 @device
 def load_tokens(
     base,
+    start,
     rows,
     keep,
     first,
@@ -54,31 +77,33 @@ def load_tokens(
     D: tl.constexpr,
     BLOCK: tl.constexpr,
     ALIGN: tl.constexpr,
+    FAR: tl.constexpr,
 ):
     """(BLOCK_N, BLOCK): the features from `first` on."""
     features = first + tl.arange(0, BLOCK)
-    starts = base + tl.multiple_of(rows * stride_n, ALIGN if ALIGN > 0 else 1)
-    steps = features if ALIGN > 0 else features.to(tl.int64) * stride_d
-    return tl.load(starts[:, None] + steps[None, :], mask=keep[:, None] & (features < D)[None, :], other=0.0)
+    starts = tl.multiple_of(rows * tile_stride(stride_n, FAR), ALIGN if ALIGN > 0 else 1)
+    steps = features if ALIGN > 0 else features * tile_stride(stride_d, FAR)
+    offsets = starts[:, None] + steps[None, :]
+    inside = keep[:, None] & (features < D)[None, :]
+    return tl.load(tile_base(base, start, stride_n, ALIGN) + offsets, mask=inside, other=0.0)
 
 
 @device
 def store_tokens(
-    ptr, tile, b, h, rows, present, first, N, H, D: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr,
-    CHANNEL_MAJOR: tl.constexpr = False,
+    ptr, tile, b, h, start, rows, end, first, N, H, D: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr,
+    FAR: tl.constexpr, CHANNEL_MAJOR: tl.constexpr = False,
 ):  # fmt: skip
-    """Into a (B, N, H, D) buffer of ours, or a (B, H, D, N) one, where tokens lie side by side."""
+    """Tokens before `end`, into a (B, N, H, D) buffer of ours, or a (B, H, D, N) one, where tokens lie side by side."""
     features = first + tl.arange(0, BLOCK)
     value = narrow(tile, ptr.dtype.element_ty)
-    mask = present[:, None] & (features < D)[None, :]
+    mask = existing(start, rows, end)[:, None] & (features < D)[None, :]
     if CHANNEL_MAJOR:
-        base = ptr + (b * H + h) * D * N
+        base = ptr + (b * H + h) * D * N + start
         tl.store(base + rows[:, None] + features[None, :] * N, value, mask=mask)
     else:
-        base = ptr + (b * N * H + h) * D
-        base = tl.multiple_of(base, ALIGN * (ptr.dtype.element_ty.primitive_bitwidth // 8))
-        starts = base + tl.multiple_of(rows * (H * D), ALIGN)
-        tl.store(starts[:, None] + features[None, :], value, mask=mask)
+        base = tile_base(ptr + (b * N * H + h) * D, start, H * D, ALIGN)
+        starts = tl.multiple_of(rows * tile_stride(H * D, FAR), ALIGN)
+        tl.store(base + (starts[:, None] + features[None, :]), value, mask=mask)
 
 
 @device
