@@ -1,6 +1,7 @@
 // Launches of the two passes, with the kernel that suits the dtype and the features.
 #pragma once
 
+#include "fragment_pass.h"
 #include "gram.h"
 #include "launch.h"
 #include "mix.h"
@@ -49,6 +50,8 @@ void launch_gram_of(const GramArgs<Sum<T>>& p, void* stream) {
 
 template <class T>
 void launch_gram(const GramArgs<Sum<T>>& p, bool tf32, void* stream) {
+  if constexpr (kHasFragments<T>)
+    if (fragments_fit<T>(p, tf32)) return launch_fragment_gram<T>(p, stream);
   bool narrow = p.x[0].features <= 32 && p.x[1].features <= 32;
   with_math<T>(p.norm_a || p.norm_b, tf32, [&](auto math) {
     using Math = decltype(math);
@@ -58,7 +61,16 @@ void launch_gram(const GramArgs<Sum<T>>& p, bool tf32, void* stream) {
   });
 }
 
-inline int64_t gram_tiles(int64_t a, int64_t b) { return a <= 32 && b <= 32 ? 1 : cdiv(a, 64) * cdiv(b, 64); }
+// How the tokens of a Gram matrix are split over blocks: of any kernel, since it is known before the addresses are.
+template <class T>
+Split split_gram(int64_t tokens, int64_t heads, int64_t dim_a, int64_t dim_b, const Device& device) {
+  int64_t record = dim_a * dim_b * (int64_t)sizeof(Sum<T>), row = dim_a * (int64_t)sizeof(T);
+  if constexpr (kHasFragments<T>)
+    if (dim_a == dim_b && dim_a <= kWidestFragments)
+      return split_evenly(tokens, heads, record, row, (int64_t)device.processors * fragment_gram_blocks<T>(dim_a));
+  int64_t tiles = dim_a <= 32 && dim_b <= 32 ? 1 : cdiv(dim_a, 64) * cdiv(dim_b, 64);
+  return split_tokens(tokens, heads * tiles, record, row, device.processors, 2);
+}
 
 template <class T, class Math, int kColumns>
 void launch_mix_of(MixArgs<T> p, const Device& device, void* stream) {
@@ -109,6 +121,10 @@ void launch_mix_of(MixArgs<T> p, const Device& device, void* stream) {
 
 template <class T>
 void launch_mix(const MixArgs<T>& p, bool exact, bool tf32, const Device& device, void* stream) {
+  if constexpr (kHasFragments<T>)
+    if (fragments_fit(p, exact, tf32))
+      return p.outputs == 1 ? launch_fragment_mix<T, 1>(p, device, stream)
+                            : launch_fragment_mix<T, 3>(p, device, stream);
   int widest = 1;
   for (int x = 0; x < p.operands; ++x) widest = p.x[x].features > widest ? p.x[x].features : widest;
   for (int o = 0; o < p.outputs; ++o) widest = p.out[o].to.features > widest ? p.out[o].to.features : widest;

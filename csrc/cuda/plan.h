@@ -29,6 +29,22 @@ inline Split split_tokens(int64_t tokens, int64_t units, int64_t record, int64_t
   return {cdiv(tokens, chunk), chunk};
 }
 
+// The same, of parts that come nearest to a whole number of times the `slots` blocks that the device holds at once.
+inline Split split_evenly(int64_t tokens, int64_t units, int64_t record, int64_t row, int64_t slots) {
+  int64_t best = 1, most = cdiv(tokens, kChunk);
+  auto filled = [&](int64_t parts) {
+    int64_t blocks = parts * units;
+    return (double)blocks / (double)(cdiv(blocks, slots) * slots);
+  };
+  for (int64_t parts = 2; parts <= most && units > 0 && (parts - 1) * units < 2 * slots; ++parts) {
+    if (parts * parts * record > 2 * tokens * row) break;
+    if (filled(parts) > filled(best) + 0.02) best = parts;
+  }
+  int64_t chunk = cdiv(cdiv(tokens, best), kChunk) * kChunk;
+  if (chunk == 0) return {1, kChunk};
+  return {cdiv(tokens, chunk), chunk};
+}
+
 // The largest of 16, 8 and 4 that divides all strides, in bytes, of dimensions that have more than one element, the
 // address and `bytes`, the length of a row; else 0.
 inline int vector_bytes(const xk_tensor& t, const int64_t (&sizes)[3], int64_t bytes, int64_t item) {
@@ -54,8 +70,8 @@ inline Operand operand(const xk_tensor& t, const Sizes& n, int64_t features, int
 template <class T>
 Result<T> result(const xk_tensor& t, const Sizes& n, int64_t features) {
   if (features > 1 && t.stride_d != 1) throw Failure{XK_BAD_ARGUMENT, "features of a result must lie together"};
-  bool wide = vector_bytes(t, {n.batch, n.heads, n.tokens}, features * (int64_t)sizeof(T), sizeof(T)) == 16;
-  return {static_cast<T*>(t.data), t.stride_b, t.stride_h, t.stride_n, (int32_t)features, wide};
+  int vector = vector_bytes(t, {n.batch, n.heads, n.tokens}, features * (int64_t)sizeof(T), sizeof(T));
+  return {static_cast<T*>(t.data), t.stride_b, t.stride_h, t.stride_n, (int32_t)features, vector};
 }
 
 // Runs over a workspace, or over no memory to say how large it must be.

@@ -14,8 +14,7 @@ int64_t Backend<T>::gram(const xk_gram_args& a, const xk_cuda_launch& l, bool me
   const Device& device = use_device(l.device);
   Sizes n{a.batch, a.heads, a.tokens};
   int64_t heads = a.batch * a.heads, size = a.dim_a * a.dim_b;
-  Split split = split_tokens(a.tokens, heads * gram_tiles(a.dim_a, a.dim_b), size * (int64_t)sizeof(S),
-                             a.dim_a * (int64_t)sizeof(T), device.processors, 2);
+  Split split = split_gram<T>(a.tokens, heads, a.dim_a, a.dim_b, device);
   Workspace workspace(l.workspace);
   SumArgs<S> sum = {{},
                     {static_cast<S*>(a.g), static_cast<S*>(a.ssq_a), static_cast<S*>(a.ssq_b)},
@@ -98,10 +97,7 @@ struct Call {
 
   Operand tokens(const xk_tensor& t) const { return operand(t, n, a.dim, sizeof(T)); }
   PerHead temperature() const { return {a.temperature.data, a.temperature.stride, a.temperature.dtype}; }
-  Split split() const {
-    return split_tokens(a.tokens, heads * gram_tiles(a.dim, a.dim), map * (int64_t)sizeof(Sum<T>),
-                        a.dim * (int64_t)sizeof(T), device.processors, 2);
-  }
+  Split split() const { return split_gram<T>(a.tokens, heads, a.dim, a.dim, device); }
   GramArgs<Sum<T>> gram(const xk_tensor& x, const xk_tensor& y, const Split& split, Sum<T>* to, int64_t step) const {
     GramArgs<Sum<T>> p = {};
     p.x[0] = tokens(x), p.x[1] = tokens(y);

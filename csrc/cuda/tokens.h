@@ -172,12 +172,12 @@ class Squares {
   __device__ static int column() { return (int)threadIdx.x % kOwners * kTogether; }
 };
 
-// Where results go: features are next to each other; `wide` if 16 bytes of them may be written at once.
+// Where results go: features are next to each other; `vector` as of an Operand.
 template <class T>
 struct Result {
   T* data;
   int64_t stride_b, stride_h, stride_n;
-  int32_t features, wide;
+  int32_t features, vector;
 
   __device__ T* token(int64_t b, int64_t h, int64_t n) const {
     return data + b * stride_b + h * stride_h + n * stride_n;
@@ -192,12 +192,13 @@ using Count = std::integral_constant<int, kCount>;
 template <class T, int kThreads, class Values>
 __device__ void store_rows(const Result<T>& to, const Rows& r, const Mask& mask, Values values) {
   constexpr int kNumbers = kVector<T>;
-  Lanes<kThreads> lanes(to.features, to.wide ? kNumbers : 1);
+  bool wide = to.vector == 16;
+  Lanes<kThreads> lanes(to.features, wide ? kNumbers : 1);
   T* token = to.token(r.b, r.h, r.begin + lanes.row);
   int64_t step = lanes.rows * to.stride_n;
   for (int row = lanes.row; row < r.rows && r.begin + row < r.end; row += lanes.rows, token += step) {
     bool keep = mask.keeps(r.b, r.begin + row);  // a map may hold NaN
-    if (to.wide) {
+    if (wide) {
       for (int c = lanes.lane * kNumbers; c < to.features; c += lanes.count * kNumbers) {
         alignas(16) Sum<T> y[kNumbers];
         alignas(16) T numbers[kNumbers];

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 COMPILED = re.compile(r"Compiling entry function '(\w+)' for '(\w+)'")
 NUMBERS = {
@@ -27,6 +28,9 @@ NUMBERS = {
 }
 # Tensor cores, asynchronous copies, stores, loads of matrices, and accesses at generic addresses.
 INSTRUCTION = re.compile(r" ((?:[HDIQ]G?MMA|UTC\w*MMA|LDGSTS|STG|LDSM|LD|ST)(?:\.\w+)*) ")
+PLACED = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(.*?);")
+BRANCH = re.compile(r"\bBRA\b.* 0x([0-9a-f]+)")
+MOVED = re.compile(r"\b(?:LDG|STG)\.E(\S*)")
 TENSOR_CORE = r"[HDIQ]G?MMA|UTC\w*MMA"
 NAME = re.compile(r"_ZN2xk4cuda\d+(\w+?_kernel)I(\w*?)EEv")
 DTYPES = {"13__nv_bfloat16": "bf16", "6__half": "f16", "f": "f32", "d": "f64"}
@@ -39,6 +43,8 @@ class Kernel:
     arch: str
     numbers: dict[str, int] = field(default_factory=dict)
     instructions: Counter[str] = field(default_factory=Counter)
+    loop: list[float] = field(default_factory=list)
+    """The instructions of the loop that moves most and uses tensor cores, and the bytes that a warp moves in it."""
 
     def __post_init__(self) -> None:
         name = NAME.match(self.symbol)
@@ -47,15 +53,29 @@ class Kernel:
         first = re.match("|".join(DTYPES), arguments)
         assert first, f"{self.symbol}: of which dtype?"
         self.dtype = DTYPES[first[0]]
-        self.product = next((is_ for word, is_ in PRODUCTS.items() if word in arguments), "")
+        fragments = "fragments" if self.kind.startswith("fragment_") else ""
+        self.product = next((is_ for word, is_ in PRODUCTS.items() if word in arguments), fragments)
         self.widened = self.product == "fma" and self.dtype in ("bf16", "f16")
         """Whether tokens become fp32 on their way into shared memory."""
-        width = re.search(r"Li(\d+)E?$", arguments)
-        self.width = int(width[1]) if width else 0
+        numbers = [int(number) for number in re.findall(r"Li(\d+)E", arguments + "E")]
+        self.outputs = numbers.pop() if self.kind == "fragment_mix_kernel" else 1
+        self.width = numbers[-1] if numbers else 0
 
     def __str__(self) -> str:
-        parts = filter(None, (self.dtype, self.product, str(self.width or "")))
+        outputs = f"{self.outputs} results" if self.outputs > 1 else ""
+        parts = filter(None, (self.dtype, self.product, str(self.width or ""), outputs))
         return f"{self.kind.removesuffix('_kernel')} ({', '.join(parts)}) of {self.arch}"
+
+    @property
+    def loop_instructions(self) -> float:
+        """For 512 bytes that are read for the first time, or written.
+
+        The two warps that share the 64 features of a Gram matrix read three operands for two; of three results, two
+        are added to what is read once more.
+        """
+        twice = 3 / 2 if self.kind == "fragment_gram_kernel" and self.width == 64 else 8 / 6 if self.outputs == 3 else 1
+        count, moved = self.loop
+        return twice * count / (moved / 512)
 
     def having(self, pattern: str) -> list[str]:
         return sorted(name for name in self.instructions if re.match(pattern, name))
@@ -86,20 +106,51 @@ def read_log(lines: Iterator[str]) -> dict[tuple[str, str], Kernel]:
     return found
 
 
-def read_instructions(cuobjdump: str, module: Path, arch: str) -> dict[str, Counter[str]]:
-    """How often the instructions that matter occur, by symbol."""
-    found: dict[str, Counter[str]] = {}
+def main_loop(code: list[tuple[int, str]]) -> list[float]:
+    """See :class:`Kernel`. A loop is what a branch goes back over.
+
+    What a branch in it leaves out, and writes to shared memory, is done once in four times: sums of fp32 are put aside.
+    """
+    places = {address: i for i, (address, _) in enumerate(code)}
+    targets = [BRANCH.search(text) for _, text in code]
+    to = [places.get(int(target[1], 16), i) if target else i for i, target in enumerate(targets)]
+    best = [0.0, 0.0]
+    for i, begin in enumerate(to):
+        if begin < i and any("MMA" in inside for _, inside in code[begin:i]):
+            seldom = {
+                at
+                for branch in range(begin, i)
+                if branch < to[branch] <= i and any("STS" in text for _, text in code[branch : to[branch]])
+                for at in range(branch + 1, to[branch])
+            }
+            moves = filter(None, (MOVED.search(inside) for _, inside in code[begin:i]))
+            moved = 32 * sum(16 if ".128" in move[1] else 8 if ".64" in move[1] else 4 for move in moves)
+            best = max(best, [i + 1 - begin - 0.75 * len(seldom), moved], key=lambda loop: loop[1])
+    return best if best[1] else []
+
+
+def read_instructions(cuobjdump: str, module: Path, arch: str) -> dict[str, list[Any]]:
+    """How often the instructions that matter occur, and the main loop of kernels that have one, by symbol."""
+    found: dict[str, list[Any]] = {}
     counts: Counter[str] = Counter()
+    code: list[tuple[int, str]] = []
+    looked_at = False
     with subprocess.Popen([cuobjdump, "-sass", "-arch", arch, module], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         for line in process.stdout:
             if "Function : " in line:
                 # weak copies in several files have the same code
-                counts = found[line.split()[-1]] = Counter()
-            elif instruction := INSTRUCTION.search(line, 0, 100):
+                symbol = line.split()[-1]
+                counts, code = Counter(), []
+                found[symbol] = [counts, code]
+                looked_at = "fragment_" in symbol
+                continue
+            if instruction := INSTRUCTION.search(line, 0, 100):
                 counts[instruction[1]] += 1
+            if looked_at and (placed := PLACED.match(line)):
+                code.append((int(placed[1], 16), placed[2]))
     assert process.returncode == 0, f"cuobjdump ended with {process.returncode}"
-    return found
+    return {symbol: [counts, main_loop(code)] for symbol, (counts, code) in found.items()}
 
 
 def kernels(log: Path) -> list[Kernel]:
@@ -121,4 +172,5 @@ def disassemble(found: list[Kernel], module: Path, cuobjdump: str, kept: Path) -
         read = dict(zip(archs, each, strict=True))
         kept.write_text(json.dumps({"digest": digest, "instructions": read}))
     for kernel in found:
-        kernel.instructions = Counter(read[kernel.arch][kernel.symbol])
+        counts, kernel.loop = read[kernel.arch][kernel.symbol]
+        kernel.instructions = Counter(counts)

@@ -52,7 +52,7 @@ def xfa_cases(path: str) -> tuple[list[Case], list[Case]]:
     from xformer_kernels.testing import assert_close
 
     configs = [Config(), Config("key_value"), *([Config(norm="feature")] if path == "two passes" else [])]
-    shapes = ((2, 21, 2, 5), (1, 300, 1, 36)) if path == "two passes" else ((2, 21, 2, 5), (2, 150, 1, 36))
+    shapes = ((2, 21, 2, 5), (1, 300, 1, 35)) if path == "two passes" else ((2, 21, 2, 5), (2, 150, 1, 36))
     forward, backward = [], []
     for shape in shapes:
         for config in configs:
@@ -82,8 +82,8 @@ def xfa_cases(path: str) -> tuple[list[Case], list[Case]]:
     return forward, backward
 
 
-def primitive_cases() -> tuple[list[Case], list[Case]]:
-    """Of gram and of channel_mix, whose tokens end where memory does."""
+def primitive_cases() -> dict[str, list[Case]]:
+    """Of gram and of channel_mix, whose tokens end where memory does; and of the same by fragments."""
     from cases import randn
 
     from xformer_kernels import reference
@@ -91,19 +91,33 @@ def primitive_cases() -> tuple[list[Case], list[Case]]:
     from xformer_kernels.testing import assert_close
 
     a, b = (guarded.like(randn(2, 2, 21, features, seed=features), end=True) for features in (5, 9))
-    weight = randn(2, 2, 7, 5, seed=3)
+    weight, wide_weight = randn(2, 2, 7, 5, seed=3), randn(1, 1, 36, 36, seed=4)
 
     def judge(reference_of, double, results):
         for result, eager, oracle in zip(results, reference_of, double, strict=True):
             assert_close(result, eager, oracle, "result")
 
+    wide = [guarded.like(randn(1, 1, 300, 36, seed=seed), end=True) for seed in (1, 2)]
+
     gram = reference.gram(a, b), reference.gram(a.double(), b.double())
+    wide_gram = reference.gram(*wide), reference.gram(*(x.double() for x in wide))
     mix = (reference.channel_mix(a, weight),), (reference.channel_mix(a.double(), weight.double()),)
-    nothing = (None,) * 5
-    return (
-        [(lambda: cuda.gram(a, b, False, None), partial(judge, *gram))],
-        [(lambda: (cuda.channel_mix(a, weight, *nothing).transpose(1, 2),), partial(judge, *mix))],
+    wide_mix = (
+        (reference.channel_mix(wide[0], wide_weight),),
+        (reference.channel_mix(wide[0].double(), wide_weight.double()),),
     )
+    nothing = (None,) * 5
+    return {
+        "gram": [(lambda: cuda.gram(a, b, False, None), partial(judge, *gram))],
+        "fragment_gram": [(lambda: cuda.gram(*wide, False, None), partial(judge, *wide_gram))],
+        "fragment_mix": [
+            (
+                lambda: (cuda.channel_mix(wide[0], wide_weight, *nothing).transpose(1, 2),),
+                partial(judge, *wide_mix),
+            )
+        ],
+        "channel_mix": [(lambda: (cuda.channel_mix(a, weight, *nothing).transpose(1, 2),), partial(judge, *mix))],
+    }
 
 
 def findings(run: Callable[[], tuple[Tensor, ...]], judge: Callable[[tuple[Tensor, ...]], None]) -> set[str]:
@@ -137,7 +151,7 @@ def report(*faults: str) -> dict[str, dict[str, list[str]]]:
     parts = {}
     for path in ("one launch", "two passes"):
         parts[f"{path}, forward"], parts[f"{path}, backward"] = xfa_cases(path)
-    parts["gram"], parts["channel_mix"] = primitive_cases()
+    parts |= primitive_cases()
     result = {}
     for fault in ("none", *faults):
         with environment(XK_EMULATION_PLANTED=fault):

@@ -127,7 +127,8 @@ int main(int argc, char** argv) {
   xfa("cluster", {1, 1, 130, 33}, {.masked = true});
   xfa("cluster, key_value", {1, 1, 130, 8}, {.map = XK_KEY_VALUE});
   xfa("cluster, identity", {1, 1, 130, 5}, {.activation = XK_IDENTITY});
-  xfa("two passes", {2, 1, 300, 36}, two_passes);
+  xfa("two passes", {2, 1, 300, 35}, two_passes);
+  xfa("fragments", {2, 1, 300, 36}, two_passes);
   xfa("two passes, key_value", {1, 2, 70, 33}, {.map = XK_KEY_VALUE, .masked = true, .path = XK_TWO_PASSES});
   xfa("feature norm", {1, 1, 41, 9}, {.norm = XK_FEATURE_NORM});
   xfa("feature norm, key_value", {1, 1, 41, 9}, {.map = XK_KEY_VALUE, .norm = XK_FEATURE_NORM, .masked = true});

@@ -17,7 +17,7 @@
 #include <thread>
 #include <vector>
 
-#include "portable.h"
+#include "fragments.h"
 
 namespace {
 
@@ -175,6 +175,79 @@ cudaError_t run_product(std::function<typename wmma::storage<T>::type(float)> na
   return show(error, {(float)right});
 }
 
+// d = c + a b by one mma.sync. Where element i of an operand of a lane lies is written as in the PTX manual.
+template <class T>
+__global__ void product_of_registers(const float* a, const float* b, const float* c, float* d, bool swapped) {
+  constexpr bool is_short = sizeof(T) == 2;
+  constexpr int depth = is_short ? 16 : 8, in_word = is_short ? 2 : 1;
+  const int group = (int)threadIdx.x / 4, in_group = (int)threadIdx.x % 4;
+  uint32_t left[4] = {}, right[2] = {};
+  auto put = [&](uint32_t* to, int i, float value) {
+    if constexpr (is_short) {
+      const T number = narrow<T>(value);
+      to[i / 2] |= (uint32_t)number.bits << i % 2 * 16;
+    } else {
+      to[i] = __float_as_uint(value) | 0x1fff;  // what tf32 does not have is cut
+    }
+  };
+  for (int i = 0; i < 4 * in_word; ++i) {
+    int row, column;
+    if (is_short) {
+      row = i < 2 || (4 <= i && i < 6) ? group : group + 8;
+      column = in_group * 2 + (i & 1) + (i >= 4 ? 8 : 0);
+    } else {
+      row = i == 0 || i == 2 ? group : group + 8;
+      column = i < 2 ? in_group : in_group + 4;
+    }
+    put(left, i, a[row * depth + column]);
+  }
+  for (int i = 0; i < 2 * in_word; ++i) {
+    const int row = is_short ? in_group * 2 + (i & 1) + (i >= 2 ? 8 : 0) : in_group + (i ? 4 : 0);
+    put(right, i, b[row * 8 + group]);
+  }
+  if (swapped) std::swap(left[1], left[2]);
+  float sums[4];
+  for (int i = 0; i < 4; ++i) sums[i] = c[(group + (i < 2 ? 0 : 8)) * 8 + in_group * 2 + (i & 1)];
+  mma<T>(sums, left, right[0], right[1]);
+  for (int i = 0; i < 4; ++i) d[(group + (i < 2 ? 0 : 8)) * 8 + in_group * 2 + (i & 1)] = sums[i];
+}
+
+template <class T>
+cudaError_t run_registers(bool swapped = false) {
+  const int depth = sizeof(T) == 2 ? 16 : 8;
+  const auto x = numbers(16 * depth + depth * 8 + 128);
+  const float *a = x.data(), *b = a + 16 * depth, *c = b + depth * 8;
+  std::vector<float> d(128);
+  const cudaError_t error = launch({1, 32}, product_of_registers<T>, a, b, c, d.data(), swapped);
+  bool right = true;  // all products and sums of these numbers are exact
+  for (int i = 0; i < 128; ++i) {
+    float expected = c[i];
+    for (int k = 0; k < depth; ++k) expected += a[i / 8 * depth + k] * b[k * 8 + i % 8];
+    right = right && d[i] == expected;
+  }
+  return show(error, {right != swapped ? 1.f : 0.f});
+}
+
+// One sum each: of 1 and 1.75 x 2^-23, of their negatives, of tf32's 1 in the place of 1 + 2^-11, and one that is too
+// large.
+__global__ void cut_off(float* d) {
+  const float left[4] = {1.75f, -1.75f, 1 + 0x1p-11f, 0x1p127f}, right[4] = {0x1p-23f, 0x1p-23f, 1, 4},
+              start[4] = {1, -1, 0, 0};
+  for (int i = 0; i < 4; ++i) {
+    const bool first = threadIdx.x == 0;
+    const uint32_t a[4] = {first ? __float_as_uint(left[i]) : 0};
+    float sums[4] = {start[i]};
+    mma<float>(sums, a, first ? __float_as_uint(right[i]) : 0, 0);
+    if (first) d[i] = sums[0];
+  }
+}
+
+cudaError_t run_cut_off() {
+  std::vector<float> d(4);
+  const cudaError_t error = launch({1, 32}, cut_off, d.data());
+  return show(error, d);
+}
+
 // Every thread sums what the others fetched, three buffers ahead.
 __global__ void pipeline(const float* x, float* out, int steps) {
   XK_ARENA(arena);
@@ -236,6 +309,11 @@ const std::map<std::string, Case> right = {
     {"pipeline", run_pipeline},
     {"bf16", [] { return run_product<__nv_bfloat16, 16>(__float2bfloat16_rn); }},
     {"fp16", [] { return run_product<__half, 16>(__float2half_rn); }},
+    {"cut_off", run_cut_off},
+    {"registers_bf16", [] { return run_registers<__nv_bfloat16>(); }},
+    {"registers_fp16", [] { return run_registers<__half>(); }},
+    {"registers_tf32", [] { return run_registers<float>(); }},
+    {"registers_swapped", [] { return run_registers<__half>(true); }},
     {"tf32", [] { return run_product<wmma::precision::tf32, 8>([](float x) { return x; }); }},
 };
 

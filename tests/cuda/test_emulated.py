@@ -155,6 +155,10 @@ def test_what_lies_beyond_is_reported(cuda, at_page):
 
 FUSED = ("fused_forward", "fused_backward temperature")
 TWO_PASSES = ("gram map_forward mix", "gram map_backward mix temperature")
+FRAGMENTS = (
+    "fragment_gram map_forward fragment_mix",
+    "fragment_gram map_backward fragment_gradients temperature",
+)
 
 
 @pytest.mark.parametrize(
@@ -166,9 +170,14 @@ TWO_PASSES = ("gram map_forward mix", "gram map_backward mix temperature")
         ((1, 300, 1, 128), Config(activation="identity"), torch.float16, (FUSED[0], TWO_PASSES[1])),
         ((1, 21, 1, 65), Config(), torch.float32, TWO_PASSES),
         ((1, 64, 1, 129), Config(), torch.float32, TWO_PASSES),
-        ((1, 64, 1, 24), Config(norm="feature"), torch.float32, TWO_PASSES),
+        (
+            (1, 64, 1, 24),
+            Config(norm="feature"),
+            torch.float32,
+            ("gram map_forward fragment_mix", "fragment_gram map_backward mix temperature"),
+        ),
         ((1, 64, 1, 24), Config(), torch.float64, TWO_PASSES),
-        ((1, 9000, 1, 64), Config(), torch.float32, TWO_PASSES),
+        ((1, 9000, 1, 48), Config(), torch.float32, FRAGMENTS),
     ),
     ids=str,
 )
@@ -180,7 +189,7 @@ def test_paths(cuda, monkeypatch):
     """A path that is asked for is taken, or refused in words."""
     problem = make_problem((1, 21, 1, 24))
     monkeypatch.setattr(cuda, "path", "two passes")
-    assert kernels(cuda, problem) == TWO_PASSES
+    assert kernels(cuda, problem) == FRAGMENTS
     monkeypatch.setattr(cuda, "path", "one launch")
     assert kernels(cuda, problem) == FUSED
     for shape, config in (((1, 21, 1, 130), Config()), ((1, 21, 1, 24), Config(norm="feature"))):
@@ -275,5 +284,5 @@ def test_tf32_is_kept_from_norms(cuda, monkeypatch):
     assert_bitwise(of_itself[0], exactly[0][0], "x^T x")
     assert not torch.equal(of_both[0], exactly[1][0])
     for got, expected in zip(of_both[1:], exactly[1][1:], strict=True):
-        assert_bitwise(got, expected, "sums of squares")
+        assert (got / expected - 1).abs().max() < 1e-6  # of another kernel, which adds in another order
     assert "products of float32 are cut to tf32" in str(xk.explain(a, a, a, torch.ones(2), backend="cuda"))

@@ -15,14 +15,15 @@ from xformer_kernels import backends
 HERE = Path(__file__).parent
 
 ONE_LAUNCH = {"one launch, forward", "one launch, backward"}
+FRAGMENTS = {"fragment_gram", "fragment_mix"}
 TWO_PASSES = {"two passes, forward", "two passes, backward"}
 # What cannot be seen: columns beyond the features only reach columns of a Gram matrix that nobody stores; gram and
 # channel_mix alone add up nothing over lanes; two passes have no clusters.
 CAUGHT = {
-    "barrier": {*ONE_LAUNCH, *TWO_PASSES, "gram", "channel_mix"},
-    "tail_mask": {*ONE_LAUNCH, *TWO_PASSES, "gram", "channel_mix"},
+    "barrier": {*ONE_LAUNCH, *TWO_PASSES, "gram", "channel_mix", *FRAGMENTS},
+    "tail_mask": {*ONE_LAUNCH, *TWO_PASSES, "gram", "channel_mix", *FRAGMENTS},
     "column_mask": {*ONE_LAUNCH, *TWO_PASSES, "channel_mix"},
-    "shuffle": {*ONE_LAUNCH, *TWO_PASSES},
+    "shuffle": {*ONE_LAUNCH, *TWO_PASSES, "fragment_gram"},
     "cluster_barrier": ONE_LAUNCH,
 }
 

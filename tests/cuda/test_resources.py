@@ -2,7 +2,8 @@
 
 What must hold: nothing spills and no array of a thread lies in memory, the blocks that a multiprocessor is to hold fit,
 products of 16 bits and of tf32 use tensor cores, tokens come by asynchronous copies of 16 bytes and results leave by
-stores of 16 bytes. The table of all that is left in build/cuda/resources.csv.
+stores of 16 bytes. Kernels whose loads are fragments have so few instructions in their main loops that memory decides
+how long they take. The table of all that is left in build/cuda/resources.csv.
 """
 
 from __future__ import annotations
@@ -22,6 +23,13 @@ ROOT = Path(__file__).parents[2]
 LOG = ROOT / "build" / "cuda" / "ptxas.log"
 TABLE = LOG.with_name("resources.csv")
 REQUIRED = os.environ.get("XFORMER_KERNELS_CUDA", "0").lower() not in ("", "0", "false", "no", "off")
+# For 512 bytes in the main loop, which an H200 moves in 126 issue slots of a multiprocessor: by kernel and how many
+# results it has.
+MOST_INSTRUCTIONS = {
+    ("fragment_gram_kernel", 1): {"bf16": 26, "f16": 26, "f32": 50},
+    ("fragment_mix_kernel", 1): {"bf16": 25, "f16": 28, "f32": 40},
+    ("fragment_mix_kernel", 3): {"bf16": 34, "f16": 40, "f32": 50},
+}
 REGISTERS = 65_536  # of a multiprocessor; a warp's come in portions of 256
 
 
@@ -35,6 +43,8 @@ class Kind(NamedTuple):
 KINDS = {
     "gram_kernel": Kind(128, 3, copies=True),
     "mix_kernel": Kind(128, 3, copies=True, stores=True),
+    "fragment_gram_kernel": Kind(128, 2),
+    "fragment_mix_kernel": Kind(128, 2),
     "fused_forward_kernel": Kind(256, 1, copies=True, stores=True),
     "fused_backward_kernel": Kind(256, 1, copies=True, stores=True),
     "map_forward_kernel": Kind(256, 2),
@@ -66,6 +76,7 @@ def write_table(kernels):
             "dtype": kernel.dtype,
             "product": kernel.product,
             "width": kernel.width or "",
+            "results": kernel.outputs,
             "arch": kernel.arch,
             **kernel.numbers,
             "blocks by registers": blocks_by_registers(kernel),
@@ -73,6 +84,7 @@ def write_table(kernels):
             "copies": " ".join(kernel.having("LDGSTS")),
             "stores": " ".join(kernel.having("STG")),
             "matrix loads": " ".join(kernel.having("LDSM")),
+            "instructions of 512 bytes": f"{kernel.loop_instructions:.1f}" if kernel.loop else "",
         }
         for kernel in kernels
     ]
@@ -135,7 +147,7 @@ def test_instructions(kernels, module):
 def faults_of(kernel):
     kind = KINDS[kernel.kind]
     tensor_core = kernel.having(machine_code.TENSOR_CORE)
-    if kernel.product in ("tensor core", "tf32") and not tensor_core:
+    if kernel.product in ("tensor core", "tf32", "fragments") and not tensor_core:
         yield "no tensor core"
     if kernel.product == "fma" and kernel.dtype != "f64" and tensor_core:
         yield f"{tensor_core}, which round otherwise"
@@ -145,6 +157,9 @@ def faults_of(kernel):
         yield f"no asynchronous copies of 16 bytes: {kernel.having('LDGSTS')}"
     if kind.stores and not kernel.having(r"STG\..*128"):
         yield f"no stores of 16 bytes: {kernel.having('STG')}"
+    most = MOST_INSTRUCTIONS.get((kernel.kind, kernel.outputs), {}).get(kernel.dtype)
+    if most and kernel.loop_instructions > most:
+        yield f"{kernel.loop_instructions:.1f} instructions for 512 bytes"
     # the memory of other blocks of a cluster, which fused kernels have from sm_90 on, has no other addresses
     cluster = kernel.kind.startswith("fused") and int(re.sub(r"\D", "", kernel.arch)) >= 90
     generic = [name for name in kernel.having(r"(LD|ST)(\.|$)") if not name.endswith(".U8")]  # but for masks

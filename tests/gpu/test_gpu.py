@@ -89,7 +89,8 @@ def test_shapes_take_the_paths_that_they_stand_for(shape, count, gpu_backend):
 
         xfa(p.q, p.k, p.v, p.temperature)
         names = _cuda.launched().split()
-        assert names == (["fused_forward"] if count == 1 else ["gram", "map_forward", "mix"])
+        two_passes = ["fragment_gram", "map_forward", "fragment_mix"]
+        assert names == (["fused_forward"] if count == 1 else two_passes)
         return
     with launches() as seen:
         xfa(p.q, p.k, p.v, p.temperature)

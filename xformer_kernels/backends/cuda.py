@@ -3,7 +3,9 @@
 Each function has the signature of its op and returns newly allocated tensors. If the tokens of a head fit into the
 shared memory of a block, or of a cluster of blocks (sm_90 and newer), forward and backward are one launch each, which
 reads every token once; otherwise they are two passes. The kernels read any strides in place, accumulate in fp32 (fp64
-for fp64), and sum in an order that depends only on the shapes and the device.
+for fp64), and sum in an order that depends only on the shapes and the device. In two passes, tokens of up to 64
+features without a mask are read as the operands of tensor cores where their alignment allows it (fragment_pass.h); an
+fp32 product is then three of tf32, with the accuracy of fp32.
 """
 
 from __future__ import annotations

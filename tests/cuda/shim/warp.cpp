@@ -156,6 +156,64 @@ void multiply(Multiplicand type, const void* a, const void* b, const float* c, f
   leave();
 }
 
+namespace {
+
+struct Registers {
+  const uint32_t* a;
+  uint32_t b[2];
+  float* d;
+};
+
+// The numbers in a register of an operand, of which k comes first in the depth: two of 16 bits, or one.
+struct Unpacked {
+  int count;
+  double x[2];
+};
+Unpacked unpack(Multiplicand type, uint32_t word) {
+  if (type == Multiplicand::half) return {2, {__half2float({(uint16_t)word}), __half2float({(uint16_t)(word >> 16)})}};
+  if (type == Multiplicand::bfloat16)
+    return {2, {__bfloat162float({(uint16_t)word}), __bfloat162float({(uint16_t)(word >> 16)})}};
+  float x;
+  word &= 0xffffe000;
+  memcpy(&x, &word, 4);
+  return {1, {x, 0}};
+}
+
+float cut_off(double x) {
+  float y = (float)x;
+  if (std::fabs(y) > std::fabs(x) && std::isfinite(y)) y = nextafterf(y, 0);
+  return y;
+}
+
+}  // namespace
+
+void multiply_registers(Multiplicand type, const uint32_t* a, uint32_t b0, uint32_t b1, float* d, Where where) {
+  Registers mine = {a, {b0, b1}, d};
+  if (!arrive("mma", 0, &mine, where)) return;
+  double left[16][16] = {}, right[16][8] = {};
+  auto lanes = reinterpret_cast<Registers* const*>(my_warp().arguments);
+  for (int l = 0; l < 32; ++l) {
+    const int g = l / 4, t = l % 4;
+    for (int r = 0; r < 4; ++r) {
+      const Unpacked x = unpack(type, lanes[l]->a[r]);
+      for (int i = 0; i < x.count; ++i) left[g + r % 2 * 8][(t + r / 2 * 4) * x.count + i] = x.x[i];
+    }
+    for (int r = 0; r < 2; ++r) {
+      const Unpacked x = unpack(type, lanes[l]->b[r]);
+      for (int i = 0; i < x.count; ++i) right[(t + r * 4) * x.count + i][g] = x.x[i];
+    }
+  }
+  const int depth = type == Multiplicand::tf32 ? 8 : 16;
+  for (int l = 0; l < 32; ++l)
+    for (int e = 0; e < 4; ++e) {
+      const int row = l / 4 + e / 2 * 8, column = l % 4 * 2 + e % 2;
+      double sum = lanes[l]->d[e];
+      for (int k = 0; k < depth; ++k) sum += left[row][k] * right[k][column];
+      lanes[l]->d[e] = cut_off(sum);
+    }
+  leave();
+}
+
 void check_copy(const void* to, const void* from, size_t size, size_t zeros, Where where) {
   constexpr const char* what = "__pipeline_memcpy_async";
   if (size != 4 && size != 8 && size != 16)

@@ -48,6 +48,10 @@ void gather(void* matrix, int count, size_t element_size);
 enum class Multiplicand { half, bfloat16, tf32 };
 void multiply(Multiplicand type, const void* a, const void* b, const float* c, float* d, Where where);
 
+// mma.sync.m16n8k16 (m16n8k8 of tf32) by its registers, as the PTX manual lays them out: d += a b. Tensor cores cut
+// fp32 to tf32, multiply exactly, and cut off the sum of all products and d.
+void multiply_registers(Multiplicand type, const uint32_t* a, uint32_t b0, uint32_t b1, float* d, Where where);
+
 // Asynchronous copies: where they may go, and what to write there, now or when waited for.
 void check_copy(const void* to, const void* from, size_t size, size_t zeros, Where where);
 void copy_async(void* to, const void* bytes, size_t size);

@@ -1,0 +1,320 @@
+// The first pass where tokens are read as operands of mma.sync: see fragments.h. Never run on a GPU.
+//
+// A warp takes 16 tokens at a time (8 of fp32), one lane a fourth of them: its t says which, its g which features. Such
+// a fragment of a (rows of G) and of b (columns) is the sum over these tokens of G. Products of fp32 are three of tf32,
+// the small ones first; the sums of tensor cores, which cut off, are added up in fp32 after 8 steps.
+#pragma once
+
+#include "fragments.h"
+#include "gram.h"
+
+namespace xk::cuda {
+
+// G of at most kDim features of a and as many of b.
+template <class T, int kDim>
+struct FragmentGram {
+  static constexpr bool kTf32 = sizeof(T) == 4;
+  static constexpr int kThreads = 128;
+  static constexpr int kBlocks = kDim > 32 ? 2 : kDim > 16 ? kTf32 ? 4 : 3 : 5;  // so many fit, by their registers
+  static constexpr int kShare = kDim > 48 ? 2 : 1;        // warps of the same tokens: each has a part of a's features
+  static constexpr int kSlices = kThreads / 32 / kShare;  // warps, or pairs of them, that take turns
+  static constexpr int kTokens = kTf32 ? 8 : 16, kEach = kTokens / 4;
+  static constexpr int kSteps = kTf32 ? 8 : 2;  // of a warp between additions; the main loop's
+  static constexpr int kTilesB = kDim / 8, kTilesA = kTilesB / kShare, kDown = kTilesA / 2;
+  using A = Pieces<T, kDim / kShare, 8>;
+  using B = Pieces<T, kDim, 8>;
+  static constexpr int kPieceBytes = 4 * (A::kPiece > B::kPiece ? A::kPiece : B::kPiece);
+  static constexpr int kKept = kTf32 ? kDown * kTilesB * 4 : 0;  // sums of a thread
+};
+
+template <class T, int kDim>
+struct FragmentGramLayout {
+  Shared<float> kept;  // of every thread: see FragmentSums
+  Shared<float> g;     // (kDim, kDim), and sums of squares: of all warps, in the end
+  Shared<float> of_a, of_b;
+
+  __host__ __device__ explicit FragmentGramLayout(Arena& arena) {
+    kept = arena.take<float>(FragmentGram<T, kDim>::kKept * FragmentGram<T, kDim>::kThreads);
+    g = arena.take<float>(kDim * kDim);
+    of_a = arena.take<float>(kDim);
+    of_b = arena.take<float>(kDim);
+  }
+};
+
+template <class T, int kDim>
+class FragmentSums {
+  using Sizes = FragmentGram<T, kDim>;
+  using A = typename Sizes::A;
+  using B = typename Sizes::B;
+  static constexpr int kTilesA = Sizes::kTilesA, kTilesB = Sizes::kTilesB, kDown = Sizes::kDown, kEach = Sizes::kEach;
+
+ public:
+  __device__ __forceinline__ void add(const uint32_t (&a)[kEach][A::kWords], const uint32_t (&b)[kEach][B::kWords],
+                                      bool squares, int share) {
+    if constexpr (Sizes::kTf32)
+      add_float(a, b, squares);
+    else
+      add_short(a, b, squares, share);
+  }
+
+  // `kept`: kKept numbers for each thread of the block, of which this one has every kThreads-th four.
+  __device__ __forceinline__ explicit FragmentSums(Shared<float> kept) : total_(kept + 4 * (int)threadIdx.x) {
+    if constexpr (Sizes::kTf32) {
+      const float zeros[4] = {};
+#pragma unroll
+      for (int i = 0; i < Sizes::kKept; i += 4) load_numbers<4>(&total_[i * Sizes::kThreads], zeros);
+    }
+  }
+
+  // After kSteps: the sums of fp32 are kept in shared memory, which saves registers.
+  __device__ __forceinline__ void flush() {
+    if constexpr (Sizes::kTf32)
+      totals([&](float* total, float (&now)[4]) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) total[e] += now[e], now[e] = 0;
+      });
+  }
+
+  // Calls g(row, column, sum), of_a(row, sum) and of_b(column, sum) for what this lane has in the end. Of squares of
+  // fp32, the lanes of a t have the sums of their tokens: all take part.
+  template <class OfG, class OfA, class OfB>
+  __device__ void store(const Lane& lane, int share, bool squares, OfG g, OfA of_a, OfB of_b) {
+    int first = share * (kDim / Sizes::kShare);
+    if constexpr (Sizes::kTf32) totals([](const float* total, float (&now)[4]) { load_numbers<4>(now, total); });
+#pragma unroll
+    for (int m = 0; m < kDown; ++m)
+#pragma unroll
+      for (int j = 0; j < kTilesB; ++j)
+#pragma unroll
+        for (int e = 0; e < 4; ++e)
+          g(first + A::feature(lane.g, 2 * m + e / 2), B::feature(2 * lane.t + e % 2, j), now_[m][j][e]);
+    if (!squares) return;
+    if constexpr (Sizes::kTf32) {
+      auto over_t = [](float x) {
+#pragma unroll
+        for (int step = 1; step < 4; step *= 2) {
+          float other = __shfl_xor_sync(0xffffffffu, x, step);
+          XK_STEP(shuffle, x += other);
+        }
+        return x;
+      };
+#pragma unroll
+      for (int i = 0; i < kTilesA; ++i) {
+        float x = over_t(square_a_[i]);
+        if (lane.t == 0) of_a(first + A::feature(lane.g, i), x);
+      }
+#pragma unroll
+      for (int i = 0; i < kTilesB; ++i) {
+        float x = over_t(square_b_[i]);
+        if (lane.t == 0 && share == 0) of_b(B::feature(lane.g, i), x);
+      }
+    } else if (lane.g / 2 == lane.t) {  // who has the diagonals
+      bool odd = lane.g % 2;
+#pragma unroll
+      for (int i = 0; i < kTilesA; ++i) {
+        of_a(first + A::feature(lane.g, i), odd ? square_a_[i][i % 2 * 2 + 1] : square_a_[i][i % 2 * 2]);
+        int j = share * kTilesA + i;
+        of_b(B::feature(lane.g, j), odd ? square_b_[i][i % 2 * 2 + 1] : square_b_[i][i % 2 * 2]);
+      }
+    }
+  }
+
+ private:
+  alignas(16) float now_[kDown][kTilesB][4] = {};
+  Shared<float> total_;
+  // Of fp32 by multiplication, of a lane's tokens; else the diagonals of products of a tile with itself.
+  using Square = std::conditional_t<Sizes::kTf32, float, float[4]>;
+  Square square_a_[kTilesA] = {};
+  Square square_b_[Sizes::kTf32 ? kTilesB : kTilesA] = {};
+
+  template <class F>
+  __device__ __forceinline__ void totals(F f) {
+#pragma unroll
+    for (int m = 0; m < kDown; ++m)
+#pragma unroll
+      for (int j = 0; j < kTilesB; ++j) {
+        Shared<float> at = total_ + (m * kTilesB + j) * 4 * Sizes::kThreads;
+        alignas(16) float total[4];
+        load_numbers<4>(total, &at[0]);
+        f(total, now_[m][j]);
+        load_numbers<4>(&at[0], total);
+      }
+  }
+
+  // Registers of two tokens to those of two features.
+  template <int kWords>
+  __device__ static __forceinline__ void transpose(const uint32_t (&x)[kEach][kWords], uint32_t (&to)[2 * kWords][2]) {
+#pragma unroll
+    for (int w = 0; w < kWords; ++w)
+#pragma unroll
+      for (int u = 0; u < 2; ++u) {
+        to[2 * w][u] = __byte_perm(x[2 * u][w], x[2 * u + 1][w], 0x5410);
+        to[2 * w + 1][u] = __byte_perm(x[2 * u][w], x[2 * u + 1][w], 0x7632);
+      }
+  }
+
+  __device__ __forceinline__ void add_short(const uint32_t (&a)[kEach][A::kWords],
+                                            const uint32_t (&b)[kEach][B::kWords], bool squares, int share) {
+    if constexpr (!Sizes::kTf32) {
+      uint32_t ka[kTilesA][2], kb[kTilesB][2];
+      transpose(a, ka);
+      transpose(b, kb);
+#pragma unroll
+      for (int m = 0; m < kDown; ++m) {
+        uint32_t rows[4] = {ka[2 * m][0], ka[2 * m + 1][0], ka[2 * m][1], ka[2 * m + 1][1]};
+#pragma unroll
+        for (int j = 0; j < kTilesB; ++j) mma<T>(now_[m][j], rows, kb[j][0], kb[j][1]);
+        if (squares) {
+          auto own = [&](int i, int u) {  // of b, too, warps of the same tokens have a part each
+            return Sizes::kShare == 1 || share == 0 ? kb[i][u] : kb[kTilesB - kTilesA + i][u];
+          };
+          uint32_t of_b[4] = {own(2 * m, 0), own(2 * m + 1, 0), own(2 * m, 1), own(2 * m + 1, 1)};
+          mma<T>(square_a_[2 * m], rows, rows[0], rows[2]);
+          mma<T>(square_a_[2 * m + 1], rows, rows[1], rows[3]);
+          mma<T>(square_b_[2 * m], of_b, of_b[0], of_b[2]);
+          mma<T>(square_b_[2 * m + 1], of_b, of_b[1], of_b[3]);
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ void add_float(const uint32_t (&a)[kEach][A::kWords],
+                                            const uint32_t (&b)[kEach][B::kWords], bool squares) {
+    if constexpr (Sizes::kTf32) {
+      uint32_t bh[kTilesB][2], bl[kTilesB][2];
+#pragma unroll
+      for (int i = 0; i < kTilesB; ++i)
+#pragma unroll
+        for (int u = 0; u < 2; ++u) split_into_tf32(b[u][i], bh[i][u], bl[i][u]);
+      if (squares) {
+#pragma unroll
+        for (int u = 0; u < 2; ++u) {
+#pragma unroll
+          for (int i = 0; i < kTilesA; ++i) square_a_[i] += __uint_as_float(a[u][i]) * __uint_as_float(a[u][i]);
+#pragma unroll
+          for (int i = 0; i < kTilesB; ++i) square_b_[i] += __uint_as_float(b[u][i]) * __uint_as_float(b[u][i]);
+        }
+      }
+#pragma unroll
+      for (int m = 0; m < kDown; ++m) {
+        uint32_t high[4], low[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) split_into_tf32(a[i / 2][2 * m + i % 2], high[i], low[i]);
+#pragma unroll
+        for (int j = 0; j < kTilesB; ++j) mma<T>(now_[m][j], low, bh[j][0], bh[j][1]);
+#pragma unroll
+        for (int j = 0; j < kTilesB; ++j) mma<T>(now_[m][j], high, bl[j][0], bl[j][1]);
+#pragma unroll
+        for (int j = 0; j < kTilesB; ++j) mma<T>(now_[m][j], high, bh[j][0], bh[j][1]);
+      }
+    }
+  }
+};
+
+// One number of G of fp32, by multiplication.
+__device__ inline float sum_of_products(const GramArgs<float>& p, int64_t b, int64_t h, int64_t begin, int tokens,
+                                        int row, int column) {
+  const float* x = p.x[0].head<float>(b, h) + begin * p.x[0].stride_n + row;
+  const float* y = p.x[1].head<float>(b, h) + begin * p.x[1].stride_n + column;
+  float sum = 0;
+#pragma unroll 1
+  for (int n = 0; n < tokens && sum == sum; ++n) sum += x[n * p.x[0].stride_n] * y[n * p.x[1].stride_n];
+  return sum;
+}
+
+// A block owns one chunk of the tokens of one (batch, head).
+template <class T, int kDim>
+__global__ void __launch_bounds__(FragmentGram<T, kDim>::kThreads, FragmentGram<T, kDim>::kBlocks)
+    fragment_gram_kernel(const __grid_constant__ GramArgs<float> p) {
+  using Sizes = FragmentGram<T, kDim>;
+  using A = typename Sizes::A;
+  using B = typename Sizes::B;
+  constexpr int kTokens = Sizes::kTokens, kEach = Sizes::kEach, kSlices = Sizes::kSlices, kSteps = Sizes::kSteps;
+  Lane lane;
+  int share = lane.warp % Sizes::kShare, slice = lane.warp / Sizes::kShare;
+  int64_t block = blockIdx.x;
+  int64_t h = block % p.heads;
+  block /= p.heads;
+  int64_t part = block % p.parts, b = block / p.parts, begin = part * p.chunk;
+  int tokens = (int)(p.tokens - begin < p.chunk ? p.tokens - begin : p.chunk), dim = p.x[0].features;
+  bool squares = p.squares;
+
+  auto first_token = [&](const Operand& x, int feature) {
+    return reinterpret_cast<const char*>(x.head<T>(b, h) + begin * x.stride_n + feature);
+  };
+  constexpr int kPart = kDim / Sizes::kShare;
+  const char* base_a = first_token(p.x[0], share * kPart + A::feature(lane.g, 0));
+  const char* base_b = first_token(p.x[1], B::feature(lane.g, 0));
+  int step_a = (int)(p.x[0].stride_n * (int64_t)sizeof(T)), step_b = (int)(p.x[1].stride_n * (int64_t)sizeof(T));
+  int dim_a = dim - share * kPart;
+
+  // The steps of this warp: every kSlices-th, from `slice` on. While one is added up, the tokens of the next are on
+  // their way.
+  constexpr int kStride = kSlices * kTokens;
+  int whole = tokens / kTokens > slice ? (tokens / kTokens - slice + kSlices - 1) / kSlices : 0;
+  int token = slice * kTokens + kEach * lane.t;  // the first of this lane
+  uint32_t a[2][kEach][A::kWords] = {}, x[2][kEach][B::kWords] = {};
+  auto fetch = [&](int buffer, int token, auto there) {
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      A::load(a[buffer][i], base_a + (int64_t)(token + i) * step_a, lane.g, dim_a, there(token + i));
+      B::load(x[buffer][i], base_b + (int64_t)(token + i) * step_b, lane.g, dim, there(token + i));
+    }
+  };
+  auto fetch_all = [&](int buffer) { fetch(buffer, token, [](int) { return true; }); };
+
+  XK_ARENA(arena);
+  FragmentGramLayout<T, kDim> s(arena);
+  FragmentSums<T, kDim> sums(s.kept);
+  int runs = whole / kSteps;
+  if (runs) fetch_all(0);
+#pragma unroll 1
+  for (int left = runs * kSteps; left > 0; left -= 2) {
+    token += kStride;
+    fetch_all(1);
+    sums.add(a[0], x[0], squares, share);
+    if (left > 2) token += kStride;  // else the same once more, which nobody uses
+    fetch_all(0);
+    sums.add(a[1], x[1], squares, share);
+    if (left % kSteps == 2) sums.flush();
+  }
+  // What is left: fewer than kSteps, and perhaps some tokens of one more.
+  token = slice * kTokens + runs * kSteps * kStride;
+#pragma unroll 1
+  for (; token < tokens; token += kStride) {
+    XK_STEP(tail_mask, (clear_words(a[0]), clear_words(x[0])));
+    fetch(0, token + kEach * lane.t, [&](int token) { return token < tokens; });
+    sums.add(a[0], x[0], squares, share);
+  }
+  sums.flush();
+
+  // The sums of all warps, in their order.
+#pragma unroll 1
+  for (int turn = 0; turn < kSlices; ++turn) {
+    if (slice == turn) {
+      auto add = [&](Shared<float> to, int at, float value) { to[at] = turn == 0 ? value : to[at] + value; };
+      sums.store(
+          lane, share, squares, [&](int row, int column, float value) { add(s.g, row * kDim + column, value); },
+          [&](int row, float value) { add(s.of_a, row, value); },
+          [&](int column, float value) { add(s.of_b, column, value); });
+    }
+    XK_STEP(barrier, __syncthreads());  // the next warp adds to these sums, or all read them
+  }
+  int64_t record = (part * p.batch + b) * p.heads + h;
+#pragma unroll 1
+  for (int i = (int)threadIdx.x; i < dim * dim; i += Sizes::kThreads) {
+    int row = i / dim, column = i % dim;
+    float sum = s.g[row * kDim + column];
+    if constexpr (Sizes::kTf32)  // the low part of an infinite number is NaN
+      if (!isfinite(sum)) sum = sum_of_products(p, b, h, begin, tokens, row, column);
+    p.g[record * p.g_step + i] = sum;
+  }
+  if (squares)
+#pragma unroll 1
+    for (int i = (int)threadIdx.x; i < dim; i += Sizes::kThreads) {
+      p.ssq_a[record * p.ssq_a_step + i] = s.of_a[i];
+      p.ssq_b[record * p.ssq_b_step + i] = s.of_b[i];
+    }
+}
+
+}  // namespace xk::cuda
