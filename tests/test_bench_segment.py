@@ -97,7 +97,7 @@ def test_tokens_and_map_of_the_paper_size(segment):
     ("arguments", "said"),
     [
         (["op", "--task", "segment"], "invalid choice: 'op'"),
-        (["op", "--task", "classify"], "tasks of model alone, not of op"),
+        (["op", "--task", "classify"], "only model has tasks, got op"),
         (["model", "--task", "detect"], "invalid choice: 'detect'"),
         (["model", "--task", "segment", "--height", "0"], "--height must be 1 or more, got 0"),
         (["model", "--task", "segment", "--halves", "9"], "--halves must be 0 or more and leave sides"),

@@ -288,6 +288,7 @@ def test_no_toolkit_is_an_error_where_cuda_is_required(source, tmp_path, without
     assert ("nvcc is release 11.8" if old else "no nvcc in CUDA_HOME") in said(done)
 
 
+@pytest.mark.nightly
 @needs_compiler
 def test_failed_cuda_build_keeps_the_cpu_kernels(source, tmp_path):
     env = {**QUICKER, **pretended_toolkit(tmp_path / "toolkit", "13.0")}

@@ -10,7 +10,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import THOROUGH
 from torch.utils._pytree import tree_leaves
 
 import xformer
@@ -218,9 +217,9 @@ def test_maps_as_onnx(of_task, tmp_path):
             torch.testing.assert_close(got["scores"], wanted["scores"], rtol=1e-4, atol=1e-6)
 
 
-# A file that takes pixels has all that one without preprocessing has, and each costs the C++ compiler's time.
+@pytest.mark.nightly  # each file costs the C++ compiler's time
 @pytest.mark.skipif(not shutil.which("g++"), reason="AOTInductor needs a C++ compiler")
-@pytest.mark.parametrize("preprocessing", [True, False] if THOROUGH else [True])
+@pytest.mark.parametrize("preprocessing", [True, False])
 def test_aoti(preprocessing, tmp_path):
     model = trained(variant=Variant((Stage(8, (2,), 3, 32, 1, 1),), 16))
     with torch._inductor.config.patch("aot_inductor.compile_wrapper_opt_level", "O0"):

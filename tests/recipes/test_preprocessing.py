@@ -110,8 +110,17 @@ def runner(path):
     return lambda pixels: [torch.from_numpy(y) for y in session.run(None, {"images": pixels})]
 
 
-@pytest.mark.parametrize("ending", ["pt2", "onnx"])
-@pytest.mark.parametrize("task", ["classify", "detect", "segment"])
+@pytest.mark.parametrize(
+    "task, ending",
+    [
+        ("classify", "pt2"),
+        ("detect", "onnx"),
+        ("segment", "onnx"),
+        pytest.param("classify", "onnx", marks=pytest.mark.nightly),
+        pytest.param("detect", "pt2", marks=pytest.mark.nightly),
+        pytest.param("segment", "pt2", marks=pytest.mark.nightly),
+    ],
+)
 def test_files_take_pixels(task, ending, tmp_path, monkeypatch):
     """Of any size, one or several, and find what the model does behind the evaluation's transform."""
     if ending == "onnx":

@@ -228,8 +228,17 @@ def test_a_full_disk_is_one_sentence(images, tmp_path):
 # -------------------------------------------------------------------------------------------------- interrupts
 
 
-@pytest.mark.parametrize("launch", [[], ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]],
-                         ids=["alone", "two processes"])  # fmt: skip
+@pytest.mark.parametrize(
+    "launch",
+    [
+        pytest.param([], id="alone"),
+        pytest.param(
+            ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
+            id="two processes",
+            marks=pytest.mark.nightly,
+        ),
+    ],
+)
 def test_an_interrupt_leaves_a_checkpoint_and_a_sentence(images, tmp_path, launch):
     """A checkpoint of the last whole step, and a sentence that names it."""
     changes = {"epochs": 6000, "log_every": 1, "eval_every": 6000}  # more than it can do before the interrupt
