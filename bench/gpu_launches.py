@@ -59,6 +59,8 @@ def recording(change: Change | None = None) -> Iterator[list[Recorded]]:
         if change:
             change(self.__name__, options)
         compiled = run(self, *args, grid=grid, warmup=warmup, **options)
+        if warmup:  # compiled for its registers, and not launched
+            return compiled
         whole = (*args, *(options[name] for name in self.arg_names[len(args) :]))
         size = (*grid, 1, 1)[:3]
         recorded.append(

@@ -202,7 +202,12 @@ def render() -> str:
     ]
     modules = sorted((ROOT / "xformer_kernels").glob("_cuda*.so"), key=lambda path: path.stat().st_mtime)
     if modules:
-        text += ["", "The CUDA kernels of sm_90a that have a loop over tokens:", ""]
+        text += [
+            "",
+            "The CUDA kernels of sm_90a that have a loop over tokens. Those of fragments load the next tokens into registers, "
+            "which\n*ahead* does not count.",
+            "",
+        ]
         text += table(CUDA_HEADINGS, list(cuda_rows(modules[-1])), 1)
     return "\n".join([*text, END])
 

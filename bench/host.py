@@ -20,6 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 import xformer_kernels as xk
+from bench import sass
 from xformer_kernels.backends import triton as backend
 from xformer_kernels.backends.triton import launch
 
@@ -55,8 +56,8 @@ class Driver:
 
         self.launcher_cls = Launcher
 
-    def load_binary(self, *_: Any) -> tuple[int, int, int, int, int]:
-        return 1, 2, 64, 0, 1024
+    def load_binary(self, name: str, cubin: bytes, *_: Any) -> tuple[int, int, int, int, int]:
+        return 1, 2, sass.registers(cubin), 0, 1024
 
     def unload_module(self, _: Any) -> None: ...
 

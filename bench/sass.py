@@ -7,6 +7,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -132,11 +133,21 @@ def output(*command: object) -> str:
 
 def of_cubin(cubin: bytes) -> tuple[Code, int]:
     """The only kernel of a binary, and its registers per thread."""
+    (code,) = read(_said_of(cubin, "nvdisasm", "-c", "-ndf")).values()
+    return code, registers(cubin)
+
+
+@cache
+def registers(cubin: bytes) -> int:
+    """Registers per thread of the only kernel of a binary."""
+    usage = _said_of(cubin, "cuobjdump", "--dump-resource-usage")
+    found = re.search(r"\bREG:(\d+)", usage)
+    assert found, usage
+    return int(found[1])
+
+
+def _said_of(cubin: bytes, tool: str, *options: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage = output(TOOLS / "cuobjdump", "--dump-resource-usage", file.name)
-        (code,) = read(output(TOOLS / "nvdisasm", "-c", "-ndf", file.name)).values()
-    registers = re.search(r"\bREG:(\d+)", usage)
-    assert registers, usage
-    return code, int(registers[1])
+        return output(TOOLS / tool, *options, file.name)
