@@ -204,8 +204,8 @@ def render() -> str:
     if modules:
         text += [
             "",
-            "The CUDA kernels of sm_90a that have a loop over tokens. Those of fragments load the next tokens into registers, "
-            "which\n*ahead* does not count.",
+            "The CUDA kernels of sm_90a that have a loop over tokens. Those of fragments load the next tokens into",
+            "registers, which *ahead* does not count.",
             "",
         ]
         text += table(CUDA_HEADINGS, list(cuda_rows(modules[-1])), 1)
