@@ -76,10 +76,10 @@ def block(features: int) -> int:
 
 @cache
 def shipped(key: Key, arch: str) -> Config:
-    """The table's configuration; an architecture without its own row gets the common one."""
+    """The table's configuration; an architecture or dtype without its own row gets the common one."""
     d = block(key.features)
     rows = _TABLE[key.kernel, key.dtype.itemsize]
-    config = Config(*rows.get((d, arch), rows[d]))
+    config = Config(*rows.get((d, arch), rows.get((d, key.dtype), rows[d])))
     if arch == "interpreter":
         # its time depends on the number of operations, not their size; wide tokens are still split
         o, k = (x and max(x, min(d, WIDEST_INTERPRETED)) for x in (config.block_o, config.block_k))
@@ -90,13 +90,14 @@ def shipped(key: Key, arch: str) -> Config:
     return config
 
 
-# (kernel, bytes of a number): {features, or (features, arch): (block_n, block_o, block_k, warps, stages[, registers])}
+# (kernel, bytes of a number): {features, or (features, arch or dtype): (block_n, block_o, block_k, warps, stages
+# [, registers])}
 # Chosen from the assembler's reports, not yet by timing: no spills, within the shared memory of every architecture,
 # using tensor cores and 128-bit loads. Products in ieee float32 take 16 features at a time, since the multiply-adds of
 # a whole tile would not fit in registers.
 _TABLE: dict[tuple[str, int], dict[Any, tuple[int, ...]]] = {
     ("gram", 2): {
-        16: (128, 16, 0, 4, 3),
+        16: (128, 16, 0, 4, 3, 255),
         32: (128, 32, 0, 4, 3, 255),
         64: (64, 64, 0, 4, 3, 255),
         128: (64, 128, 0, 8, 3),
@@ -121,7 +122,7 @@ _TABLE: dict[tuple[str, int], dict[Any, tuple[int, ...]]] = {
         (256, "gfx942"): (32, 32, 256, 8, 1),
     },
     ("apply", 4): {
-        16: (64, 16, 16, 4, 3),
+        16: (64, 16, 16, 4, 3, 255),
         32: (64, 32, 32, 4, 3),
         64: (32, 64, 64, 4, 3, 255),
         128: (32, 64, 128, 8, 3, 255),
@@ -155,6 +156,7 @@ _TABLE: dict[tuple[str, int], dict[Any, tuple[int, ...]]] = {
         16: (64, 16, 16, 4, 3),
         32: (64, 32, 32, 4, 3),
         64: (64, 64, 64, 4, 3),
+        (64, torch.float16): (32, 64, 64, 4, 3),
         128: (32, 64, 64, 4, 3, 255),
         256: (32, 64, 64, 8, 3, 255),
         (128, "gfx942"): (32, 32, 32, 4, 1),
@@ -207,7 +209,7 @@ _TABLE: dict[tuple[str, int], dict[Any, tuple[int, ...]]] = {
         (128, "gfx942"): (16, 128, 0, 8, 2),
     },
     ("linear_apply", 4): {
-        16: (64, 16, 0, 4, 3),
+        16: (64, 16, 0, 4, 3, 255),
         32: (64, 32, 0, 4, 3),
         64: (32, 64, 0, 8, 3, 255),
     },
