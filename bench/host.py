@@ -57,7 +57,7 @@ class Driver:
         self.launcher_cls = Launcher
 
     def load_binary(self, name: str, cubin: bytes, *_: Any) -> tuple[int, int, int, int, int]:
-        return 1, 2, sass.registers(cubin), 0, 1024
+        return 1, 2, sass.usage(cubin)["REG"], 0, 1024
 
     def unload_module(self, _: Any) -> None: ...
 

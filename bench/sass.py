@@ -51,7 +51,7 @@ class Code:
     @property
     def over_tokens(self) -> tuple[range, ...]:
         """The outermost loops that multiply what they load or store."""
-        found = [r for r in self.loops if self._multiplies(r) and self.units(r)]
+        found = [r for r in self.loops if self.products(r) and self.units(r)]
         return tuple(r for r in found if not any(r != o and _within(r, o) for o in found))
 
     def executed(self, where: range, trips: int) -> int:
@@ -71,18 +71,18 @@ class Code:
     def ahead(self, where: range) -> int:
         """Number of iterations of a loop whose asynchronous copies are outstanding while a tile is used: what the
         loop's waits leave outstanding, over the groups that an iteration commits."""
-        body = [self.instructions[i] for i in where]
-        groups = sum(instruction.name.startswith("LDGDEPBAR") for instruction in body)
-        waits = [
-            int(found[1], 16)
-            for instruction in body
-            if instruction.name.startswith("DEPBAR")
-            and (found := re.search(r"SB0, (0x[0-9a-f]+)", instruction.operands))
-        ]
+        groups = sum(self.instructions[i].name.startswith("LDGDEPBAR") for i in where)
+        waits = self.outstanding(where)
         return min(waits) // groups if groups and waits else 0
 
-    def _multiplies(self, where: range) -> bool:
-        return any(MULTIPLY.match(self.instructions[i].name) for i in where)
+    def outstanding(self, where: range) -> list[int]:
+        """Number of groups of asynchronous copies that each wait in `where` leaves outstanding."""
+        waits = (self.instructions[i].operands for i in where if self.instructions[i].name.startswith("DEPBAR"))
+        return [int(found[1], 16) for wait in waits if (found := re.search(r"SB0, (0x[0-9a-f]+)", wait))]
+
+    def products(self, where: range) -> int:
+        """Number of instructions in `where` that multiply tokens."""
+        return sum(bool(MULTIPLY.match(self.instructions[i].name)) for i in where)
 
 
 def _within(inner: range, outer: range) -> bool:
@@ -133,17 +133,20 @@ def output(*command: object) -> str:
 
 def of_cubin(cubin: bytes) -> tuple[Code, int]:
     """The only kernel of a binary, and its registers per thread."""
-    (code,) = read(_said_of(cubin, "nvdisasm", "-c", "-ndf")).values()
-    return code, registers(cubin)
+    (code,) = read(listing(cubin)).values()
+    return code, usage(cubin)["REG"]
+
+
+def listing(cubin: bytes) -> str:
+    """The assembler of a binary."""
+    return _said_of(cubin, "nvdisasm", "-c", "-ndf")
 
 
 @cache
-def registers(cubin: bytes) -> int:
-    """Registers per thread of the only kernel of a binary."""
-    usage = _said_of(cubin, "cuobjdump", "--dump-resource-usage")
-    found = re.search(r"\bREG:(\d+)", usage)
-    assert found, usage
-    return int(found[1])
+def usage(cubin: bytes) -> dict[str, int]:
+    """Of the only kernel of a binary: REG, registers per thread; STACK and LOCAL, bytes per thread."""
+    said = _said_of(cubin, "cuobjdump", "--dump-resource-usage")
+    return {name: int(number) for name, number in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", said)}
 
 
 def _said_of(cubin: bytes, tool: str, *options: str) -> str:

@@ -13,9 +13,7 @@ import argparse
 import csv
 import json
 import re
-import subprocess
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -28,10 +26,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from bench import sass
 from xformer_kernels.backends.triton import configs, launch, linear, ops
 from xformer_kernels.spec import Spec
 
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 MAPS = tuple(f"{map}-{norm}" for map in ("query_key", "key_value") for norm in ("token", "feature", "none"))
 PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "sm_120": 170, "gfx942": 304}
 TYPES = {
@@ -42,8 +41,6 @@ TYPES = {
     torch.bool: "*i1",
     torch.int64: "*i64",
 }
-LABEL = re.compile(r"^\s*(\.L_x_\d+):")
-LINE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(\S+)\s*(.*?);")
 TENSOR_CORE = re.compile(r"HMMA|HGMMA|UTC\w*MMA|DMMA|v_mfma")
 INSTRUCTION = re.compile(
     r"\b((?:HMMA|HGMMA|UTC\w*MMA|DMMA|LDGSTS|LDG|STG|LDL|STL)[.\w]*|v_mfma_\w+|(?:global|buffer)_load_\w+)\b"
@@ -148,41 +145,6 @@ def signature(launched: Launch) -> dict[str, str]:
     return {**types, **dict.fromkeys(launched.constants, "constexpr")}
 
 
-class Loop(NamedTuple):
-    """A loop of machine code for NVIDIA: instructions, accesses of 16 bytes to memory outside the processor, products,
-    and how many groups of asynchronous loads may be outstanding after each of its waits."""
-
-    instructions: int
-    vectors: float
-    products: int
-    outstanding: list[int]
-
-
-def loops(code: str) -> list[Loop]:
-    """The loops of nvdisasm's listing of one kernel."""
-    lines: list[tuple[str, str]] = []
-    labels: dict[str, int] = {}
-    found = []
-    for line in code.splitlines():
-        if label := LABEL.match(line):
-            labels[label[1]] = len(lines)
-        elif instruction := LINE.search(line):
-            lines.append((instruction[1], instruction[2]))
-            to = re.search(r"\.L_x_\d+", instruction[2])
-            begin = labels.get(to[0]) if to and instruction[1].startswith("BRA") else None
-            if begin is not None and begin < len(lines) - 1:
-                found.append(lines[begin:])
-    return [_loop(body) for body in found]
-
-
-def _loop(body: list[tuple[str, str]]) -> Loop:
-    accesses = [op for op, _ in body if re.match(r"(LDG|LDGSTS|STG)\.", op)]
-    size = sum(16 if ".128" in op else 8 if ".64" in op else 4 for op in accesses)
-    products = sum(bool(re.match(r"FFMA|HMMA|HGMMA|DMMA", op)) for op, _ in body)
-    outstanding = [int(rest.split(",")[-1], 16) for op, rest in body if op.startswith("DEPBAR") and "SB0" in rest]
-    return Loop(len(body), size / 16, products, outstanding)
-
-
 def compile_one(job: Job, name: str, launched: Launch) -> dict[str, Any]:
     """A row of the table; raises what the compiler raises."""
     config = launched.config
@@ -199,18 +161,22 @@ def compile_one(job: Job, name: str, launched: Launch) -> dict[str, Any]:
         "shared": compiled.metadata.shared,
     }
     if "cubin" in compiled.asm:
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(compiled.asm["cubin"])
-            file.flush()
-            usage = _output(TOOLS / "cuobjdump", "--dump-resource-usage", file.name)
-            code = _output(TOOLS / "nvdisasm", "-c", "-ndf", file.name)
-        numbers = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+        numbers, code = sass.usage(compiled.asm["cubin"]), sass.listing(compiled.asm["cubin"])
+        (kernel,) = sass.read(code).values()
         resources = launch.Target(job.arch, PROCESSORS[job.arch])
         row |= {
             "registers": numbers["REG"],
             "spilled": numbers["STACK"] + numbers["LOCAL"],
             "resident": launch.resident(resources, config.warps, numbers["REG"], row["shared"]),
-            "loops": [loop._asdict() for loop in loops(code)],
+            "loops": [
+                {
+                    "instructions": len(where),
+                    "vectors": kernel.units(where),
+                    "products": kernel.products(where),
+                    "outstanding": kernel.outstanding(where),
+                }
+                for where in kernel.loops
+            ],
         }
     else:
         code = compiled.asm["amdgcn"]
@@ -222,10 +188,6 @@ def compile_one(job: Job, name: str, launched: Launch) -> dict[str, Any]:
     row["tensor_core"] = sum(count for found, count in counts.items() if TENSOR_CORE.match(found))
     row["instructions"] = dict(sorted(counts.items()))
     return row
-
-
-def _output(*command: Any) -> str:
-    return subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True).stdout
 
 
 def rows_of(job: Job) -> list[dict[str, Any]]:
