@@ -91,6 +91,16 @@ def broken_interpreter():
 
 
 @pytest.fixture
+def emulated_cuda(need_backend):
+    """The module of the backend "cuda", whose kernels are emulated."""
+    need_backend("cuda")
+    module = backends.load("cuda")[0].module
+    if not module.EMULATED:
+        pytest.skip("the kernels run on a GPU here")
+    return module
+
+
+@pytest.fixture
 def need_backend(request):
     """``need_backend(name)`` skips the test if the backend is not available, or fails it if extensions are required."""
 

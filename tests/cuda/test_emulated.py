@@ -11,7 +11,7 @@ import torch
 from cases import CONFIGS, LOW_PRECISION, RESULTS, Config, Problem, make_problem, randn, random_mask
 
 import xformer_kernels as xk
-from xformer_kernels import backends, reference
+from xformer_kernels import reference
 from xformer_kernels.backends import arguments, cuda_first
 from xformer_kernels.backends.layouts import Results
 from xformer_kernels.testing import assert_bitwise, assert_close
@@ -20,14 +20,9 @@ PATHS = ("one launch", "two passes")
 
 
 @pytest.fixture(autouse=True)
-def cuda(need_backend, monkeypatch):
-    """The backend, whose kernels are emulated."""
-    need_backend("cuda")
-    module = backends.load("cuda")[0].module
-    if not module.EMULATED:
-        pytest.skip("the kernels run on a GPU here")
-    monkeypatch.setattr(module, "path", "any")
-    return module
+def cuda(emulated_cuda, monkeypatch):
+    monkeypatch.setattr(emulated_cuda, "path", "any")
+    return emulated_cuda
 
 
 def forward(cuda, problem):

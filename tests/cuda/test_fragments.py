@@ -6,7 +6,7 @@ import torch
 from cases import RESULTS, Config, make_problem, randn
 
 import xformer_kernels as xk
-from xformer_kernels import backends, reference
+from xformer_kernels import reference
 from xformer_kernels.testing import assert_bitwise, assert_close
 
 LOW_AND_FULL = (torch.float32, torch.bfloat16, torch.float16)
@@ -15,14 +15,9 @@ FEATURES = (4, 16, 24, 32, 36, 48, 56, 64)
 
 
 @pytest.fixture(autouse=True)
-def cuda(need_backend, monkeypatch):
-    """The backend, whose kernels are emulated, and takes two passes."""
-    need_backend("cuda")
-    module = backends.load("cuda")[0].module
-    if not module.EMULATED:
-        pytest.skip("the kernels run on a GPU here")
-    monkeypatch.setattr(module, "path", "two passes")
-    return module
+def cuda(emulated_cuda, monkeypatch):
+    monkeypatch.setattr(emulated_cuda, "path", "two passes")
+    return emulated_cuda
 
 
 def ends_at_page(x):
