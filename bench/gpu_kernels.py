@@ -205,15 +205,21 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.dry and options.backend != "triton":
         parser.error(f"--dry with --backend {options.backend}: it is for triton")
+    dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in (*gpu_launches.DTYPES, torch.float16)}
+    names, numbers = options.dtype.split(","), [str(i) for i in range(len(OP_SHAPES["gpu"]))]
+    chosen = options.shapes.split(",")
+    for option, given, accepted in (("dtype", names, list(dtypes)), ("shapes", chosen, numbers)):
+        if unknown := [x for x in given if x not in accepted]:
+            parser.error(f"--{option} must be of {', '.join(accepted)}, got {', '.join(unknown)}")
     device, on_gpu, _ = setup(options.dry)
     compiled = gpu_launches.count_compiled()
     copy = copy_bandwidth(device, on_gpu)
     terminal = Terminal()
     wrong = False
-    for name in options.dtype.split(","):
-        dtype = getattr(torch, name)
+    for name in names:
+        dtype = dtypes[name]
         rows: list[Row] = []
-        for shape in (OP_SHAPES["gpu"][int(i)] for i in options.shapes.split(",")):
+        for shape in (OP_SHAPES["gpu"][int(i)] for i in chosen):
             if options.once:
                 gpu_launches.gradients(gpu_launches.inputs(shape, dtype, device, values=on_gpu), options.backend)
             elif options.backend == "cuda":
