@@ -71,7 +71,7 @@ def test_unreadable_images_are_replaced_named_and_counted(folder, workers, caplo
     for number, content in zip((500, 505), (b"", b"text"), strict=True):
         next((folder / "val").rglob(f"{number:04d}.png")).write_bytes(content)
     data, again = opened(folder, workers=workers), opened(folder)
-    with caplog.at_level(logging.WARNING, "xformer.data"):
+    with caplog.at_level(logging.WARNING, "xformer.recipes.data"):
         for epoch in range(3):
             for (images, labels), (others, _) in zip(data.train(epoch), again.train(epoch), strict=True):
                 assert len(images) == len(labels) == 4

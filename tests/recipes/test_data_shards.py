@@ -139,7 +139,7 @@ def test_unreadable_images_are_replaced_named_and_counted(tmp_path, workers, bat
     write_tar(tmp_path / "b-train.tar", {f"bad{n}": sample_files(0, 0, content) for n, content in enumerate(broken)})
     write_tar(tmp_path / "b-val.tar", {"bad": sample_files(0, 0, b""), "good": sample_files(700, 1)})
     data, again = opened(tmp_path, workers=workers, batch_size=batch_size), opened(tmp_path, batch_size=batch_size)
-    with caplog.at_level(logging.WARNING, "xformer.data"):
+    with caplog.at_level(logging.WARNING, "xformer.recipes.data"):
         for epoch in range(2):
             for (images, _), (others, _) in zip(data.train(epoch), again.train(epoch), strict=True):
                 assert len(images) == batch_size

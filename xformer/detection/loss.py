@@ -7,7 +7,6 @@ pixels, labels (n,) int64 from 0 (there is no background class), and optionally 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,14 +19,6 @@ from xformer.errors import UsageError
 
 BOX = ("ciou", "yolov3")
 Target = Mapping[str, Tensor]
-
-
-class Assigned(NamedTuple):
-    """Assigned pairs: image index (m,), prediction index (m,) in P, and index of the box in its image (m,)."""
-
-    image: Tensor
-    prediction: Tensor
-    box: Tensor
 
 
 def assign(sizes: Sequence[tuple[int, int]], boxes: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 
 from xformer.recipes.data.order import Replica
 
-logger = logging.getLogger("xformer.data")
+logger = logging.getLogger("xformer.recipes.data")
 
 SIXTEEN_BITS = ("PNG", "PPM", "JPEG2000")
 """Formats in which Pillow's mode I holds 16-bit integers; in others, such as TIFF, it holds 32-bit ones."""
