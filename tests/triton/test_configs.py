@@ -93,6 +93,32 @@ def test_a_broken_or_unwritable_cache_is_survived(tuner, monkeypatch):
         configs.launch(KEY, "sm_90", lambda config: None)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the number of programs that run at once is the device's")
+def test_every_candidate_is_timed_by_a_launch(tuner, monkeypatch, triton_runs):
+    """Also of a forward in one launch, if some candidates would fill the device less than two launches do."""
+    ops = pytest.importorskip("xformer_kernels.backends.triton.ops")
+    run, candidates, launched, timed = ops._run, configs.candidates, [], []
+    shipped = configs.shipped(configs.Key("forward", torch.float32, 3, ""), "interpreter")
+
+    def launch(kernel, *args, **more):
+        launched.append(kernel)
+        return run(kernel, *args, **more)
+
+    def timing(call):
+        before = len(launched)
+        call()
+        timed.append(launched[before:])
+        return 1.0
+
+    monkeypatch.setattr(ops, "_run", launch)
+    monkeypatch.setattr(ops, "_slots", lambda device, kernel, config, *_, **__: 4 if config == shipped else 1000)
+    monkeypatch.setattr(configs, "candidates", lambda *key: candidates(*key)[:3])
+    monkeypatch.setattr(configs, "_seconds", timing)
+    q, k, v = torch.randn(3, 1, 4, 257, 3)
+    xk.xfa(q, k, v, torch.ones(4), backend="triton")
+    assert timed == [[ops.forward_kernel]] * 3
+
+
 def test_results_are_right_while_tuning(tuner, ran_backend, triton_runs):
     """The real tuner on the real kernels: in the interpreter they are timed by the clock."""
     p = make_problem((1, 9, 1, 3), device="cuda" if torch.cuda.is_available() else "cpu")

@@ -249,9 +249,8 @@ def _forward_at_once(
     B, H, N, D = q.shape
     target = launch.target(q.device)
     few = N <= plan.CHUNK
-    if not plan.fits_one_launch(D, stats.element_size()) or not (few or target.processors <= B * H):
-        return False
-    if N > plan.LONGEST:
+    filled = few or (target.processors <= B * H and N <= plan.LONGEST)
+    if not plan.fits_one_launch(D, stats.element_size()) or not filled:
         return False
     mask, mask_strides = _mask(token_mask, q)
     constants = {
@@ -266,17 +265,18 @@ def _forward_at_once(
         *mask_strides, N, H,
     )  # fmt: skip
 
-    def run(config: configs.Config) -> bool:
-        constants["BLOCK_N"] = config.block_n
-        if not few:
-            slots = _slots(q.device, forward_kernel, config, *args, **constants)
-            if plan.busy(B * H, slots) < plan.BUSY:
-                return False
-        _run(forward_kernel, B * H, config, *args, **constants)
-        return True
-
     key = configs.Key("forward", stats.dtype if choices.FEATURE_NORM else q.dtype, D, choices.name)
-    return configs.launch(key, target.arch, run)
+    if not few:
+        config = configs.get(key, target.arch)
+        slots = _slots(q.device, forward_kernel, config, *args, **constants, BLOCK_N=config.block_n)
+        if plan.busy(B * H, slots) < plan.BUSY:
+            return False
+
+    def run(config: configs.Config) -> None:
+        _run(forward_kernel, B * H, config, *args, **constants, BLOCK_N=config.block_n)
+
+    configs.launch(key, target.arch, run)
+    return True
 
 
 def _forward_in_two(
