@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from cases import THOROUGH
 
-pytest.importorskip("triton", reason="kernels of triton")
+triton = pytest.importorskip("triton", reason="triton is not installed")
+replay = pytest.importorskip("xformer_kernels.backends.triton.replay", reason="triton is not installed")
 
 
 def test_planned_calls_launch_the_same():
@@ -27,3 +28,11 @@ def test_planned_calls_launch_the_same():
     } and min(compared.values()) >= 2 * len(cases) - 1  # fmt: skip
     # with the profiler's function that ends the count
     assert calls["forward"] <= 80 and calls["forward+backward"] <= 155, calls
+
+
+@pytest.mark.parametrize("hook, seen", [(None, False), (print, True)], ids=["none", "function"])
+@pytest.mark.parametrize("name", ["launch_enter_hook", "launch_exit_hook"])
+def test_a_hook_may_be_a_function_or_none(name, hook, seen, monkeypatch):
+    """Triton accepts both in place of its chains of hooks."""
+    monkeypatch.setattr(triton.knobs.runtime, name, hook)
+    assert replay._has_hooks() is seen

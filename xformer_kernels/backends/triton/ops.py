@@ -249,8 +249,8 @@ def _forward_at_once(
     B, H, N, D = q.shape
     target = launch.target(q.device)
     few = N <= plan.CHUNK
-    filled = few or (target.processors <= B * H and N <= plan.LONGEST)
-    if not plan.fits_one_launch(D, stats.element_size()) or not filled:
+    enough = few or (target.processors <= B * H and N <= plan.LONGEST)
+    if not (enough and plan.fits_one_launch(D, stats.element_size())):
         return False
     mask, mask_strides = _mask(token_mask, q)
     constants = {

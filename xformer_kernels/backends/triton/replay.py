@@ -64,8 +64,9 @@ class Launch:
 
 def _has_hooks() -> bool:
     """Whether something, such as a profiler, has registered a Triton launch hook."""
-    runtime = triton.knobs.runtime
-    return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
+    enter, leave = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
+    # chains of hooks by default; a user may have replaced one by a function or None
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
 
 class Reduction(NamedTuple):
