@@ -79,10 +79,11 @@ class Block {
 
   bool pairs() const { return kMayPair && pass.pairs; }
 
-  // What to prefetch of an operand or result, of(pass). If the heads of a token are adjacent in memory, each head's
-  // block prefetches all heads of a share of the next tokens; otherwise, the tokens of the next head.
+  // What to prefetch of an operand or result, of(pass), in `calls` calls. If the heads of a token are adjacent in
+  // memory, each head's block prefetches all heads of a share of the next tokens; otherwise, the tokens of the next
+  // head.
   template <class F>
-  Ahead ahead(F of) const {
+  Ahead ahead(int calls, F of) const {
     const Operand &o = of(heads.passes[0]), &last = of(heads.passes[heads.count - 1]);
     if (o.stride_d != 1) return {};  // packing and writing of channel-major tokens have their own prefetches
     const ptrdiff_t size = itemsize(o.dtype), row = o.stride_n * size, bytes = o.dim * size;
@@ -91,11 +92,12 @@ class Block {
       const int64_t share = (heads.tokens + heads.count - 1) / heads.count, from = next + heads.index * share;
       const int64_t end = next + heads.tokens < heads.end ? next + heads.tokens : heads.end;
       if (from >= end) return {};
-      return {o.data + from * row, row, heads.count * bytes, end - from < share ? end - from : share};
+      return {o.data + from * row, row, heads.count * bytes, end - from < share ? end - from : share, calls};
     }
     const bool wraps = heads.index + 1 == heads.count;
     if (wraps && next >= heads.end) return {};
-    return {of(heads.passes[wraps ? 0 : heads.index + 1]).data + (wraps ? next : first) * row, row, bytes, tokens};
+    return {of(heads.passes[wraps ? 0 : heads.index + 1]).data + (wraps ? next : first) * row, row, bytes, tokens,
+            calls};
   }
 
   void pack_operand(int i) {
@@ -157,10 +159,12 @@ class Block {
     t.b = packed[gram.b];
     t.ldb = t.ldg = ldg;
     t.g = gram.g;
-    asked[0] = ahead([&](const Pass<T>& p) -> const Operand& { return p.in[gram.a]; });
-    asked[1] = gram.a == gram.b ? Ahead() : ahead([&](const Pass<T>& p) -> const Operand& { return p.in[gram.b]; });
-    t.ahead = asked;
     t.tokens = pairs() ? (tokens + 1) / 2 : tokens;
+    const int calls = prefetches<T>(int(t.tokens), a.dim, b.dim, [](int nr) { return max_gram_rows<T>(nr, 1); });
+    asked[0] = ahead(calls, [&](const Pass<T>& p) -> const Operand& { return p.in[gram.a]; });
+    asked[1] = Ahead();
+    if (gram.a != gram.b) asked[1] = ahead(calls, [&](const Pass<T>& p) -> const Operand& { return p.in[gram.b]; });
+    t.ahead = asked;
     if constexpr (kMayPair)
       if (pairs()) gram_block<T, true>(t, a.dim, b.dim, false);
     if (!pairs()) gram_block(t, a.dim, b.dim, gram.a == gram.b);
@@ -172,8 +176,12 @@ class Block {
   MixTile<T> tile(const Mix<T>& mix) {
     MixTile<T> t{};
     const ptrdiff_t index = &mix - pass.mix;
-    asked[0] = mix.ahead < 0 ? Ahead() : ahead([&](const Pass<T>& p) -> const Operand& { return p.in[mix.ahead]; });
-    asked[1] = ahead([&](const Pass<T>& p) -> const Operand& { return p.mix[index].y; });
+    const int rows = pass.by_rows ? mix.y.dim : tokens, cols = pass.by_rows ? tokens : mix.y.dim;
+    const int K = pairs() ? pass.in[mix.x].dim / 2 : pass.in[mix.x].dim;
+    const int calls = prefetches<T>(K, rows, cols, [](int nr) { return max_mix_rows(nr, 1); });
+    asked[0] = Ahead();
+    if (mix.ahead >= 0) asked[0] = ahead(calls, [&](const Pass<T>& p) -> const Operand& { return p.in[mix.ahead]; });
+    asked[1] = ahead(calls, [&](const Pass<T>& p) -> const Operand& { return p.mix[index].y; });
     t.ahead = asked;
     t.bias = mix.bias;
     t.scale = mix.scale;

@@ -17,6 +17,7 @@ constexpr bool kByLane = false;
 constexpr int kMaxNR = kByLane ? 4 : kRegisters >= 32 ? 5 : 3, kMaxMR = 16;
 
 constexpr int least_of(int a, int b) { return a < b ? a : b; }
+constexpr int most_of(int a, int b) { return a > b ? a : b; }
 
 // Maximum number of rows of a tile with nr column vectors, the last of them shared by `sharing` rows: the accumulators,
 // the vectors of b and the elements read of a must fit the registers. With kByLane one register is left free, and

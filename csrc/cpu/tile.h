@@ -71,21 +71,12 @@ XK_INLINE void accumulate(V<T> (&acc)[MR][NR], Elements a, const T* b, ptrdiff_t
     }
   }
   constexpr int kSteps = Elements::kSteps;
-  constexpr int at_once = PAIRS ? 2 : kSteps;  // cache lines of each operand prefetched per turn: one per element of k
+  constexpr ptrdiff_t kTurns = most_of(kPrefetchEvery / kSteps, 1);  // between prefetches
   const ptrdiff_t turns = K / kSteps;
   for (ptrdiff_t k = 0; k < turns;) {
-    const ptrdiff_t count = ahead1.at_most(ahead0.at_most(turns - k, at_once), at_once), stop = k + count;
-    // if there is nothing to prefetch: b, which is in cache
-    const char *next0 = ahead0.tokens ? ahead0.next : (const char*)b,
-               *next1 = ahead1.tokens ? ahead1.next : (const char*)b;
-    ahead0.took(count * at_once), ahead1.took(count * at_once);
+    const ptrdiff_t stop = turns - k < kTurns ? turns : k + kTurns;
+    ahead0.prefetch(), ahead1.prefetch();
     for (; k < stop; ++k) {
-#pragma GCC unroll 4
-      for (int i = 0; i < at_once; ++i) {
-        __builtin_prefetch(next0 + i * 64, 0, 2);
-        __builtin_prefetch(next1 + i * 64, 0, 2);
-      }
-      next0 += at_once * 64, next1 += at_once * 64;
 #pragma GCC unroll 4
       for (int step = 0; step < kSteps; ++step, b += ldb) {
         a.read(step);
@@ -297,6 +288,14 @@ int sharing(int cols) {
   for (int s = Tiles<T, false>::kSharing - 1; s > 0; --s)
     if (last <= VL<T> >> s) return s;
   return 0;
+}
+
+// The number of prefetches of a product of K steps, whose tiles have at most most_rows(vectors of a panel) rows.
+template <class T, class F>
+int prefetches(int K, int rows, int cols, F most_rows) {
+  const Cut panels((cols + VL<T> - 1) / VL<T>, kMaxNR);
+  const Cut tiles(rows, most_rows(panels.size(0)));
+  return panels.parts * tiles.parts * ((K + kPrefetchEvery - 1) / kPrefetchEvery);
 }
 
 // Cuts the rows of one panel into tiles of at most `most` rows and calls f(first row, rows, log2 of the sharing). Rows
