@@ -2,9 +2,9 @@
 //
 //     y = act(batch_norm(layer_norm(x) w^T + bias)) + add
 //
-// W, with batch norm folded in, is packed once per call, or in advance by pack_linear: rows are input features, padded
-// to whole vectors of output features. Each block of tokens is layer-normalised into scratch rows, if there is a layer
-// norm, and multiplied by the register tiles of tile.h.
+// W, with batch norm folded in, is packed once per call, or in advance by pack_linear, as panels of output features
+// (mix_block in tile.h), padded to whole vectors; rows of a panel are input features. Each block of tokens is
+// layer-normalised into scratch rows, if there is a layer norm, and multiplied by the register tiles of tile.h.
 #pragma once
 
 #include "norm.h"
@@ -17,6 +17,13 @@ constexpr int64_t kLinearWork = 600'000;  // minimum multiply-adds per thread: a
 constexpr int kChain = 512;           // products summed sequentially: with more, the error would exceed that of torch
 constexpr int64_t kLinearBlock = 96;  // maximum tokens of a block, so that it stays in L2
 
+// Writes panel i of the transpose of weight (out, in) to its place in `packed`.
+inline void pack_panel(const float* weight, int in, int out, const Cut& panels, int i, float* packed) {
+  const int column = panels.start(i) * VL<float>, wide = panels.size(i) * VL<float>;
+  const int columns = int(least(wide, out - column));
+  pack_transposed<float>(weight + (size_t)column * in, in, in, columns, packed + (size_t)column * in, wide);
+}
+
 class Linear {
  public:
   explicit Linear(const xk_linear_args& p)
@@ -25,6 +32,7 @@ class Linear {
         out(int(p.dim_out)),
         ld(padded<float>(out)),
         ld_in(padded<float>(in)),
+        panels(ld / VL<float>, kMaxNR),
         threads(int(most(least(p.threads, p.tokens * in * out / kLinearWork), 1))),
         // threads have equal numbers of tokens, in blocks of equal size
         block(divide_up(divide_up(p.tokens, threads), divide_up(divide_up(p.tokens, threads), kLinearBlock))),
@@ -38,9 +46,8 @@ class Linear {
   int run() {
     if (!w.data || !rows.data) return XK_OUT_OF_MEMORY;
     scale_and_shift(p.norm, p.bias, out, scale, shift);
-    const int vectors = ld / VL<float>;
-    if (threads > 1 && out >= p.tokens && vectors >= threads)
-      by_columns(vectors);
+    if (threads > 1 && out >= p.tokens && panels.parts >= threads)
+      by_panels();
     else
       by_tokens();
     return XK_OK;
@@ -48,49 +55,49 @@ class Linear {
 
  private:
   const xk_linear_args& p;
-  const int in, out, ld, ld_in, threads;
+  const int in, out, ld, ld_in;
+  const Cut panels;
+  const int threads;
   const int64_t block, rows_size;
   Buffer<float> w, rows;
   float *const shift, *const scale, *const own;  // own: W as packed by this call
 
-  // Threads pack the rows of W together, wait at a barrier, and then process blocks of tokens.
+  // Threads pack panels of W, wait at a barrier, and then process blocks of tokens.
   void by_tokens() {
-    const int64_t vectors = ld_in / VL<float>, blocks = divide_up(p.tokens, block);
+    const int64_t blocks = divide_up(p.tokens, block);
     together(threads, [&](int thread, int count, auto wait) {
       auto share = [&](int64_t total, int which) { return total * which / count; };
       if (!p.packed) {
-        pack(share(vectors, thread) * VL<float>, least(share(vectors, thread + 1) * VL<float>, in), 0, out, own, ld);
+        pack(int(share(panels.parts, thread)), int(share(panels.parts, thread + 1)));
         wait();  // each thread reads all of W
       }
       for (int64_t b = share(blocks, thread); b < share(blocks, thread + 1); ++b)
-        mix(b * block, 0, out, p.packed ? p.packed : own, ld, rows.data + thread * rows_size);
+        mix(b * block, 0, panels.parts, rows.data + thread * rows_size);
     });
   }
 
-  // For few tokens and a large W: each thread packs some columns of W and uses them for all tokens.
-  void by_columns(int vectors) {
+  // For few tokens and a large W: each thread packs some panels of W and uses them for all tokens.
+  void by_panels() {
     parallel_for(threads, threads, [&](int64_t part, int thread) {
-      const int first = int(vectors * part / threads) * VL<float>;
-      const int end = int(least(vectors * (part + 1) / threads * VL<float>, out)), wide = padded<float>(end - first);
-      float* columns = own + (size_t)first * in;
-      if (!p.packed) pack(0, in, first, end, columns, wide);
-      for (int64_t n = 0; n < p.tokens; n += block)
-        mix(n, first, end, p.packed ? p.packed + first : columns, p.packed ? ld : wide, rows.data + thread * rows_size);
+      const int first = int(panels.parts * part / threads), end = int(panels.parts * (part + 1) / threads);
+      if (!p.packed) pack(first, end);
+      for (int64_t n = 0; n < p.tokens; n += block) mix(n, first, end, rows.data + thread * rows_size);
     });
   }
 
-  // Writes W[first:end, i0:i1]^T to rows i0:i1 of w, with columns multiplied by scale.
-  void pack(int64_t i0, int64_t i1, int first, int end, float* w, int ld) const {
-    if (i0 >= i1) return;
-    float* to = w + i0 * ld;
-    pack_transposed<float>(p.weight + (int64_t)first * in + i0, in, int(i1 - i0), end - first, to, ld);
-    if (!p.norm.variance) return;
-    for (int64_t i = i0; i < i1; ++i, to += ld)
-      for (int c = 0; c < ld; c += VL<float>) store(to + c, load(to + c) * load(scale + first + c));
+  void pack(int first, int end) {
+    for (int i = first; i < end; ++i) {
+      pack_panel(p.weight, in, out, panels, i, own);
+      if (!p.norm.variance) continue;
+      const int column = panels.start(i) * VL<float>, wide = panels.size(i) * VL<float>;
+      float* w = own + (size_t)column * in;
+      for (int k = 0; k < in; ++k, w += wide)
+        for (int c = 0; c < wide; c += VL<float>) store(w + c, load(w + c) * load(scale + column + c));
+    }
   }
 
-  // Output columns [first, end) of a block of tokens.
-  void mix(int64_t n, int first, int end, const float* w, int ld, float* normed) const {
+  // Panels [first, end) of the output of a block of tokens.
+  void mix(int64_t n, int first, int end, float* normed) const {
     const int tokens = int(least(block, p.tokens - n));
     Ahead nothing[2];
     MixTile<float> t{};
@@ -105,20 +112,21 @@ class Linear {
       t.x_row = ld_in;
     }
     t.x_k = 1;
-    t.ldw = ld;
-    t.y = p.y + n * out + first;
+    t.w = p.packed ? p.packed : own;
+    t.panel_rows = in;
+    t.y = p.y + n * out;
     t.ldy = out;
     t.dtype = XK_F32;
     for (int k = 0; k < in; k += kChain) {
       t.K = int(least(kChain, in - k));
-      t.w = w + (ptrdiff_t)k * ld;
+      t.panel_row = k;
       if (k + kChain >= in) {
-        t.bias = shift + first;
+        t.bias = shift;
         t.hard_swish = p.hard_swish;
-        if (p.add) t.after = p.add + n * out + first;
+        if (p.add) t.after = p.add + n * out;
         t.ld_after = out;
       }
-      mix_block(t, tokens, end - first, int(sizeof(float)));
+      mix_block(t, tokens, out, int(sizeof(float)), first, end);
       t.x += kChain;
       t.add = t.y;  // the next chain adds to what this one has stored
       t.ld_add = out;
@@ -128,8 +136,9 @@ class Linear {
 };
 
 inline void pack_linear(const xk_pack_linear_args& p) {
-  const int out = int(p.dim_out);
-  pack_transposed<float>(p.weight, p.dim_in, int(p.dim_in), out, p.packed, padded<float>(out));
+  const int in = int(p.dim_in), out = int(p.dim_out);
+  const Cut panels(padded<float>(out) / VL<float>, kMaxNR);
+  for (int i = 0; i < panels.parts; ++i) pack_panel(p.weight, in, out, panels, i, p.packed);
 }
 
 }  // namespace

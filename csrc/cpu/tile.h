@@ -22,6 +22,7 @@ struct Cut {
     larger = total - parts * small;
   }
   int size(int part) const { return small + (part < larger); }
+  int start(int part) const { return part * small + (part < larger ? part : larger); }
 };
 
 // If the last vector of columns is at most half full, G rows share one vector, with W = VL / G lanes each, so that G
@@ -159,6 +160,7 @@ struct MixTile {
   ptrdiff_t x_row, x_k, K;
   const T* w;
   ptrdiff_t ldw;
+  ptrdiff_t panel_rows, panel_row;  // of w by panels (below); panel_rows is 0 otherwise
   const T* x2;
   ptrdiff_t x2_row, K2;
   const T* w2;
@@ -330,13 +332,21 @@ void gram_block(const GramTile<T>& whole, int rows, int cols, bool lower_only) {
   }
 }
 
+// w by panels: the columns of each panel are contiguous, panel_rows rows of them, panel after panel; the product starts
+// at row panel_row. With rows of all columns, rows that are a power of two apart would evict each other.
+// first_panel, last_panel: the panels to compute; by default all.
 template <class T, bool PAIRS = false>
-void mix_block(const MixTile<T>& whole, int tokens, int cols, int y_itemsize) {
+void mix_block(const MixTile<T>& whole, int tokens, int cols, int y_itemsize, int first_panel = 0,
+               int last_panel = 1 << 30) {
   Cut panels((cols + VL<T> - 1) / VL<T>, kMaxNR);
   MixTile<T> t = whole;
-  for (int p = 0, vec = 0; p < panels.parts; vec += panels.size(p++)) {
-    int nr = panels.size(p), first_col = vec * VL<T>, rest = cols - first_col - (nr - 1) * VL<T>;
+  for (int p = first_panel; p < panels.parts && p < last_panel; ++p) {
+    int nr = panels.size(p), first_col = panels.start(p) * VL<T>, rest = cols - first_col - (nr - 1) * VL<T>;
     t.w = whole.w + first_col;
+    if (whole.panel_rows) {
+      t.ldw = nr * VL<T>;
+      t.w = whole.w + first_col * whole.panel_rows + whole.panel_row * t.ldw;
+    }
     if (t.w2) t.w2 = whole.w2 + first_col;
     if (t.bias && !t.by_rows) t.bias = whole.bias + first_col;
     if (t.scale && !t.by_rows) t.scale = whole.scale + first_col;
