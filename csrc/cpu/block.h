@@ -10,9 +10,10 @@ namespace XK_LEVEL {
 // apart in memory: reading more tokens of each row is better.
 template <class T>
 int block_tokens(int dim, bool by_rows = false) {
-  const int multiple = by_rows ? VL<T> : 12, bytes = by_rows ? 16384 : 8192;
+  const int multiple = by_rows ? VL<T> : 12, wide = dim > 64;
+  const int bytes = by_rows ? 16384 : wide ? 192 << 10 : 8192;
   const int tokens = bytes / int(sizeof(T)) / padded<T>(dim) / multiple * multiple;
-  return tokens < multiple ? multiple : tokens > 96 ? 96 : tokens;
+  return tokens < multiple ? multiple : tokens > kMostTokens ? kMostTokens : tokens;
 }
 // The scratch of one thread for a pass whose widest operand has `dim` features: packed blocks, and numbers per token.
 template <class T>

@@ -315,17 +315,28 @@ void for_tiles(int rows, int most, int sharing, F f) {
 }
 
 // Products over one packed block of tokens, tile by tile. The outer loop is over columns, so that a panel of b stays in
-// cache for all rows.
+// cache for all rows. The panels of a block that is larger than kCopied are copied before their products: with rows of
+// all columns, rows that are a power of two apart would evict each other.
+constexpr int kMostTokens = 96, kCopied = 16 << 10;
+
 template <class T, bool PAIRS = false>
 void gram_block(const GramTile<T>& whole, int rows, int cols, bool lower_only) {
   Cut panels((cols + VL<T> - 1) / VL<T>, kMaxNR);
   GramTile<T> t = whole;
+  alignas(64) T copy[kMostTokens * kMaxNR * VL<T>];
+  const bool copied = panels.parts > 1 && whole.tokens * whole.ldb * ptrdiff_t(sizeof(T)) > kCopied;
   for (int p = 0, vec = 0; p < panels.parts; vec += panels.size(p++)) {
     int nr = panels.size(p), first_col = vec * VL<T>, shared = p + 1 == panels.parts ? sharing<T>(cols) : 0;
+    t.b = whole.b + first_col;
+    if (copied) {
+      t.ldb = nr * VL<T>;
+      for (ptrdiff_t n = 0; n < whole.tokens; ++n)
+        for (int c = 0; c < t.ldb; c += VL<T>) store(copy + n * t.ldb + c, load(t.b + n * whole.ldb + c));
+      t.b = copy;
+    }
     for_tiles(rows, max_gram_rows<T>(nr, 1 << shared), shared, [&](int row, int size, int s) {
       if (lower_only && row + size <= first_col) return;
       t.a = whole.a + row * t.a_row;
-      t.b = whole.b + first_col;
       t.g = whole.g + row * t.ldg + first_col;
       kTiles<T, PAIRS>.gram[s][nr - 1][size - 1](t);
     });
