@@ -210,6 +210,7 @@ class Block {
     t.w = mix.w;
     t.w2 = mix.w2;
     t.ldw = ld;
+    if (mix.by_panels) t.panel_rows = t.K;
     const bool layer_norm = mix.unit >= 0 && pass.in[mix.unit].layer_norm;
     if (mix.add >= 0 && !layer_norm) {
       const Operand& o = pass.in[mix.add];

@@ -95,21 +95,29 @@ int channel_mix(const xk_channel_mix_args& p, const xk_layer_mix_args* layer = n
   Padded<T> center(layer ? layer->prologue.center : nullptr, p.batch * p.heads, in2 ? in2 : in);
   if (!operands.data || !own.data || !center.rows.data) return XK_OUT_OF_MEMORY;
 
-  parallel_for(p.batch * p.heads, p.threads, [&](int64_t bh, int) {
-    int64_t b = bh / p.heads, h = bh % p.heads;
+  const bool by_panels = !channel_major(p.y);
+  const Cut panels(ld / VL<T>, by_panels ? kMaxNR : ld / VL<T>);  // otherwise one panel
+  parallel_for(p.batch * p.heads * panels.parts, p.threads, [&](int64_t index, int) {
+    const int64_t bh = index / panels.parts, b = bh / p.heads, h = bh % p.heads;
+    const int panel = int(index % panels.parts);
     T* w = operands.data + bh * size;
-    zero(w, size);
-    auto element = [&](const xk_tensor& t, int64_t row, int64_t column) {
-      return T(load_scalar(t.data, b * t.stride_b + h * t.stride_h + row * t.stride_n + column * t.stride_d, t.dtype));
+    auto pack = [&](const xk_tensor& t, int in, T* w) {
+      with_storage<T>(t.dtype, [&](auto* storage) {
+        auto weight = (decltype(storage))t.data + b * t.stride_b + h * t.stride_h;
+        pack_panel(weight, t.stride_n, t.stride_d, in, out, panels, panel, w);
+      });
     };
-    for (int i = 0; i < in; ++i)
-      for (int o = 0; o < out; ++o) w[(ptrdiff_t)i * ld + o] = element(p.weight, o, i);
-    for (int i = 0; i < in2; ++i)
-      for (int o = 0; o < out; ++o) w[(ptrdiff_t)(in + i) * ld + o] = element(p.weight2, o, i);
+    pack(p.weight, in, w);
+    if (in2) pack(p.weight2, in2, w + (size_t)in * ld);
+    if (panel) return;
     T* bias = w + (size_t)(in + in2) * ld;
+    zero(bias, 2 * ld);
+    auto element = [&](const xk_tensor& t, int64_t column) {
+      return T(load_scalar(t.data, b * t.stride_b + h * t.stride_h + column * t.stride_d, t.dtype));
+    };
     for (int o = 0; o < out; ++o) {
-      if (p.bias.data) bias[o] = element(p.bias, 0, o);
-      bias[ld + o] = p.scale.data ? element(p.scale, 0, o) : T(1);
+      if (p.bias.data) bias[o] = element(p.bias, o);
+      bias[ld + o] = p.scale.data ? element(p.scale, o) : T(1);
     }
   });
   parallel_for(plan.units(), p.threads, [&](int64_t index, int thread) {
@@ -122,6 +130,7 @@ int channel_mix(const xk_channel_mix_args& p, const xk_layer_mix_args* layer = n
       pass.in[pass.operands] = operand(p.x, u.b, h, in);
       mix.x = mix.ahead = pass.operands++;
       mix.w = w;
+      mix.by_panels = by_panels;
       if (in2) {
         pass.in[pass.operands] = operand(p.x2, u.b, h, in2);
         mix.x2 = pass.operands++;

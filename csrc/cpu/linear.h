@@ -17,13 +17,6 @@ constexpr int64_t kLinearWork = 600'000;  // minimum multiply-adds per thread: a
 constexpr int kChain = 512;           // products summed sequentially: with more, the error would exceed that of torch
 constexpr int64_t kLinearBlock = 96;  // maximum tokens of a block, so that it stays in L2
 
-// Writes panel i of the transpose of weight (out, in) to its place in `packed`.
-inline void pack_panel(const float* weight, int in, int out, const Cut& panels, int i, float* packed) {
-  const int column = panels.start(i) * VL<float>, wide = panels.size(i) * VL<float>;
-  const int columns = int(least(wide, out - column));
-  pack_transposed<float>(weight + (size_t)column * in, in, in, columns, packed + (size_t)column * in, wide);
-}
-
 class Linear {
  public:
   explicit Linear(const xk_linear_args& p)
@@ -87,7 +80,7 @@ class Linear {
 
   void pack(int first, int end) {
     for (int i = first; i < end; ++i) {
-      pack_panel(p.weight, in, out, panels, i, own);
+      pack_panel(p.weight, in, 1, in, out, panels, i, own);
       if (!p.norm.variance) continue;
       const int column = panels.start(i) * VL<float>, wide = panels.size(i) * VL<float>;
       float* w = own + (size_t)column * in;
@@ -138,7 +131,7 @@ class Linear {
 inline void pack_linear(const xk_pack_linear_args& p) {
   const int in = int(p.dim_in), out = int(p.dim_out);
   const Cut panels(padded<float>(out) / VL<float>, kMaxNR);
-  for (int i = 0; i < panels.parts; ++i) pack_panel(p.weight, in, out, panels, i, p.packed);
+  for (int i = 0; i < panels.parts; ++i) pack_panel(p.weight, in, 1, in, out, panels, i, p.packed);
 }
 
 }  // namespace

@@ -55,10 +55,11 @@ template <class T>
 struct Mix {
   int x = -1, x2 = -1, add = -1;  // operand indices
   const T *w = nullptr, *w2 = nullptr, *bias = nullptr, *scale = nullptr;
-  int unit = -1;   // operand whose unit_rows, layer_norm or features are differentiated: y is the gradient with respect
-                   // to that operand
-  int ahead = -1;  // operand whose next block is prefetched during this mix
-  Operand y;       // stride_d == 1, or stride_n == 1
+  int unit = -1;  // operand whose unit_rows, layer_norm or features are differentiated: y is the gradient with respect
+                  // to that operand
+  bool by_panels = false;  // w and w2 are by panels (mix_block in tile.h)
+  int ahead = -1;          // operand whose next block is prefetched during this mix
+  Operand y;               // stride_d == 1, or stride_n == 1
 };
 
 constexpr int kMaxOperands = 4, kMaxMixes = 3;

@@ -11,6 +11,7 @@
 
 #include "ahead.h"
 #include "elements.h"
+#include "rows.h"
 
 namespace xk {
 namespace XK_LEVEL {
@@ -343,6 +344,19 @@ void gram_block(const GramTile<T>& whole, int rows, int cols, bool lower_only) {
   }
 }
 
+// Writes panel i of the transpose of a weight (out, in) to its place in w by panels.
+template <class T, class S>
+void pack_panel(const S* weight, int64_t stride_out, int64_t stride_in, int in, int out, const Cut& panels, int i,
+                T* w) {
+  const int column = panels.start(i) * VL<T>, wide = panels.size(i) * VL<T>, columns = least_of(wide, out - column);
+  weight += column * stride_out;
+  w += (size_t)column * in;
+  if (stride_in == 1)
+    pack_transposed(weight, stride_out, in, columns, w, wide);
+  else
+    pack_strided(weight, stride_in, stride_out, in, columns, w, wide);
+}
+
 // w by panels: the columns of each panel are contiguous, panel_rows rows of them, panel after panel; the product starts
 // at row panel_row. With rows of all columns, rows that are a power of two apart would evict each other.
 // first_panel, last_panel: the panels to compute; by default all.
@@ -357,8 +371,10 @@ void mix_block(const MixTile<T>& whole, int tokens, int cols, int y_itemsize, in
     if (whole.panel_rows) {
       t.ldw = nr * VL<T>;
       t.w = whole.w + first_col * whole.panel_rows + whole.panel_row * t.ldw;
+      if (t.w2) t.w2 = whole.w2 + first_col * whole.K2;
+    } else if (t.w2) {
+      t.w2 = whole.w2 + first_col;
     }
-    if (t.w2) t.w2 = whole.w2 + first_col;
     if (t.bias && !t.by_rows) t.bias = whole.bias + first_col;
     if (t.scale && !t.by_rows) t.scale = whole.scale + first_col;
     if (t.divided && t.by_rows) t.divided = whole.divided + first_col;
