@@ -6,14 +6,18 @@
 namespace xk {
 namespace XK_LEVEL {
 
-// Tokens per block, a multiple of what tiles and vectors use. by_rows: for channel-major operands, whose rows are far
+// Tokens per block, a multiple of what tiles and vectors use: as many as fit L1 or, if the products are wider than
+// that, L2, where a panel of a Gram product must still fit L1. by_rows: for channel-major operands, whose rows are far
 // apart in memory: reading more tokens of each row is better.
 template <class T>
 int block_tokens(int dim, bool by_rows = false) {
-  const int multiple = by_rows ? VL<T> : 12, wide = dim > 64;
-  const int bytes = by_rows ? 16384 : wide ? 192 << 10 : 8192;
+  const int multiple = by_rows ? VL<T> : 12;
+  const bool wide = !by_rows && dim > 64;
+  const int bytes = by_rows ? 16 << 10 : wide ? 192 << 10 : 8 << 10;
+  const int most =
+      wide ? least_of(kMostTokens, (16 << 10) / (kMaxNR * kVectorBytes) / multiple * multiple) : kMostTokens;
   const int tokens = bytes / int(sizeof(T)) / padded<T>(dim) / multiple * multiple;
-  return tokens < multiple ? multiple : tokens > kMostTokens ? kMostTokens : tokens;
+  return tokens < multiple ? multiple : tokens > most ? most : tokens;
 }
 // The scratch of one thread for a pass whose widest operand has `dim` features: packed blocks, and numbers per token.
 template <class T>

@@ -37,8 +37,8 @@ from xformer_kernels import backends
 from xformer_kernels.layer import cost, timing
 
 ENVIRONMENT = "XFORMER_KERNELS_CALIBRATION"
-VERSION = 2
-"""Version of the file's format and of the meaning of the figures."""
+VERSION = 3
+"""Version of the format of the file and of the speed of the kernels: figures of slower kernels are measured again."""
 CLOSE = 3.0
 MOST_FORMS = 4096
 
