@@ -6,8 +6,8 @@
 namespace xk {
 namespace XK_LEVEL {
 
-// Steps of a product's inner loop between prefetches. With few registers, tiles are small, and a block has many steps.
-constexpr int kPrefetchEvery = kRegisters >= 32 ? 4 : 16;
+// Steps of a product's inner loop between prefetches: fewer, the larger the tiles, whose size is that of the registers.
+constexpr int kPrefetchEvery = 8192 / (kRegisters * kVectorBytes);
 
 // The cache lines of tokens that are needed soon, in memory order: `lines` of one token, then those of the next one.
 // They are prefetched a few at a time, evenly over the products of a block, because memory and arithmetic take about
@@ -18,8 +18,8 @@ struct Ahead {
   ptrdiff_t row = 0;      // bytes from token to token
   ptrdiff_t lines = 0;    // cache lines per token
   ptrdiff_t left = 0;     // lines left of the current token
-  ptrdiff_t tokens = 0;   // tokens left, including the current one; 0: nothing is prefetched
-  ptrdiff_t at_once = 0;  // lines per call of prefetch()
+  ptrdiff_t tokens = 0;   // tokens left, including the current one
+  ptrdiff_t at_once = 0;  // lines per call of prefetch(); 0: nothing is left
 
   Ahead() = default;
   // `bytes` of each of `count` tokens, starting at p, all of them after `calls` calls
@@ -32,16 +32,13 @@ struct Ahead {
         at_once((lines * count + calls - 1) / calls) {}
 
   XK_INLINE void prefetch() {
-    for (ptrdiff_t wanted = at_once; wanted && tokens;) {
-      const ptrdiff_t count = wanted < left ? wanted : left;
-      for (ptrdiff_t i = 0; i < count; ++i) __builtin_prefetch(next + i * 64, 0, 2);
-      wanted -= count;
-      left -= count;
-      next += count * 64;
-      if (left) continue;
-      next += row - lines * 64;
+    for (ptrdiff_t i = 0; i < at_once; ++i) {
+      __builtin_prefetch(next, 0, 2);
+      next += 64;
+      if (--left) continue;
       left = lines;
-      --tokens;
+      next += row - lines * 64;
+      if (!--tokens) at_once = 0;
     }
   }
 };

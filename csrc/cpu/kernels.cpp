@@ -102,7 +102,7 @@ int channel_mix(const xk_channel_mix_args& p, const xk_layer_mix_args* layer = n
     const int panel = int(index % panels.parts);
     T* w = operands.data + bh * size;
     auto pack = [&](const xk_tensor& t, int in, T* w) {
-      with_storage<T>(t.dtype, [&](auto* storage) {
+      with_any_storage(t.dtype, [&](auto* storage) {
         auto weight = (decltype(storage))t.data + b * t.stride_b + h * t.stride_h;
         pack_panel(weight, t.stride_n, t.stride_d, in, out, panels, panel, w);
       });

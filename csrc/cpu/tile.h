@@ -351,10 +351,9 @@ void pack_panel(const S* weight, int64_t stride_out, int64_t stride_in, int in, 
   const int column = panels.start(i) * VL<T>, wide = panels.size(i) * VL<T>, columns = least_of(wide, out - column);
   weight += column * stride_out;
   w += (size_t)column * in;
-  if (stride_in == 1)
-    pack_transposed(weight, stride_out, in, columns, w, wide);
-  else
-    pack_strided(weight, stride_in, stride_out, in, columns, w, wide);
+  if constexpr ((sizeof(S) == sizeof(double)) == (sizeof(T) == sizeof(double)))  // vectors of S convert to those of T
+    if (stride_in == 1) return pack_transposed(weight, stride_out, in, columns, w, wide);
+  pack_strided(weight, stride_in, stride_out, in, columns, w, wide);
 }
 
 // w by panels: the columns of each panel are contiguous, panel_rows rows of them, panel after panel; the product starts

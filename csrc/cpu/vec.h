@@ -313,6 +313,15 @@ XK_INLINE void with_storage(int dtype, F f) {
   }
 }
 
+// The same for every dtype.
+template <class F>
+XK_INLINE void with_any_storage(int dtype, F f) {
+  if (dtype == XK_F64)
+    f((double*)nullptr);
+  else
+    with_storage<float>(dtype, f);
+}
+
 template <class T>
 XK_INLINE V<T> max(V<T> a, V<T> b) {
   return b > a ? b : a;

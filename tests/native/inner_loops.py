@@ -45,16 +45,14 @@ class Loop:
 
 
 def inner_loop(code: list[tuple[int, str, str]]) -> list[tuple[int, str, str]]:
-    """The innermost loop with the most multiply-adds; the longest one if there are several."""
+    """The loop without other branches that has the most multiply-adds; the longest one if there are several."""
     index = {address: i for i, (address, _, _) in enumerate(code)}
-    loops = []
+    bodies = []
     for i, (_, op, operands) in enumerate(code):
         target = re.search(r"([0-9a-f]+) <", operands)
         start = index.get(int(target[1], 16)) if target and BRANCHES.fullmatch(op) else None
-        if start is not None and start <= i:
-            loops.append((start, i))
-    innermost = [a for a in loops if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
-    bodies = [code[start : end + 1] for start, end in innermost]
+        if start is not None and start <= i and not any(BRANCHES.fullmatch(op) for _, op, _ in code[start:i]):
+            bodies.append(code[start : i + 1])
     return max(bodies, key=lambda body: (sum(op == "fmla" for _, op, _ in body), len(body)))
 
 
