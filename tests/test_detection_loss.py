@@ -15,7 +15,7 @@ import torch
 pytest.importorskip("torchvision", reason="detection needs torchvision")
 from xformer.detection import ANCHORS, DetectionLoss, detect
 from xformer.detection import boxes as coding
-from xformer.detection.loss import BOX, assign
+from xformer.detection.loss import BOX, OBJECTNESS, assign
 from xformer.errors import UsageError
 
 LN2 = math.log(2)
@@ -48,8 +48,12 @@ def losses(maps, targets, **options):
     return [float(value) for value in found.values()]
 
 
-def assigned(sizes, *centred):
-    at, number = assign(sizes, torch.tensor(centred), torch.tensor(ANCHORS).float())
+SEVERAL = {"centre_scale": 2.0, "anchor_iou": 0.5}
+"""The assignment of the recipes: several predictions a box."""
+
+
+def assigned(sizes, *centred, **options):
+    at, number = assign(sizes, torch.tensor(centred), torch.tensor(ANCHORS).float(), **options)
     return list(zip(at.tolist(), number.tolist(), strict=True))
 
 
@@ -72,12 +76,42 @@ def test_assignment():
 
 
 def test_boxes_in_one_cell():
-    """Of two anchors both stay; of one anchor the last one."""
+    """Of two anchors both stay; of one anchor the one whose shape is nearer, and the last of equal ones."""
     other = (13.0, 21.0, 16.0, 30.0)
     assert assigned(FOUR, MIDDLE, other) == [(27, 0), (28, 1)]
     near = (13.0, 21.0, 9.0, 13.0)
-    assert assigned(FOUR, MIDDLE, near, other) == [(27, 1), (28, 2)]
+    assert assigned(FOUR, MIDDLE, near, other) == [(27, 0), (28, 2)]
     assert assigned(FOUR, near, MIDDLE) == [(27, 1)]
+    assert assigned(FOUR, MIDDLE, (13.0, 21.0, 10.0, 13.0)) == [(27, 1)]
+
+
+def test_assignment_to_several_anchors():
+    """(12.8, 19) has IoU 130 / 243.2 with (10, 13), 243.2 / 480 with (16, 30), and less than a half with the others."""
+    box = (12.0, 20.0, 12.8, 19.0)
+    assert assigned(FOUR, box, anchor_iou=0.5) == [(27, 0), (28, 0)]
+    assert assigned(FOUR, box, anchor_iou=0.51) == [(27, 0)]
+    assert assigned(FOUR, box, anchor_iou=0.99) == [(27, 0)], "the best anchor, however small its IoU"
+
+
+def test_assignment_to_several_cells():
+    """Centres from half a cell before a cell to half a cell behind it: (13, 21) is in (row 2, column 1) and nearer to
+    the next row and column, (12, 20) in the middle of it. Cells beyond the border are none."""
+    size = (10.0, 13.0)
+    assert assigned(FOUR, MIDDLE, centre_scale=2.0) == [(27, 0)]
+    four = [(3 * (4 * row + column), 0) for row in (2, 3) for column in (1, 2)]
+    assert assigned(FOUR, (13.0, 21.0, *size), centre_scale=2.0) == four
+    assert assigned(FOUR, (13.0, 20.0, *size), centre_scale=2.0) == four[:2]
+    assert assigned(FOUR, (13.0, 21.0, *size), centre_scale=1.2) == four[:1]
+    assert assigned(FOUR, (1.0, 31.0, *size), centre_scale=2.0) == [(3 * 12, 0)]
+    assert assigned(FOUR, (-9.0, 40.0, *size), centre_scale=2.0) == [(3 * 12, 0)]
+
+
+def test_boxes_that_want_the_same_predictions():
+    """A box whose centre is in the cell has its prediction, although another one's shape is nearer to the anchor's."""
+    own, near = (12.0, 20.0, 9.0, 13.0), (17.0, 20.0, 10.0, 13.0)
+    for boxes, expected in (((own, near), [(27, 0), (30, 1)]), ((near, own), [(27, 1), (30, 0)])):
+        assert assigned(FOUR, *boxes, centre_scale=2.0) == expected
+    assert assigned(FOUR, near, centre_scale=2.0) == [(27, 0), (30, 0)]
 
 
 def test_boxes_on_borders():
@@ -161,6 +195,19 @@ def test_box_losses_by_hand():
     assert losses(maps, [target(MIDDLE)], box="yolov3")[0] == pytest.approx(expected)
 
 
+def test_objectness_that_is_the_iou_by_hand():
+    """As above, IoU 104/156 = 2/3: BCE of the logit 1 is softplus(1) - 2/3. It is a target, without gradients."""
+    maps = zeros()
+    prediction(maps, 0, 0, 2, 1)[0] = math.log(3)
+    prediction(maps, 0, 0, 2, 1)[4] = 1.0
+    one, iou = (losses(maps, [target(MIDDLE)], objectness=objectness)[1] for objectness in OBJECTNESS)
+    assert one == pytest.approx(62 * LN2 + math.log1p(math.e) - 1)
+    assert iou == pytest.approx(62 * LN2 + math.log1p(math.e) - 2 / 3)
+    maps = [m.requires_grad_() for m in maps]
+    DetectionLoss(objectness="iou")(maps, [target(MIDDLE)])["objectness"].backward()
+    assert coding.flatten([m.grad for m in maps])[..., :4].eq(0).all()
+
+
 MANY = [
     target(MIDDLE, (40.3, 50.1, 30.0, 70.0), (81.0, 30.5, 90.0, 50.0), (33.0, 70.7, 12.0, 12.0), labels=[0, 1, 2, 1]),
     target(),
@@ -168,17 +215,17 @@ MANY = [
 ]
 
 
-def perfect(targets, size=96, num_classes=3):
+def perfect(targets, size=96, num_classes=3, **rules):
     """Maps that say exactly the targets, by assignment and coding."""
     maps = zeros(len(targets), size, num_classes)
     for m in maps:
         m.unflatten(1, (3, -1))[:, :, 4:] = -25
-    where = coding.grid(maps, ANCHORS, torch.float64)
+    where = coding.grid(maps, ANCHORS, torch.float64, rules.get("centre_scale", 1.0))
     flat = coding.flatten(maps)
     sizes = [tuple(m.shape[2:]) for m in maps]
     for rows, one in zip(flat, targets, strict=True):
         centred = coding.to_cxcywh(one["boxes"])
-        at, number = assign(sizes, centred, torch.tensor(ANCHORS).double())
+        at, number = assign(sizes, centred, torch.tensor(ANCHORS).double(), **rules)
         rows[at, :4] = coding.encode(centred[number], where.take(at))
         rows[at, 4] = 25
         rows[at, 5 + one["labels"][number]] = 25
@@ -189,11 +236,13 @@ def perfect(targets, size=96, num_classes=3):
     ]
 
 
+@pytest.mark.parametrize("objectness", OBJECTNESS)
+@pytest.mark.parametrize("rules", [{}, SEVERAL], ids=["yolov3", "several"])
 @pytest.mark.parametrize("box", BOX)
-def test_perfect_predictions(box):
-    maps = perfect(MANY)
-    assert losses(maps, MANY, box=box) == pytest.approx([0, 0, 0], abs=1e-6)
-    for found, expected in zip(detect(maps), MANY, strict=True):
+def test_perfect_predictions(box, rules, objectness):
+    maps = perfect(MANY, **rules)
+    assert losses(maps, MANY, box=box, objectness=objectness, **rules) == pytest.approx([0, 0, 0], abs=1e-6)
+    for found, expected in zip(detect(maps, centre_scale=rules.get("centre_scale", 1.0)), MANY, strict=True):
         assert len(found["boxes"]) == len(expected["boxes"])
         order, other = (one["boxes"][:, 0].argsort() for one in (found, expected))
         torch.testing.assert_close(found["boxes"][order], expected["boxes"][other], rtol=1e-9, atol=1e-9)
@@ -285,6 +334,9 @@ def test_bad_arguments():
         DetectionLoss()(zeros(), [])
     for options, message in (
         ({"box": "giou"}, "box must be one of ciou, yolov3, got 'giou'"),
+        ({"objectness": "giou"}, "objectness must be one of one, iou, got 'giou'"),
+        ({"anchor_iou": -1}, r"anchor_iou must be in \[0, 1\], got -1"),
+        ({"centre_scale": 0.5}, "centre_scale must be 1 or more, got 0.5"),
         ({"ignore": 2}, r"ignore must be in \[0, 1\], got 2"),
         ({"weights": (1, 1)}, "weights must be three numbers, 0 or more"),
         ({"anchors": ANCHORS[:3]}, "anchors must be 9 pairs"),

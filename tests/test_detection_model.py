@@ -127,6 +127,19 @@ def test_fused_for_inference():
             torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name, channels", [("mobilenetv2_050", [16, 48, 160]), ("resnet18", [128, 256, 512])])
+def test_backbones_of_timm(name, channels):
+    """The last maps of strides 8, 16 and 32; MobileNetV2 also has one of stride 2."""
+    pytest.importorskip("timm", reason="timm is not installed")
+    model = Detector(f"timm:{name}", 3, widths=(16, 16, 16), in_chans=4)
+    assert model.feature_info.channels() == channels and model.no_weight_decay() == set()
+    maps = model(images(1, 4, 64, 96))
+    assert [tuple(m.shape) for m in maps] == [(1, 24, 8, 12), (1, 24, 4, 6), (1, 24, 2, 3)]
+    model.set_grad_checkpointing()
+    sum(m.sum() for m in maps).backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
 def test_conveniences():
     model = small()
     assert model.no_weight_decay() and model.no_weight_decay() <= {name for name, _ in model.named_parameters()}
@@ -137,12 +150,15 @@ def test_conveniences():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"backbone_name": "resnet"}, r"backbone_name must be one of xformer_s, .*, got 'resnet'"),
+        ({"backbone_name": "resnet"}, r"backbone_name must be one of xformer_s, .*, or timm:MODEL .*, got 'resnet'"),
+        ({"backbone_name": "timm:resnet"}, "or timm:MODEL for a model of timm, got 'timm:resnet'"),
+        ({"backbone_name": "timm:vit_tiny_patch16_224"}, r"must have maps of the strides \(8, 16, 32\), got"),
+        ({"centre_scale": 0}, "centre_scale must be 1 or more, got 0"),
         ({"num_classes": 0}, "num_classes must be 1 or more, got 0"),
         ({"anchors": ANCHORS[:8]}, r"anchors must be 9 pairs \(w, h\) of positive numbers"),
         ({"anchors": ((0, 1),) * 9}, "anchors must be 9 pairs"),
         ({"widths": (8, 8)}, r"widths must be 3 positive numbers, got \(8, 8\)"),
-        ({"stem_stride": 1}, r"must give the strides \(8, 16, 32\), got \[4, 8, 16\]"),
+        ({"stem_stride": 1}, r"must have maps of the strides \(8, 16, 32\), got \[4, 8, 16\]"),
     ],
 )
 def test_bad_arguments(options, message):
@@ -150,16 +166,18 @@ def test_bad_arguments(options, message):
         Detector(**options)
 
 
-def test_coding_round_trip():
+@pytest.mark.parametrize("centre_scale", [1.0, 2.0])
+def test_coding_round_trip(centre_scale):
     """Boxes to numbers and back in float64, of every stride and anchor, up to the clamp."""
-    where = coding.grid(empty_maps(size=96), ANCHORS, torch.float64)
+    where = coding.grid(empty_maps(size=96), ANCHORS, torch.float64, centre_scale)
     assert len(where.cells) == 3 * (144 + 36 + 9)
     generator = torch.Generator().manual_seed(0)
     raw = torch.rand(len(where.cells), 4, generator=generator, dtype=torch.float64) * 8 - 4
     boxes = coding.decode(raw, where)
     torch.testing.assert_close(coding.encode(boxes, where), raw, rtol=0, atol=1e-11)
     torch.testing.assert_close(coding.to_cxcywh(coding.to_xyxy(boxes)), boxes, rtol=1e-12, atol=1e-12)
-    assert ((boxes[:, :2] / where.strides).floor() == where.cells).all()
+    apart = boxes[:, :2] / where.strides - where.cells - 0.5
+    assert (apart.abs() < centre_scale / 2).all() and apart.abs().max() > 0.4 * centre_scale
     wild = coding.decode(torch.full_like(raw, 1e4), where)
     torch.testing.assert_close(wild[:, 2:], where.anchors * 62.5)
     assert coding.encode(torch.cat((where.cells * where.strides, where.anchors), 1), where).isfinite().all()
@@ -179,6 +197,9 @@ def test_coding_by_hand():
     assert torch.equal(rows[at, :4], values) and rows[:, :4].any(1).sum() == 1
     box = coding.decode(rows[:, :4], coding.grid(maps, ANCHORS))[at]
     torch.testing.assert_close(box, torch.tensor([40.0, 28.0, 124.0, 22.5]))
+    # with centre scale 2: cx = 16 (2 + 2/2 - 1/2), cy = 16 (1 + 6/4 - 1/2)
+    box = coding.decode(rows[:, :4], coding.grid(maps, ANCHORS, centre_scale=2.0))[at]
+    torch.testing.assert_close(box, torch.tensor([40.0, 32.0, 124.0, 22.5]))
 
 
 def test_coverage():

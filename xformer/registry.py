@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from xformer.backbone import VARIANTS, XFormer, XFormerFeatures
+from xformer.errors import UsageError
+
+try:
+    import timm
+except ImportError:
+    timm = None
 
 __all__ = ["xformer_s", "xformer_xs", "xformer_xxs"]
 
@@ -69,6 +77,34 @@ def build(
     return model
 
 
+def build_features(name: str, strides: Sequence[int], in_chans: int = 3, **options: Any) -> Any:
+    """Create a feature extractor with a map of each of these strides: our variant, or ``timm:NAME`` for timm's model.
+
+    `options` are those of :class:`xformer.XFormer`, or of timm's model.
+
+    Raises:
+        UsageError: unknown model, or one without maps of these strides.
+    """
+    library, _, model = name.rpartition(":")
+    options |= {"features_only": True, "in_chans": in_chans}
+    if library == "" and name in default_cfgs:
+        features: Any = build(name, out_indices=len(strides), **options)
+    elif library == "timm" and timm is not None and timm.is_model(model):
+        with torch.device("meta"):
+            reductions = timm.create_model(model, features_only=True).feature_info.reduction()
+        # the last map of each stride
+        indices = [i for i, r in enumerate(reductions) if r in strides and r not in reductions[i + 1 :]]
+        features = timm.create_model(model, out_indices=indices, **options)
+    else:
+        known = f"one of {', '.join(default_cfgs)}, or timm:MODEL for a model of timm"
+        raise UsageError(f"backbone_name must be {known}, got {name!r}")
+    if features.feature_info.reduction() != list(strides):
+        raise UsageError(
+            f"{name} must have maps of the strides {tuple(strides)}, got {features.feature_info.reduction()}"
+        )
+    return features
+
+
 def xformer_s(pretrained: bool = False, **options: Any) -> XFormer | XFormerFeatures:
     """5.5M parameters. Options: those of :class:`xformer.XFormer`, ``features_only`` and ``out_indices``."""
     return build("xformer_s", pretrained=pretrained, **options)
@@ -84,10 +120,6 @@ def xformer_xxs(pretrained: bool = False, **options: Any) -> XFormer | XFormerFe
     return build("xformer_xxs", pretrained=pretrained, **options)
 
 
-try:
-    from timm.models import register_model
-except ImportError:
-    pass
-else:
+if timm is not None:
     for entry in (xformer_s, xformer_xs, xformer_xxs):
-        register_model(entry)
+        timm.models.register_model(entry)

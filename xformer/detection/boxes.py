@@ -3,10 +3,12 @@
 Boxes are in pixels of the model's input image: (x0, y0, x1, y1), or (cx, cy, w, h) where noted. A prediction
 (tx, ty, tw, th) of the cell in column i and row j, with stride s and anchor (aw, ah), is the box
 
-    cx = s (i + sigmoid(tx))     w = aw exp(tw)
-    cy = s (j + sigmoid(ty))     h = ah exp(th)
+    cx = s (i + c sigmoid(tx) - (c - 1) / 2)     w = aw exp(tw)
+    cy = s (j + c sigmoid(ty) - (c - 1) / 2)     h = ah exp(th)
 
-with tw and th clamped to +-EXPONENT. The P predictions of all maps are ordered by stride, then row, column and anchor.
+with tw and th clamped to +-EXPONENT. The centre scale c is 1 in YOLOv3: a centre is in the cell of its prediction. With
+c = 2 it is at most half a cell outside, and a centre on the edge of a cell has a finite t. The P predictions of all
+maps are ordered by stride, then row, column and anchor.
 """
 
 from __future__ import annotations
@@ -41,6 +43,17 @@ def check_anchors(anchors: Sequence[Sequence[float]]) -> tuple[tuple[float, floa
     return tuple((p[0], p[1]) for p in pairs)
 
 
+def check_centre_scale(centre_scale: float) -> float:
+    """Return the centre scale.
+
+    Raises:
+        UsageError: not a finite number of 1 or more.
+    """
+    if not 1 <= centre_scale < math.inf:
+        raise UsageError(f"centre_scale must be 1 or more, got {centre_scale}")
+    return float(centre_scale)
+
+
 def shape_iou(sizes: Tensor, anchors: Tensor) -> Tensor:
     """Pairwise IoU (n, k) of boxes (n, 2) and (k, 2), given as (w, h) with the same centre."""
     common = torch.minimum(sizes[:, None], anchors).prod(-1)
@@ -48,15 +61,17 @@ def shape_iou(sizes: Tensor, anchors: Tensor) -> Tensor:
 
 
 class Grid(NamedTuple):
-    """Position of predictions: cells (P, 2) as column and row, strides (P, 1), anchors (P, 2) in pixels."""
+    """Position of predictions: cells (P, 2) as column and row, strides (P, 1), anchors (P, 2) in pixels; and the
+    centre scale."""
 
     cells: Tensor
     strides: Tensor
     anchors: Tensor
+    centre_scale: float = 1.0
 
     def take(self, index: Tensor) -> Grid:
         """The grid of the predictions at `index`."""
-        return Grid(*(part[index] for part in self))
+        return Grid(self.cells[index], self.strides[index], self.anchors[index], self.centre_scale)
 
 
 def flatten(maps: Sequence[Tensor]) -> Tensor:
@@ -85,7 +100,12 @@ def flatten(maps: Sequence[Tensor]) -> Tensor:
     return flat if flat.dtype is torch.float64 else flat.float()
 
 
-def grid(maps: Sequence[Tensor], anchors: Sequence[Sequence[float]], dtype: torch.dtype = torch.float32) -> Grid:
+def grid(
+    maps: Sequence[Tensor],
+    anchors: Sequence[Sequence[float]],
+    dtype: torch.dtype = torch.float32,
+    centre_scale: float = 1.0,
+) -> Grid:
     """The grid of the predictions of these maps; only their shapes and device are used."""
     device = maps[0].device
     table = torch.tensor(anchors, dtype=dtype, device=device).view(len(STRIDES), PER_SCALE, 2)
@@ -97,21 +117,23 @@ def grid(maps: Sequence[Tensor], anchors: Sequence[Sequence[float]], dtype: torc
         cells.append(torch.stack((columns, rows), -1).reshape(-1, 2))
         strides.append(torch.full((len(cells[-1]), 1), float(stride), device=device, dtype=dtype))
         sizes.append(of_scale.repeat(height * width, 1))
-    return Grid(torch.cat(cells), torch.cat(strides), torch.cat(sizes))
+    return Grid(torch.cat(cells), torch.cat(strides), torch.cat(sizes), centre_scale)
 
 
 def decode(raw: Tensor, where: Grid) -> Tensor:
     """Predictions (..., P, 4) as (tx, ty, tw, th) to boxes (..., P, 4) as (cx, cy, w, h); see the module docstring."""
-    centres = (where.cells + raw[..., :2].sigmoid()) * where.strides
+    c = where.centre_scale
+    centres = (where.cells + c * raw[..., :2].sigmoid() - (c - 1) / 2) * where.strides
     return torch.cat((centres, where.anchors * raw[..., 2:].clamp(-EXPONENT, EXPONENT).exp()), -1)
 
 
 def encode(boxes: Tensor, where: Grid, eps: float = 1e-6) -> Tensor:
-    """Boxes (P, 4) as (cx, cy, w, h), each in its cell, to (tx, ty, tw, th): the inverse of :func:`decode`.
+    """Boxes (P, 4) as (cx, cy, w, h) to (tx, ty, tw, th): the inverse of :func:`decode`.
 
-    Offsets within the cell are clamped to [eps, 1 - eps]: a centre on the edge of a cell has no finite tx.
+    sigmoid(tx) and sigmoid(ty) are clamped to [eps, 1 - eps]: a centre at the end of the range has no finite tx.
     """
-    offsets = (boxes[:, :2] / where.strides - where.cells).clamp(eps, 1 - eps)
+    c = where.centre_scale
+    offsets = ((boxes[:, :2] / where.strides - where.cells + (c - 1) / 2) / c).clamp(eps, 1 - eps)
     return torch.cat((offsets.logit(), (boxes[:, 2:] / where.anchors).log()), -1)
 
 
@@ -125,6 +147,14 @@ def to_cxcywh(boxes: Tensor) -> Tensor:
     """(x0, y0, x1, y1) to (cx, cy, w, h)."""
     converted: Tensor = box_convert(boxes, "xyxy", "cxcywh")
     return converted
+
+
+def iou(boxes: Tensor, others: Tensor) -> Tensor:
+    """IoU (n,) of each of the boxes (n, 4) with the box of `others` (n, 4) in its place."""
+    low = torch.maximum(boxes[:, :2], others[:, :2])
+    common = (torch.minimum(boxes[:, 2:], others[:, 2:]) - low).clamp_min(0).prod(1)
+    areas = [(of_it[:, 2:] - of_it[:, :2]).prod(1) for of_it in (boxes, others)]
+    return common / (areas[0] + areas[1] - common)
 
 
 def coverage(boxes: Tensor, regions: Tensor) -> Tensor:
@@ -144,6 +174,7 @@ def detect(
     iou: float = 0.5,
     limit: int = 100,
     candidates: int = 1000,
+    centre_scale: float = 1.0,
     sizes: Sequence[tuple[int, int]] | None = None,
 ) -> list[dict[str, Tensor]]:
     """Decode raw maps to detections, with non-maximum suppression (NMS).
@@ -158,6 +189,7 @@ def detect(
         iou: IoU threshold of NMS.
         limit: maximum number of detections per image.
         candidates: maximum number of predictions per image, by score, before NMS.
+        centre_scale: centre scale of the model.
         sizes: (H, W) of every image before padding; boxes are clipped to it, and those outside are discarded.
 
     Returns:
@@ -171,7 +203,9 @@ def detect(
     flat = flatten(maps)
     if sizes is not None and len(sizes) != len(flat):
         raise ValueError(f"sizes must be one (H, W) per image, got {len(sizes)} for {len(flat)} images")
-    boxes = to_xyxy(decode(flat[..., :4], grid(maps, check_anchors(anchors), flat.dtype)))
+    boxes = to_xyxy(
+        decode(flat[..., :4], grid(maps, check_anchors(anchors), flat.dtype, check_centre_scale(centre_scale)))
+    )
     found = []
     for i, (rows, corners) in enumerate(zip(flat, boxes, strict=True)):
         scores = rows[:, 4:5].sigmoid() * rows[:, 5:].sigmoid()

@@ -6,6 +6,7 @@ pixels, labels (n,) int64 from 0 (there is no background class), and optionally 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -14,39 +15,66 @@ from torch import Tensor, nn
 from torchvision.ops import box_iou, complete_box_iou_loss
 
 from xformer.detection import boxes as coding
-from xformer.detection.boxes import ANCHORS, PER_SCALE, STRIDES, Grid, shape_iou, to_cxcywh, to_xyxy
+from xformer.detection.boxes import ANCHORS, PER_SCALE, STRIDES, Grid, iou, shape_iou, to_cxcywh, to_xyxy
 from xformer.errors import UsageError
 
 BOX = ("ciou", "yolov3")
+OBJECTNESS = ("one", "iou")
 Target = Mapping[str, Tensor]
 
 
-def assign(sizes: Sequence[tuple[int, int]], boxes: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor]:
+def assign(
+    sizes: Sequence[tuple[int, int]],
+    boxes: Tensor,
+    anchors: Tensor,
+    *,
+    centre_scale: float = 1.0,
+    anchor_iou: float = 1.0,
+) -> tuple[Tensor, Tensor]:
     """Assign the boxes of an image to predictions.
 
-    A box is assigned to the anchor, of all nine, whose shape has the largest IoU with it, in the cell that contains its
-    centre; a centre on or outside the border is assigned to the nearest cell. A prediction is assigned at most one box:
-    if several boxes match it, the last. Boxes with different anchors may share a cell.
+    A box is assigned to the anchor, of all nine, whose shape has the largest IoU with it, and to all others above
+    `anchor_iou`; for each of them to the cell that contains its centre, and to all others whose predictions can have
+    this centre. A centre on or outside the border is in the nearest cell. A prediction is assigned at most one box: if
+    several boxes match it, one whose centre is in the cell, then the one with the largest IoU of shapes, then the last.
+
+    With the defaults, which are YOLOv3's, a box is assigned to one prediction.
 
     Args:
         sizes: (rows, columns) of the three maps. boxes: (n, 4) as (cx, cy, w, h). anchors: (9, 2).
+        centre_scale: centre scale of the model.
+        anchor_iou: IoU of shapes above which a box is assigned to an anchor.
 
     Returns:
-        Indices of predictions (m,) and of boxes (m,), m <= n, in the order of boxes.
+        Indices of predictions (m,) and of boxes (m,), in the order of predictions.
     """
-    best = shape_iou(boxes[:, 2:], anchors).argmax(1)
-    scale = best // PER_SCALE
     shapes = torch.tensor(sizes, device=boxes.device)
+    strides = torch.tensor(STRIDES, device=boxes.device)
     counts = shapes.prod(1) * PER_SCALE
-    rows, columns = shapes[scale].unbind(1)
-    cells = (boxes[:, :2] / torch.tensor(STRIDES, device=boxes.device)[scale, None]).floor().long()
-    column = torch.minimum(cells[:, 0].clamp_min(0), columns - 1)
-    row = torch.minimum(cells[:, 1].clamp_min(0), rows - 1)
-    at = (counts.cumsum(0) - counts)[scale] + (row * columns + column) * PER_SCALE + best % PER_SCALE
-    number = torch.arange(len(boxes), device=boxes.device)
-    last = number.new_full((sum(h * w for h, w in sizes) * PER_SCALE,), -1).scatter_reduce(0, at, number, "amax")
-    keep = last[at] == number
-    return at[keep], number[keep]
+    overlap = shape_iou(boxes[:, 2:], anchors)
+    chosen = (overlap > anchor_iou).scatter(1, overlap.argmax(1, keepdim=True), True)
+    number, anchor = chosen.nonzero(as_tuple=True)
+    scale = anchor // PER_SCALE
+    size = shapes[scale].flip(1)
+    centres = boxes[number, :2] / strides[scale, None]
+    own = torch.minimum(centres.floor().long().clamp_min(0), size - 1)
+    reach = math.ceil((centre_scale - 1) / 2)
+    steps = torch.arange(-reach, reach + 1, device=boxes.device)
+    cells = own[:, None] + torch.cartesian_prod(steps, steps).view(-1, 2)
+    apart = (centres[:, None] - cells - 0.5).abs().amax(-1)
+    inside = ((cells >= 0) & (cells < size[:, None])).all(-1)
+    central = (cells == own[:, None]).all(-1)
+    kept = central | (inside & (apart < centre_scale / 2))
+    match, _ = kept.nonzero(as_tuple=True)
+    column, row = cells[kept].unbind(1)
+    number, anchor, scale, central = number[match], anchor[match], scale[match], central[kept]
+    at = (counts.cumsum(0) - counts)[scale] + (row * shapes[scale, 1] + column) * PER_SCALE + anchor % PER_SCALE
+    # of each prediction the last of its matches, from the least to the most preferred
+    order = (central + overlap[number, anchor]).argsort(stable=True)
+    rank = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=boxes.device))
+    best = rank.new_full((int(counts.sum()),), -1).scatter_reduce(0, at, rank, "amax")
+    at = (best >= 0).nonzero().squeeze(1)
+    return at, number[order[best[at]]]
 
 
 class DetectionLoss(nn.Module):
@@ -56,7 +84,7 @@ class DetectionLoss(nn.Module):
 
         loss of an image = sum over predictions / max(1, boxes assigned in it);   loss = mean over images
 
-        objectness  BCE with target 1 for assigned predictions and 0 for others; ignored ones are excluded
+        objectness  BCE with target 1 or IoU for assigned predictions and 0 for others; ignored ones are excluded
         class       BCE of every class, over assigned predictions
         box         over assigned predictions: "ciou" or "yolov3"
 
@@ -73,6 +101,10 @@ class DetectionLoss(nn.Module):
     the image, to raise the weight of small boxes. The entropy of the target is subtracted from this BCE: gradients are
     unchanged, and a perfect prediction has loss zero. Neither was chosen by measured accuracy.
 
+    With the defaults, boxes are assigned as in YOLOv3, each to one prediction. The recipes assign a box to several
+    (``centre_scale=2, anchor_iou=0.5``), and train the objectness of a prediction to be the IoU of its box
+    (``objectness="iou"``, as in YOLOv1), by which detections are ranked. docs/detection.md shows what each changes.
+
     Losses are computed in float32 even under autocast (in float64 for float64 maps).
 
     Args:
@@ -80,9 +112,14 @@ class DetectionLoss(nn.Module):
         ignore: IoU with a box above which unassigned predictions are ignored.
         weights: of the box, objectness and class losses. Initially, CIoU is about 1 and BCE several; the original uses
             1 for all.
+        objectness: target of an assigned prediction: "one", or "iou" for the IoU of its box with the assigned one,
+            through which no gradient flows.
+        anchor_iou: IoU of shapes above which a box is assigned to an anchor besides the best one (:func:`assign`).
+        centre_scale: centre scale of the model (:mod:`xformer.detection.boxes`).
 
     Raises:
-        UsageError: anchors are not nine positive pairs, unknown box loss, negative weights, or `ignore` outside [0, 1].
+        UsageError: anchors are not nine positive pairs, unknown box loss or objectness, negative weights, `ignore` or
+            `anchor_iou` outside [0, 1], or a centre_scale below 1.
     """
 
     def __init__(
@@ -91,15 +128,24 @@ class DetectionLoss(nn.Module):
         box: str = "ciou",
         ignore: float = 0.5,
         weights: tuple[float, float, float] = (5.0, 1.0, 1.0),
+        *,
+        objectness: str = "one",
+        anchor_iou: float = 1.0,
+        centre_scale: float = 1.0,
     ) -> None:
         super().__init__()
         if box not in BOX:
             raise UsageError(f"box must be one of {', '.join(BOX)}, got {box!r}")
-        if not 0 <= ignore <= 1:
-            raise UsageError(f"ignore must be in [0, 1], got {ignore}")
+        if objectness not in OBJECTNESS:
+            raise UsageError(f"objectness must be one of {', '.join(OBJECTNESS)}, got {objectness!r}")
+        for name, value in (("ignore", ignore), ("anchor_iou", anchor_iou)):
+            if not 0 <= value <= 1:
+                raise UsageError(f"{name} must be in [0, 1], got {value}")
         if len(weights) != 3 or not all(w >= 0 for w in weights):
             raise UsageError(f"weights must be three numbers, 0 or more, got {weights}")
         self.anchors, self.box, self.ignore, self.weights = coding.check_anchors(anchors), box, ignore, weights
+        self.objectness, self.anchor_iou = objectness, anchor_iou
+        self.centre_scale = coding.check_centre_scale(centre_scale)
 
     def forward(self, maps: Sequence[Tensor], targets: Sequence[Target]) -> dict[str, Tensor]:
         """Return the weighted scalar losses "box", "objectness" and "class"; zeros for an empty batch.
@@ -113,7 +159,7 @@ class DetectionLoss(nn.Module):
             return self._losses(flat, maps, targets)
 
     def _losses(self, flat: Tensor, maps: Sequence[Tensor], targets: Sequence[Target]) -> dict[str, Tensor]:
-        where = coding.grid(maps, self.anchors, flat.dtype)
+        where = coding.grid(maps, self.anchors, flat.dtype, self.centre_scale)
         sizes = [(m.shape[2], m.shape[3]) for m in maps]
         table = torch.tensor(self.anchors, dtype=flat.dtype, device=flat.device)
         empty = flat[:0].sum()
@@ -123,15 +169,20 @@ class DetectionLoss(nn.Module):
             labels = target["labels"].to(flat.device)
             crowd = target.get("iscrowd", torch.zeros_like(labels)).to(flat.device).bool()
             boxes, labels, crowds = boxes[~crowd], labels[~crowd], boxes[crowd]
-            at, number = assign(sizes, to_cxcywh(boxes), table)
+            at, number = assign(
+                sizes, to_cxcywh(boxes), table, centre_scale=self.centre_scale, anchor_iou=self.anchor_iou
+            )
+            found, cells, share = rows[at], where.take(at), 1 / max(1, len(at))
             assigned = torch.zeros_like(rows[:, 4]).index_fill(0, at, 1)
             counted = ~self._ignored(rows, where, boxes, crowds) | (assigned > 0)
+            if self.objectness == "iou":
+                with torch.no_grad():
+                    assigned[at] = iou(to_xyxy(coding.decode(found[:, :4], cells)), boxes[number])
             objectness = F.binary_cross_entropy_with_logits(rows[:, 4], assigned, reduction="none")
-            found, share = rows[at], 1 / max(1, len(at))
             one_hot = F.one_hot(labels[number], rows.shape[1] - 5).to(rows)
             classes = F.binary_cross_entropy_with_logits(found[:, 5:], one_hot, reduction="sum")
             area = float(STRIDES[0] ** 2 * sizes[0][0] * sizes[0][1])
-            box = self._box(found[:, :4], where.take(at), boxes[number], area)
+            box = self._box(found[:, :4], cells, boxes[number], area)
             # not multiplied by a mask: the loss of an ignored prediction may be infinite
             background = torch.where(counted, objectness, 0.0).sum()
             for part, value in zip(parts, (box, background, classes), strict=True):

@@ -11,11 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xformer.backbone import XFormerFeatures
-from xformer.detection.boxes import ANCHORS, PER_SCALE, STRIDES, check_anchors
+from xformer.detection.boxes import ANCHORS, PER_SCALE, STRIDES, check_anchors, check_centre_scale
 from xformer.errors import UsageError
 from xformer.layers import ConvNorm, Pointwise, init_weights
-from xformer.registry import build, default_cfgs
+from xformer.registry import build_features
 
 WIDTHS = (128, 176, 288)
 PRIOR = 0.01
@@ -69,16 +68,17 @@ class Detector(nn.Module):
     Anchors are not in the state dict: like the classes, they are an option of the model.
 
     Args:
-        backbone_name: a name in :data:`xformer.VARIANTS`.
+        backbone_name: a name in :data:`xformer.VARIANTS`, or ``timm:NAME`` for a model of timm.
         num_classes: number of object classes, without background.
         anchors: nine (w, h) in pixels: three for stride 8, then three for 16, then three for 32.
         in_chans: number of image channels.
         widths: C of the scales with strides 8, 16 and 32.
+        centre_scale: size of the range of a predicted centre in cells (:mod:`xformer.detection.boxes`).
         options: options of the backbone (:class:`xformer.XFormer`).
 
     Raises:
         UsageError: unknown backbone, num_classes below 1, anchors that are not nine pairs of positive numbers, not
-            three positive widths, backbone strides other than 8, 16, 32.
+            three positive widths, a centre_scale below 1, a backbone without maps of the strides 8, 16, 32.
         ValueError: options rejected by the backbone.
     """
 
@@ -93,22 +93,19 @@ class Detector(nn.Module):
         *,
         in_chans: int = 3,
         widths: Sequence[int] = WIDTHS,
+        centre_scale: float = 1.0,
         **options: Any,
     ) -> None:
         super().__init__()
-        if backbone_name not in default_cfgs:
-            raise UsageError(f"backbone_name must be one of {', '.join(default_cfgs)}, got {backbone_name!r}")
         if num_classes < 1:
             raise UsageError(f"num_classes must be 1 or more, got {num_classes}")
         if len(widths) != len(STRIDES) or min(widths) < 1:
             raise UsageError(f"widths must be {len(STRIDES)} positive numbers, got {tuple(widths)}")
         self.num_classes = num_classes
         self.anchors = check_anchors(anchors)
-        self.backbone = build(backbone_name, features_only=True, out_indices=(1, 2, 3), in_chans=in_chans, **options)
-        assert isinstance(self.backbone, XFormerFeatures)
+        self.centre_scale = check_centre_scale(centre_scale)
+        self.backbone: Any = build_features(backbone_name, STRIDES, in_chans, **options)
         self.feature_info = info = self.backbone.feature_info
-        if info.reduction() != list(STRIDES):
-            raise UsageError(f"stem_stride and stage_strides must give the strides {STRIDES}, got {info.reduction()}")
         outputs = PER_SCALE * (5 + num_classes)
         from_above = (*widths[:-1], 0)
         self.scales = nn.ModuleList(
@@ -149,9 +146,17 @@ class Detector(nn.Module):
         self.backbone.set_grad_checkpointing(enable)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """As :meth:`xformer.XFormer.group_matcher`; all parameters outside the backbone are the last group."""
-        return self.backbone.group_matcher(coarse, r"^backbone\.")
+        """As :meth:`xformer.XFormer.group_matcher`; all parameters outside the backbone are the last group.
+
+        Raises:
+            UsageError: the backbone has none.
+        """
+        if not hasattr(self.backbone, "group_matcher"):
+            raise UsageError("layer_decay must be 0: the backbone has no group_matcher")
+        matcher: dict[str, Any] = self.backbone.group_matcher(coarse, r"^backbone\.")
+        return matcher
 
     def no_weight_decay(self) -> set[str]:
         """Names of the temperatures, which should be excluded from weight decay (timm's convention)."""
-        return {f"backbone.{name}" for name in self.backbone.no_weight_decay()}
+        names: set[str] = getattr(self.backbone, "no_weight_decay", set)()
+        return {f"backbone.{name}" for name in names}

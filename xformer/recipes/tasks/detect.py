@@ -38,19 +38,23 @@ class MeanAP:
         UsageError: pycocotools is not installed.
     """
 
-    def __init__(self, annotations: Annotations, anchors: Sequence[Sequence[float]] = ANCHORS) -> None:
+    def __init__(
+        self, annotations: Annotations, anchors: Sequence[Sequence[float]] = ANCHORS, centre_scale: float = 1.0
+    ) -> None:
         try:
             import pycocotools.cocoeval  # noqa: F401
         except ImportError as error:
             raise UsageError("detection's metrics need pycocotools: pip install 'xformer-kernels[official]'") from error
-        self.annotations, self.anchors = annotations, anchors
+        self.annotations, self.anchors, self.centre_scale = annotations, anchors, centre_scale
         self.categories = list(annotations.categories)
         self.found: dict[int, list[dict[str, Any]]] = {}
 
     def update(self, outputs: Sequence[Tensor], targets: Sequence[Target]) -> None:
         """Add the detections in raw maps of letterboxed images."""
         sizes = [target["size"] for target in targets]
-        found = detect(outputs, self.anchors, score=SCORE, iou=IOU, limit=LIMIT, sizes=sizes)
+        found = detect(
+            outputs, self.anchors, score=SCORE, iou=IOU, limit=LIMIT, centre_scale=self.centre_scale, sizes=sizes
+        )
         for of_it, target in zip(found, targets, strict=True):
             self.add(target["image_id"], restore(of_it["boxes"], target), of_it["scores"], of_it["labels"])
 
@@ -142,7 +146,9 @@ class BoxPredictor(Predictor):
         seen = [letterbox(image, nothing, self.card.image_size, self.card.mean, self.card.std) for image in images]
         maps = self.model(torch.stack([x for x, _ in seen]))
         sizes = [target["size"] for _, target in seen]
-        found = detect(maps, self.model.anchors, score=self.score, iou=self.iou, sizes=sizes)
+        found = detect(
+            maps, self.model.anchors, score=self.score, iou=self.iou, centre_scale=self.model.centre_scale, sizes=sizes
+        )
         finite = [all(of_it[i].isfinite().all() for of_it in maps) for i in range(len(images))]
         answers: list[Answer | None] = []
         for image, (_, target), of_it, usable in zip(images, seen, found, finite, strict=True):
@@ -208,6 +214,8 @@ class Detect(Task):
         "ratio", "auto_augment", "reprob", "interpolation", "crop_pct", "mixup", "cutmix", "smoothing",
         "train_shards", "eval_shards", "train_samples", "eval_samples", "classes",
     )  # fmt: skip
+    loss_options: ClassVar[Mapping[str, Any]] = {"anchor_iou": 0.5, "objectness": "iou"}
+    """Arguments of :class:`DetectionLoss` besides the anchors and the centre scale, which are options of the model."""
     data: CocoData
 
     def of_labels(self) -> dict[str, Any]:
@@ -217,9 +225,13 @@ class Detect(Task):
     def anchors(self) -> Any:
         return self.recipe.model_options.get("anchors", ANCHORS)
 
+    @property
+    def centre_scale(self) -> float:
+        return float(self.recipe.model_options.get("centre_scale", 1.0))
+
     @cached_property
     def criterion(self) -> DetectionLoss:
-        return DetectionLoss(self.anchors)
+        return DetectionLoss(self.anchors, centre_scale=self.centre_scale, **self.loss_options)
 
     def loss(self, outputs: Sequence[Tensor], targets: Sequence[Target]) -> Tensor:
         box, objectness, classes = self.criterion(outputs, targets).values()
@@ -227,4 +239,4 @@ class Detect(Task):
         return total
 
     def metrics(self, device: Any) -> Metrics:
-        return MeanAP(self.data.held_out, self.anchors)
+        return MeanAP(self.data.held_out, self.anchors, self.centre_scale)
