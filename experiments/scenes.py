@@ -1,8 +1,8 @@
-"""What our detector and segmenter learn of made scenes, beside torchvision's: ``python -m experiments.scenes``.
+"""What our detector and segmenter learn of made scenes, beside others': ``python -m experiments.scenes``.
 
-Of each task two models, both from scratch, by the same recipe (`detect_shapes`, `segment_shapes`) on the same scenes
-(``python -m xformer make-shapes``) in the same order. Shown are the metrics after the last epoch, on the held-out
-scenes: no epoch is picked by them.
+All models of a task are trained from scratch, by the same recipe (`detect_shapes`, `segment_shapes`) on the same scenes
+(``python -m xformer make-shapes``) in the same order: ours, our detector on MobileNetV2, and torchvision's. Shown are
+the metrics after the last epoch, on the held-out scenes: no epoch is picked by them.
 
 Scenes are those of WORK/shapes, made by the defaults if there are none. Runs that are done stay done: the same command
 goes on where it was stopped.
@@ -24,7 +24,7 @@ from xformer.recipes.tasks import find_task
 OURS = "xformer_xxs"
 # models of a task, and the registered task of each
 MODELS = {
-    "detect": {OURS: "detect", "ssdlite320_mobilenet_v3_large": "ssdlite"},
+    "detect": {OURS: "detect", "timm:mobilenetv2_100": "detect", "ssdlite320_mobilenet_v3_large": "ssdlite"},
     "segment": {OURS: "segment", "lraspp_mobilenet_v3_large": "lraspp"},
 }
 FOLDERS = {"detect": "coco", "segment": "cityscapes"}
@@ -45,18 +45,23 @@ def make_scenes(work: Path) -> None:
 def learn(folder: Path, task: str, model: str, seed: str, epochs: str) -> runs.Row:
     """One run."""
     data = folder.parent / "shapes" / FOLDERS[task]
-    options: dict[str, Any] = {} if model == OURS else {"model_options": {}}
+    options: dict[str, Any] = {} if MODELS[task][model] == task else {"model_options": {}}
     recipe = recipe_of(
         task, task=MODELS[task][model], model=model, data=str(data), out=str(folder), seed=int(seed),
         epochs=int(epochs), **options,
     )  # fmt: skip
+    return row_of(recipe, task=task, model=model)
+
+
+def row_of(recipe: Recipe, **said: str) -> runs.Row:
+    """The row of a run, after training it."""
     result, facts = runs.trained(recipe)
     trained = find_task(recipe.task)(recipe)
-    said = {
-        "task": task, "model": model, "seed": int(seed), "epochs": int(epochs), "images": trained.data.train_images,
+    about = {
+        "seed": recipe.seed, "epochs": recipe.epochs, "images": trained.data.train_images,
         "parameters": sum(p.numel() for p in trained.build().parameters()),
     }  # fmt: skip
-    return {**said, **{name: value for name, value in result.items() if name != "best"}, **facts}
+    return {**said, **about, **{name: value for name, value in result.items() if name != "best"}, **facts}
 
 
 def main(arguments: list[str] | None = None) -> None:

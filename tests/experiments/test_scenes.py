@@ -7,9 +7,10 @@ import torch
 
 pytest.importorskip("torchvision", reason="torchvision is not installed")
 
-from experiments import runs, scenes, ssdlite
+from experiments import ablation, runs, scenes, ssdlite
 from experiments.shapes import make_shapes
 from xformer.recipes.settings import load_recipe
+from xformer.recipes.tasks import find_task
 
 
 @pytest.fixture(scope="module")
@@ -102,3 +103,18 @@ def test_table_of_a_run(load, tmp_path, monkeypatch):
     assert "| ours | 1.23M | 0, 1 | 80.50 (80.00 to 81.00) | 50.00 (50.00 to 50.00) | 4.0 |" in text
     assert "commit abc" in text and "12 epochs of 400 scenes" in text
     assert table.replace(f"before\n{text}\nafter", text) == f"before\n{text}\nafter"
+
+
+def test_rules_of_the_ablation(work):
+    """Each changes what its name says of the recipe's rules, and the last one all of them."""
+    found = {}
+    for name, (_, options) in ablation.CHANGES.items():
+        recipe = load_recipe("detect_shapes", {"task": f"detect-{name}", "data": str(work / "shapes" / "coco")})
+        recipe.model_options |= options
+        loss = find_task(recipe.task)(recipe).criterion
+        found[name] = (loss.objectness, loss.anchor_iou, loss.centre_scale)
+    assert found == {
+        "recipe": ("iou", 0.5, 2.0), "without-iou-objectness": ("one", 0.5, 2.0),
+        "without-several-anchors": ("iou", 1.0, 2.0), "without-several-cells": ("iou", 0.5, 1.0),
+        "yolov3": ("one", 1.0, 1.0),
+    }  # fmt: skip
