@@ -325,7 +325,7 @@ ON_CPU: dict[str, tuple[Callable[[Path], str], ...]] = {
     "docs/benchmarks.md": (render, render_machines, render_layers, render_models, render_backbones),
     "docs/backbone.md": (render_forward, render_training),
     "docs/training.md": (render_learning,),
-    "docs/detection.md": (partial(render_scenes, "detect"), partial(render_scenes, "ablation")),
+    "docs/detection.md": (partial(render_scenes, "detect"),),
     "docs/segmentation.md": (partial(render_scenes, "segment"), render_segmentation),
     "docs/integrations.md": (render_variants,),
 }

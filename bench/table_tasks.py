@@ -14,7 +14,6 @@ SCENES = "<!-- scenes, {}: python -m bench.table {{}} -->"
 SEGMENTATION = "<!-- segmentation: python -m bench.table {} -->"
 # metrics of each task on the synthetic scenes, in percent: field of a row -> heading
 METRICS = {"detect": {"map50": "mAP at 0.5", "map": "mAP"}, "segment": {"miou": "mIoU", "pixels": "pixel accuracy"}}
-METRICS["ablation"] = METRICS["detect"]
 
 
 def render_learning(folder: Path) -> str:
@@ -83,7 +82,7 @@ def render_segmentation(folder: Path) -> str:
 
 
 def render_scenes(task: str, folder: Path) -> str:
-    """For the page of a task: models, or rules of one model, trained alike on synthetic scenes, over seeds."""
+    """For the page of a task: our model and others, trained alike on synthetic scenes, over seeds."""
     begin = opening(SCENES.format(task), folder)
     path = folder / f"scenes-{task}.json"
     if not path.exists():
