@@ -6,7 +6,8 @@
 namespace xk {
 namespace XK_LEVEL {
 
-// Steps of a product's inner loop between prefetches: fewer, the larger the tiles, whose size is that of the registers.
+// Steps of a product's inner loop between prefetches. With more or longer registers, tiles are larger, and a block has
+// fewer steps.
 constexpr int kPrefetchEvery = 8192 / (kRegisters * kVectorBytes);
 
 // The cache lines of tokens that are needed soon, in memory order: `lines` of one token, then those of the next one.

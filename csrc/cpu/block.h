@@ -165,7 +165,8 @@ class Block {
     t.ldb = t.ldg = ldg;
     t.g = gram.g;
     t.tokens = pairs() ? (tokens + 1) / 2 : tokens;
-    const int calls = prefetches<T>(int(t.tokens), a.dim, b.dim, [](int nr) { return max_gram_rows<T>(nr, 1); });
+    int calls = prefetches<T>(int(t.tokens), a.dim, b.dim, [](int nr) { return max_gram_rows<T>(nr, 1); });
+    if (gram.a == gram.b) calls = (calls + 1) / 2;  // tiles above the diagonal are left out
     asked[0] = ahead(calls, [&](const Pass<T>& p) -> const Operand& { return p.in[gram.a]; });
     asked[1] = Ahead();
     if (gram.a != gram.b) asked[1] = ahead(calls, [&](const Pass<T>& p) -> const Operand& { return p.in[gram.b]; });
