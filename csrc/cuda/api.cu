@@ -1,4 +1,4 @@
-// The C API on a CUDA device: chooses the dtype, and turns failures into a status and a text.
+// C API for CUDA devices: dispatches on the dtype, and converts exceptions to a status and an error message.
 #include <new>
 
 #include "backend.h"
@@ -37,7 +37,7 @@ int64_t with_backend(int dtype, F f) {
   throw Failure{XK_BAD_ARGUMENT, "this build has no kernels of the dtype"};
 }
 
-// The status, or what f returns if that was asked for.
+// Returns the status, or if wants_result the result of f (-1 on failure).
 template <class F>
 int64_t guarded(int dtype, bool wants_result, F f) {
   try {

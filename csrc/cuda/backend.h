@@ -1,11 +1,11 @@
-// The functions of the C API for one dtype of tokens; f32.cu and its like instantiate them.
+// The functions of the C API for one dtype of tokens; instantiated in f32.cu, f64.cu, bf16.cu and f16.cu.
 #pragma once
 
 #include "../include/xformer_kernels.h"
 
 namespace xk::cuda {
 
-// Each launches, or with `measure` only says how many bytes of workspace it needs.
+// Each function launches its kernels. With `measure`, it only returns the size of the workspace in bytes.
 template <class T>
 struct Backend {
   static int64_t gram(const xk_gram_args& a, const xk_cuda_launch& l, bool measure);

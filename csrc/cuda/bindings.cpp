@@ -1,4 +1,4 @@
-// Python module _cuda: the C API's CUDA functions, and facts about the build.
+// Python module _cuda: the CUDA functions of the C API, and build information.
 #include "../bindings.h"
 
 #include <new>
@@ -11,8 +11,8 @@ void check(int status) {
   if (status != XK_OK) throw std::runtime_error(std::string("xformer_kernels._cuda: ") + xk_cuda_error());
 }
 
-// A Python function of what `build` takes and of the launch. allocate(bytes) gives a tensor for the workspace, where
-// the call needs one; it is kept until all is launched.
+// Wraps a C API function for Python: takes the parameters of `build`, then those of the launch. allocate(bytes) returns
+// a tensor for the workspace, if one is needed; the tensor is kept alive until all kernels are launched.
 template <class Args, class... P>
 auto on_device(Args (*build)(P...), int (*function)(const Args*, const xk_cuda_launch*),
                int64_t (*workspace)(const Args*, const xk_cuda_launch*) = nullptr) {

@@ -1,8 +1,9 @@
-// The first pass where tokens are read as operands of mma.sync: see fragments.h. Never run on a GPU.
+// The first pass, with tokens loaded directly as mma.sync operands: see fragments.h. Never run on a GPU.
 //
-// A warp takes 16 tokens at a time (8 of fp32), one lane a fourth of them: its t says which, its g which features. Such
-// a fragment of a (rows of G) and of b (columns) is the sum over these tokens of G. Products of fp32 are three of tf32,
-// the small ones first; the sums of tensor cores, which cut off, are added up in fp32 after 8 steps.
+// A warp processes 16 tokens per step (8 for fp32). Each lane loads a quarter of these tokens, selected by t, and the
+// features selected by g. The fragments of a (rows of G) and b (columns of G) are multiplied, and G is accumulated over
+// the tokens. fp32 uses 3xTF32, smallest products first. Since tensor cores truncate their sums, the accumulators of
+// fp32 are added to fp32 totals in shared memory every 8 steps.
 #pragma once
 
 #include "fragments.h"
@@ -10,28 +11,28 @@
 
 namespace xk::cuda {
 
-// G of at most kDim features of a and as many of b.
+// G for at most kDim features of a and of b.
 template <class T, int kDim>
 struct FragmentGram {
   static constexpr bool kTf32 = sizeof(T) == 4;
   static constexpr int kThreads = 128;
-  static constexpr int kBlocks = kDim > 32 ? 2 : kDim > 16 ? kTf32 ? 4 : 3 : 5;  // so many fit, by their registers
-  static constexpr int kShare = kDim > 48 ? 2 : 1;        // warps of the same tokens: each has a part of a's features
-  static constexpr int kSlices = kThreads / 32 / kShare;  // warps, or pairs of them, that take turns
+  static constexpr int kBlocks = kDim > 32 ? 2 : kDim > 16 ? kTf32 ? 4 : 3 : 5;  // per SM, limited by registers
+  static constexpr int kShare = kDim > 48 ? 2 : 1;        // warps per slice: each has a part of a's features
+  static constexpr int kSlices = kThreads / 32 / kShare;  // groups of kShare warps: each processes different tokens
   static constexpr int kTokens = kTf32 ? 8 : 16, kEach = kTokens / 4;
-  static constexpr int kSteps = kTf32 ? 8 : 2;  // of a warp between additions; the main loop's
+  static constexpr int kSteps = kTf32 ? 8 : 2;  // steps of a warp between flushes, in the main loop
   static constexpr int kTilesB = kDim / 8, kTilesA = kTilesB / kShare, kDown = kTilesA / 2;
   using A = Pieces<T, kDim / kShare, 8>;
   using B = Pieces<T, kDim, 8>;
   static constexpr int kPieceBytes = 4 * (A::kPiece > B::kPiece ? A::kPiece : B::kPiece);
-  static constexpr int kKept = kTf32 ? kDown * kTilesB * 4 : 0;  // sums of a thread
+  static constexpr int kKept = kTf32 ? kDown * kTilesB * 4 : 0;  // totals of a thread in shared memory
 };
 
 template <class T, int kDim>
 struct FragmentGramLayout {
-  Shared<float> kept;  // of every thread: see FragmentSums
-  Shared<float> g;     // (kDim, kDim), and sums of squares: of all warps, in the end
-  Shared<float> of_a, of_b;
+  Shared<float> kept;        // totals of all threads: see FragmentSums
+  Shared<float> g;           // (kDim, kDim): sum over all warps
+  Shared<float> of_a, of_b;  // sums of squares over all warps
 
   __host__ __device__ explicit FragmentGramLayout(Arena& arena) {
     kept = arena.take<float>(FragmentGram<T, kDim>::kKept * FragmentGram<T, kDim>::kThreads);
@@ -57,7 +58,7 @@ class FragmentSums {
       add_short(a, b, squares, share);
   }
 
-  // `kept`: kKept numbers for each thread of the block, of which this one has every kThreads-th four.
+  // `kept`: kKept numbers per thread, interleaved over the threads of the block in groups of 4.
   __device__ __forceinline__ explicit FragmentSums(Shared<float> kept) : total_(kept + 4 * (int)threadIdx.x) {
     if constexpr (Sizes::kTf32) {
       const float zeros[4] = {};
@@ -66,7 +67,8 @@ class FragmentSums {
     }
   }
 
-  // After kSteps: the sums of fp32 are kept in shared memory, which saves registers.
+  // fp32 only, every kSteps steps and at the end: adds the accumulators to the totals and clears them. The totals are
+  // in shared memory to save registers.
   __device__ __forceinline__ void flush() {
     if constexpr (Sizes::kTf32)
       totals([&](float* total, float (&now)[4]) {
@@ -75,8 +77,9 @@ class FragmentSums {
       });
   }
 
-  // Calls g(row, column, sum), of_a(row, sum) and of_b(column, sum) for what this lane has in the end. Of squares of
-  // fp32, the lanes of a t have the sums of their tokens: all take part.
+  // Calls g(row, column, sum), of_a(row, sum) and of_b(column, sum) for the final sums of this lane. For fp32, each
+  // lane holds sums of squares over its own tokens only; they are added over t by shuffles, so all lanes must take
+  // part.
   template <class OfG, class OfA, class OfB>
   __device__ void store(const Lane& lane, int share, bool squares, OfG g, OfA of_a, OfB of_b) {
     int first = share * (kDim / Sizes::kShare);
@@ -108,7 +111,7 @@ class FragmentSums {
         float x = over_t(square_b_[i]);
         if (lane.t == 0 && share == 0) of_b(B::feature(lane.g, i), x);
       }
-    } else if (lane.g / 2 == lane.t) {  // who has the diagonals
+    } else if (lane.g / 2 == lane.t) {  // lanes that hold diagonal elements
       bool odd = lane.g % 2;
 #pragma unroll
       for (int i = 0; i < kTilesA; ++i) {
@@ -122,7 +125,8 @@ class FragmentSums {
  private:
   alignas(16) float now_[kDown][kTilesB][4] = {};
   Shared<float> total_;
-  // Of fp32 by multiplication, of a lane's tokens; else the diagonals of products of a tile with itself.
+  // Sums of squares. fp32: by scalar multiply-adds, over the lane's tokens. Otherwise: accumulators of the product of a
+  // tile with itself, of which only the diagonal is used.
   using Square = std::conditional_t<Sizes::kTf32, float, float[4]>;
   Square square_a_[kTilesA] = {};
   Square square_b_[Sizes::kTf32 ? kTilesB : kTilesA] = {};
@@ -141,7 +145,7 @@ class FragmentSums {
       }
   }
 
-  // Registers of two tokens to those of two features.
+  // From registers with two features of one token to registers with two tokens of one feature.
   template <int kWords>
   __device__ static __forceinline__ void transpose(const uint32_t (&x)[kEach][kWords], uint32_t (&to)[2 * kWords][2]) {
 #pragma unroll
@@ -165,7 +169,7 @@ class FragmentSums {
 #pragma unroll
         for (int j = 0; j < kTilesB; ++j) mma<T>(now_[m][j], rows, kb[j][0], kb[j][1]);
         if (squares) {
-          auto own = [&](int i, int u) {  // of b, too, warps of the same tokens have a part each
+          auto own = [&](int i, int u) {  // each warp of a slice takes a part of b's features
             return Sizes::kShare == 1 || share == 0 ? kb[i][u] : kb[kTilesB - kTilesA + i][u];
           };
           uint32_t of_b[4] = {own(2 * m, 0), own(2 * m + 1, 0), own(2 * m, 1), own(2 * m + 1, 1)};
@@ -211,7 +215,7 @@ class FragmentSums {
   }
 };
 
-// One number of G of fp32, by multiplication.
+// One element of G for fp32, computed without tensor cores.
 __device__ inline float sum_of_products(const GramArgs<float>& p, int64_t b, int64_t h, int64_t begin, int tokens,
                                         int row, int column) {
   const float* x = p.x[0].head<float>(b, h) + begin * p.x[0].stride_n + row;
@@ -222,7 +226,7 @@ __device__ inline float sum_of_products(const GramArgs<float>& p, int64_t b, int
   return sum;
 }
 
-// A block owns one chunk of the tokens of one (batch, head).
+// A block processes one chunk of the tokens of one (batch, head).
 template <class T, int kDim>
 __global__ void __launch_bounds__(FragmentGram<T, kDim>::kThreads, FragmentGram<T, kDim>::kBlocks)
     fragment_gram_kernel(const __grid_constant__ GramArgs<float> p) {
@@ -248,11 +252,11 @@ __global__ void __launch_bounds__(FragmentGram<T, kDim>::kThreads, FragmentGram<
   int step_a = (int)(p.x[0].stride_n * (int64_t)sizeof(T)), step_b = (int)(p.x[1].stride_n * (int64_t)sizeof(T));
   int dim_a = dim - share * kPart;
 
-  // The steps of this warp: every kSlices-th, from `slice` on. While one is added up, the tokens of the next are on
-  // their way.
+  // This warp processes every kSlices-th step, starting at `slice`. Double buffering: the tokens of the next step are
+  // loaded while the current ones are multiplied.
   constexpr int kStride = kSlices * kTokens;
   int whole = tokens / kTokens > slice ? (tokens / kTokens - slice + kSlices - 1) / kSlices : 0;
-  int token = slice * kTokens + kEach * lane.t;  // the first of this lane
+  int token = slice * kTokens + kEach * lane.t;  // first token of this lane
   uint32_t a[2][kEach][A::kWords] = {}, x[2][kEach][B::kWords] = {};
   auto fetch = [&](int buffer, int token, auto there) {
 #pragma unroll
@@ -273,12 +277,12 @@ __global__ void __launch_bounds__(FragmentGram<T, kDim>::kThreads, FragmentGram<
     token += kStride;
     fetch_all(1);
     sums.add(a[0], x[0], squares, share);
-    if (left > 2) token += kStride;  // else the same once more, which nobody uses
+    if (left > 2) token += kStride;  // the last iteration reloads the same tokens, which are not used
     fetch_all(0);
     sums.add(a[1], x[1], squares, share);
     if (left % kSteps == 2) sums.flush();
   }
-  // What is left: fewer than kSteps, and perhaps some tokens of one more.
+  // Remainder: fewer than kSteps full steps, and possibly a partial one.
   token = slice * kTokens + runs * kSteps * kStride;
 #pragma unroll 1
   for (; token < tokens; token += kStride) {
@@ -288,7 +292,7 @@ __global__ void __launch_bounds__(FragmentGram<T, kDim>::kThreads, FragmentGram<
   }
   sums.flush();
 
-  // The sums of all warps, in their order.
+  // Adds the sums of all warps in a fixed order.
 #pragma unroll 1
   for (int turn = 0; turn < kSlices; ++turn) {
     if (slice == turn) {
@@ -298,14 +302,14 @@ __global__ void __launch_bounds__(FragmentGram<T, kDim>::kThreads, FragmentGram<
           [&](int row, float value) { add(s.of_a, row, value); },
           [&](int column, float value) { add(s.of_b, column, value); });
     }
-    XK_STEP(barrier, __syncthreads());  // the next warp adds to these sums, or all read them
+    XK_STEP(barrier, __syncthreads());  // the next slice adds to these sums; after the last one, all threads read them
   }
   int64_t record = (part * p.batch + b) * p.heads + h;
 #pragma unroll 1
   for (int i = (int)threadIdx.x; i < dim * dim; i += Sizes::kThreads) {
     int row = i / dim, column = i % dim;
     float sum = s.g[row * kDim + column];
-    if constexpr (Sizes::kTf32)  // the low part of an infinite number is NaN
+    if constexpr (Sizes::kTf32)  // the low part of an infinite input is NaN
       if (!isfinite(sum)) sum = sum_of_products(p, b, h, begin, tokens, row, column);
     p.g[record * p.g_step + i] = sum;
   }

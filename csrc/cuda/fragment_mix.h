@@ -1,8 +1,8 @@
-// The second pass where tokens are read as operands of mma.sync: see fragments.h. Never run on a GPU.
+// The second pass, with tokens loaded directly as mma.sync operands: see fragments.h. Never run on a GPU.
 //
-// y^T = w^T x^T: the map is the left operand, and lies in shared memory in the order of fragments; the tokens of x are
-// the columns of the right one. A warp takes 8 tokens at a time, of which a lane has one, by its g, and a fourth of its
-// features; it gets an eighth of the features of two tokens of y. Products of fp32 are three of tf32, the small ones
+// y^T = w^T x^T: the left operand is the map, stored in shared memory in fragment order; the right operand has the
+// tokens of x as columns. A warp processes groups of 8 tokens. Of each group, a lane loads a quarter of the features of
+// token g, and accumulates an eighth of the features of tokens 2t and 2t + 1 of y. fp32 uses 3xTF32, smallest products
 // first.
 #pragma once
 
@@ -11,7 +11,7 @@
 
 namespace xk::cuda {
 
-// One result y = x w, or three: y0 = x1 w0 + s0 x0, y1 = x0 w1 + s1 x1, y2 = x2 w2, of at most kDim features each.
+// One output y = x w, or three: y0 = x1 w0 + s0 x0, y1 = x0 w1 + s1 x1, y2 = x2 w2; at most kDim features each.
 template <class T, int kDim, int kOutputs>
 struct FragmentMix {
   static constexpr bool kTf32 = sizeof(T) == 4;
@@ -19,23 +19,23 @@ struct FragmentMix {
   using X = Pieces<T, kDim, 4>;
   using Y = Pieces<T, kDim, 8>;
   static constexpr int kPieceBytes = 4 * (X::kPiece > Y::kPiece ? X::kPiece : Y::kPiece);
-  static constexpr int kSteps = kDim / (kTf32 ? 8 : 16), kTiles = kDim / 16;  // of products: deep; of results
-  static constexpr int kParts = kTf32 ? 2 : 1;                                // high and low
+  static constexpr int kSteps = kDim / (kTf32 ? 8 : 16), kTiles = kDim / 16;  // steps over features of x; tiles of y
+  static constexpr int kParts = kTf32 ? 2 : 1;                                // 3xTF32: high and low
   static constexpr int kMap = kSteps * kTiles * kParts * 32 * 4;              // words of a map
   static constexpr int kBytes = kDim * (int)sizeof(T);
   static constexpr int kGroups = kOutputs == 1 ? (kBytes > 64 ? 2 : 4) : (kBytes > 64 ? 1 : 2);  // of 8 tokens
-  // so many fit, by their registers
+  // per SM, limited by registers
   static constexpr int kBlocks = kOutputs == 3  ? (kBytes == 128 || kBytes == 32 ? 3 : 2)
                                  : kBytes > 192 ? 2
                                  : kBytes > 128 ? 3
                                                 : 4;
-  static constexpr int kTokens = 8 * kGroups, kStride = kTokens * kThreads / 32;  // of a warp, and of all
+  static constexpr int kTokens = 8 * kGroups, kStride = kTokens * kThreads / 32;  // per warp; per block
 };
 
 template <class T, int kDim, int kOutputs>
 struct FragmentMixLayout {
   Shared<uint32_t> maps;   // (outputs, kMap)
-  Shared<float> up, down;  // (outputs, kDim): of fp16
+  Shared<float> up, down;  // (outputs, kDim): column scales, only for fp16
 
   __host__ __device__ explicit FragmentMixLayout(Arena& arena) {
     maps = arena.take<uint32_t>(kOutputs * FragmentMix<T, kDim, kOutputs>::kMap);
@@ -44,7 +44,7 @@ struct FragmentMixLayout {
   }
 };
 
-// One number of a result of fp32, by multiplication.
+// One element of an fp32 output, recomputed without tensor cores.
 __device__ inline void mix_again(const MixArgs<float>& p, int o, int64_t b, int64_t h, int64_t token, int c) {
   const MixOutput<float>& out = p.out[o];
   const Operand& x = p.x[out.operand[0]];
@@ -57,7 +57,7 @@ __device__ inline void mix_again(const MixArgs<float>& p, int o, int64_t b, int6
   out.to.token(b, h, token)[c] = sum;
 }
 
-// A block owns one chunk of the tokens of one (batch, head).
+// A block processes one chunk of the tokens of one (batch, head).
 template <class T, int kDim, int kOutputs>
 __global__ void __launch_bounds__(FragmentMix<T, kDim, kOutputs>::kThreads, FragmentMix<T, kDim, kOutputs>::kBlocks)
     fragment_mix_kernel(const __grid_constant__ MixArgs<T> p) {
@@ -83,11 +83,11 @@ __global__ void __launch_bounds__(FragmentMix<T, kDim, kOutputs>::kThreads, Frag
           largest = fmaxf(largest, fabsf(p.out[o].weight[0].template get<T>(b, h, i, c)));
         return largest;
       });
-    __syncthreads();  // scales are there
+    __syncthreads();  // all scales are written
   }
 #pragma unroll 1
   for (int at = (int)threadIdx.x; at < kOutputs * kTiles * kSteps * 32; at += kThreads) {
-    // the operand of a lane (g, t): rows of a tile are features of y, a step has some of x
+    // the fragment of lane (g, t): rows of a tile are features of y, columns of a step are features of x
     int g = at % 32 / 4, t = at % 4, rest = at / 32, step = rest % kSteps, tile = rest / kSteps % kTiles;
     int o = rest / kSteps / kTiles;
     const Weight& w = p.out[o].weight[0];
@@ -110,11 +110,11 @@ __global__ void __launch_bounds__(FragmentMix<T, kDim, kOutputs>::kThreads, Frag
       }
     }
   }
-  XK_STEP(barrier, __syncthreads());  // the maps of all threads are there
+  XK_STEP(barrier, __syncthreads());  // all threads have stored their part of the maps
 
   const char *from[kOutputs], *own[kOutputs];
   char* to[kOutputs];
-  int step_x[kOutputs], step_y[kOutputs];  // from token to token, in bytes
+  int step_x[kOutputs], step_y[kOutputs];  // token strides in bytes
   float scale[kOutputs][Y::kNumbers] = {}, down[kOutputs][Y::kNumbers] = {};
 #pragma unroll
   for (int o = 0; o < kOutputs; ++o) {
@@ -143,7 +143,7 @@ __global__ void __launch_bounds__(FragmentMix<T, kDim, kOutputs>::kThreads, Frag
         X::load(x[o][r], from[o] + (int64_t)n * step_x[o], lane.t, dim, there);
       }
   };
-  float finite = 0;  // all results of fp32 times 0: NaN if one is not finite
+  float finite = 0;  // fp32: sum of 0 * y over all results; NaN if one is not finite
   int first = lane.warp * Sizes::kTokens;
   fetch(first);
 #pragma unroll 1
@@ -155,7 +155,7 @@ __global__ void __launch_bounds__(FragmentMix<T, kDim, kOutputs>::kThreads, Frag
       for (int r = 0; r < kGroups; ++r)
 #pragma unroll
         for (int i = 0; i < X::kWords; ++i) now[o][r][i] = x[o][r][i];
-    fetch(token + Sizes::kStride);  // they are on their way while those before are multiplied
+    fetch(token + Sizes::kStride);  // prefetch: these loads overlap with the products of the current tokens
 #pragma unroll
     for (int o = 0; o < kOutputs; ++o) {
       constexpr int kFactor[3] = {kOutputs == 3 ? 1 : 0, 0, 2};
@@ -191,7 +191,7 @@ __global__ void __launch_bounds__(FragmentMix<T, kDim, kOutputs>::kThreads, Frag
               mma<T>(y[r][m], w[0], high[r][2 * step], high[r][2 * step + 1]);
           }
         }
-        __syncwarp();  // operands of later tiles would take the registers
+        __syncwarp();  // prevents early loads of operands of later tiles, which would need more registers
       }
       bool add = kOutputs == 3 && o < 2;
 #pragma unroll

@@ -1,4 +1,4 @@
-// Which calls the kernels of fragment_gram.h and fragment_mix.h serve, and their launches.
+// Which calls the kernels of fragment_gram.h and fragment_mix.h support, and their launches.
 #pragma once
 
 #include "fragment_gram.h"
@@ -12,7 +12,7 @@ template <class T>
 constexpr bool kHasFragments = sizeof(T) != 8;
 constexpr int kWidestFragments = 64;
 
-// Calls f with the width that holds so many features.
+// Calls f with the smallest kernel width that is at least `features`.
 template <class F>
 auto with_width(int64_t features, F f) {
   if (features <= 16) return f(std::integral_constant<int, 16>{});
@@ -21,7 +21,7 @@ auto with_width(int64_t features, F f) {
   return f(std::integral_constant<int, 64>{});
 }
 
-// Whether pieces of so many bytes may be read, and the step from token to token counted in 32 bits.
+// Whether tokens can be accessed in pieces of `bytes` bytes, and the token stride in bytes fits in 32 bits.
 template <class T, class Tokens>
 bool pieces_fit(const Tokens& x, int bytes) {
   return x.vector >= bytes && std::abs(x.stride_n) <= INT32_MAX / (int)sizeof(T);
@@ -32,8 +32,8 @@ int64_t fragment_gram_blocks(int64_t features) {
   return with_width(features, [](auto width) { return FragmentGram<T, width>::kBlocks; });
 }
 
-// Two operands of as many features, next to each other, of which all tokens count as they are; fp32 that is not to be
-// cut to tf32.
+// Two different operands with the same number of contiguous features, without mask, norms and third operand. Not for
+// fp32 if tf32 is allowed.
 template <class T>
 bool fragments_fit(const GramArgs<float>& p, bool tf32) {
   int features = p.x[0].features;
@@ -45,15 +45,15 @@ bool fragments_fit(const GramArgs<float>& p, bool tf32) {
   });
 }
 
-// One result of one term, or the three gradients of query_key with token norm; without bias. Maps are of T, or become
-// it.
+// One output of one term, or the three gradients of query_key with token norm; without mask and bias. Maps have type T
+// or are converted to T.
 template <class T>
 bool fragments_fit(const MixArgs<T>& p, bool exact, bool tf32) {
   int features = p.x[0].features;
   if (p.mask.data || exact || features > kWidestFragments || (sizeof(T) == 4 && tf32)) return false;
   const int operands[3] = {p.outputs == 3 ? 1 : 0, 0, 2}, adds[3] = {0, 1, kNone};
   if (p.operands != p.outputs || (p.outputs != 1 && p.outputs != 3)) return false;
-  if (p.outputs == 3 && features * sizeof(T) > 192) return false;  // no room in registers
+  if (p.outputs == 3 && features * sizeof(T) > 192) return false;  // does not fit in registers
   return with_width(features, [&](auto width) {
     constexpr int kBytes = FragmentMix<T, width, 1>::kPieceBytes;
     for (int o = 0; o < p.outputs; ++o) {

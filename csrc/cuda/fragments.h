@@ -1,10 +1,11 @@
-// Operands and sums of mma.sync in registers. Never run on a GPU: compiled by nvcc, and tested over tests/cuda/shim.
+// Register fragments (operands and accumulators) of mma.sync. Never run on a GPU: compiled by nvcc, and tested in the
+// emulation of tests/cuda/shim.
 //
-// The features and the tokens of a product may come in any order, as long as both operands have the same. The orders of
-// fragment_gram.h and fragment_mix.h are those in which loads of 4 to 16 bytes of a token are the registers of an
-// operand: tokens do not pass through shared memory.
+// The features and tokens of a product may be in any order, as long as both operands use the same order. In the orders
+// of fragment_gram.h and fragment_mix.h, vector loads of 4 to 16 bytes of a token directly yield the registers of a
+// fragment: tokens are not staged in shared memory.
 //
-// A lane of a warp is called by g = lane / 4 and t = lane % 4, as in the layouts of the PTX manual.
+// A lane of a warp has the indices g = lane / 4 and t = lane % 4: groupID and threadID_in_group of the PTX ISA manual.
 #pragma once
 
 #include <type_traits>
@@ -13,8 +14,8 @@
 
 namespace xk::cuda {
 
-// d += a b, or d = a b if kFirst: a is 16 x 16 numbers of T (bf16, fp16), or 16 x 8 of float cut to tf32; b has 8
-// columns; d is 16 x 8.
+// d += a b, or d = a b if kFirst. a is 16 x 16 (bf16, fp16) or 16 x 8 (float, reduced to tf32); b has 8 columns; d is
+// 16 x 8.
 #ifdef XK_EMULATED
 template <class T, bool kFirst = false>
 void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
@@ -27,7 +28,7 @@ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
   emulation::multiply_registers(type, a, b0, b1, d, where);
 }
 
-// kWords registers from or to global memory.
+// Predicated load and store of kWords registers in global memory.
 template <int kWords>
 void load_words(uint32_t* to, const char* from, bool there) {
   if (there) load_numbers<kWords>(to, reinterpret_cast<const uint32_t*>(from));
@@ -61,7 +62,7 @@ __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint3
 #undef XK_MMA
 }
 
-// Registers keep what they hold where `there` is false. What is read is not used again: it is the first to leave L2.
+// Predicated load: registers are unchanged if `there` is false. The data is not reused, so .cs marks it as evict-first.
 template <int kWords>
 __device__ __forceinline__ void load_words(uint32_t* to, const char* from, bool there) {
   if constexpr (kWords == 4)
@@ -77,7 +78,8 @@ __device__ __forceinline__ void load_words(uint32_t* to, const char* from, bool 
                  : "+r"(to[0])
                  : "l"(from), "r"((int)there));
 }
-// From shared memory. Not taken out of loops, as all fragments of a map have no room in registers.
+// Load from shared memory; volatile, to prevent hoisting out of loops: the fragments of a whole map do not fit in
+// registers.
 __device__ __forceinline__ void load_fragment_words(uint32_t (&to)[4], const uint32_t* from) {
   asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
@@ -111,22 +113,22 @@ __device__ __forceinline__ void clear_words(uint32_t (&x)[kRows][kWords]) {
     for (int w = 0; w < kWords; ++w) x[i][w] = 0;
 }
 
-// The words of a token that one access of a lane moves, of `words` that it has.
+// Words per access of a lane that holds `words` 32-bit words of a token.
 __host__ __device__ constexpr int piece_of(int words) { return words % 4 == 0 ? 4 : words % 2 == 0 ? 2 : 1; }
 
-// How `kLanes` lanes share kFeatures features of a token: each has pieces of 4 to 16 bytes, side by side with those of
-// its neighbours.
+// Distribution of kFeatures features of a token over kLanes lanes. A lane holds kCount pieces of 4 to 16 bytes; piece r
+// of each lane is adjacent in memory to piece r of the next lane.
 template <class T, int kFeatures, int kLanes>
 struct Pieces {
   static constexpr int kNumbers = kFeatures / kLanes, kInWord = 4 / (int)sizeof(T), kWords = kNumbers / kInWord;
   static constexpr int kPiece = piece_of(kWords), kCount = kWords / kPiece, kTogether = kPiece * kInWord;
   static_assert(kWords * kInWord * kLanes == kFeatures);
 
-  // The feature of number i of a lane.
+  // The feature index of the lane's number i.
   __host__ __device__ static constexpr int feature(int lane, int i) {
     return (i / kTogether * kLanes + lane) * kTogether + i % kTogether;
   }
-  // Those of its pieces that lie in the first `features` are read.
+  // Loads only the lane's pieces within the first `features` features.
   __device__ static __forceinline__ void load(uint32_t (&to)[kWords], const char* token, int lane, int features,
                                               bool there) {
 #pragma unroll
@@ -143,15 +145,15 @@ struct Pieces {
   }
 };
 
-// x = hi + lo, of which tensor cores take 11 bits each: products of both replace those of a float, without the one of
-// lo and lo. hi is x rounded to nearest, as by cvt.rna.tf32, which takes twice as many instructions. If x is infinite
-// or NaN lo is NaN.
+// 3xTF32: x = hi + lo, and a product of floats becomes three tf32 products (lo * lo is dropped). Tensor cores use 11
+// bits of hi and of lo. hi is x rounded to nearest as by cvt.rna.tf32, which takes twice as many instructions. If x is
+// infinite or NaN, lo is NaN.
 __device__ __forceinline__ void split_into_tf32(uint32_t x, uint32_t& hi, uint32_t& lo) {
   hi = (x + 0x1000) & 0xffffe000;
   lo = __float_as_uint(__uint_as_float(x) - __uint_as_float(hi));
 }
 
-// Number i of words of T.
+// Number i of an array of T that is packed in words.
 template <class T>
 __device__ __forceinline__ float number_of(const uint32_t* words, int i) {
   if constexpr (sizeof(T) == 4) {

@@ -1,9 +1,10 @@
 // The whole forward, or the whole backward, in one launch: the tokens of a (batch, head) stay in the shared memory of
-// one block, or of the blocks of a cluster, from the first pass to the second. Every token is read once.
+// one block, or of the blocks of a cluster, between the two passes. Every token is read from global memory once.
 //
-// Each block of a cluster has a part of the tokens and owns some columns of the map. Sums of a part lie in its block's
-// shared memory; the owner of a column adds them up, in the order of the blocks, finishes the column and writes it into
-// the shared memory of all blocks. Token norms or none: norms over features are not linear in what is summed.
+// Each block of a cluster holds a part of the tokens and owns some columns of the map. A block stores the partial sums
+// over its tokens in its shared memory. The owner of a column adds the partial sums of all blocks in rank order,
+// computes the column and writes it to the shared memory of all blocks. Supports token norm and no norm; feature norm
+// divides each token separately, so it cannot be applied to the sums over tokens.
 #pragma once
 
 #include "maps.h"
@@ -20,7 +21,7 @@ struct FusedArgs {
   MapOptions options;
   PerHead temperature;
   int64_t heads, tokens;
-  int32_t dim, rows;  // rows: tokens of a block, a multiple of 16
+  int32_t dim, rows;  // rows: tokens per block, a multiple of 16
   Sum<T>* stats;
   Result<T> to[3];       // out; dq, dk, dv
   Sum<T>* dtemperature;  // (batch, heads)
@@ -28,28 +29,28 @@ struct FusedArgs {
 
 constexpr int kFusedThreads = 256, kMostBlocks = 16;
 
-// Both kernels' shared memory; `tiles` are the operands and `maps` the wide maps that blocks give each other.
+// Shared memory of both kernels. `tiles`: number of operands; `maps`: number of maps of type S that blocks exchange.
 template <class Math, int kColumns>
 struct FusedLayout {
   using E = Element<Math>;
   using S = Sum<E>;
   static constexpr int kThreads = kFusedThreads;
-  // Tokens of one product: as many as make its sums fit the threads' registers.
+  // Tokens per product, limited by the registers for its accumulators.
   static constexpr int kRows = 8192 / kColumns / 16 * 16;
   static constexpr int kSums = kColumns > kRows ? kColumns : kRows;
   static constexpr int ld = padded<E>(kColumns), ld_sums = padded<S>(kColumns);
   Shared<E> x;      // (tiles, rows, kColumns)
-  Shared<E> map;    // (kColumns, kColumns): what tokens are multiplied by
+  Shared<E> map;    // (kColumns, kColumns): the map that tokens are multiplied by
   Shared<S> sums;   // (kColumns, kColumns) of the first pass, read by all blocks; then (kRows, kColumns) of the second
   Shared<S> wide;   // (maps, kColumns, kColumns), written by all blocks
-  Shared<S> strip;  // kColumns x the columns that a block owns at a time
+  Shared<S> strip;  // (kColumns, width): see `strip` in maps.h
   Shared<S> squares;  // of k and of q, kColumns each, read by all blocks
   Shared<S> norm_k, norm_q;
-  Shared<S> scratch;  // of sums over threads
+  Shared<S> scratch;  // for reductions over threads
   Shared<S> up, down;
-  Shared<S> totals, totals_of;  // backward: this block's sums along rows; those of all blocks
+  Shared<S> totals, totals_of;  // backward: sums along rows, of this block and of all blocks
   Shared<S> scale_q, scale_k;
-  Shared<S> dt;  // parts of dtemperature, of all blocks
+  Shared<S> dt;  // partial sums of dtemperature, of all blocks
   int rows;
 
   __host__ __device__ FusedLayout(Arena& arena, int rows_, int tiles, int maps) : rows(rows_) {
@@ -75,10 +76,10 @@ struct FusedLayout {
 
   __device__ Shared<E> tile(int i) const { return x + i * rows * ld; }
 
-  // How many columns a block owns, of `dim`.
+  // Number of columns that a block owns.
   __device__ static int columns_each(int dim) { return (dim + cluster_size() - 1) / cluster_size(); }
 
-  // The sum over all blocks of the numbers at `at` of their `part`, in the order of the blocks.
+  // Sum of part[at] over all blocks of the cluster, in rank order.
   __device__ static S sum_of_blocks(Shared<S> part, int at) {
     S total = peer(part, 0)[at];
     for (int r = 1; r < cluster_size(); ++r) total += peer(part, r)[at];
@@ -89,7 +90,7 @@ struct FusedLayout {
     for (int r = 0; r < cluster_size(); ++r) peer(to, r)[at] = value;
   }
 
-  // `map` from wide map number `which`, in place of the one before. All threads take part.
+  // Converts map `which` of `wide` to type E and stores it in `map`. All threads must take part.
   __device__ void narrow_map(int which, int dim, bool transposed) {
     Shared<S> from = wide + which * kColumns * kColumns;
     auto get = [&](int in, int out) { return transposed ? from[out * kColumns + in] : from[in * kColumns + out]; };
@@ -99,13 +100,13 @@ struct FusedLayout {
         for (int i = 0; i < dim && c < dim; ++i) largest = fmaxf(largest, fabsf(get(i, c)));
         return largest;
       });
-      __syncthreads();  // scales are there
+      __syncthreads();  // all scales are written
     }
     load_map<E, E, kColumns, kColumns, kThreads>(map, dim, dim, 0, !transposed, up, get);
-    __syncthreads();  // the map of all threads is there
+    __syncthreads();  // all threads have stored their part of the map
   }
 
-  // to[n] = x[n] map + scale * add[n]; without `add` the product alone. All threads take part.
+  // to[n] = x[n] map + scale * add[n]; the second term only if has_add. All threads must take part.
   template <class T>
   __device__ void mix(const Result<T>& to, const Rows& all, const Mask& mask, Shared<E> x_, Shared<E> add,
                       Shared<S> scale, bool has_add) {
@@ -116,7 +117,7 @@ struct FusedLayout {
       Product<Math, kRows, kColumns, kThreads, false> y;
       y.multiply(x_ + first * ld, ld, map, ld, kColumns, r.rows);
       y.store(sums, ld_sums);
-      __syncthreads();  // the products of all threads are there
+      __syncthreads();  // all threads have stored their products
       store_rows<T, kThreads>(to, r, mask, [&](auto count, int row, int c, S* value) {
         constexpr int kCount = decltype(count)::value;
         load_numbers<kCount>(value, &sums[row * ld_sums + c]);
@@ -133,13 +134,13 @@ struct FusedLayout {
           for (int i = 0; i < kCount; ++i) value[i] += by[i] * (S)widen(also[i]);
         }
       });
-      __syncthreads();  // nobody reads these products any more
+      __syncthreads();  // all threads have read the products
     }
   }
 };
 
 template <class T>
-struct FusedHead {  // which (batch, head) and which of its tokens are this block's
+struct FusedHead {  // the (batch, head) and the tokens of this block
   int64_t b, h, record;
   Rows all;
 
@@ -166,14 +167,14 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_forward_kernel(const _
 
 #pragma unroll 1
   for (int i = 0; i < 3; ++i) {
-    int x = i == 0 ? 1 : (i == 1) == key_value ? 2 : 0;  // what the second pass alone needs comes last
+    int x = i == 0 ? 1 : (i == 1) == key_value ? 2 : 0;  // second-pass-only operands are loaded last
     load_tile<T, E, kColumns, kThreads>(s.tile(x), p.x[x], 0, head.all, p.mask);
     if (i > 0) __pipeline_commit();
   }
 #pragma unroll 1
   for (int i = 0; i < 3; ++i) clear_columns<E, kColumns, kThreads>(s.tile(i), p.dim, p.rows);
   __pipeline_wait_prior(1);
-  XK_STEP(barrier, __syncthreads());  // what the first pass reads has landed
+  XK_STEP(barrier, __syncthreads());  // operands of the first pass are in shared memory
   {
     Product<Math, kColumns, kColumns, kThreads, true> sums;
     sums.multiply(k, ld, key_value ? v : q, ld, p.rows);
@@ -182,11 +183,11 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_forward_kernel(const _
     of_k.add(k, p.rows);
     of_k.store(s.squares, kColumns, s.scratch);
     __pipeline_wait_prior(0);
-    __syncthreads();  // all tokens have landed
+    __syncthreads();  // all tokens are in shared memory
     of_q.add(q, p.rows);
     of_q.store(s.squares + kColumns, kColumns, s.scratch);
   }
-  XK_STEP(cluster_barrier, cluster_sync());  // the sums of all blocks are there
+  XK_STEP(cluster_barrier, cluster_sync());  // all blocks have stored their sums
 
   Stats<S> stats{p.stats + head.record, p.dim};
   bool first_block = cluster_rank() == 0;
@@ -203,14 +204,14 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_forward_kernel(const _
         if (first_block) stats.norms_q()[c] = norm;
         return norm;
       });
-  __syncthreads();  // norms are there
+  __syncthreads();  // all norms are written
   int each = Layout::columns_each(p.dim);
   Columns<S, kThreads> own(p.dim, cluster_rank() * each, each, s.scratch);
   forward_columns(
       own, p.options, p.dim, p.temperature.template get<S>(head.h), by, stats, s.strip,
       [&](int row, int column) { return Layout::sum_of_blocks(s.sums, row * Layout::ld_sums + column); },
       [&](int row, int column, S value) { Layout::give_to_all(s.wide, row * kColumns + column, value); });
-  // the columns of all blocks are there, and nobody reads this block's sums any more
+  // all blocks have written their columns, and have read this block's sums
   XK_STEP(cluster_barrier, cluster_sync());
 
   s.narrow_map(0, p.dim, false);
@@ -230,7 +231,7 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_backward_kernel(const 
 
 #pragma unroll 1
   for (int i = 0; i < 4; ++i) {
-    int x = i == 0 ? 3 : i == 3 ? 1 : (i == 1) == key_value ? 0 : 2;  // what the second pass alone needs comes last
+    int x = i == 0 ? 3 : i == 3 ? 1 : (i == 1) == key_value ? 0 : 2;  // second-pass-only operands are loaded last
     load_tile<T, E, kColumns, kThreads>(s.tile(x), p.x[x], 0, head.all, p.mask);
     if (i % 2 == 1) __pipeline_commit();
   }
@@ -242,13 +243,13 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_backward_kernel(const 
       p.options, p.dim, [&](int c) { return stats.norms_k()[c]; }, [&](int c) { return stats.norms_q()[c]; });
   for (int c = (int)threadIdx.x; c < kColumns; c += kThreads) s.totals[c] = 0;
   __pipeline_wait_prior(1);
-  XK_STEP(barrier, __syncthreads());  // what the first pass reads has landed, norms and zeros are there
+  XK_STEP(barrier, __syncthreads());  // first pass's operands, norms, zeros are in shared memory
   {
     Product<Math, kColumns, kColumns, kThreads, true> sums;
     sums.multiply(s.tile(key_value ? 0 : 2), ld, s.tile(3), ld, p.rows);
     sums.store(s.sums, Layout::ld_sums);
   }
-  XK_STEP(cluster_barrier, cluster_sync());  // the sums of all blocks are there
+  XK_STEP(cluster_barrier, cluster_sync());  // all blocks have stored their sums
 
   int each = Layout::columns_each(p.dim), rank = cluster_rank();
   Columns<S, kThreads> own(p.dim, rank * each, each, s.scratch);
@@ -262,13 +263,13 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_backward_kernel(const 
       [&](int column, S sum) {
         Layout::give_to_all(s.scale_q, column, norm_term(p.options, sum, stats.norms_q()[column]));
       });
-  dt = block_sum<S, kThreads>(dt, s.scratch);  // after its barriers the totals are there
+  dt = block_sum<S, kThreads>(dt, s.scratch);  // its barriers also make the totals visible
 #pragma unroll 1
   for (int c = (int)threadIdx.x; c < p.dim; c += kThreads)
     Layout::give_to_all(s.totals_of, rank * kColumns + c, s.totals[c]);
   if (threadIdx.x == 0) peer(s.dt, 0)[rank] = dt;
   __pipeline_wait_prior(0);
-  // all columns and totals are there, all tokens have landed, nobody reads this block's sums any more
+  // all columns, totals and tokens are in shared memory, and all blocks have read this block's sums
   XK_STEP(cluster_barrier, cluster_sync());
 
 #pragma unroll 1

@@ -1,4 +1,4 @@
-// The first pass: Gram matrices and sums of squares of a chunk of the tokens.
+// The first pass: Gram matrices and sums of squares over a chunk of the tokens.
 #pragma once
 
 #include "product.h"
@@ -6,17 +6,18 @@
 
 namespace xk::cuda {
 
-// (parts, batch, heads) results that lie `step` numbers apart: G (features of a x of b), sums of squares of a and of b.
+// Results for (parts, batch, heads), each array with its step in numbers: G (features of a x features of b), sums of
+// squares of a and of b.
 template <class S>
 struct GramArgs {
-  Operand x[3];  // a, b and, where it has data, a third one whose sums of squares stand in place of b's
+  Operand x[3];  // a, b and optionally c; if c has data, its sums of squares replace those of b
   Mask mask;
   int64_t batch, heads, tokens, parts, chunk;
   S *g, *ssq_a, *ssq_b;
   int64_t g_step, ssq_a_step, ssq_b_step;
-  int32_t symmetric;       // a is b: tiles above the diagonal are mirrored
-  int32_t squares;         // whether sums of squares are wanted
-  int32_t norm_a, norm_b;  // whether tokens are divided by their norms over features
+  int32_t symmetric;       // a is b: tiles above the diagonal are copied from below it
+  int32_t squares;         // whether sums of squares are computed
+  int32_t norm_a, norm_b;  // whether tokens are divided by their feature norms
   double eps;
 };
 
@@ -39,8 +40,8 @@ struct GramLayout {
   }
 };
 
-// A block owns a (kTile, kTile) tile of G for one chunk of the tokens of one (batch, head), which it walks over in
-// steps of kRows with the next step on its way.
+// A block computes a (kTile, kTile) tile of G for one chunk of the tokens of one (batch, head). Two-stage pipeline: the
+// next kRows tokens are loaded while the current ones are multiplied.
 template <class T, class Math, int kTile>
 __global__ void __launch_bounds__(kGramThreads, sizeof(T) == 8 ? 2 : 3)
     gram_kernel(const __grid_constant__ GramArgs<Sum<T>> p) {
@@ -62,7 +63,7 @@ __global__ void __launch_bounds__(kGramThreads, sizeof(T) == 8 ? 2 : 3)
   XK_ARENA(arena);
   int operands = p.x[2].data ? 3 : 2;
   Layout s(arena, operands);
-  bool squares = p.squares && !p.symmetric;  // those of a symmetric G are its diagonal
+  bool squares = p.squares && !p.symmetric;  // of a symmetric G, the diagonal has the sums of squares
   bool squares_a = squares && column0 == 0, squares_c = squares_a && p.x[2].data;
   bool squares_b = squares && !p.x[2].data && row0 == 0;
   auto wanted = [&](int i) { return i == 0 || (i == 1 ? !one_operand : squares_c); };
@@ -96,7 +97,7 @@ __global__ void __launch_bounds__(kGramThreads, sizeof(T) == 8 ? 2 : 3)
       if (p.norm_b) row_norms<T, kThreads>(s.norms + kRows, p.x[1], now, p.mask);
     }
     __pipeline_wait_prior(1);
-    XK_STEP(barrier, __syncthreads());  // this stage's tokens of all threads have landed
+    XK_STEP(barrier, __syncthreads());  // the tokens of this stage, loaded by all threads, are in shared memory
     if constexpr (sizeof(E) >= 4) {
       if (p.norm_a || p.norm_b) {
 #pragma unroll 4
@@ -105,14 +106,14 @@ __global__ void __launch_bounds__(kGramThreads, sizeof(T) == 8 ? 2 : 3)
           if (p.norm_a) tile_a[place] /= clamp_norm(s.norms[row], (S)p.eps);
           if (p.norm_b) tile_b[place] /= clamp_norm(s.norms[kRows + row], (S)p.eps);
         }
-        __syncthreads();  // the tokens of this stage are normalised
+        __syncthreads();  // all tokens of this stage are normalised
       }
     }
     sums.multiply(tile_a, padded<E>(kTile), tile_b, padded<E>(kTile), kRows);
     if (squares_a) of_a.add(tile_a, kRows);
     if (squares_b) of_b.add(tile_b, kRows);
     if (squares_c) of_c.add(tile_of(stage, 2), kRows);
-    __syncthreads();  // nobody reads this stage any more: the next step loads into it
+    __syncthreads();  // all threads have read this stage: the next step overwrites it
   }
   __pipeline_wait_prior(0);
 
@@ -122,7 +123,7 @@ __global__ void __launch_bounds__(kGramThreads, sizeof(T) == 8 ? 2 : 3)
   if (squares_b) of_b.store(p.ssq_b + record * p.ssq_b_step + column0, columns, s.sums);
   if (squares_c) of_c.store(p.ssq_b + record * p.ssq_b_step + row0, rows, s.sums);
   sums.store(s.sums, padded<S>(kTile));
-  __syncthreads();  // the sums of all threads are there
+  __syncthreads();  // all threads have stored their sums
   S* g = p.g + record * p.g_step;
 #pragma unroll 1
   for (int x = (int)threadIdx.x; x < rows * columns; x += kThreads) {
@@ -137,7 +138,7 @@ __global__ void __launch_bounds__(kGramThreads, sizeof(T) == 8 ? 2 : 3)
   }
 }
 
-// to[i] = the sum of `parts` numbers that lie `count` apart, in their order; G and two sums of squares.
+// to[x][i] = sum over parts of from[x][part * count[x] + i], in a fixed order; x: G and the two sums of squares.
 template <class S>
 struct SumArgs {
   const S* from[3];

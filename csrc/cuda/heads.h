@@ -1,4 +1,4 @@
-// The D x D algebra between the two passes as launches of its own, for tokens that do not fit into shared memory.
+// The D x D algebra between the two passes as separate kernels, for tokens that do not fit in shared memory.
 #pragma once
 
 #include "maps.h"
@@ -6,7 +6,7 @@
 
 namespace xk::cuda {
 
-constexpr int kMapThreads = 256, kMapColumns = 32;  // a block owns so many columns of a map
+constexpr int kMapThreads = 256, kMapColumns = 32;  // kMapColumns: columns of a map per block
 
 template <class S>
 struct MapArgs {
@@ -14,12 +14,12 @@ struct MapArgs {
   PerHead temperature;
   int64_t batch, heads, parts;
   int32_t dim;
-  const S* partial;  // (parts, batch, heads, step): Gram matrices, and in forward sums of squares of k and of q
+  const S* partial;  // (parts, batch, heads, step): Gram matrix; in forward, then sums of squares of k and of q
   int64_t step;
   S* stats;
-  S *p, *q;         // (batch, heads, dim, dim); forward: the map is p
-  S* scale_q;       // (batch, heads, dim)
-  S* scale_k;       // (pieces, batch, heads, dim): the columns' blocks give a piece each; so for key_value scale_q
+  S *p, *q;         // (batch, heads, dim, dim); forward writes only p, the map
+  S* scale_q;       // (batch, heads, dim); key_value: (pieces, batch, heads, dim), like scale_k
+  S* scale_k;       // (pieces, batch, heads, dim): one piece from each block of columns
   S* dtemperature;  // (pieces, batch, heads)
 };
 
@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(kMapThreads, 2) map_forward_kernel(const __gri
   by.template set<kMapThreads>(
       p.options, p.dim, [&](int c) { return norm(p.dim * p.dim, stats.norms_k(), c); },
       [&](int c) { return norm(p.dim * p.dim + p.dim, stats.norms_q(), c); });
-  __syncthreads();  // norms are there
+  __syncthreads();  // all norms are written
   Columns<S, kMapThreads> own(p.dim, at.piece * kMapColumns, kMapColumns, s.scratch);
   S* map = p.p + at.head * p.dim * p.dim;
   forward_columns(
@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(kMapThreads, 2) map_backward_kernel(const __gr
   by.template set<kMapThreads>(
       p.options, p.dim, [&](int c) { return stats.norms_k()[c]; }, [&](int c) { return stats.norms_q()[c]; });
   for (int c = (int)threadIdx.x; c < p.dim; c += kMapThreads) s.totals[c] = 0;
-  __syncthreads();  // norms and zeros are there
+  __syncthreads();  // all norms and zeros are written
   Columns<S, kMapThreads> own(p.dim, at.piece * kMapColumns, kMapColumns, s.scratch);
   S *map_p = p.p + at.head * p.dim * p.dim, *map_q = p.q + at.head * p.dim * p.dim;
   S dt = backward_columns(
@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(kMapThreads, 2) map_backward_kernel(const __gr
       [&](int column, S sum) {
         p.scale_q[at.head * p.dim + column] = norm_term(p.options, sum, stats.norms_q()[column]);
       });
-  dt = block_sum<S, kMapThreads>(dt, s.scratch);  // after its barriers the totals are there
+  dt = block_sum<S, kMapThreads>(dt, s.scratch);  // its barriers also make the totals visible
   int64_t piece = (at.piece * at.heads + at.head) * p.dim;
   for (int c = (int)threadIdx.x; c < p.dim; c += kMapThreads) {
     p.scale_k[piece + c] = norm_term(p.options, s.totals[c], stats.norms_k()[c]);
@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(kMapThreads, 2) map_backward_kernel(const __gr
   if (threadIdx.x == 0) p.dtemperature[at.piece * at.heads + at.head] = dt;
 }
 
-// dtemperature[h] = the sum over pieces and batch, in their order.
+// to[h] = sum over i of parts[i, h], in a fixed order: dtemperature, summed over pieces and batch.
 template <class S>
 struct TemperatureArgs {
   const S* parts;  // (count, heads)

@@ -1,4 +1,4 @@
-// Devices, errors and what was launched; per thread, since calls come from any thread.
+// Device properties, errors and the names of launched kernels. The names are per thread: any thread may make calls.
 #include <map>
 #include <mutex>
 #include <tuple>
@@ -15,13 +15,13 @@ void fail(const std::string& text) { throw Failure{XK_CUDA_ERROR, text}; }
 
 void check(cudaError_t error, const char* doing) {
   if (error == cudaSuccess) return;
-  cudaGetLastError();  // it is reported here, and must not be again by another's call
+  cudaGetLastError();  // clears the error: an unrelated call must not report it again
   fail(std::string(doing) + ": " + cudaGetErrorName(error) + ": " + cudaGetErrorString(error));
 }
 
 const Device& use_device(int index) {
   static std::mutex mutex;
-  static std::map<int, Device> known;  // nodes stay where they are: references are handed out
+  static std::map<int, Device> known;  // a std::map: references to its elements stay valid
   check(cudaSetDevice(index), "choosing the device");
   std::lock_guard<std::mutex> lock(mutex);
   if (auto found = known.find(index); found != known.end()) return found->second;
@@ -61,7 +61,7 @@ bool can_cluster(Kernel kernel, int device, int cluster, int threads, int64_t sh
     config.numAttrs = 1;
     int clusters = 0;
     bool answered = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) == cudaSuccess;
-    cudaGetLastError();  // an error is an answer too, and must not be reported by another's call
+    cudaGetLastError();  // an error means false: clears it, so that no unrelated call reports it
     found->second = answered && clusters > 0;
   }
   return found->second;

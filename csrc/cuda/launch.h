@@ -1,4 +1,4 @@
-// Host side: what a device has, launches, and errors with their text.
+// Host side: device properties, kernel launches, and errors.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -10,7 +10,7 @@
 
 namespace xk::cuda {
 
-// Thrown inside the library, and caught where the C API begins.
+// Thrown inside the library and caught in the functions of the C API.
 struct Failure {
   int status;
   std::string text;
@@ -20,13 +20,13 @@ struct Failure {
 void check(cudaError_t error, const char* doing);
 
 struct Device {
-  int processors, shared_bytes, capability;  // 10 * major + minor
+  int processors, shared_bytes, capability;  // capability: 10 * major + minor
 };
 
-// Makes it the current device of this thread.
+// Makes the device current in this thread and returns its properties.
 const Device& use_device(int index);
 
-// Notes that the kernel runs, for xk_cuda_launched.
+// Records the name of a launched kernel for xk_cuda_launched.
 void note_launch(const char* name);
 
 inline cudaLaunchAttribute cluster_of(int blocks) {
@@ -37,12 +37,12 @@ inline cudaLaunchAttribute cluster_of(int blocks) {
   return attribute;
 }
 
-using Kernel = const void*;  // its address
+using Kernel = const void*;  // address of a kernel
 
-// Lets the kernel have so much shared memory and clusters of so many blocks.
+// Sets the kernel's attributes for this much dynamic shared memory and clusters of this size.
 void allow(Kernel kernel, int64_t shared_bytes, int cluster);
 
-// Whether the current device can run such a cluster; asked once.
+// Whether the current device can run clusters of this size; the result is cached.
 bool can_cluster(Kernel kernel, int device, int cluster, int threads, int64_t shared_bytes);
 
 template <class Args>

@@ -1,16 +1,16 @@
-// The D x D algebra between the passes, by all threads of a block, some columns of a map at a time.
+// The D x D algebra between the passes. All threads of a block compute some columns of a map at a time.
 //
 //   query_key   X[j,i] = cos(k_j, q_i), rows are key features:  A^T[j,i] = softmax_j(t X) or t X;   out = v A^T
 //   key_value   X[i,j] = sum_n k[n,i] v[n,j] / |k_i|:           W[i,j] = t X / |q_i|;               out = q W
 //
-// Backward, from dW[j,i] (of v and dout) or dW[i,j] (of q and dout), gives the maps P and Q and the sums that the norms
-// of q and k add to dq and dk along q and k:
+// Backward computes the maps P and Q from the Gram matrix dW[j,i] (of v and dout) or dW[i,j] (of q and dout). It also
+// computes sq and sk, the scales of the terms that the norms of q and k add to dq and dk:
 //
 //   query_key   P = dG, Q = A^T    dq = k P + q sq     dk = q P^T + k sk    dv = dout Q^T
 //   key_value   P = U,  Q = W      dq = dout Q^T + q sq    dk = v P^T + k sk    dv = k P
 //
-// Softmax and the sums of sq run down columns, those of sk along rows: who owns some columns has all of the former and
-// a part of the latter.
+// Softmax and the sums of sq (query_key) run down columns; the sums of sk run along rows, as do those of sq
+// (key_value). A block that owns some columns has complete sums down columns, but only partial sums along rows.
 #pragma once
 
 #include "numbers.h"
@@ -22,7 +22,8 @@ struct MapOptions {
   double eps;
 };
 
-// In (batch, heads) records of dim * dim + 2 dim sums: X, |q| and |k| over the tokens, before eps.
+// A record of dim * dim + 2 * dim numbers per (batch, head): X, then |q| and |k| over the tokens, before the clamp by
+// eps.
 template <class S>
 struct Stats {
   S* record;
@@ -33,18 +34,18 @@ struct Stats {
   __device__ S* norms_k() const { return norms_q() + dim; }
 };
 
-// What a norm adds to a gradient: -total / |x|^2, and nothing where eps holds the norm up.
+// Scale of the term that a norm adds to a gradient: -total / |x|^2, or 0 if the norm is clamped to eps.
 template <class S>
 __device__ S norm_term(const MapOptions& o, S total, S norm) {
   return !o.token_norm || norm <= (S)o.eps ? S(0) : -total / norm / norm;
 }
 
-// Clamped norms of the features of k and q; 1 where nothing divides.
+// Clamped norms of the features of k and q; 1 without token norm.
 template <class S>
 struct Divisors {
   Shared<S> k, q;
 
-  // From norms over tokens; what is written is there after the next barrier.
+  // Sets k and q from the norms over tokens. The caller must synchronise before reading them.
   template <int kThreads, class NormK, class NormQ>
   __device__ void set(const MapOptions& o, int dim, NormK norm_k, NormQ norm_q) const {
 #pragma unroll 1
@@ -56,8 +57,9 @@ struct Divisors {
   }
 };
 
-// How the threads of a block share the columns [first, first + count) of a map: a thread has one column of `width` at a
-// time (a power of two, at most 32) and every kThreads / width-th row.
+// Distribution of the columns [first, first + count) of a map over the threads of a block. Columns are processed in
+// strips of `width` columns (a power of two, at most 32). In a strip, a thread has one column, and rows that are
+// kThreads / width apart.
 template <class S, int kThreads>
 class Columns {
  public:
@@ -72,12 +74,12 @@ class Columns {
   __device__ int lane() const { return (int)threadIdx.x % width_; }
   __device__ int row() const { return (int)threadIdx.x / width_; }
   __device__ int rows_between() const { return kThreads / width_; }
-  // Strips of `width` columns; a thread without a column in the last one still takes part in the sums.
+  // Number of strips. Threads without a column in the last strip must still take part in the reductions.
   __device__ int strips() const { return end_ > first_ ? (end_ - first_ + width_ - 1) / width_ : 0; }
   __device__ int column(int strip) const { return first_ + strip * width_ + lane(); }
   __device__ bool has(int strip) const { return column(strip) < end_; }
 
-  // Over all rows of each column, for all threads of it.
+  // Reduction over all rows of each column; all threads of the column get the result.
   template <class Combine>
   __device__ S down(S x, Combine combine) const {
     for (int step = 16; step >= width_; step /= 2) {
@@ -86,18 +88,18 @@ class Columns {
     }
     int warp = (int)threadIdx.x / 32;
     if ((int)threadIdx.x % 32 < width_) scratch_[warp * 32 + lane()] = x;
-    __syncthreads();  // every warp's numbers are there
+    __syncthreads();  // all warps have stored their partial results
     S total = scratch_[lane()];
 #pragma unroll 1
     for (int w = 1; w < kThreads / 32; ++w) total = combine(total, scratch_[w * 32 + lane()]);
-    __syncthreads();  // scratch is free again
+    __syncthreads();  // scratch can be reused
     return total;
   }
   __device__ S sum_down(S x) const {
     return down(x, [](S a, S b) { return a + b; });
   }
 
-  // Over the columns of a strip, for the threads of one row: right in those of the strip's first column.
+  // Sum over the columns of a strip within a row; valid in the threads of the strip's first column.
   __device__ S sum_across(S x) const {
     for (int step = width_ / 2; step > 0; step /= 2) {
       S other = __shfl_xor_sync(0xffffffffu, x, step);
@@ -111,8 +113,9 @@ class Columns {
   Shared<S> scratch_;
 };
 
-// Columns of the map that tokens are multiplied by, from the Gram matrix `gram(row, column)`: each goes to
-// result(row, column, value). `strip`: dim x width numbers, of which the threads only see their own.
+// Computes columns of the map that tokens are multiplied by, from the Gram matrix `gram(row, column)`, and calls
+// result(row, column, value) for each element. `strip`: dim x width numbers; each thread accesses only its own
+// elements.
 template <class S, int kThreads, class Gram, class Result>
 __device__ void forward_columns(const Columns<S, kThreads>& own, const MapOptions& o, int dim, S temperature,
                                 Divisors<S> by, const Stats<S>& stats, Shared<S> strip, Gram gram, Result result) {
@@ -148,9 +151,9 @@ __device__ void forward_columns(const Columns<S, kThreads>& own, const MapOption
   }
 }
 
-// Columns of P and Q from dW, `gradient(row, column)`: each pair goes to result(row, column, p, q). The sum for the
-// norm of column i goes to of_column(i, sum) (query_key only); this block's part of the sum for row j is added to
-// totals[j], which must be zero at first. Returns this thread's part of dtemperature.
+// Computes columns of P and Q from dW, `gradient(row, column)`, and calls result(row, column, p, q) for each element.
+// Calls of_column(i, sum) with the sum for the norm of column i (query_key only). Adds this block's partial sum for row
+// j to totals[j], which must be initialised to 0. Returns this thread's partial sum of dtemperature.
 template <class S, int kThreads, class Gradient, class Result, class OfColumn>
 __device__ S backward_columns(const Columns<S, kThreads>& own, const MapOptions& o, int dim, S temperature,
                               Divisors<S> by, const Stats<S>& stats, Shared<S> strip, Shared<S> totals,
@@ -178,7 +181,7 @@ __device__ S backward_columns(const Columns<S, kThreads>& own, const MapOptions&
       total = own.sum_down(total);
       mean = own.sum_down(mean) / total;
     }
-    // all threads of a warp take part in the sums across: those without a row or a column add nothing
+    // all threads of a warp take part in sum_across: threads without a row or a column contribute 0
 #pragma unroll 1
     for (int begin = 0; begin < dim; begin += own.rows_between()) {
       int j = begin + own.row();
@@ -215,15 +218,15 @@ __device__ S backward_columns(const Columns<S, kThreads>& own, const MapOptions&
   return dtemperature;
 }
 
-// The sum over all threads of a block, in every thread.
+// Sum over all threads of a block, returned to every thread.
 template <class S, int kThreads>
 __device__ S block_sum(S x, Shared<S> scratch) {
   x = warp_sum(x);
   if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = x;
-  __syncthreads();  // every warp's sum is there
+  __syncthreads();  // all warps have stored their sums
   S total = scratch[0];
   for (int w = 1; w < kThreads / 32; ++w) total += scratch[w];
-  __syncthreads();  // scratch is free again
+  __syncthreads();  // scratch can be reused
   return total;
 }
 

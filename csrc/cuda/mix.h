@@ -1,4 +1,4 @@
-// The second pass: tokens times maps, for up to three results of the same tokens.
+// The second pass: tokens times maps, for up to three outputs of the same tokens.
 #pragma once
 
 #include "product.h"
@@ -9,8 +9,11 @@ namespace xk::cuda {
 
 constexpr int kOperands = 4, kOutputs = 3, kNone = -1;
 
-// y[n] = sum over terms of x[n] w  (/ |x_r[n]|)  (less its part along x_p[n], / |x_p[n]|)  + bias + scale * x_a[n]
-// with the operands r = row_norm, p = project and a = add, each of which may be kNone.
+// y[n] = sum over terms of x[n] w, followed by these steps, each of which is skipped if its operand is absent (kNone):
+//   r = row_norm:  y[n] /= |x_r[n]|
+//   p = project:   y[n] = (y[n] - u (u . y[n])) / |x_p[n]|  with u = x_p[n] / |x_p[n]|
+//   bias:          y[n] += bias
+//   a = add:       y[n] += scale * x_a[n]
 template <class T>
 struct MixOutput {
   Result<T> to;
@@ -28,8 +31,8 @@ struct MixArgs {
   MixOutput<T> out[kOutputs];
   Mask mask;
   int64_t batch, heads, tokens, parts, chunk;
-  int32_t resident;  // maps stay in shared memory; else a slice of one at a time does
-  int32_t stages;    // 2: the next tokens are on their way meanwhile
+  int32_t resident;  // all maps stay in shared memory; otherwise one slice of a map at a time
+  int32_t stages;    // 2: the next tokens are loaded while the current ones are used
   double eps;
 };
 
@@ -41,14 +44,14 @@ struct MixLayout {
   using S = Sum<E>;
   static constexpr int kRows = (sizeof(E) == 8 ? 2048 : 4096) / kColumns;
   static constexpr int kMost = (sizeof(E) == 8 ? 2048 : sizeof(E) == 4 ? 4096 : 8192) / kColumns;
-  static constexpr int kDepth = kColumns < kMost ? kColumns : kMost;  // of a slice of a map
+  static constexpr int kDepth = kColumns < kMost ? kColumns : kMost;  // rows of a slice of a map
   static constexpr int kTileSize = kRows * padded<E>(kColumns), kMapSize = kDepth * padded<E>(kColumns);
-  // The 8 rows that a warp stores sums of at once lie in other banks.
+  // Padding: the 8 rows that a warp stores at once lie in different banks.
   static constexpr int ld_y = kColumns + 8;
   Shared<E> x;      // (stages, operands, kRows, kColumns)
   Shared<E> maps;   // (slices, kDepth, kColumns)
   Shared<S> y;      // (kRows, kColumns)
-  Shared<S> scale;  // (outputs, kColumns), and so are the following
+  Shared<S> scale;  // (outputs, kColumns), like bias, up and down
   Shared<S> bias, up, down;
   Shared<S> norms;  // (operands, kRows)
   Shared<S> along;  // (kRows)
@@ -66,7 +69,7 @@ struct MixLayout {
   }
 };
 
-// Slices of the maps of all outputs.
+// Number of slices of the maps of all outputs.
 template <class Math, int kColumns, class T>
 __host__ __device__ int slices_of(const MixArgs<T>& p) {
   int slices = 0;
@@ -76,7 +79,7 @@ __host__ __device__ int slices_of(const MixArgs<T>& p) {
   return slices;
 }
 
-// A block owns one chunk of the tokens of one (batch, head), all features of them.
+// A block processes all features of one chunk of the tokens of one (batch, head).
 template <class T, class Math, int kColumns>
 __global__ void __launch_bounds__(kMixThreads, 3) mix_kernel(const __grid_constant__ MixArgs<T> p) {
   using E = Element<Math>;
@@ -122,7 +125,7 @@ __global__ void __launch_bounds__(kMixThreads, 3) mix_kernel(const __grid_consta
         return largest;
       });
   }
-  __syncthreads();  // scales are there
+  __syncthreads();  // all scales are written
   if (p.resident) {
     int slice = 0;
 #pragma unroll 1
@@ -134,7 +137,7 @@ __global__ void __launch_bounds__(kMixThreads, 3) mix_kernel(const __grid_consta
           load_slice(o, t, first, s.maps + slice++ * Layout::kMapSize);
   }
 
-  int64_t ahead = (p.stages - 1) * kRows;  // tokens of the next step are loaded before those of this one are used
+  int64_t ahead = (p.stages - 1) * kRows;  // 2 stages: loads are one step ahead
   int stage = p.stages - 1;
   for (int64_t begin = all.begin - ahead; begin < all.end; begin += kRows, stage ^= p.stages - 1) {
     Rows r = all, next = all;
@@ -163,15 +166,15 @@ __global__ void __launch_bounds__(kMixThreads, 3) mix_kernel(const __grid_consta
         for (int first = 0; first < out.weight[t].features; first += kDepth, ++slice) {
           Shared<E> map = s.maps + (p.resident ? slice : 0) * Layout::kMapSize;
           if (!p.resident) {
-            __syncthreads();  // nobody reads the slice before
+            __syncthreads();  // all threads have read the previous slice
             load_slice(o, t, first, map);
           }
-          XK_STEP(barrier, __syncthreads());  // tokens and maps of all threads are there; nobody reads y any more
-          int left = (out.weight[t].features - first + 15) / 16 * 16;  // zeros follow
+          XK_STEP(barrier, __syncthreads());  // all threads have loaded tokens and maps, and have read y
+          int left = (out.weight[t].features - first + 15) / 16 * 16;  // padded by zeros
           y.multiply(tile(stage, out.operand[t]) + first, ld, map, ld, left < kDepth ? left : kDepth);
         }
       y.store(s.y, ld_y);
-      __syncthreads();  // the products of all threads are there
+      __syncthreads();  // all threads have stored their products
 
       auto products = [&](auto count, int row, int c, S* value) {
         constexpr int kCount = decltype(count)::value;
@@ -186,7 +189,7 @@ __global__ void __launch_bounds__(kMixThreads, 3) mix_kernel(const __grid_consta
           for (int i = 0; i < kCount; ++i) value[i] /= norm;
         }
       };
-      // x^ (x^ . y) is what y loses to the derivative of x / |x|
+      // u = x / |x|: the derivative of u subtracts u (u . y) from y
       auto units = [&](auto count, int row, int c, S* value) {
         constexpr int kCount = decltype(count)::value;
         alignas(16) E x[kCount];
@@ -206,7 +209,7 @@ __global__ void __launch_bounds__(kMixThreads, 3) mix_kernel(const __grid_consta
           sum = warp_sum(sum);
           if (threadIdx.x % 32 == 0) s.along[row] = s.norms[out.project * kRows + row] <= (S)p.eps ? S(0) : sum;
         }
-        __syncthreads();  // the sums of all rows are there
+        __syncthreads();  // the sums of all rows are written
       }
       store_rows<T, kThreads>(out.to, r, p.mask, [&](auto count, int row, int c, S* value) {
         constexpr int kCount = decltype(count)::value;
@@ -230,7 +233,7 @@ __global__ void __launch_bounds__(kMixThreads, 3) mix_kernel(const __grid_consta
         }
       });
     }
-    __syncthreads();  // nobody reads these tokens any more
+    __syncthreads();  // all threads have read these tokens
   }
   __pipeline_wait_prior(0);
 }

@@ -12,7 +12,7 @@ using Half = __half;
 using BFloat = __nv_bfloat16;
 
 template <class T>
-struct Numbers {  // of tokens: sums, norms and maps are of type Sum
+struct Numbers {  // T: type of tokens; Sum: type of sums, norms and maps
   using Sum = float;
 };
 template <>
@@ -55,7 +55,7 @@ __device__ S clamp_norm(S norm, S eps) {
   return norm < eps ? eps : norm;
 }
 
-// The sum over the threads of a warp, in every one.
+// Sum over the lanes of a warp, returned to every lane.
 template <class S>
 __device__ S warp_sum(S x) {
   for (int step = 16; step > 0; step /= 2) {
@@ -65,23 +65,23 @@ __device__ S warp_sum(S x) {
   return x;
 }
 
-// How tiles in shared memory are multiplied. Element: what the tiles hold. Sums are of Sum<Element>.
+// How tiles in shared memory are multiplied. Element: element type of the tiles. Accumulators are of type Sum<Element>.
 template <class T>
-struct Fma {  // float, double: fused multiply-adds, rounded as IEEE 754 says
+struct Fma {  // float, double: fused multiply-adds with IEEE 754 rounding
   using Element = T;
 };
 template <class T>
 struct TensorCore {  // Half, BFloat
   using Element = T;
 };
-struct Tf32 {  // float cut to 10 bits of mantissa
+struct Tf32 {  // float with the mantissa reduced to 10 bits
   using Element = float;
 };
 
 template <class Math>
 using Element = typename Math::Element;
 
-// Rows of tiles in shared memory are 16 bytes longer than their numbers: consecutive rows then lie in other banks.
+// Rows of tiles in shared memory are padded by 16 bytes, to put consecutive rows in different banks.
 template <class T>
 __host__ __device__ constexpr int padded(int columns) {
   return columns + kVector<T>;
@@ -94,7 +94,8 @@ __device__ void copy_words(N* to, const N* from) {
     reinterpret_cast<Word*>(to)[i] = reinterpret_cast<const Word*>(from)[i];
 }
 
-// kCount numbers that lie together, from a multiple of their bytes or of 16 on. `to` is aligned alike.
+// Copies kCount contiguous numbers with vector accesses. `from` and `to` must be aligned to the size of the copy or to
+// 16 bytes.
 template <int kCount, class N>
 __device__ void load_numbers(N* to, const N* from) {
   constexpr int kBytes = kCount * (int)sizeof(N);

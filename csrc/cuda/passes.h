@@ -1,4 +1,4 @@
-// Launches of the two passes, with the kernel that suits the dtype and the features.
+// Launches of the two passes, with the kernel that fits the dtype and the number of features.
 #pragma once
 
 #include "fragment_pass.h"
@@ -12,7 +12,7 @@ namespace xk::cuda {
 template <class T>
 constexpr bool kShort = sizeof(T) == 2;
 
-// Calls f with how tokens of type T are multiplied.
+// Calls f with the Math (TensorCore, Tf32 or Fma) for tokens of type T.
 template <class T, class F>
 auto with_math(bool tf32, F f) {
   if constexpr (kShort<T>) {
@@ -25,7 +25,7 @@ auto with_math(bool tf32, F f) {
   }
 }
 
-// `exact`: in Sum<T>, since they meet numbers of that type.
+// `exact`: tokens are converted to Sum<T>, since they are combined with numbers of that type.
 template <class T, class F>
 auto with_math(bool exact, bool tf32, F f) {
   if constexpr (kShort<T>)
@@ -33,7 +33,8 @@ auto with_math(bool exact, bool tf32, F f) {
   return with_math<T>(tf32, f);
 }
 
-// Tiles of 32 are for narrow heads of the usual products; the others have one kernel less.
+// Common combinations of T and Math. The others have fewer kernels: for the Gram matrix, none with tiles of 32, for
+// narrow heads.
 template <class T, class Math>
 constexpr bool kUsual = !std::is_same_v<Math, Fma<double>> && !(kShort<T> && std::is_same_v<Math, Fma<float>>);
 
@@ -61,7 +62,8 @@ void launch_gram(const GramArgs<Sum<T>>& p, bool tf32, void* stream) {
   });
 }
 
-// How the tokens of a Gram matrix are split over blocks: of any kernel, since it is known before the addresses are.
+// How the tokens of a Gram matrix are split over blocks. The split cannot depend on the choice of kernel, which needs
+// the addresses: the size of the workspace is computed without them.
 template <class T>
 Split split_gram(int64_t tokens, int64_t heads, int64_t dim_a, int64_t dim_b, const Device& device) {
   int64_t record = dim_a * dim_b * (int64_t)sizeof(Sum<T>), row = dim_a * (int64_t)sizeof(T);
@@ -82,7 +84,7 @@ void launch_mix_of(MixArgs<T> p, const Device& device, void* stream) {
     p.stages = stages;
     return arena.used();
   };
-  // room for three blocks on a multiprocessor, then for two, then whatever there is
+  // resident maps and 2 stages if three blocks fit on a multiprocessor; else 1 stage if two fit; else no resident maps
   int64_t third = device.shared_bytes / 3, half = device.shared_bytes / 2, shared = bytes(1, 2);
   if (shared > third) shared = bytes(1, 1);
   if (shared > half) shared = bytes(0, 1);
@@ -112,7 +114,7 @@ void launch_mix_of(MixArgs<T> p, const Device& device, void* stream) {
     }
     return;
   }
-  // Blocks go on with more tokens where maps stay: they are loaded once.
+  // With resident maps, a block processes more tokens, since it loads the maps only once.
   Split split = split_tokens(p.tokens, p.batch * p.heads, 0, 1, device.processors, p.resident ? 6 : 12);
   p.parts = split.parts;
   p.chunk = split.chunk;

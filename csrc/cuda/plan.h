@@ -1,4 +1,4 @@
-// How a call is cut into launches and blocks, from its sizes and the device alone.
+// How a call is split into launches and blocks. Depends only on the sizes and the device.
 #pragma once
 
 #include <stdint.h>
@@ -9,15 +9,15 @@
 
 namespace xk::cuda {
 
-constexpr int kChunk = 256;  // tokens that are worth a block of their own
+constexpr int kChunk = 256;  // tokens; chunks are multiples of it, since fewer tokens are not worth a block
 
 struct Split {
   int64_t parts, chunk;
 };
 
-// Chunks of the tokens of each of `units` (batch, head, tile) that fill the machine `waves` times. Parts are few enough
-// for their partial results, of `record` bytes each, to be read by every block of the next launch: parts^2 record stays
-// below twice the bytes of the tokens, of `row` bytes each.
+// Splits the tokens of each of `units` (batch, head, tile) units into parts, for about `waves` blocks per
+// multiprocessor. The number of parts is limited, since every block of the next launch reads the partial results of all
+// parts (`record` bytes each): parts^2 * record is at most twice the bytes of the tokens (`row` bytes each).
 inline Split split_tokens(int64_t tokens, int64_t units, int64_t record, int64_t row, int processors, int waves) {
   int64_t parts = cdiv((int64_t)waves * processors, units > 0 ? units : 1);
   int64_t most = cdiv(tokens, kChunk);
@@ -29,7 +29,8 @@ inline Split split_tokens(int64_t tokens, int64_t units, int64_t record, int64_t
   return {cdiv(tokens, chunk), chunk};
 }
 
-// The same, of parts that come nearest to a whole number of times the `slots` blocks that the device holds at once.
+// Like split_tokens, but chooses the number of parts that fills its waves best. A wave is the `slots` blocks that the
+// device can run at once.
 inline Split split_evenly(int64_t tokens, int64_t units, int64_t record, int64_t row, int64_t slots) {
   int64_t best = 1, most = cdiv(tokens, kChunk);
   auto filled = [&](int64_t parts) {
@@ -45,8 +46,8 @@ inline Split split_evenly(int64_t tokens, int64_t units, int64_t record, int64_t
   return {cdiv(tokens, chunk), chunk};
 }
 
-// The largest of 16, 8 and 4 that divides all strides, in bytes, of dimensions that have more than one element, the
-// address and `bytes`, the length of a row; else 0.
+// The largest of 16, 8 and 4 that divides the address, `bytes` (the length of a row) and the strides, in bytes, of all
+// dimensions with more than one element; 0 if there is none.
 inline int vector_bytes(const xk_tensor& t, const int64_t (&sizes)[3], int64_t bytes, int64_t item) {
   const int64_t strides[3] = {t.stride_b, t.stride_h, t.stride_n};
   for (int vector = 16; vector >= 4; vector /= 2) {
@@ -74,7 +75,7 @@ Result<T> result(const xk_tensor& t, const Sizes& n, int64_t features) {
   return {static_cast<T*>(t.data), t.stride_b, t.stride_h, t.stride_n, (int32_t)features, vector};
 }
 
-// Runs over a workspace, or over no memory to say how large it must be.
+// Bump allocator over a workspace. With a null base, it only computes the required size.
 class Workspace {
  public:
   explicit Workspace(void* base) : base_(static_cast<unsigned char*>(base)) {}

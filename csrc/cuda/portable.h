@@ -1,14 +1,15 @@
-// What CUDA and the CPU emulation of the tests spell differently: shared memory, clusters and planted faults. Kernels
-// use these and are otherwise plain CUDA. The emulation (tests/cuda/shim) defines the same names in emulation.h.
+// Abstractions that differ between CUDA and the CPU emulation of the tests: shared memory, clusters and fault
+// injection. Kernels are otherwise plain CUDA. The emulation (tests/cuda/shim) defines the same names in emulation.h.
 //
-//   Shared<T>            a pointer into shared memory; [i] and + offset. &p[i] is a T*.
-//   Arena                carves the block's dynamic shared memory: Shared<T> a = arena.take<T>(count). It runs on the
-//                        host too, on no memory, so that one description of a layout also says how large it is.
+//   Shared<T>            a pointer into shared memory; supports [i] and + offset. &p[i] is a T*.
+//   Arena                bump allocator over the block's dynamic shared memory: Shared<T> a = arena.take<T>(count).
+//                        On the host, with a null base, it computes the size of a layout.
 //   XK_ARENA(name)       an Arena over this block's dynamic shared memory, in a kernel
 //   cluster_rank(), cluster_size(), cluster_sync(), peer(p, rank)
-//                        the cluster of this block; where p lies in the shared memory of its block `rank`
-//   XK_STEP(fault, ...)  a statement, left out of builds that tests make with -DXK_PLANTED=fault; with
-//                        -DXK_PLANTED_AT_RUN_TIME the emulation decides at each launch
+//                        rank of this block in its cluster, size of the cluster, cluster barrier; the address of p
+//                        in the shared memory of block `rank` of the cluster
+//   XK_STEP(fault, ...)  a statement that tests remove to inject a fault: at compile time with -DXK_PLANTED=fault, or,
+//                        with -DXK_PLANTED_AT_RUN_TIME, at each launch as the emulation decides
 #pragma once
 
 #include <cuda_runtime.h>
@@ -67,8 +68,8 @@ class Arena {
   extern __shared__ __align__(128) unsigned char xk_dynamic_shared[]; \
   ::xk::cuda::Arena name(xk_dynamic_shared)
 
-// By their instructions: cooperative_groups.h takes longer to compile than all kernels of a dtype. Below sm_90 there
-// are no clusters: a block is a cluster of its own.
+// Cluster operations in inline PTX: cooperative_groups.h takes longer to compile than all kernels of a dtype. Below
+// sm_90 there are no clusters: each block acts as a cluster of size 1.
 __device__ inline int cluster_rank() {
   int rank = 0;
 #if __CUDA_ARCH__ >= 900
@@ -87,7 +88,7 @@ __device__ inline int cluster_size() {
 
 __device__ inline void cluster_sync() {
 #if __CUDA_ARCH__ >= 900
-  // not .aligned: threads of a warp may come one after another
+  // not .aligned: the threads of a warp may be diverged
   asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 #else
   __syncthreads();

@@ -1,11 +1,12 @@
-// Products of tiles in shared memory by all threads of a block, with the sums in registers.
+// Products of tiles in shared memory by all threads of a block, with accumulators in registers.
 //
-//   Product<Math, M, N, kThreads, kTransposed> y;      M x N sums, zero at first
+//   Product<Math, M, N, kThreads, kTransposed> y;      M x N accumulators, initialised to 0
 //   y.multiply(a, lda, b, ldb, depth, rows);           y += a b, or a^T b if kTransposed
-//   y.store(out, ld);                                  into shared memory; all threads take part
+//   y.store(out, ld);                                  to shared memory; all threads must take part
 //
-// b is depth x N, a is M x depth (of which only `rows` are there), or transposed depth x M. Where M x N is too small to
-// occupy all threads, groups of them share the depth, and store adds their sums in a fixed order.
+// b is depth x N. a is M x depth, of which only the first `rows` rows are used, or depth x M if kTransposed. If M x N
+// is too small to occupy all threads, the depth is split over groups of threads (split-K), and store adds the sums of
+// the groups in a fixed order.
 #pragma once
 
 #include <mma.h>
@@ -17,7 +18,7 @@ namespace xk::cuda {
 template <class Math, int M, int N, int kThreads, bool kTransposed>
 class Product;
 
-// A thread owns 8 rows and 4 or 8 columns.
+// A thread accumulates 8 rows by 4 or 8 columns.
 template <class T, int M, int N, int kThreads, bool kTransposed>
 class Product<Fma<T>, M, N, kThreads, kTransposed> {
   static constexpr int kRows = 8, kColumns = M * N / 32 > kThreads ? 8 : 4;
@@ -34,7 +35,7 @@ class Product<Fma<T>, M, N, kThreads, kTransposed> {
   __device__ void multiply(Shared<T> a, int lda, Shared<T> b, int ldb, int depth, int rows = M) {
     if (group() >= kGroups) return;
     if constexpr (kTransposed) {
-      // Sums of a few terms are added up: more accurate than one long sum over the tokens.
+      // Adds partial sums of a few terms each: more accurate than one long sum over the tokens.
       for (int begin = group(); begin < depth; begin += kTerms * kGroups) {
         T now[kRows][kColumns] = {};
         for (int term = 0, k = begin; term < kTerms && k < depth; ++term, k += kGroups) {
@@ -91,8 +92,8 @@ class Product<Fma<T>, M, N, kThreads, kTransposed> {
   T sum_[kRows][kColumns];
 
   __device__ static int group() { return (int)threadIdx.x / kOwners; }
-  // Runs of 4 where rows are next to each other in memory (a^T); else neighbouring threads take neighbouring rows,
-  // whose banks differ.
+  // Transposed: rows are contiguous in memory, and a thread takes runs of 4. Otherwise neighbouring threads take
+  // neighbouring rows, which lie in different banks.
   __device__ static int row(int i) {
     int down = (int)threadIdx.x % kOwners / kAcross;
     return kTransposed ? 4 * down + i / 4 * (M / 2) + i % 4 : down + i * kDown;
@@ -108,8 +109,8 @@ class Product<Fma<T>, M, N, kThreads, kTransposed> {
   }
 };
 
-// Fragments from and to shared memory. Of bf16 and tf32, nvcc takes its addresses for generic ones unless the
-// instruction says so.
+// Loads and stores of fragments in shared memory. For bf16 and tf32, nvcc uses generic addressing for the wmma
+// functions; the inline PTX below specifies .shared.
 template <class Fragment, class E>
 __device__ void load_fragment(Fragment& x, const E* from, int ld) {
   nvcuda::wmma::load_matrix_sync(x, from, ld);
@@ -161,7 +162,7 @@ __device__ inline void store_sums(float* to, const SumsOfTf32& x, int ld) {
 }
 #endif
 
-// A warp owns tiles of 16 x 16.
+// A warp accumulates kPerWarp tiles of 16 x 16.
 template <class Math, int M, int N, int kThreads, bool kTransposed>
 class WarpProduct {
   using E = Element<Math>;
@@ -170,7 +171,7 @@ class WarpProduct {
   static constexpr int kAcross = N / 16, kTiles = M / 16 * kAcross, kWarps = kThreads / 32;
   static constexpr int kPerWarp = (kTiles + kWarps - 1) / kWarps;
   static constexpr int kGroups = kTiles < kWarps ? kWarps / kTiles : 1;
-  // A warp whose tiles all lie side by side loads the rows of a once.
+  // All tiles of a warp are in the same rows: the warp loads each fragment of a only once.
   static constexpr bool kOneRow = kAcross % kPerWarp == 0;
   static_assert(M % 16 == 0 && N % 16 == 0);
 
@@ -182,7 +183,7 @@ class WarpProduct {
   __device__ void multiply(Shared<E> a, int lda, Shared<E> b, int ldb, int depth, int rows = M) {
     if (group() >= kGroups) return;
     if constexpr (kTransposed) {
-      // Sums of a few terms are added up: more accurate than one long sum over the tokens.
+      // Adds partial sums of a few terms each: more accurate than one long sum over the tokens.
       for (int begin = kStep * group(); begin < depth; begin += kStep * kTerms * kGroups) {
         Sums now[kPerWarp];
         for (int i = 0; i < kPerWarp; ++i) nvcuda::wmma::fill_fragment(now[i], 0.0f);
@@ -225,7 +226,7 @@ class WarpProduct {
   __device__ static void add(Sums& to, const Sums& x) {
     for (int e = 0; e < to.num_elements; ++e) to.x[e] += x.x[e];
   }
-  // Rows, or columns if transposed, [k, k + kStep).
+  // Accumulates the products over [k, k + kStep) of the depth.
   __device__ static void multiply_step(Sums (&to)[kPerWarp], Shared<E> a, int lda, Shared<E> b, int ldb, int k,
                                        int rows) {
     using namespace nvcuda;

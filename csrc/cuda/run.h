@@ -1,4 +1,4 @@
-// The functions of backend.h: from the structs of the C API to launches.
+// Implementation of backend.h: converts the structs of the C API to kernel launches.
 #pragma once
 
 #include "backend.h"
@@ -67,19 +67,19 @@ void Backend<T>::channel_mix(const xk_channel_mix_args& a, const xk_cuda_launch&
   auto vector = [&](const xk_tensor& t) { return Vector{t.data, t.stride_b, t.stride_h, t.stride_d, wide(t), 1, 0}; };
   out.scale = vector(a.scale);
   out.bias = vector(a.bias);
-  // weights of 32 bits are not cut to 16
+  // 32-bit weights are not rounded to 16 bits
   bool exact = kShort<T> && (wide(a.weight) || (a.dim_in2 && wide(a.weight2)));
   launch_mix(p, exact, l.tf32, device, l.stream);
 }
 
-// What forward and backward share: their sizes, operands and options.
+// Sizes, operands and options of a forward or backward call.
 template <class T>
 struct Call {
   const xk_xfa_args& a;
   const xk_cuda_launch& l;
   const Device& device;
   Sizes n;
-  int64_t heads, map;  // heads of all sequences; numbers of a map
+  int64_t heads, map;  // heads: batch * heads; map: elements of a map
   bool key_value, token_norm, feature_norm;
   MapOptions options;
 
@@ -131,7 +131,7 @@ struct Call {
     p.eps = a.eps;
     return p;
   }
-  // One result, x times a map of ours.
+  // An output of one term: operand number x times the map map_.
   MixOutput<T> output(const xk_tensor& to, int x, const Sum<T>* map_, bool transposed) const {
     MixOutput<T> out = {};
     out.to = result<T>(to, n, a.dim);
@@ -142,7 +142,7 @@ struct Call {
     return out;
   }
 
-  // The one launch: `kernel` for so many columns, or false if it cannot be.
+  // Launches the fused kernel (not if `measure`); returns false if the device cannot run it.
   template <class Math, int kColumns>
   bool fused_of(const char* name, void (*kernel)(FusedArgs<T>), int tiles, int maps, FusedArgs<T>& p,
                 bool measure) const {
@@ -155,7 +155,7 @@ struct Call {
     int most = device.capability >= 90 ? kMostBlocks : 1, cluster = 1;
     while (cluster < most && bytes(cluster) > device.shared_bytes) cluster *= 2;
     if (bytes(cluster) > device.shared_bytes) return false;
-    // more blocks where multiprocessors would stand idle, as long as each has some tokens
+    // larger clusters if multiprocessors would be idle, as long as each block has more than 32 tokens
     while (cluster < 8 && cluster < most && a.tokens > 64 * cluster && heads * cluster * 2 <= device.processors)
       cluster *= 2;
     int64_t shared = bytes(cluster);
@@ -165,8 +165,8 @@ struct Call {
     return true;
   }
 
-  // Whether one launch does (has done, unless `measure`) all of the forward or of the backward. Maps of 128 columns do
-  // not fit beside each other on any device, but for forward's two in 16 bits.
+  // Runs forward or backward in one launch; returns whether that is possible. `measure`: only checks. With 128 columns,
+  // the maps do not fit in shared memory of any device, except in the forward of 16-bit dtypes, which has two.
   template <bool kBackward>
   bool fused(FusedArgs<T> p, bool measure) const {
     constexpr int kWidest = kShort<T> && !kBackward ? 128 : 64;
@@ -174,7 +174,7 @@ struct Call {
       return false;
     } else {
       if (feature_norm || a.tokens == 0 || a.dim > kWidest || l.path == XK_TWO_PASSES) return false;
-      // a number each would not fit; layouts count the numbers of the others in 32 bits
+      // more tokens than bytes of shared memory cannot fit; this also bounds the sizes that layouts compute in 32 bits
       if (a.tokens > (int64_t)kMostBlocks * device.shared_bytes) return false;
       p.mask = mask_of(a.mask);
       p.options = options;
@@ -282,7 +282,7 @@ int64_t Backend<T>::backward(const xk_xfa_args& a, const xk_cuda_launch& l, bool
   m.p = map_p, m.q = map_q, m.scale_q = scale_q, m.scale_k = scale_k, m.dtemperature = dtemperature;
   call.launch_map("map_backward", map_backward_kernel<S>, m);
 
-  enum { kQ, kK, kDout, kV };  // operands, of which query_key needs three
+  enum { kQ, kK, kDout, kV };  // operands; kV only for key_value
   MixArgs<T> y = call.mix();
   y.outputs = 3;
   y.operands = call.key_value ? 4 : 3;

@@ -1,4 +1,4 @@
-// Tokens of one (batch, head) between global and shared memory.
+// Loads and stores of the tokens of one (batch, head) between global and shared memory.
 #pragma once
 
 #include <cuda_pipeline.h>
@@ -9,8 +9,8 @@
 
 namespace xk::cuda {
 
-// A (batch, heads, tokens, features) tensor; strides are in numbers and of any sign. `vector`: the bytes, 16, 8 or 4,
-// that may be copied at once since every token starts and ends at a multiple of them; 0 if there is no such number.
+// A (batch, heads, tokens, features) tensor; strides are in elements and may be negative. `vector`: bytes per vector
+// access, 16, 8 or 4, to which the start and end of every token are aligned; 0 if there is no such alignment.
 struct Operand {
   const void* data;
   int64_t stride_b, stride_h, stride_n, stride_d;
@@ -22,7 +22,7 @@ struct Operand {
   }
 };
 
-// Which tokens take part: (batch, tokens), or all if data is null.
+// A (batch, tokens) mask of the tokens to use; all tokens are used if data is null.
 struct Mask {
   const uint8_t* data;
   int64_t stride_b, stride_n;
@@ -30,7 +30,7 @@ struct Mask {
   __device__ bool keeps(int64_t b, int64_t n) const { return !data || data[b * stride_b + n * stride_n] != 0; }
 };
 
-// The tokens [begin, begin + rows) of (b, h), of which those from `end` on are not there.
+// The tokens [begin, begin + rows) of (b, h); tokens from `end` on are out of bounds.
 struct Rows {
   int64_t b, h, begin, end;
   int rows;
@@ -42,11 +42,11 @@ struct Rows {
   }
 };
 
-// How threads share rows of `features` numbers, `numbers` of which are one access: the least power of two of them that
-// holds a row, at most a warp, is side by side in it.
+// Distribution of rows of `features` numbers over threads, with `numbers` numbers per access. `count` adjacent threads
+// process a row: the smallest power of two that covers the row with one access each, at most 32.
 template <int kThreads>
 struct Lanes {
-  int row, rows, lane, count;  // this thread's first row, how far it is to its next; its place in a row of so many
+  int row, rows, lane, count;  // this thread's first row, and the step to its next; its lane of `count` in a row
 
   __device__ Lanes(int features, int numbers) {
     int shift = 0;
@@ -58,9 +58,9 @@ struct Lanes {
   }
 };
 
-// Features [first, first + kColumns) of tokens into rows of padded<E>(kColumns) numbers: 0 for tokens that take no
-// part. Columns beyond the features are not written: see clear_columns. Asynchronous where E is T and the memory allows
-// it; the caller commits and waits.
+// Loads features [first, first + kColumns) of tokens into rows of padded<E>(kColumns) numbers. Masked and out-of-bounds
+// tokens are loaded as zeros. Columns beyond the features are not written: see clear_columns. Uses asynchronous copies
+// if E is T and x.vector is not 0; the caller must commit and wait.
 template <class T, class E, int kColumns, int kThreads>
 __device__ void load_tile(Shared<E> tile, const Operand& x, int first, const Rows& r, const Mask& mask) {
   const T* base = x.head<T>(r.b, r.h);
@@ -95,7 +95,7 @@ __device__ void load_tile(Shared<E> tile, const Operand& x, int first, const Row
   }
 }
 
-// Zeros from column `features` on: products take them for features.
+// Writes zeros from column `features` on, since products read these columns too.
 template <class E, int kColumns, int kThreads>
 __device__ void clear_columns(Shared<E> tile, int features, int rows) {
 #pragma unroll 1
@@ -105,8 +105,8 @@ __device__ void clear_columns(Shared<E> tile, int features, int rows) {
       XK_STEP(column_mask, tile[row * padded<E>(kColumns) + c] = narrow<E>(0));
 }
 
-// norms[row] = |x[n,:]| over the features, infinite for tokens that take no part: they give 0 divided by it. All
-// features are read from global memory, since a tile may hold only some of them.
+// norms[row] = |x[n,:]| over the features; infinity for masked and out-of-bounds tokens, so that dividing by it gives
+// 0. Reads all features from global memory, since a tile may hold only some of them.
 template <class T, int kThreads>
 __device__ void row_norms(Shared<Sum<T>> norms, const Operand& x, const Rows& r, const Mask& mask) {
   const T* base = x.head<T>(r.b, r.h);
@@ -124,9 +124,9 @@ __device__ void row_norms(Shared<Sum<T>> norms, const Operand& x, const Rows& r,
   }
 }
 
-// Sums of squares of the columns of tiles, over all tiles that were added. A thread owns the columns of one 32-bit word
-// (a number of 64 bits) and every kGroups-th row; sums of a tile are added to those before: two short sums are more
-// accurate than a long one.
+// Sums of squares of the columns, over all tiles passed to add(). A thread has the columns of one 32-bit word (or one
+// 64-bit number) and every kGroups-th row. Each tile is summed separately before it is added to the total: two short
+// sums are more accurate than one long sum.
 template <class E, int kColumns, int kThreads>
 class Squares {
   static constexpr int kTogether = sizeof(E) == 2 ? 2 : 1, kWords = kColumns / kTogether;
@@ -150,12 +150,12 @@ class Squares {
     for (int i = 0; i < kTogether; ++i) sum_[i] += now[i];
   }
 
-  // out[c] for the first `count` columns; scratch: kScratch numbers. All threads take part.
+  // Writes out[c] for the first `count` columns; scratch: kScratch numbers. All threads must take part.
   template <class Out>
   __device__ void store(Out out, int count, Shared<Sum<E>> scratch) {
     if (group() < kGroups)
       for (int i = 0; i < kTogether; ++i) scratch[group() * kColumns + column() + i] = sum_[i];
-    __syncthreads();  // every group's sums are there
+    __syncthreads();  // all groups have stored their sums
 #pragma unroll 1
     for (int c = (int)threadIdx.x; c < count; c += kThreads) {
       Sum<E> total = scratch[c];
@@ -163,7 +163,7 @@ class Squares {
       for (int g = 1; g < kGroups; ++g) total += scratch[g * kColumns + c];
       out[c] = total;
     }
-    __syncthreads();  // scratch is free again
+    __syncthreads();  // scratch can be reused
   }
 
  private:
@@ -172,7 +172,7 @@ class Squares {
   __device__ static int column() { return (int)threadIdx.x % kOwners * kTogether; }
 };
 
-// Where results go: features are next to each other; `vector` as of an Operand.
+// An output tensor; features are contiguous. `vector`: as in Operand.
 template <class T>
 struct Result {
   T* data;
@@ -187,8 +187,9 @@ struct Result {
 template <int kCount>
 using Count = std::integral_constant<int, kCount>;
 
-// Writes the tokens that are there, zeros for those that take no part: values(Count<N>, row, column, to) gives N
-// numbers of a row, from a multiple of N on. N is what 16 bytes hold where tokens start at multiples of them, else 1.
+// Writes all tokens that are in bounds, with zeros for masked tokens. values(Count<N>, row, column, to) computes N
+// numbers of a row; column is a multiple of N. N numbers are 16 bytes if tokens are aligned to 16 bytes; otherwise N
+// is 1.
 template <class T, int kThreads, class Values>
 __device__ void store_rows(const Result<T>& to, const Rows& r, const Mask& mask, Values values) {
   constexpr int kNumbers = kVector<T>;
@@ -197,7 +198,7 @@ __device__ void store_rows(const Result<T>& to, const Rows& r, const Mask& mask,
   T* token = to.token(r.b, r.h, r.begin + lanes.row);
   int64_t step = lanes.rows * to.stride_n;
   for (int row = lanes.row; row < r.rows && r.begin + row < r.end; row += lanes.rows, token += step) {
-    bool keep = mask.keeps(r.b, r.begin + row);  // a map may hold NaN
+    bool keep = mask.keeps(r.b, r.begin + row);  // masked tokens are 0 even if a map has NaN
     if (wide) {
       for (int c = lanes.lane * kNumbers; c < to.features; c += lanes.count * kNumbers) {
         alignas(16) Sum<T> y[kNumbers];

@@ -1,5 +1,5 @@
-// Maps that tokens are multiplied by, on their way into tiles: narrowed, and scaled where fp16 would lose small
-// numbers.
+// Loads maps into tiles in shared memory: converted to the element type, and scaled for fp16, which would lose small
+// numbers otherwise.
 #pragma once
 
 #include <float.h>
@@ -11,12 +11,12 @@
 
 namespace xk::cuda {
 
-// Numbers of type T, or of Sum<T> if `wide`.
+// A vector per (batch, head), of type T, or Sum<T> if `wide`.
 struct Vector {
   const void* data;
   int64_t stride_b, stride_h, stride;
   int32_t wide;
-  int32_t pieces;  // the sum of so many, `step` apart, counts
+  int32_t pieces;  // an element is the sum of this many numbers, `step` apart
   int64_t step;
 
   template <class T>
@@ -32,7 +32,7 @@ struct Vector {
 struct PerHead {
   void* data;
   int64_t stride;
-  int32_t dtype;  // of xk_dtype
+  int32_t dtype;  // an xk_dtype
 
   template <class S>
   __device__ S get(int64_t h) const {
@@ -56,7 +56,7 @@ struct PerHead {
   }
 };
 
-// A map: what `features` become. stride_in runs over those that go in.
+// A map from `features` input features to output features, with strides over both; of type T, or Sum<T> if `wide`.
 struct Weight {
   const void* data;
   int64_t stride_b, stride_h, stride_in, stride_out;
@@ -70,8 +70,9 @@ struct Weight {
   }
 };
 
-// fp16 holds 2^-24 to 65504: each column of a map is multiplied by a power of two that brings its largest number near
-// the upper end, and the products are divided by it. Numbers that are then too small for fp16 do not matter beside it.
+// fp16 represents 2^-24 to 65504. Each column of a map is multiplied by a power of two that brings its largest number
+// near the upper end, and the products are divided by it. Numbers that still underflow are negligible next to the
+// largest.
 template <class E>
 constexpr bool kScaled = std::is_same_v<E, Half>;
 
@@ -83,7 +84,8 @@ __device__ inline float scale_into_fp16(float largest) {
   return ldexpf(1.0f, exponent > 126 ? 126 : exponent);
 }
 
-// What each column of a map is multiplied by, and its products by, from largest(column). A barrier has to follow.
+// Computes `up`, the factor of each column of a map, and `down`, the factor of its products, from largest(column). The
+// caller must synchronise before reading them.
 template <int kColumns, int kThreads, class Largest>
 __device__ void scale_columns(Shared<float> up, Shared<float> down, Largest largest) {
 #pragma unroll 1
@@ -93,8 +95,8 @@ __device__ void scale_columns(Shared<float> up, Shared<float> down, Largest larg
   }
 }
 
-// Rows [first, first + kDepth) of a map as (kDepth, kColumns) in shared memory, with zeros beyond its features.
-// `scale`: of each column, for fp16.
+// Loads rows [first, first + kDepth) of a map into a (kDepth, kColumns) tile in shared memory, with zeros beyond its
+// features. `scale`: factor of each column, for fp16.
 template <class T, class E, int kDepth, int kColumns, int kThreads, class Get>
 __device__ void load_map(Shared<E> to, int features_in, int features_out, int first, bool columns_together,
                          Shared<Sum<E>> scale, Get get) {
