@@ -1,4 +1,4 @@
-"""A task in one file: the brightness of an image, from 0 to 1. The name of an image ends with it: ``a-0.75.png``."""
+"""A task in one file: the brightness of an image, from 0 to 1, given in its file name: ``a-0.75.png``."""
 
 from pathlib import Path
 
@@ -58,7 +58,7 @@ def collate(samples):
 
 
 class Closeness:
-    """1 less the mean error."""
+    """1 minus the mean error."""
 
     def __init__(self):
         self.errors = []

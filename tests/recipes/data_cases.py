@@ -1,4 +1,4 @@
-"""Small data sets whose images are of one colour each, by which they are known again."""
+"""Small data sets in which every image has one colour that identifies it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def image_bytes(number, format="PNG"):
 
 
 def make_folder(root: Path, train=30, val=13, first_val=500):
-    """`train` and `val` images in the folders of three classes; their numbers start at 0 and `first_val`."""
+    """Writes `train` and `val` images, numbered from 0 and `first_val`, to the folders of three classes."""
     for part, count, first in (("train", train, 0), ("val", val, first_val)):
         for name in CLASSES:
             (root / part / name).mkdir(parents=True)
@@ -56,7 +56,7 @@ def write_tar(path: Path, samples: dict[str, dict[str, bytes]]):
 
 
 def make_shards(root: Path, shards=3, train=30, val=13, first_val=500, val_shards=None):
-    """The images of `make_folder`, dealt to shards, with their number as key."""
+    """Writes the images of `make_folder` to shards, with their number as key."""
     for part, count, first, parts in (("train", train, 0, shards), ("val", val, first_val, val_shards or shards)):
         for shard in range(parts):
             numbers = range(first + shard, first + count, parts)
@@ -80,7 +80,7 @@ def opened(data, rank=0, world=1, **settings):
 
 
 def numbers_of(images, data):
-    """The numbers that images of one colour each stand for."""
+    """The numbers that the colours of images encode."""
     pixels = images[:, :, SIZE // 2, SIZE // 2] * torch.tensor(data.std) + torch.tensor(data.mean)
     red, green, _ = (pixels * 255).round().long().unbind(1)
     return (red + 256 * green).tolist()
@@ -91,7 +91,7 @@ def evaluated(data):
 
 
 def bomb():
-    """The header of a PNG of 60000 x 60000 pixels, and next to nothing behind it."""
+    """A PNG with a header of 60000 x 60000 pixels and almost no data."""
 
     def chunk(kind, content):
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
@@ -101,6 +101,6 @@ def bomb():
 
 
 def broken_images():
-    """File contents that are no image, by what is wrong with them."""
+    """File contents that are not valid images, by what is wrong with them."""
     whole = image_bytes(900, "JPEG")
     return {"empty": b"", "text": b"this is no image\n", "cut": whole[: len(whole) // 2], "bomb": bomb()}

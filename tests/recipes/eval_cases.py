@@ -1,4 +1,4 @@
-"""Weights with random values, and what eval says of them."""
+"""Writes weights with random values and evaluates them."""
 
 import pytest
 import torch

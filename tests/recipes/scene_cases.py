@@ -1,4 +1,4 @@
-"""Made scenes in the layouts of COCO and Cityscapes, and recipes of a few steps on them."""
+"""Synthetic scenes in the layouts of COCO and Cityscapes, and recipes with a few steps on them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ OPTIONS = {"detect": {"widths": [16, 16, 16], "anchors": ANCHORS, "centre_scale"
 
 
 def make_scenes(folder):
-    """8 + 3 scenes of 64 x 96, in both layouts."""
+    """Writes 8 training and 3 evaluation scenes of 64 x 96 pixels in both layouts."""
     make_shapes(folder, images=8, held_out=3, size=(64, 96))
     return folder
 

@@ -1,4 +1,4 @@
-"""Batches: a function of seed, epoch and place: not of workers, of where a run resumes, or of how many processes."""
+"""Batches depend on seed, epoch and position, not on workers, on where a run resumes or on the process count."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Class folders and sets in memory: each image once, unreadable ones replaced and named, mistakes in one sentence."""
+"""Class folders and data sets in memory: images occur once, unreadable ones are replaced, errors are one sentence."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_unreadable_images_are_replaced_named_and_counted(folder, workers, caplo
     assert sorted(evaluated(data)) == [n for n in range(500, 513) if n not in (500, 505)]
     assert data.skipped.count == 6
     named = [r for r in caplog.records if "0003.png" in r.getMessage()]
-    assert len(named) == 2  # once by each of the two
+    assert len(named) == 2  # once each by `data` and `again`
 
 
 def test_nothing_readable_ends_in_a_sentence(folder):
@@ -230,7 +230,7 @@ def test_a_test_folder_is_evaluated_only_where_there_is_no_other(folder, name, c
 
 
 def test_what_systems_leave_is_no_class_and_no_image(folder, caplog):
-    """Of macOS, Jupyter and file servers, at any depth; copies of images would be trained on twice."""
+    """Files of macOS, Jupyter and file servers are ignored at any depth, so that copies are not trained on."""
     image = folder / "train" / "ant" / "0000.png"
     for left in ("__MACOSX", ".ipynb_checkpoints", "@eaDir"):
         for place in (folder / "train", folder / "train" / "ant"):
@@ -251,7 +251,7 @@ def test_links_are_followed_once(folder, caplog):
     for name, target in (("self", "."), ("up", folder / "train"), ("top", folder), ("other", elsewhere)):
         (folder / "train" / "bee" / name).symlink_to(target)
     data = opened(folder)
-    assert data.train_images == 40  # those of "other", which is a folder like another
+    assert data.train_images == 40  # with the images of "other", which is an ordinary folder
     assert "3 links to folders that are there already" in caplog.text
 
 
@@ -267,14 +267,14 @@ def test_files_that_are_no_images_are_counted_aloud(folder, caplog):
     assert "2 .heic, 1 files without an extension, 1 .txt" in record.getMessage()
     caplog.clear()
     opened(folder, 1, 2)
-    assert not caplog.records  # the first process says it
+    assert not caplog.records  # only the first process reports it
 
 
 @pytest.mark.parametrize("values, shown", [
     (np.array([[0, 200]], np.int32), [0, 200]),
     (np.array([[0, 40000]], np.int32), [0, 156]),
     (np.array([[0, 40000]], np.uint16), [0, 156]),
-    (np.array([[0, 200]], np.uint16), [0, 0]),  # these are of 16 bits, whatever their values
+    (np.array([[0, 200]], np.uint16), [0, 0]),  # uint16 images have 16 bits, whatever their values
     (np.array([[0, 0.5, 1]], np.float32), [0, 128, 255]),
     (np.array([[0, 100, 255]], np.float32), [0, 100, 255]),
     (np.array([[-1, 5]], np.int32), "from 0 to 65535, got -1 to 5"),
@@ -292,7 +292,7 @@ def test_numbers_of_other_types_keep_their_brightness(tmp_path, values, shown):
 
 
 def test_images_that_would_become_too_large_are_unreadable(folder, monkeypatch):
-    """Before they are resized: in evaluation another does not stand in, and the others are seen."""
+    """They are rejected before they are resized. Evaluation does not replace them, and still uses all others."""
     thin = folder / "val" / "ant" / "0500.png"
     Image.new("L", (60000, 1)).save(thin)
     shutil.copy(thin, folder / "train" / "ant" / "0000.png")

@@ -1,4 +1,4 @@
-"""Tar shards: each sample once in evaluation, the same number of batches for all, errors in one sentence."""
+"""Tar shards: samples are evaluated once, all processes get the same number of batches, errors are one sentence."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def test_shards_that_are_cut_off_or_none(tmp_path):
     assert data.skipped.count == 0 and data.skipped.said() == ", 2 shards damaged"
     cut, none = (data.skipped.damaged[f"{tmp_path}/small-train-000{n}.tar"] for n in (1, 2))
     assert "after 7 samples: it is cut off" in cut and "after 0 samples, and what comes behind is lost" in none
-    (tmp_path / "small-train-0001.tar").write_bytes(whole[: len(whole) // 2 - 600])  # in what a file holds
+    (tmp_path / "small-train-0001.tar").write_bytes(whole[: len(whole) // 2 - 600])  # cut within the content of a file
     data = opened(tmp_path, train_samples=30, classes=str(_names(tmp_path)))
     assert len(list(data.train(0))) == 7 and data.skipped.said() == ", 2 shards damaged"
 
@@ -190,7 +190,7 @@ def write_members(path, members):
 
 
 def shards_of(root, members):
-    """The same members for training and evaluation."""
+    """Writes the same members for training and evaluation."""
     for part in ("train", "val"):
         write_members(root / f"x-{part}.tar", members)
     return root

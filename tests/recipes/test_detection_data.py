@@ -1,4 +1,4 @@
-"""Training on COCO's files: boxes, crops, metrics, and runs of a few steps."""
+"""Training on data in COCO's format: boxes, crops, metrics, and runs of a few steps."""
 
 import json
 import random
@@ -26,7 +26,7 @@ ANCHORS = [[6, 6], [8, 8], [10, 10], [12, 12], [14, 14], [16, 16], [20, 20], [24
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """Scenes; the first one of the evaluation has no boxes, the second one is a crowd beside another box."""
+    """Scenes. The first evaluation scene has no boxes, the second has a crowd and another box."""
     folder = tmp_path_factory.mktemp("scenes") / "made"
     make_shapes(folder, images=8, held_out=4, size=(64, 96))
     path = annotation_file(folder / "coco", "val")
@@ -61,7 +61,7 @@ def held_out(root):
 
 
 def score(pictures, change=lambda boxes: boxes, crowds=False, items=None):
-    """Metrics of predictions that are the ground truth, changed."""
+    """Metrics of predictions that are the ground truth, with boxes modified by `change`."""
     metric = MeanAP(pictures.annotations)
     for item in items or range(len(pictures)):
         _, target = pictures.read(item)
@@ -133,7 +133,7 @@ def test_metrics_are_over_all_processes(root, monkeypatch):
 
 
 def test_metrics_see_raw_maps_in_the_pixels_of_the_file(root):
-    """Maps that say one box: it is found where it is, whatever the size that the model saw."""
+    """A box encoded in raw maps is found at its place in the file, for any input size of the model."""
     pytest.importorskip("pycocotools", reason="pycocotools is not installed")
     from xformer.detection.boxes import STRIDES, encode, grid, to_cxcywh
 
@@ -186,7 +186,7 @@ COLOURS = ((255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0))
 
 @pytest.mark.parametrize("size", [64, 160])
 def test_training_boxes_stay_on_their_objects(size):
-    """Every object is a rectangle of its own colour: boxes must be where the colours are, and none is forgotten."""
+    """Boxes of crops match the colours of their objects. Only objects that are mostly cut off lose their box."""
     boxes = torch.tensor([[10.0, 10, 60, 40], [70, 20, 110, 90], [5, 60, 45, 95], [100, 95, 140, 119]])
     image = Image.new("RGB", (150, 120))
     for box, colour in zip(boxes.int().tolist(), COLOURS, strict=True):
@@ -234,7 +234,7 @@ def test_training_batches_are_a_function_of_seed_epoch_and_start(root):
 
 
 def test_a_box_is_learned(root, tmp_path):
-    """The loss of one batch falls, through task, loss and optimiser as in training."""
+    """The loss of one batch decreases, with the task, loss and optimiser of training."""
     from xformer.recipes.tasks.detect import Detect
 
     torch.manual_seed(0)
@@ -343,7 +343,7 @@ def test_numbers_and_names_that_nothing_can_hold_are_named(root, tmp_path, split
 
 
 def test_a_category_above_all_others_is_no_class(root, tmp_path, caplog):
-    """Roboflow writes one. It is a class where it has boxes, and where others are not below it."""
+    """Roboflow writes a category above all others. It is a class only if it has boxes or is not above the others."""
     copy = tmp_path / "copy"
     shutil.copytree(root, copy)
     for split in ("train", "val"):

@@ -1,4 +1,4 @@
-"""Weights are evaluated on images as their card says, with no training data, and only on what they are of."""
+"""Weights are evaluated on images prepared as their card states, without training data, if the data match them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SCENES = tuple(LAYOUTS)
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory):
-    """Weights whose card has the statistics of digits, and the held-out digits as PNG files in class folders."""
+    """A card with the statistics of digits, and the held-out digits as PNG files in class folders."""
     pytest.importorskip("sklearn", reason="scikit-learn is not installed")
     from xformer.recipes.data.files import open_samples
 
@@ -47,7 +47,7 @@ def digits(tmp_path_factory):
 
 
 def test_the_same_images_have_the_same_metrics_however_they_are_stored(digits, capsys):
-    """As the set that comes along and as files; a setting that was asked for counts more than the card's."""
+    """The built-in data set and files give the same metrics. Explicit settings override those of the card."""
     root, card = digits
     weights = write(root / "w.safetensors", card)
     result, said = evaluated(weights, "digits")
@@ -96,13 +96,13 @@ def test_scenes_are_normalised_as_the_card_says(task, scenes):
     plain, other = (find_task(task)(recipe, weights=of).data for of in (replace(card, mean=MEAN, std=STD), card))
     for (x, _), (y, _) in zip(plain.evaluate(), other.evaluate(), strict=True):
         before, after = ([torch.tensor(v).view(3, 1, 1) for v in values] for values in ((MEAN, STD), (mean, std)))
-        inside = x != 0  # padding is the mean
+        inside = x != 0  # padding is the mean, 0 after normalisation
         expected = (x * before[1] + before[0] - after[0]) / after[1]
         torch.testing.assert_close(torch.where(inside, y, 0), torch.where(inside, expected, 0), rtol=1e-5, atol=1e-5)
 
 
 def test_metrics_do_not_depend_on_the_batch_size(scenes, tmp_path):
-    """Images of several sizes: attention would see the padding of a batch."""
+    """Images of several sizes in one batch give the same metrics: attention must not see the padding."""
     shutil.copytree(scenes / "cityscapes", tmp_path / "data")
     for number, image in enumerate(sorted((tmp_path / "data").glob("*/val/*/*.png"))):
         size = (96 - 8 * (number % 3), 64 - 4 * (number % 3))

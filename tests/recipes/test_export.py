@@ -1,4 +1,4 @@
-"""Exported files compute what the model computes, without this package where that is promised."""
+"""Exported files compute the same as the model, and do not need this package where the documentation says so."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ with torch.no_grad():
 
 
 def trained(attention="xfa", variant=TINY, **options):
-    """With running statistics and affine numbers that are none of their first values."""
+    """A model whose running statistics and affine parameters differ from their initial values."""
     torch.manual_seed(0)
     model = xformer.XFormer(variant, 5, attention=attention, stage_strides=(2,) * len(variant.stages), **options)
     with torch.no_grad():
@@ -61,7 +61,7 @@ def ops_of(program):
 
 
 def foreign(format, path, model, images, tmp_path):
-    """Relative differences as a process sees them that cannot import this package."""
+    """Relative differences in a process that cannot import this package."""
     with torch.no_grad():
         torch.save((images, [model(x) for x in images]), tmp_path / "data.pt")
     call = [sys.executable, "-c", FOREIGN, format, str(path), str(tmp_path / "data.pt")]
@@ -146,7 +146,7 @@ def test_onnx(attention, tmp_path):
 
 @pytest.fixture(params=["segment", "detect"])
 def of_task(request, monkeypatch):
-    """A small model of the task with its card: images to maps."""
+    """A small model of the task, which maps images to output maps, with its card."""
     stages = tuple(Stage(8, (2,), 3, *((32, 1, 1) if i == 3 else ())) for i in range(4))
     monkeypatch.setitem(VARIANTS, "xformer_xxs", Variant(stages, 16))
     options = {"segment": {"width": 16}, "detect": {"widths": [8, 16, 16]}}[request.param]
@@ -172,7 +172,7 @@ def check_maps(got, model, x):
 
 @pytest.mark.nightly
 def test_maps_as_pt2(of_task, tmp_path, capsys):
-    """Of any size, odd ones too, by the command, without this package's ops; only terminals are told the steps."""
+    """Files exported by the command accept any size and use no ops of this package. Only terminals show progress."""
     model, card = of_task
     weights, to = tmp_path / "w.safetensors", tmp_path / "m.pt2"
     save_weights(weights, model.state_dict(), card)
@@ -192,7 +192,7 @@ def test_maps_as_pt2(of_task, tmp_path, capsys):
 
 
 def test_maps_as_onnx(of_task, tmp_path):
-    """Of one batch and size, an odd one; decoded, they are what the model finds."""
+    """Files of a fixed batch and odd size give the maps of the model, also after decoding."""
     pytest.importorskip("onnx")
     runtime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
@@ -217,7 +217,7 @@ def test_maps_as_onnx(of_task, tmp_path):
             torch.testing.assert_close(got["scores"], wanted["scores"], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.nightly  # each file costs the C++ compiler's time
+@pytest.mark.nightly  # each file has to be compiled by the C++ compiler
 @pytest.mark.skipif(not shutil.which("g++"), reason="AOTInductor needs a C++ compiler")
 @pytest.mark.parametrize("preprocessing", [True, False])
 def test_aoti(preprocessing, tmp_path):
@@ -230,7 +230,7 @@ def test_aoti(preprocessing, tmp_path):
     images = [torch.randn(1, 3, 32, 32), torch.randn(5, 3, 32, 32)]
     if preprocessing:
         model = Preprocessed(model, CARD)
-        # in width first, in height first, and as they are
+        # resized along width first, along height first, and not resized
         sides = ((1, 45, 70), (2, 90, 31), (5, 32, 32))
         images = [torch.randint(0, 256, (*side, 3), dtype=torch.uint8) for side in sides]
     for x in images:
@@ -306,7 +306,7 @@ def test_command(tmp_path):
 
 
 def test_command_in_the_home_folder(tmp_path, monkeypatch, capsys):
-    """Also an ending in upper case; a terminal is told what is done."""
+    """Paths may start with ~ and have upper-case extensions. A terminal shows the steps."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     model = xformer.xformer_xxs(num_classes=5, attention="none")

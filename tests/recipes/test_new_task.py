@@ -1,4 +1,4 @@
-"""A task that is one file outside the package is trained, evaluated, used and exported by the commands."""
+"""The commands train, evaluate, use and export a task that is defined in one file outside the package."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What predict prints of images, and what it says where it cannot."""
+"""The output of predict for images, and its error messages."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def expected(model, path, card=CARD):
 
 
 def test_lines_and_json(model, weights, tmp_path, capsys):
-    """Several images of other sizes and modes, more than a batch, each as if it were alone."""
+    """Images of different sizes and modes, in several batches, each give the same result as alone."""
     images = [
         picture(tmp_path / f"{i}.png", mode, size, i)
         for i, (mode, size) in enumerate([("RGB", (90, 70)), ("L", (64, 200)), ("RGBA", (30, 40)), ("RGB", (64, 64))])
@@ -92,7 +92,7 @@ def test_table_on_a_terminal(weights, tmp_path, capsys, monkeypatch):
 
 
 def test_images_that_would_be_too_large_once_they_are_resized(weights, tmp_path, capsys):
-    """A strip of 60000 x 1 pixels, in a file of 94 bytes: one sentence, and the others are predicted."""
+    """A strip of 60000 x 1 pixels, in a file of 94 bytes, gives one error, and other images are predicted."""
     thin, good = tmp_path / "thin.png", picture(tmp_path / "good.png")
     Image.new("RGB", (60000, 1)).save(thin)
     assert command.main(["predict", str(thin), good, "--weights", str(weights)]) == 1
@@ -135,7 +135,7 @@ def test_labels(tmp_path):
 
 
 def test_weights_without_a_card(model, tmp_path, capsys):
-    """Prepared as the model's own configuration says: 256 pixels, of which 0.9 are seen."""
+    """Without a card, images are prepared by the model's default configuration: 256 pixels, crop_pct 0.9."""
     from safetensors.torch import save_file
 
     weights, image, found = tmp_path / "w.safetensors", picture(tmp_path / "a.png"), tmp_path / "out.json"
@@ -182,7 +182,7 @@ def test_command(weights, tmp_path):
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
 def test_names_that_are_no_text_are_printed(weights, tmp_path, encoding):
-    """Names of files are bytes: here Latin-1; of an image that is there, and of one that is not."""
+    """File names that are not valid UTF-8 (here Latin-1) are printed, for existing and for missing images."""
     path = os.fsencode(picture(tmp_path / "a.png"))
     name = path.replace(b"a.png", b"caf\xe9 \xe4.png")
     os.rename(path, name)

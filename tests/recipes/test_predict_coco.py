@@ -1,4 +1,4 @@
-"""Detections as COCO's list of results: pycocotools loads them, and they are those of the plain JSON."""
+"""Detections in COCO's results format: pycocotools loads them, and they equal those of the plain JSON."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ IDS = [3, 7, 11, 20, 50, 90]
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory):
-    """With categories of other ids than the numbers of classes."""
+    """Scenes whose category ids differ from the class indices."""
     folder = make_scenes(tmp_path_factory.mktemp("scenes") / "made")
     for split in ("train2017", "val2017"):
         path = folder / f"coco/annotations/instances_{split}.json"
@@ -43,7 +43,7 @@ def scenes(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def weights(scenes, tmp_path_factory):
-    """Of the card that the task writes."""
+    """Weights with the card that the task writes."""
     card = find_task("detect")(recipe("detect", scenes)).card()
     assert (card.class_ids, len(card.classes)) == (IDS, 6)
     torch.manual_seed(0)
@@ -139,8 +139,8 @@ def test_numbers_in_names(name, number):
 
 
 def test_file_names_of_annotations(tmp_path, monkeypatch):
-    """The longest that is the end of the path, whole names of folders only."""
-    monkeypatch.chdir(tmp_path)  # the folder's name is a part of the paths
+    """An image matches the longest file_name that its path ends with, in whole path components."""
+    monkeypatch.chdir(tmp_path)  # the name of the folder is part of the paths
     path = tmp_path / "t.json"
     names = {5: "a.jpg", 6: "x/a.jpg", 7: "./y/b.jpg", 8: "ü.jpg"}
     path.write_text(json.dumps({"images": [{"id": number, "file_name": name} for number, name in names.items()]}))
@@ -195,7 +195,7 @@ def test_mistakes(call, tmp_path, weights, capsys):
 
 
 def test_weights_without_ids(call, weights, tmp_path):
-    """Files of earlier versions, and cards that other people wrote."""
+    """Weights without ids (earlier versions) or with a wrong number of ids give an error."""
     state, card = load_weights(weights)
     Path("5.jpg").write_bytes(b"")
     for ids, said in (

@@ -1,4 +1,4 @@
-"""Names and legends in pictures, and what is said of a model whose outputs are not finite."""
+"""Names and legends in pictures, and errors for model outputs that are not finite."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ NAMES = [
 
 @pytest.fixture(params=["matplotlib", "alone"])
 def fonts(request, monkeypatch):
-    """With the fonts that matplotlib knows, and without matplotlib."""
+    """Runs a test with the fonts that matplotlib finds, and without matplotlib."""
     caches = (lettering._legible, lettering.system_fonts, lettering.has_glyph)
     for cache in caches:
         cache.cache_clear()
@@ -48,7 +48,7 @@ def fonts(request, monkeypatch):
 
 
 def characters(path):
-    """That a font has, by fontTools."""
+    """The code points in a font, according to fontTools."""
     tools = pytest.importorskip("fontTools.ttLib", reason="fontTools is not installed")
     if path:
         return set(tools.TTFont(path, fontNumber=0).getBestCmap())
@@ -68,7 +68,7 @@ def test_no_boxes_instead_of_characters(name, fonts):
 
 
 def test_names_by_what_there_is(fonts):
-    """The name itself, what is simpler, or the number of the class."""
+    """A drawn name is the name itself, a simplified form, or the number of the class, as the fonts allow."""
     expected = {
         "dog": "dog", "\uff46\uff55\uff4c\uff4c": "full", "a\u200db": "ab", "": "class 7", "\ud800": "class 7",
         "\x07": "class 7", "\ue000": "class 7", "x" * 41: "x" * 37 + "...",
@@ -84,14 +84,14 @@ def test_names_by_what_there_is(fonts):
 
 
 def test_glyphs_of_pillows_own_font():
-    """By its pixels, as by its table."""
+    """For Pillow's own font, has_glyph compares pixels, and agrees with the character table."""
     there = characters("")
     for number in range(32, 0x2200):
         assert has_glyph("", chr(number)) == (number in there and chr(number).isprintable()), hex(number)
 
 
 def test_drawn_boxes_have_these_names(fonts):
-    """The same pixels as those of the text that stands for a name."""
+    """Boxes are drawn with the legible text of a name, pixel for pixel."""
 
     def pixels(name):
         found = [{"name": name, "index": 7, "score": 0.5, "box": [5, 30, 90, 80]}]
@@ -106,7 +106,7 @@ def test_drawn_boxes_have_these_names(fonts):
 
 @pytest.mark.parametrize("size", [(1, 1), (37, 1), (1, 500), (640, 480), (2000, 100)], ids=str)
 def test_legend(size):
-    """Below the image, of which the pixels stay where they are; each class has its colour and its name."""
+    """The legend is below the unchanged image, and shows the colour and the name of each class."""
     rng = np.random.default_rng(0)
     image = Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
     before = np.asarray(image).copy()
@@ -121,10 +121,10 @@ def test_legend(size):
     places = []
     for _, _, fill in classes:
         rows, columns = np.nonzero((strip == fill).all(-1))
-        assert len(rows) >= 36  # a swatch, within the strip
+        assert len(rows) >= 36  # the colour swatch is within the strip
         places.append((rows.min(), columns.min(), rows.max(), columns.max()))
     assert len(set(places)) == len(classes)
-    for top, _, low, right in places:  # next to it letters, on white
+    for top, _, low, right in places:  # letters on white beside each swatch
         beside = strip[top : low + 1, right + 2 : right + 30].sum(-1)
         assert beside.min() < 300 and (beside == 765).any()
     assert (strip[0] == 255).all() and (strip[-1] == 255).all()
@@ -132,7 +132,7 @@ def test_legend(size):
 
 
 def test_legend_names_classes_that_occur(tmp_path, monkeypatch):
-    """And no others: the strip of one class is as high as a row, whatever the model could say."""
+    """The legend names only classes that occur in the picture, and can be turned off."""
     monkeypatch.chdir(tmp_path)
     predictor, _ = predictor_of("segment")
     with torch.no_grad():
@@ -156,7 +156,7 @@ def predictor_of(task):
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")], ids=str)
 @pytest.mark.parametrize("task", ["classify", "segment", "detect"])
 def test_outputs_that_are_not_finite(task, value, tmp_path, monkeypatch, capsys):
-    """Of one image: it alone has an error, in lines and JSON, and no picture."""
+    """An image with such outputs gets an error and no picture; the other images are not affected."""
     monkeypatch.chdir(tmp_path)
     predictor, card = predictor_of(task)
 

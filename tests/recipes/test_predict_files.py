@@ -1,4 +1,4 @@
-"""Which images predict takes, under which names it draws them, and that it replaces nothing but its own pictures."""
+"""Which images predict reads, how it names its pictures, and that it replaces only its own pictures."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def put(*names):
 
 
 def test_folders(here):
-    """Images by the extensions of training's folders, in folders within too, sorted, without what is hidden."""
+    """Folders give their images, also in subfolders, sorted, by the extensions of training, without hidden files."""
     put("p/b.JPG", "p/a.png", "p/in/deep/c.avif", "p/in/d.tiff", "p/z.jfif")
     put("p/notes.txt", "p/none", "p/.hidden.png", "p/.git/e.png", "p/__MACOSX/f.png", "p/@eaDir/g.png", "q/h.webp")
     Path("p/in/up").symlink_to(here / "p")
@@ -66,7 +66,7 @@ def test_patterns(here):
 
 
 def test_files(here):
-    """Each once, whatever their extension; what there is not is said later, of that file alone."""
+    """Named files are used once, with any extension. Missing files are kept, and reported later one by one."""
     put("a.jpg", "b.data")
     Path("a2.jpg").symlink_to("a.jpg")
     assert find_images(["a.jpg", "gone.jpg", "b.data", "./a.jpg", str(here / "a.jpg"), "a2.jpg", "gone.jpg"]) == [
@@ -96,7 +96,7 @@ def test_nothing_there(here, argument, said, capsys):
 
 
 def test_own_pictures_are_no_images_of_folders(here):
-    """Also those with a colour profile, which PNG has before its texts."""
+    """Folders skip pictures that predict wrote, also with a colour profile, which PNG stores before its texts."""
     image = Image.new("RGB", (4, 3))
     for profile in (None, b"profile"):
         image.info["icc_profile"] = profile
@@ -134,7 +134,7 @@ def test_names_of_pictures(images, pictures, here):
     Path("here").mkdir()
     os.chdir("here")
     found = [str(path.relative_to("out")) for path in picture_paths("out", images)]
-    if images == ["a.jpg", "a", "a."]:  # what has no extension is one of the three names that are the same
+    if images == ["a.jpg", "a", "a."]:  # one has no extension: only check that the names differ
         assert len(set(found)) == 3
     else:
         assert found == pictures
@@ -152,7 +152,7 @@ def test_no_two_pictures_have_one_name(images):
 
 @pytest.fixture
 def predicted(here, capsys):
-    """Of the command with a segmenter: exit code, stderr and results."""
+    """Runs the command with a segmenter: exit code, stderr and results."""
     card = Card("xformer_xxs", 2, "segment", {"width": 32}, image_size=32, classes=["sky", "sea"])
     torch.manual_seed(0)
     save_weights(here / "w.safetensors", build_model(card).state_dict(), card)
@@ -183,7 +183,7 @@ def test_images_of_one_name_are_all_drawn(predicted):
 
 
 def test_pictures_beside_the_images(predicted):
-    """Again and again: the pictures of the first time are no images the next time, and are replaced."""
+    """Pictures written beside the images are replaced by the next run, and not used as images. Other files stay."""
     Path("p/in").mkdir(parents=True)
     for image in ("p/a.jpg", "p/in/b.jpg"):
         Image.new("RGB", (20, 10)).save(image)

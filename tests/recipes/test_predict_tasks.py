@@ -1,4 +1,4 @@
-"""Objects and segments that predict finds: what the evaluation sees, restored to files, drawn, and written safely."""
+"""Objects and segments of predict equal those of the evaluation, in pixels of the file, and are drawn in place."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def card(task, **changes):
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """By task: a model that says something, as the evaluation takes it, and its file."""
+    """By task: a model with non-trivial outputs, fused as in the evaluation, and its file."""
     found = {}
     for task in TASKS:
         torch.manual_seed(0)
@@ -61,7 +61,7 @@ def models(tmp_path_factory):
 
 @pytest.fixture
 def call(models, tmp_path, capsys, monkeypatch):
-    """Of the command, in a folder of its own: exit code, what it printed, and its JSON."""
+    """Runs the command in a separate folder: exit code, stdout, stderr and JSON."""
     monkeypatch.chdir(tmp_path)
 
     def run(task, *arguments):
@@ -83,7 +83,7 @@ def pixels(path):
 
 
 def test_boxes_are_those_of_the_evaluation(scenes, models, call, tmp_path):
-    """In pixels of the files, several images at a time."""
+    """Boxes equal those of the evaluation, in pixels of the files, for several images per batch."""
     images = files_of(scenes, "detect")
     code, out, err, results = call("detect", *images, "--score", 0.3, "--iou", 0.6, "--batch-size", 2)
     assert (code, err) == (0, "")
@@ -110,7 +110,7 @@ def test_boxes_are_those_of_the_evaluation(scenes, models, call, tmp_path):
 
 
 def test_boxes_are_drawn_where_they_are(scenes, call):
-    """In the colour of their class, on the image as it is."""
+    """Boxes are drawn in the colour of their class, on the otherwise unchanged image."""
     image = files_of(scenes, "detect")[1]
     _, _, _, ((result),) = call("detect", image, "--score", 0.3)
     drawn, before = pixels(result["picture"]), pixels(image)
@@ -124,7 +124,7 @@ def test_boxes_are_drawn_where_they_are(scenes, call):
 
 
 def test_drawn_names_stay_in_the_image():
-    """Whatever they are, and in pictures of any size."""
+    """Any name can be drawn in an image of any size, without changing its size."""
     from xformer.recipes.tasks.detect import draw
 
     for size in ((1, 1), (12, 300), (640, 480)):
@@ -172,7 +172,7 @@ def test_colours_are_those_of_the_official_scripts():
 
 
 def test_other_classes_have_colours_too(tmp_path, monkeypatch):
-    """Known names keep the official ones; the file of labels names them otherwise."""
+    """Known class names keep their official colours, also if a labels file renames them."""
     monkeypatch.chdir(tmp_path)
     other = card("segment", num_classes=3, classes=["cake", "car", "cup"])
     model = build_model(other)
@@ -196,7 +196,7 @@ def test_other_classes_have_colours_too(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_images_that_cannot_be_read(task, scenes, call, tmp_path):
-    """An image turned by EXIF counts upright."""
+    """Unreadable images give one error each. The EXIF orientation of others is applied and reported."""
     good = files_of(scenes, task)[0]
     (tmp_path / "bad.jpg").write_bytes(b"no image")
     exif = Image.Exif()

@@ -1,4 +1,4 @@
-"""What a card says of images: inside exported files, and in the lines of the documents."""
+"""Preprocessing of a card: in exported files, and in the code of the documentation."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from xformer.recipes.weights import build_model, save_weights
 PILLOW_13 = int(PIL.__version__.split(".")[0]) >= 13
 SIZES = [(75, 100), (133, 71), (97, 97), (32, 32), (64, 31), (9, 14), (5, 3), (1, 4), (33, 32)]
 TALL = [(301, 97), (250, 40), (40, 4), (200, 100), (203, 101)] if PILLOW_13 else []
-"""Pillow resizes these in height first, from 13 on, as files do."""
+"""Pillow 13 and newer resize these along height first, as exported files do."""
 STEPS = Variant((Stage(8, (2,), 3), Stage(8, (2,), 3), Stage(8, (2,), 3), Stage(8, (2,), 3, 32, 1, 1)), 16)
 
 
@@ -42,7 +42,7 @@ def picture(height, width):
 
 
 def evaluated(card, pixels):
-    """What the evaluation makes of an image, (1, 3, H, W)."""
+    """An image as the evaluation prepares it, (1, 3, H, W)."""
     image = Image.fromarray(pixels)
     if card.task == "segment":
         return to_tensor(image, card.mean, card.std)[None]
@@ -102,7 +102,7 @@ def made(task, monkeypatch):
 
 
 def runner(path):
-    """Pixels to the outputs of a file."""
+    """A function that runs an exported file on pixels."""
     if path.suffix == ".pt2":
         module = torch.export.load(path).module()
         return lambda pixels: tree_leaves(module(torch.from_numpy(pixels)))
@@ -122,7 +122,7 @@ def runner(path):
     ],
 )
 def test_files_take_pixels(task, ending, tmp_path, monkeypatch):
-    """Of any size, one or several, and find what the model does behind the evaluation's transform."""
+    """Exported files with preprocessing give the outputs of the model after the evaluation's transform."""
     if ending == "onnx":
         pytest.importorskip("onnxruntime")
         pytest.importorskip("onnxscript")
@@ -147,7 +147,7 @@ def test_files_take_pixels(task, ending, tmp_path, monkeypatch):
 
 
 def test_of_one_size(tmp_path, monkeypatch, capsys):
-    """By the command, whose card says what the file takes."""
+    """The command exports a fixed input size, which the metadata of the file states."""
     model, card = made("classify", monkeypatch)
     weights, to = tmp_path / "w.safetensors", tmp_path / "m.pt2"
     save_weights(weights, model.state_dict(), card)

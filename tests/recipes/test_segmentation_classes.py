@@ -1,4 +1,4 @@
-"""Segmentation of classes that a file names."""
+"""Segmentation with classes that a file defines."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def scenes(tmp_path_factory):
 
 @pytest.fixture
 def own_scenes(scenes, tmp_path):
-    """The scenes with labels of three classes: 5, 200 and 9, and 0 for none."""
+    """The scenes with labels of three classes (5, 200 and 9) and 0 for no class."""
     shutil.copytree(scenes / "cityscapes", tmp_path / "own")
     for path in (tmp_path / "own").rglob("*_labelIds.png"):
         labels = np.asarray(Image.open(path))
@@ -46,7 +46,7 @@ def own_recipe(root, out, classes, **changes):
 
 
 def test_segmentation_of_own_classes(own_scenes, tmp_path, monkeypatch):
-    """The file says names, ids and colours; the card keeps them, so that nothing else is asked for later."""
+    """The file defines names, ids and colours. The card stores them, so that later commands do not need the file."""
     from xformer.recipes.train import train
 
     monkeypatch.chdir(tmp_path)

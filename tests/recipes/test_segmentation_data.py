@@ -1,4 +1,4 @@
-"""Training on Cityscapes' files: classes, crops, metrics, and runs of a few steps."""
+"""Training on data in Cityscapes' layout: classes, crops, metrics, and runs of a few steps."""
 
 import shutil
 
@@ -52,7 +52,7 @@ def test_evaluation_images_are_whole_and_come_once(root):
 
 @pytest.mark.parametrize("size", [48, 128])
 def test_training_crops_have_the_size_and_their_labels(root, size):
-    """Colours of the background tell its class: a crop whose labels were shifted would mix them up."""
+    """Labels of a crop match its pixels: the colours of sky and road would not fit shifted labels."""
     data = cityscapes.CityscapesData(recipe(root, image_size=size), Replica())
     for x, y in data.train(0):
         assert x.shape == (4, 3, size, size) and y.shape == (4, size, size)
@@ -73,7 +73,7 @@ def test_images_of_several_sizes_are_padded_without_a_class():
 
 
 def test_metrics_are_those_of_the_official_scripts(root, tmp_path, monkeypatch):
-    """The same label images and predictions, by their evaluation and by ours."""
+    """The official scripts and our metric give the same result for the same labels and predictions."""
     name = "cityscapesscripts.evaluation.evalPixelLevelSemanticLabeling"
     monkeypatch.setenv("CITYSCAPES_EXPORT_DIR", str(tmp_path))
     official = pytest.importorskip(name, reason="the official scripts are not installed")

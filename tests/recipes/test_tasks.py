@@ -1,4 +1,4 @@
-"""Segmentation and detection resume, run on many processes and start from weights as classifiers do."""
+"""Segmentation and detection resume, run on several processes and start from weights, like classification."""
 
 import json
 
@@ -37,7 +37,7 @@ def files(recipes, folder):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_runs_resumes_and_loads(task, scenes, tmp_path):
-    """Resumed in the middle of an epoch to the same bits; weights that were written have the metrics that were said."""
+    """A run resumed within an epoch is bitwise equal, and its saved weights evaluate to the reported metrics."""
     changes = {"checkpoint_every": 1, "ema": 0.9, "keep": 9, "drop_path": 0.2}
     result = train(recipe(task, scenes, tmp_path / "whole", **changes))
     assert all(0 <= value <= 100 for value in result.values())
@@ -46,7 +46,7 @@ def test_runs_resumes_and_loads(task, scenes, tmp_path):
     part = tmp_path / "part"
     (part / "checkpoints").mkdir(parents=True)
     checkpoints[0].rename(part / "checkpoints" / checkpoints[0].name)
-    for name in ("train.csv", "eval.csv"):  # of which later rows are dropped
+    for name in ("train.csv", "eval.csv"):  # resuming drops the later rows
         (part / name).write_text((tmp_path / "whole" / name).read_text())
     assert train(recipe(task, scenes, part, **changes), resume=True) == result
     assert_same_run(part, tmp_path / "whole")
@@ -64,9 +64,9 @@ def test_runs_resumes_and_loads(task, scenes, tmp_path):
 
 
 def test_two_processes_equal_one(scenes, tmp_path):
-    """As in classification: two processes by gloo, against one that accumulates the same two parts of a batch.
+    """Two processes with gloo equal one process that accumulates the same two parts of a batch.
 
-    Without dropout, which is another in each process.
+    There is no dropout, because its random numbers differ between processes.
     """
 
     def runs(name, **more):
@@ -86,7 +86,7 @@ def test_two_processes_equal_one(scenes, tmp_path):
 
 
 def test_mixed_precision(scenes, tmp_path):
-    """Runs in bf16 go where those in float32 go, to what bf16 rounds. In a process: accelerate keeps one precision."""
+    """The losses of bf16 and float32 agree up to rounding. accelerate allows one precision per process."""
     recipes = [recipe(task, scenes, tmp_path / "bf16" / task, epochs=1, precision="bf16") for task in TASKS]
     done = run(["tests/recipes/train_recipes.py", *files(recipes, tmp_path / "files")])
     assert done.returncode == 0, done.stderr
@@ -115,7 +115,7 @@ def write(path, card, prefix=""):
 @pytest.mark.parametrize("bare", [False, True], ids=["card", "bare"])
 @pytest.mark.parametrize("task", TASKS)
 def test_a_classifier_is_a_backbone(task, bare, tmp_path):
-    """All of it but its head; the rest of the model is as it was. A file of other people has no card."""
+    """A classifier without its head, with or without a card, initialises the backbone and nothing else."""
     path = tmp_path / "w.safetensors"
     state = write(path, card("classify"))
     if bare:

@@ -1,4 +1,4 @@
-"""Training runs on a few small images: where they go, where they go on, and what they say."""
+"""Training runs on a few small images: results, resuming, and messages."""
 
 import json
 import os
@@ -73,13 +73,13 @@ def test_a_run_is_a_function_of_its_recipe(images, whole, tmp_path):
     assert not same_tensors(
         load_weights(out / "last.safetensors")[0],
         load_weights(out / "checkpoints" / "step-00000012" / "model.safetensors")[0],
-    )  # the averaged weights are what counts
+    )  # last.safetensors has the averaged weights
     torch.random.set_rng_state(before)
 
 
 @pytest.fixture(scope="module")
 def logged(images, tmp_path_factory):
-    """A run whose log has rows at other steps than those of checkpoints."""
+    """A run that logs at other steps than it saves checkpoints."""
     out = tmp_path_factory.mktemp("logged")
     train(recipe(images, out, **HARD | {"log_every": 3}))
     return out
@@ -87,7 +87,7 @@ def logged(images, tmp_path_factory):
 
 @pytest.mark.parametrize("stopped_at", [4, 6, 8])
 def test_resumes_to_the_same_bits(images, logged, tmp_path, monkeypatch, stopped_at):
-    """Stopped in the middle of an epoch, at its end, and where the log has half a row."""
+    """A run stopped within an epoch, at its end or between rows of the log resumes bitwise equal."""
 
     class Stopped(Exception):
         pass
@@ -109,11 +109,11 @@ def test_resumes_to_the_same_bits(images, logged, tmp_path, monkeypatch, stopped
 
 
 def test_killed_runs_lose_at_most_one_interval(images, whole, tmp_path):
-    """kill -9 at moments that are not ours to choose: what is left is whole, and the end is the same."""
+    """After kill -9 at any time, all checkpoints can be loaded, and the resumed run ends with the same result."""
     out = tmp_path / "run"
     arguments = command(images, out, "--resume", **HARD)
     reached = 0
-    for pause in (0.0, 0.15):  # the second run goes on from the first one's checkpoint
+    for pause in (0.0, 0.15):  # the second run resumes from the checkpoint of the first
         process = subprocess.Popen(
             [sys.executable, *arguments], cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
@@ -143,9 +143,10 @@ def test_what_killed_runs_leave_is_cleared(images, tmp_path):
 
 
 def test_two_processes_equal_one(images, tmp_path):
-    """Data parallel over gloo, against one process that accumulates the same two parts of a batch.
+    """Two data-parallel processes with gloo equal one process that accumulates the same two parts of a batch.
 
-    Both have batch norm over eight images. SGD: Adam divides rounding errors by themselves where gradients vanish.
+    Both compute batch norm over eight images. The optimiser is SGD, because Adam divides rounding errors by themselves
+    where gradients vanish.
     """
     changes = {"opt": "sgd", "lr": 0.05, "log_every": 1, "eval_every": 2}
     train(recipe(images, tmp_path / "one", accumulate=2, **changes))
@@ -162,7 +163,7 @@ def test_two_processes_equal_one(images, tmp_path):
     assert done.returncode == 0, done.stderr
     assert len(curves(tmp_path / "one")[0]) == 6
     assert_equal_steps(tmp_path / "one", tmp_path / "two")
-    # every image is evaluated once, by one process or the other
+    # every image is evaluated once, by one of the processes
     assert float(curves(tmp_path / "two")[1][-1]["top1"]) % (100 / 12) == pytest.approx(0, abs=1e-3)
 
 
@@ -178,7 +179,7 @@ def test_two_processes_equal_one(images, tmp_path):
     ids=["bf16", "checkpointing", "softmax", "timm", "options"],
 )
 def test_settings_run(images, tmp_path, changes):
-    if "precision" in changes:  # accelerate keeps one precision for a process
+    if "precision" in changes:  # accelerate allows one precision per process
         arguments = command(images, tmp_path, epochs=1, **changes)
         done = run(arguments)
         assert done.returncode == 0, done.stderr
@@ -319,11 +320,11 @@ def test_the_command_line_changes_a_recipe(capsys):
 
 
 def test_forms_of_layers_do_not_depend_on_times(monkeypatch):
-    """Unless asked for: a run that is resumed takes those that it took before."""
+    """Training does not choose layer forms by timing unless asked, so that a resumed run uses the same forms."""
     asked = []
     monkeypatch.setattr("xformer.recipes.train.train", lambda *_: asked.append(os.environ.get(ENVIRONMENT)) or {})
     for given, expected in ((None, "off"), ("figures.json", "figures.json")):
-        monkeypatch.setenv(ENVIRONMENT, given or "")  # what the run leaves is undone
+        monkeypatch.setenv(ENVIRONMENT, given or "")  # undoes changes that the run makes
         if given is None:
             monkeypatch.delenv(ENVIRONMENT)
         assert main(["train", "--config", "small"]) == 0

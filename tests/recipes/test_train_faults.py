@@ -1,4 +1,4 @@
-"""Runs that cannot go well end early, in one sentence, and lose nothing that was learned."""
+"""Runs that cannot succeed end early with one sentence, and keep the checkpoints of completed training."""
 
 import json
 import math
@@ -31,7 +31,7 @@ def refused(message, *run, **more):
 
 
 def not_trained(out):
-    """No step of training was made."""
+    """Whether no training step was made."""
     return not (out / "checkpoints").exists() and not (out / "train.csv").read_text()
 
 
@@ -42,7 +42,7 @@ def not_trained(out):
     {"opt": "sgd", "lr": 1e30}, {"opt": "adamw", "lr": 1e30}, {"opt": "sgd", "lr": 3e38, "ema": 0.5},
 ], ids=["sgd", "adamw", "ema"])  # fmt: skip
 def test_weights_that_are_not_finite_are_never_written(images, tmp_path, changes):
-    """One step an epoch: its loss is of the finite weights before it."""
+    """Non-finite weights are never written. With one step per epoch, the loss is that of the finite weights before."""
     more = {"batch_size": 48, "epochs": 3, "log_every": 100, "clip_grad": 0.0, **changes}
     with pytest.raises(UsageError, match=r"not finite|the loss is|gives loss"):
         train(recipe(images, tmp_path, **more))
@@ -52,7 +52,7 @@ def test_weights_that_are_not_finite_are_never_written(images, tmp_path, changes
 
 
 def test_an_evaluation_without_a_result_is_an_error(images, tmp_path, monkeypatch):
-    """It is no epoch without a best, and what was learned is there."""
+    """A metric of NaN is an error, and the checkpoint of the training is kept."""
     monkeypatch.setattr(Accuracy, "compute", lambda self: {"top1": math.nan, "loss": 1.0})
     with pytest.raises(UsageError, match="the evaluation at step 6 gives top1 nan"):
         train(recipe(images, tmp_path, epochs=2))
@@ -75,7 +75,7 @@ def test_json_has_no_nan(tmp_path):
 
 @pytest.fixture(scope="module")
 def trained(images, tmp_path_factory):
-    """A run of its first epoch, and the images in a folder of its own."""
+    """The folder of a run of one epoch."""
     out = tmp_path_factory.mktemp("trained")
     train(recipe(images, out, epochs=1))
     return out
@@ -115,7 +115,7 @@ def test_a_folder_has_one_run_at_a_time(images, tmp_path):
         with pytest.raises(UsageError, match=r"^out: another run is writing in"):
             train(recipe(images, tmp_path, epochs=1))
         other.kill()
-    with held("out", tmp_path):  # what a killed run held is free
+    with held("out", tmp_path):  # the lock of a killed run is released
         pass
 
 
@@ -185,7 +185,7 @@ def test_what_an_evaluation_needs_is_tried_before_an_epoch(images, tmp_path, cha
 
 
 def test_what_was_learned_is_written_before_it_is_evaluated(images, tmp_path, monkeypatch):
-    """An evaluation that fails costs no epoch: a resumed run makes up for it, to the same bits."""
+    """A failed evaluation does not lose an epoch: the resumed run repeats it, with bitwise equal results."""
     train(recipe(images, tmp_path / "whole", epochs=3, eval_every=2))
     real, calls = Accuracy.compute, []
 
@@ -215,7 +215,7 @@ for limit in kilobytes.split(","):
 
 
 def test_a_full_disk_is_one_sentence(images, tmp_path):
-    """Files that may not grow beyond a size: the weights of a checkpoint do not fit, or its optimiser does not."""
+    """If the weights or the optimiser of a checkpoint cannot be written (file size limit), there is one error."""
     _, _, *words = command(images, tmp_path, epochs=1)
     done = run(["-c", FULL, "64,6000", *words])
     assert done.stdout.split()[-2:] == ["2", "2"], done.stderr
@@ -240,13 +240,13 @@ def test_a_full_disk_is_one_sentence(images, tmp_path):
     ],
 )
 def test_an_interrupt_leaves_a_checkpoint_and_a_sentence(images, tmp_path, launch):
-    """A checkpoint of the last whole step, and a sentence that names it."""
-    changes = {"epochs": 6000, "log_every": 1, "eval_every": 6000}  # more than it can do before the interrupt
+    """An interrupt writes a checkpoint of the last complete step, and a message with its number."""
+    changes = {"epochs": 6000, "log_every": 1, "eval_every": 6000}  # more than it can run before the interrupt
     arguments = [*launch, *command(images, tmp_path, **changes)]
     with subprocess.Popen(
         [sys.executable, *arguments], cwd=ROOT, env=environment(), text=True, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where tests run in the background
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # is ignored if tests run in the background
     ) as process:  # fmt: skip
         for line in process.stderr:
             if line.startswith("train  step 2 "):
@@ -263,7 +263,7 @@ def test_an_interrupt_leaves_a_checkpoint_and_a_sentence(images, tmp_path, launc
 
 
 def test_a_batch_that_leaves_batch_norm_one_value(images, tmp_path):
-    """One image, of which one pixel is left."""
+    """One image that is reduced to one pixel gives an error."""
     message = r"batch_size must leave batch norms of mobilenetv3_small_050 more than one value a channel, got 1"
     with pytest.raises(UsageError, match=message):
         train(

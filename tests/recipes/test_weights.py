@@ -1,4 +1,4 @@
-"""Weights are used for what their card says they are of, and not if they are of no use."""
+"""Weights are used only for the model of their card, and unusable weights are refused."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ ANCHORS = OPTIONS["detect"]["anchors"]
     ("segment", {"form": "concatenated"}, {"drop_rate": 0.5}, ""),
 ])  # fmt: skip
 def test_cards_are_compared(task, options, other, said, tmp_path):
-    """Models of the same shapes that compute something else; what changes nothing may differ."""
+    """Options that change what a model of the same shapes computes must match; other options may differ."""
     own = Card("xformer_xxs", 5, task, OPTIONS.get(task, {}) | options)
     path = write(tmp_path / "w.safetensors", replace(own, options=OPTIONS.get(task, {}) | other))
     model = build_model(own)
@@ -69,7 +69,7 @@ def test_cards_of_classifiers_are_compared_with_the_backbones_of_other_tasks(tmp
 
 
 def test_options_that_are_not_the_weights_are_refused(weights, images, tmp_path, capsys):
-    """By eval and export; those that are theirs are taken."""
+    """eval and export refuse options that differ from those of the weights, and accept equal ones."""
     refused("its attention is 'xfa', and the model's 'softmax'", weights, images, ["attention"], attention="softmax")
     refused("its se is False, and the model's True", weights, images, ["model_options"], model_options={"se": True})
     refused("is of task classify, got detect", weights, images, ["task"], task="detect")

@@ -1,4 +1,4 @@
-"""Training runs in tests: started as processes, and compared by what they leave."""
+"""Helpers that start training runs as processes and compare the files that they write."""
 
 import csv
 import os
@@ -18,7 +18,7 @@ CLASSES = ("dark", "light", "middle")
 
 
 def make_images(root):
-    """A folder of 48 + 12 images of noise around a brightness, which is their class."""
+    """Writes 48 training and 12 evaluation images of noise around a brightness, which determines the class."""
     numbers = torch.Generator().manual_seed(0)
     for split, count in (("train", 16), ("val", 4)):
         for name, level in zip(CLASSES, (60, 200, 130), strict=True):
@@ -53,7 +53,7 @@ def command(images, out, *more, **changes):
 
 
 HARD = {"ema": 0.9, "drop_path": 0.2, "mixup": 0.2, "reprob": 0.3, "sizes": [32, 48], "checkpoint_every": 4}
-"""Everything that draws numbers, and checkpoints in the middle of an epoch."""
+"""All settings that use random numbers, and checkpoints within an epoch."""
 
 
 def environment():
@@ -85,7 +85,7 @@ def assert_same_run(a, b):
 
 
 def assert_equal_steps(a, b, tolerance=1e-3):
-    """The same losses and parameters, but for what another order of sums makes of them."""
+    """Asserts equal losses and parameters, up to the rounding of sums in a different order."""
     losses, others = (curves(out)[0] for out in (a, b))
     assert [row["step"] for row in losses] == [row["step"] for row in others]
     for row, other in zip(losses, others, strict=True):

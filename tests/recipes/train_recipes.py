@@ -1,6 +1,6 @@
-"""``python tests/recipes/train_recipes.py A.json B.json``: several runs by one start of python, or of torchrun.
+"""``python tests/recipes/train_recipes.py A.json B.json``: several runs in one start of Python or torchrun.
 
-Each start imports torch once more in every process, which takes longer than these runs do.
+Each start imports torch again in every process, which takes longer than these runs.
 """
 
 import json

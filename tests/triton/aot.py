@@ -1,10 +1,10 @@
-"""Compiles what the ops would launch for GPUs that are not there, and reads what the assembler says of it.
+"""Compiles the kernels that the ops launch, for GPUs that need not be present, and reports their resource usage.
 
 python tests/triton/aot.py --arch sm_90 --dtype bfloat16 --features 32 [--maps query_key-token,...] [--out table.csv]
 
-The launches are recorded from the ops themselves, on meta tensors, so that nothing is compiled that is not launched and
-nothing launched that is not compiled. Needs neither a GPU nor a driver, and no TRITON_INTERPRET. One row per kernel:
-registers, stack (spills), shared memory, and how often the instructions occur that matter.
+The launches are recorded by calling the ops on meta tensors, so that exactly the kernels that the ops launch are
+compiled. This needs neither a GPU nor a driver; TRITON_INTERPRET must not be set. There is one row per kernel:
+registers, stack (spills), shared memory, and counts of load, store and tensor core instructions.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Job(NamedTuple):
 
 @contextmanager
 def recording(arch: str) -> Iterator[list[Launch]]:
-    """Within it, ops on meta tensors launch nothing and think that they are on `arch`."""
+    """Context in which ops on meta tensors record their launches instead of running them, as if on `arch`."""
     recorded: list[Launch] = []
     saved = ops._run, ops._slots, launch.target
 
@@ -81,7 +81,7 @@ def recording(arch: str) -> Iterator[list[Launch]]:
 
 
 def launches(job: Job) -> dict[str, Launch]:
-    """Every kernel of xfa, forward in one launch and in two, of the primitives and of linear attention, by name."""
+    """The launches by name: xfa with the forward in one launch and in two, the primitives and linear attention."""
     D, dtype = job.features, job.dtype
     map, norm = job.map.split("-")
     spec = Spec(map, norm)
@@ -99,7 +99,7 @@ def launches(job: Job) -> dict[str, Launch]:
         names = ("gram", "apply", "gram of dout", "map_backward", "gradients", "forward")
         found.update(zip(names, recorded, strict=len(recorded) == len(names)))
         if len(recorded) > len(names):
-            # a map that one program cannot hold takes two launches whatever the batch
+            # a map that one program cannot hold takes two launches for any batch size
             found.pop("forward")
         if map == "query_key" and norm == "token":
             recorded.clear()
@@ -120,7 +120,7 @@ def launches(job: Job) -> dict[str, Launch]:
 def of_linear_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, recorded: list[Launch]
 ) -> dict[str, Launch]:
-    """Both softmaxes and a denominator, which together leave nothing out."""
+    """Linear attention with both softmaxes and a denominator, which uses all of its kernels."""
     recorded.clear()
     spec = Spec.of_linear_attention("softmax_tokens", True, 1.0, 1e-6)
     out, stats = linear.linear_attention_forward(q, k, v, mask, mask, spec)
@@ -133,7 +133,7 @@ def target(arch: str) -> GPUTarget:
 
 
 def signature(launched: Launch) -> dict[str, str]:
-    """Types as the JIT gives them; see compiler.kernel for why integers are all alike."""
+    """Argument types as in the JIT signature. All integers are i64; see compiler.kernel."""
     names = [parameter.name for parameter in launched.kernel.params]
 
     def type_of(argument: Any) -> str:
@@ -146,7 +146,7 @@ def signature(launched: Launch) -> dict[str, str]:
 
 
 def compile_one(job: Job, name: str, launched: Launch) -> dict[str, Any]:
-    """A row of the table; raises what the compiler raises."""
+    """A row of the table. Errors of the compiler are raised."""
     config = launched.config
     source = ASTSource(launched.kernel, signature(launched), launched.constants)
     compiled = triton.compile(source, target=target(job.arch), options=config.options())
@@ -191,12 +191,12 @@ def compile_one(job: Job, name: str, launched: Launch) -> dict[str, Any]:
 
 
 def rows_of(job: Job) -> list[dict[str, Any]]:
-    """The rows of a job; what does not compile is a row with its error."""
+    """The rows of a job. A kernel that does not compile has a row with its error."""
     rows = []
     for name, launched in launches(job).items():
         try:
             rows.append(compile_one(job, name, launched))
-        except Exception as error:  # whatever the compiler raises is the finding
+        except Exception as error:  # report any error of the compiler
             rows.append({**job._asdict(), "dtype": str(job.dtype), "kernel": name, "error": repr(error)[:400]})
     return rows
 

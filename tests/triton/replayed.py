@@ -1,7 +1,7 @@
-"""Compares planned launches with those of the same functions without plans, by a driver that launches nothing.
+"""Compares replayed launches with those of the same functions without plans, with a driver that launches nothing.
 
-Run by test_replay.py in a process of its own, with the indices of cases. Prints how many planned calls of each function
-were compared, how many Python functions a call of xfa enters, and how many launches a hook saw.
+test_replay.py runs this script in a separate process with indices of CASES. It prints the number of compared calls of
+each function, the number of Python functions that a call of xfa enters, and the number of launches that a hook saw.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ FUNCTIONS: dict[str, Any] = {
     **{name: getattr(linear, name) for name in ("linear_attention_forward", "linear_attention_backward")},
 }
 SPECS = (Spec(), Spec("key_value", "feature", "identity"), Spec("query_key", "none"))
-# dtype, tokens, layout, whether there are masks, tokens whose sums are cut into parts that are added first
+# dtype, tokens, layout, masked, plan.LONGEST
 CASES = (
     ("bfloat16", 700, "packed", True, 256),
     ("bfloat16", 5000, "packed", False, 16384),
@@ -71,7 +71,7 @@ def calls(dtype: torch.dtype, N: int, layout: str, masked: bool, same: bool) -> 
 
 
 def launched(function: Any, args: tuple[Any, ...], memory: list[torch.Tensor]) -> tuple[Any, ...]:
-    """The launches of a call, and where its results are. Its allocations are taken from `memory`, in order."""
+    """The launches of a call and the addresses of its results. Allocations are taken from `memory`, in order."""
     empty, free = torch.empty, iter(list(memory))
 
     def from_memory(size: Any, **options: Any) -> torch.Tensor:
@@ -99,13 +99,13 @@ def compare(cases: list[Any]) -> Counter[str]:
             function.plans.clear()
         for name, args in calls(*case, same=True):
             FUNCTIONS[name](*args)
-        # what was one object may be several now
+        # arguments that were one object are different objects now
         for name, args in calls(*case, same=False):
             function, memory = FUNCTIONS[name], []
             before = dict(function.plans)
             expected, found = launched(function.__wrapped__, args, memory), launched(function, args, memory)
             copies_mask = masked and case[0] is torch.float64 and name != "channel_mix"
-            if copies_mask:  # a temporary copy is no buffer of the call, so that there is no plan
+            if copies_mask:  # the temporary copy is not a recorded buffer, so there is no plan
                 expected, found = ([launch[:2] for launch in launches] for launches, _ in (expected, found))
             assert expected and found == expected, (case, name, args[-1], found, expected)
             assert function.plans == before, f"{name} was planned again: {case}"
@@ -115,7 +115,7 @@ def compare(cases: list[Any]) -> Counter[str]:
 
 
 def hooks() -> int:
-    """How often hooks of Triton saw the launches of a planned call that had them."""
+    """How many launches of replayed calls a pre-run hook of Triton saw."""
     args = next(args for name, args in calls(torch.bfloat16, 700, "packed", True, False) if name == "gram")
     ops.gram(*args)
     seen: list[str] = []

@@ -1,10 +1,11 @@
-"""Every kernel at every shipped configuration, compiled for GPUs that are not there; see aot.py.
+"""Every kernel with every shipped config, compiled for GPUs that need not be present; see aot.py.
 
-What must hold: it compiles, its shared memory fits, nothing spills, products of 16 bits and of tf32 use tensor cores,
-contiguous tokens are loaded by 128 bits (on NVIDIA). On sm_90, of up to 64 features, tokens are loaded while others are
-multiplied, enough of them to hide the latency of memory, and with few instructions. The table of registers, shared
-memory and spills is left in build/triton. If tests are thorough, everything is compiled; on a push, the rows of 32, 64
-and 128 features for one architecture, and the row of 128 features for another one and the oldest.
+Each kernel must compile, its shared memory must fit, and no registers may spill. 16-bit and tf32 products must use
+tensor cores, and on NVIDIA contiguous tokens must be loaded with 128-bit loads. On sm_90 with up to 64 features, loads
+must overlap with products, with few instructions and enough bytes in flight to hide the memory latency. The table of
+registers, shared memory and spills is written to build/triton. Thorough tests compile everything; tests on a push
+compile the rows of 32, 64 and 128 features for one architecture, and the row of 128 features for another one and the
+oldest.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 
 HERE = Path(__file__).parent
 ARTEFACTS = HERE.parent.parent / "build" / "triton"
-# bytes of shared memory that one program may have
+# maximum bytes of shared memory per program
 SHARED = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "sm_120": 101_376, "gfx942": 65_536}
 EVERY_ROW = ("--features", "16,32,64,128,256" if THOROUGH else "32,64,128", "--maps", "query_key-token")
 ONE_ROW = EVERY_ROW if THOROUGH else ("--features", "128", "--maps", "query_key-token")
@@ -32,7 +33,7 @@ OTHERS = (
     "--masked",
 )
 CASES = {
-    # the table has rows for 2 and for 4 bytes, which 16-bit dtypes share
+    # the table has rows for 2-byte and 4-byte elements; the 16-bit dtypes share theirs
     **{arch: (arch, "bfloat16,float32", EVERY_ROW if arch == "sm_90" else ONE_ROW) for arch in SHARED},
     "sm_90-float16": ("sm_90", "float16", ONE_ROW),
     "sm_90-tf32": ("sm_90", "float32", (*ONE_ROW, "--tf32")),
@@ -40,24 +41,24 @@ CASES = {
     "sm_90-float64": ("sm_90", "float64", ONE_ROW),
     "sm_90-float64-masked": ("sm_90", "float64", ("--features", "16", "--maps", "query_key-token", "--masked")),
 }
-if not THOROUGH:  # compiling takes a minute of processor time for each
+if not THOROUGH:  # each of these takes a minute of CPU time to compile
     for name in ("sm_100", "sm_120", "sm_90-float16", "sm_90-float64"):
         del CASES[name]
-# D x D numbers alone, which need no such width
+# reads only D x D elements, which do not need 128-bit loads
 NARROW = ("map_backward",)
 NO_PRODUCT = (*NARROW, "linear_maxima")
 
 
-# loops over tokens, and how many tensors each reads
+# kernels with a loop over tokens, and the number of tensors that it reads
 LOOPS = {"gram": 2, "gram of dout": 2, "apply": 1, "gradients": 3}
-# instructions for 512 bytes: of 16 bits, and of float32, whose products of 32 features take 64 of them
+# maximum instructions per 512 bytes loaded; 64 of those for float32 are products of 32 features
 MOST_INSTRUCTIONS = {"bfloat16": 40, "float32": 100}
 IN_FLIGHT = 32 << 10
-"""Bytes per multiprocessor, by Little's law on an H100 or H200."""
+"""Minimum bytes in flight per multiprocessor, by Little's law on an H100 or H200."""
 
 
 def faults_of_loop(row):
-    """Of the loop over tokens, which is the one with most products."""
+    """Faults of the loop over tokens, which is the loop with the most products."""
     if row["dtype"] == "float32" and row["features"] > 32 and row["kernel"] == "gradients":
         return []  # its maps do not fit in registers, and its loops are bound by multiply-adds
     loop = max(row["loops"], key=lambda loop: loop["products"])
@@ -67,7 +68,7 @@ def faults_of_loop(row):
     size = 4 if row["dtype"] == "float32" else 2
     tile = LOOPS[row["kernel"]] * row["block_n"] * row["features"] * size
     in_flight = (row["stages"] - 1) * tile * row["resident"]
-    feature_norm = row["map"].endswith("feature")  # its Gram pass is bound by products, and others compute norms too
+    feature_norm = row["map"].endswith("feature")  # its Gram pass is bound by products; others also compute norms
     if in_flight < IN_FLIGHT and not (feature_norm and row["kernel"].startswith("gram")):
         faults.append(f"{in_flight} bytes in flight: {row['resident']} programs of {row['registers']} registers")
     per_512 = loop["instructions"] / loop["vectors"]
@@ -78,7 +79,7 @@ def faults_of_loop(row):
 
 
 def compiled(name, arch, dtypes, arguments):
-    """Rows of the table; the interpreter's variable, which the tests set, must not be seen by the compiler."""
+    """Rows of the table. The compiler must not see TRITON_INTERPRET, which the tests set."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     command = [sys.executable, HERE / "aot.py", "--arch", arch, "--dtype", dtypes, *arguments, "--json", "--jobs", "1"]
     command += ["--out", ARTEFACTS / f"{name}.csv"]
@@ -104,7 +105,7 @@ def test_resources(name):
         if arch == "sm_90" and row["dtype"] in MOST_INSTRUCTIONS and row["features"] <= 64 and row["kernel"] in LOOPS:
             faults += [f"{what}: {fault}" for fault in faults_of_loop(row)]
         multiplies = row["kernel"] not in NO_PRODUCT
-        cut = "tf32" in row["dtype"] and row["kernel"] != "gram, symmetric"  # which norms come of
+        cut = "tf32" in row["dtype"] and row["kernel"] != "gram, symmetric"  # norms are computed from that
         if multiplies and not row["tensor_core"] and (not row["dtype"].startswith("float32") or cut):
             faults.append(f"{what}: no tensor core")
         if (

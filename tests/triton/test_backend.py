@@ -1,4 +1,4 @@
-"""What the Triton backend serves, what it says where it cannot, and what its launches depend on."""
+"""Calls that the Triton backend serves, the reasons that it gives for others, and what its launches depend on."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from xformer_kernels.testing import assert_bitwise, assert_close  # noqa: E402
 
 
 def fresh(code: str, **environment: str) -> str:
-    """What a new process prints, without the interpreter's variable unless given."""
+    """The output of a new process, in which TRITON_INTERPRET is unset unless given."""
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     command = [sys.executable, "-c", textwrap.dedent(code)]
     done = subprocess.run(command, env={**env, **environment}, capture_output=True, text=True)
@@ -73,7 +73,7 @@ WHY = """
 
 
 def test_auto_never_takes_the_interpreter():
-    """Even where nothing else is there: it is a thousand times slower than the reference."""
+    """Automatic selection prefers even the reference to the interpreter, which is a thousand times slower."""
     code = "import sys; sys.modules['xformer_kernels._C'] = None\n" + textwrap.dedent(WHY)
     code = code.replace("import warnings", "import warnings; warnings.simplefilter('ignore')")
     text = fresh(code, TRITON_INTERPRET="1")
@@ -154,12 +154,12 @@ RECORDED = """
 
 
 def test_tokens_batches_heads_and_strides_compile_nothing_new():
-    """Same kernels, types, constants and configurations for every length: even beyond 2^31, and for 1."""
+    """Kernels, signatures, constexprs and configs are the same for every size (1, or beyond 2^31) and layout."""
     assert fresh(RECORDED.format(tests=str(Path(__file__).parent))).strip() == "one variant"
 
 
 def test_alignment_is_what_all_rows_have():
-    """ALIGN is a promise to the compiler, true of every address that a kernel computes; 0: features lie apart."""
+    """ALIGN, on which the compiler relies, holds for every address that a kernel computes; 0: not contiguous."""
 
     def facts(*tensors):
         return list(launch.alignment(**dict(zip("abc", tensors, strict=False))).values())
@@ -210,7 +210,7 @@ BY_NUMBER = """
 
 
 def test_only_what_lies_apart_is_loaded_number_by_number():
-    """One operand whose features lie apart, as in the gradient of a sum, leaves the vector loads of the others."""
+    """An operand with non-contiguous features, such as the gradient of a sum, leaves others their vector loads."""
     assert fresh(BY_NUMBER.format(tests=str(Path(__file__).parent))).strip() == "right"
 
 
@@ -232,7 +232,7 @@ def test_explain_says_how_products_and_loads_are_done(monkeypatch, triton_runs):
 @pytest.mark.parametrize("N", [0, 1, 255, 256, 257, 5000, 10**6, 2**33])
 @pytest.mark.parametrize("units", [1, 8, 1000])
 def test_split_covers_the_tokens(N, units):
-    """In whole chunks, with no empty part, and with partial results that cost less to read than the tokens."""
+    """Whole chunks cover all tokens, no part is empty, and partial results are small: parts^2 record <= 2 N row."""
     record, row = 4 * 32 * 32, 4 * 32
     parts, chunk, _ = plan.split_tokens(N, units, record, row, 132)
     assert parts >= 1 and parts * chunk >= N and (parts - 1) * chunk < max(N, 1)
@@ -244,7 +244,7 @@ def test_split_covers_the_tokens(N, units):
 @pytest.mark.parametrize("resident", range(1, 7))
 @pytest.mark.parametrize("shape", workloads.OP_SHAPES["gpu"], ids=str)
 def test_programs_fill_a_device(shape, resident):
-    """Of 132 multiprocessors with one to six programs each; sequences under 1024 tokens are not cut as finely."""
+    """Splits fill 132 multiprocessors with one to six programs each; under 1024 tokens, they are less fine."""
     slots, units = 132 * resident, shape.B * shape.H
     for size in (2, 4):
         row = shape.D * size
@@ -256,7 +256,7 @@ def test_programs_fill_a_device(shape, resident):
 
 
 def test_programs_of_a_multiprocessor():
-    """As NVIDIA's occupancy calculator and AMD's documents say."""
+    """Occupancy agrees with NVIDIA's occupancy calculator and AMD's documentation."""
     hopper, radeon = launch.Target("sm_90", 132), launch.Target("gfx942", 304, 64 << 10)
     assert launch.resident(hopper, 4, 144, 32 << 10) == 3
     assert launch.resident(hopper, 4, 32, 0) == 16
@@ -287,7 +287,7 @@ def test_dtemperature_of_more_batches_than_are_loaded_at_a_time(triton_runs, ran
 @pytest.mark.parametrize("N", [0, 5000, 16384, 10**6, 2**33])
 @pytest.mark.parametrize("units", [1, 64, 1000])
 def test_no_sum_in_a_tensor_core_is_long(N, units):
-    """And so many parts are not read by every program of the next launch."""
+    """Chunks have at most LONGEST tokens. If this makes many parts, they are summed before the next launch."""
     record, row = 4 * 32 * 32, 2 * 32
     parts, chunk, many = plan.split_sums(N, units, record, row, 132)
     assert chunk <= plan.LONGEST and chunk % plan.CHUNK == 0
@@ -317,7 +317,7 @@ def linear(tensors, **kwargs):
 
 
 def check_linear(tensors, ran_backend, **kwargs):
-    """All four results against the reference, of fused kernels."""
+    """Checks all four results of the fused kernels against the reference."""
     with ran_backend("triton", "linear_attention_forward", "linear_attention_backward"):
         ours = linear(tensors, backend="triton", **kwargs)
     eager = linear(tensors, backend="reference", **kwargs)
@@ -329,7 +329,7 @@ def check_linear(tensors, ran_backend, **kwargs):
 
 @pytest.mark.parametrize("feature_map", ["relu", "softmax_tokens"])
 def test_many_parts_of_linear_attention_are_summed_first(feature_map, monkeypatch, triton_runs, ran_backend):
-    """Queries and keys in parts, more than the next launch would read; the maxima of the parts are not summed."""
+    """Results are right and reproducible if many parts are summed first. The maxima of parts are not summed."""
     tensors = [randn(2, 2, n, d, seed=i) for i, (n, d) in enumerate(((600, 8), (700, 8), (700, 5), (600, 5)))]
     kwargs = {"feature_map": feature_map, "query_mask": random_mask(2, 600, 1), "token_mask": random_mask(2, 700, 2)}
     results = []
@@ -343,7 +343,7 @@ def test_many_parts_of_linear_attention_are_summed_first(feature_map, monkeypatc
 
 
 def test_wide_linear_attention_is_composed(triton_runs, ran_backend):
-    """Where a program cannot hold the map, of the wider of D and Dv."""
+    """Calls are composed of other ops if a program cannot hold the map, which depends on the larger of D and Dv."""
     for dtype, widest in ((torch.float32, 64), (torch.bfloat16, 128), (torch.float64, 64)):
         for dims in ((widest, 3), (3, widest), (widest + 1, 3), (3, widest + 1)):
             q, k, v = (randn(1, 1, 9, d, seed=d, dtype=dtype) for d in (dims[0], *dims))
@@ -354,7 +354,7 @@ def test_wide_linear_attention_is_composed(triton_runs, ran_backend):
 
 
 def test_tf32_is_the_users_choice():
-    """Read at each call, as for torch's own products; other dtypes do not ask."""
+    """PyTorch's matmul setting, read at each call, decides whether float32 uses tf32; other dtypes ignore it."""
     matmul = torch.backends.cuda.matmul
     before = matmul.allow_tf32
     try:
@@ -367,7 +367,7 @@ def test_tf32_is_the_users_choice():
         assert launch.tokens_precision(torch.float64, "sm_90") == "ieee"
         assert launch.tokens_precision(torch.float32, "interpreter") == "ieee"
         assert launch.tokens_precision(torch.float32, "gfx90a") == "ieee"  # has no tf32
-        # norms are square roots of sums on the diagonal
+        # norms are square roots of the diagonal
         assert launch.gram_precision(torch.float32, False, "sm_90") == "tf32"
         assert launch.gram_precision(torch.float32, False, "sm_90", symmetric=True) == "ieee"
     finally:
@@ -379,7 +379,7 @@ def test_tf32_is_the_users_choice():
 
 
 def blocks(arch, dtype, D):
-    """What the interpreter sees of an architecture's rows: it knows no warps, stages and registers."""
+    """Block sizes of an architecture's rows. The interpreter ignores num_warps, num_stages and maxnreg."""
     rows = [name for (name, size), row in configs._TABLE.items() if size == dtype.itemsize and configs.block(D) in row]
     return [configs.shipped(configs.Key(name, dtype, D, ""), arch)[:3] for name in rows]
 
@@ -397,7 +397,7 @@ ROWS = [
 @pytest.mark.skipif(not launch.INTERPRETING, reason="other architectures' rows run in Triton's interpreter only")
 @pytest.mark.parametrize("dtype, arch, D", ROWS, ids=str)
 def test_rows_of_real_architectures(dtype, arch, D, monkeypatch, ran_backend, triton_runs):
-    """Their tiles, of few tokens and few features at a time, in two launches and in one that can hold the map."""
+    """Results are right with the tiles of real architectures, in two launches and, if the map fits, in one."""
     one_launch = plan.fits_one_launch(D, accumulate_dtype(dtype).itemsize)
     for processors, shape in ((4, (1, 300, 1, D)), (1, (2, 70, 1, D)))[: 1 + one_launch]:
         monkeypatch.setattr(launch, "target", lambda device, n=processors: launch.Target(arch, n))

@@ -1,4 +1,4 @@
-"""Which block sizes a kernel gets: the shipped table, and the tuner that replaces it when asked."""
+"""Autotuning configs: the shipped table, and the autotuner that overrides it if enabled."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ KEY = configs.Key("gradients", torch.float32, 24, "query_key-token")
 
 @pytest.fixture
 def tuner(monkeypatch, tmp_path):
-    """An empty cache and the variable set; what this test tunes is forgotten afterwards."""
+    """Enables the autotuner with an empty cache, and clears the tuned configs afterwards."""
     monkeypatch.setenv(configs.AUTOTUNE, "1")
     monkeypatch.setenv(configs.CACHE, str(tmp_path))
     configs._tuned.cache_clear()
@@ -28,7 +28,7 @@ def tuner(monkeypatch, tmp_path):
 @pytest.mark.parametrize("arch", (*configs.ARCHITECTURES, "interpreter", "sm_89", "gfx950"))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_every_size_has_a_choice_that_covers_it(dtype, arch):
-    """For any number of features, on architectures with a row of their own and without."""
+    """Kernels have a valid config for any number of features, on architectures with and without their own rows."""
     for features in (1, 15, 16, 17, 24, 36, 48, 100, 128, 129, 256):
         for kernel in (*configs.KERNELS, *configs.LINEAR_KERNELS):
             if (
@@ -36,7 +36,7 @@ def test_every_size_has_a_choice_that_covers_it(dtype, arch):
                 or (kernel == "gram_normalised" and dtype.itemsize == 2)
                 or (kernel.startswith("linear") and not plan.fits_linear_attention(features, dtype.itemsize))
             ):
-                continue  # two launches; wide tokens; composed
+                continue  # not used: two launches; normalised 16-bit tokens are wider; composed of other ops
             config = configs.get(configs.Key(kernel, dtype, features, "any"), arch)
             assert config.block_o & (config.block_o - 1) == 0
             assert config.block_n & (config.block_n - 1) == 0 and config.block_n <= 256
@@ -48,7 +48,7 @@ def test_numbers_of_tokens_batches_and_heads_are_no_part_of_a_key():
 
 
 def test_tuner_takes_the_fastest_and_keeps_it_on_disk(tuner, monkeypatch):
-    """One that does not fit the device is passed over; the same key is never tuned again, a new process reads it."""
+    """Configs that exceed the device's resources are skipped. A key is tuned once; new processes read the result."""
     options = configs.candidates(KEY, "sm_90")
     assert len(options) > 3 and len(set(options)) == len(options) and options[0] == configs.shipped(KEY, "sm_90")
     best, seen = options[3], []
@@ -67,7 +67,7 @@ def test_tuner_takes_the_fastest_and_keeps_it_on_disk(tuner, monkeypatch):
     assert list(json.loads(tuner.read_text()).values()) == [list(best)]
     configs._tuned.cache_clear()
     assert configs.get(KEY, "sm_90") == best
-    # another process adds to the file what this one has not seen
+    # another process adds a config to the file
     tuner.write_text(json.dumps({**json.loads(tuner.read_text()), "another's": list(best)}))
     configs.launch(KEY._replace(features=48), "sm_90", run)
     assert len(json.loads(tuner.read_text())) == 3
@@ -95,7 +95,7 @@ def test_a_broken_or_unwritable_cache_is_survived(tuner, monkeypatch):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the number of programs that run at once is the device's")
 def test_every_candidate_is_timed_by_a_launch(tuner, monkeypatch, triton_runs):
-    """Also of a forward in one launch, if some candidates would fill the device less than two launches do."""
+    """The one-launch forward is timed with every candidate, even if two launches fill the device better than some."""
     ops = pytest.importorskip("xformer_kernels.backends.triton.ops")
     run, candidates, launched, timed = ops._run, configs.candidates, [], []
     shipped = configs.shipped(configs.Key("forward", torch.float32, 3, ""), "interpreter")
@@ -120,7 +120,7 @@ def test_every_candidate_is_timed_by_a_launch(tuner, monkeypatch, triton_runs):
 
 
 def test_results_are_right_while_tuning(tuner, ran_backend, triton_runs):
-    """The real tuner on the real kernels: in the interpreter they are timed by the clock."""
+    """Results are correct while the autotuner times the kernels; in the interpreter, it uses the wall clock."""
     p = make_problem((1, 9, 1, 3), device="cuda" if torch.cuda.is_available() else "cpu")
     with ran_backend("triton", "xfa_forward", "xfa_backward"):
         result = p.run(xk.xfa, backend="triton")

@@ -1,4 +1,4 @@
-"""Planned calls launch what the same calls without plans would, with the addresses of their own tensors."""
+"""Replayed calls launch the same kernels as calls without plans, with the addresses of their own tensors."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def test_planned_calls_launch_the_same():
     assert set(compared) == {
         "xfa_forward", "xfa_backward", "gram", "channel_mix", "linear_attention_forward", "linear_attention_backward",
     } and min(compared.values()) >= 2 * len(cases) - 1  # fmt: skip
-    # with the profiler's function that ends the count
+    # including the profiler's function that ends the count
     assert calls["forward"] <= 80 and calls["forward+backward"] <= 155, calls
 
 
 @pytest.mark.parametrize("hook, seen", [(None, False), (print, True)], ids=["none", "function"])
 @pytest.mark.parametrize("name", ["launch_enter_hook", "launch_exit_hook"])
 def test_a_hook_may_be_a_function_or_none(name, hook, seen, monkeypatch):
-    """Triton accepts both in place of its chains of hooks."""
+    """A launch hook may be a function or None: Triton accepts both in place of its chains of hooks."""
     monkeypatch.setattr(triton.knobs.runtime, name, hook)
     assert replay._has_hooks() is seen

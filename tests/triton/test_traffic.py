@@ -1,4 +1,4 @@
-"""How often each tensor is read and written: the model, held against what the kernels do in Triton's interpreter."""
+"""The traffic model agrees with the loads, stores and products of the kernels in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CHOICES = [(map, norm) for map in ("query_key", "key_value") for norm in ("token
 
 @contextmanager
 def counting(tensors):
-    """Within it, bytes loaded and stored are counted for each tensor, and the terms of products."""
+    """Context that counts the bytes loaded and stored for each tensor, and the terms of products."""
     from triton.runtime.interpreter import InterpreterBuilder
 
     loads, stores, terms = defaultdict(int), defaultdict(int), [0]
@@ -61,7 +61,7 @@ def counting(tensors):
 
 
 def run(N, D, dtype, map, norm):
-    """Counts of forward, counts of backward."""
+    """The inputs, the counts of the forward and the counts of the backward."""
     inputs = {name: randn(B, H, N, D, seed=i, dtype=dtype) for i, name in enumerate(("q", "k", "v", "dout"))}
     t, spec = torch.ones(H), Spec(map, norm)
     q, k, v, dout = inputs.values()
@@ -95,13 +95,13 @@ def test_model_is_what_the_kernels_do(N, D, map, norm, dtype):
     for (loads, stores, terms), model in zip((forward, backward), models(D, dtype, map, norm, False), strict=True):
         assert {name: count / size for name, count in loads.items() if count} == model.reads
         assert not any(stores.values())
-        if N % 128 == 0 and configs.block(D) == D:  # products are of whole tiles, loads are not
+        if N % 128 == 0 and configs.block(D) == D:  # products compute whole tiles; loads are masked
             assert terms[0] == model.products * B * H * N * D * D
 
 
 @pytest.mark.parametrize("map, norm", CHOICES, ids="-".join)
 def test_one_launch(map, norm, monkeypatch):
-    """As many heads as fill the machine: simulated by a machine of one processor."""
+    """The model is right for the one-launch forward. The target has one multiprocessor, which one head fills."""
     monkeypatch.setattr(launch, "target", lambda device: launch.Target("interpreter", 1))
     monkeypatch.setattr(ops, "_slots", lambda *_, **__: 1)
     inputs, (loads, _, terms), _ = run(512, 32, torch.float32, map, norm)
@@ -111,7 +111,7 @@ def test_one_launch(map, norm, monkeypatch):
 
 
 def test_results_are_written_once():
-    """Every number of out, dq, dk and dv, and no other, by exactly one store."""
+    """Every element of out, dq, dk and dv is stored exactly once, and no other tensor of this size is allocated."""
     q, k, v, dout = (randn(2, 3, 1000, 20, seed=i).transpose(1, 2).contiguous().transpose(1, 2) for i in range(4))
     results, empty = {}, ops._empty
 
@@ -143,7 +143,7 @@ def test_the_least_is_reached_by_the_default():
 
 
 def test_launches(monkeypatch):
-    """At most two forward and three backward, one forward where heads alone fill the machine or tokens are few."""
+    """At most two launches forward and three backward; one forward if heads fill the device or tokens are few."""
     launched = []
     run = ops._run
     monkeypatch.setattr(ops, "_run", lambda kernel, *args, **kw: (launched.append(kernel), run(kernel, *args, **kw)))
@@ -161,7 +161,7 @@ def test_launches(monkeypatch):
 
 @pytest.mark.parametrize("feature_map, launches", [("relu", 2), ("softmax_tokens", 3)])
 def test_linear_attention(feature_map, launches, monkeypatch):
-    """Each of q, k, v and dout is read once by each direction, k once more for its maxima."""
+    """Forward and backward read each input once; a forward softmax over tokens reads k again for its maxima."""
     launched, run = [], ops._run
     monkeypatch.setattr(ops, "_run", lambda kernel, *args, **kw: (launched.append(kernel), run(kernel, *args, **kw)))
     shapes = {"q": (1000, 20), "k": (900, 20), "v": (900, 12), "dout": (1000, 12)}

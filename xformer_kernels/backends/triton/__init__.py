@@ -1,8 +1,8 @@
-"""GPU kernels in Triton; under ``TRITON_INTERPRET=1`` they run on CPU tensors instead, slowly, for tests.
+"""GPU kernels in Triton. With ``TRITON_INTERPRET=1`` they run on CPU tensors instead, which is slow and for tests.
 
 Each function has the signature of its op and returns newly allocated tensors. The kernels read any strides in place,
 accumulate in fp32 (fp64 for fp64) and sum in an order that depends only on the shapes, the device and the compiled
-kernel: a launch has as many programs as the device runs at the same time, or a few times as many.
+kernel: the grid is sized to the number of programs that the device runs at the same time, or a small multiple of it.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ ONLY_BY_NAME = (
 
 
 def unsupported(device_type: str, dtypes: Iterable[torch.dtype], head_dims: Iterable[int]) -> list[str]:
-    """Every reason why these kernels cannot serve a call; empty when they can."""
+    """Every reason why these kernels cannot serve a call. Empty if they can."""
     reasons = []
     if INTERPRETING and device_type != "cpu":
         reasons.append(f"TRITON_INTERPRET is set: kernels are interpreted, on CPU tensors only, got {device_type}")

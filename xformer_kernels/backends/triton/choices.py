@@ -1,4 +1,4 @@
-"""The options of a call of xfa as the kernels and the tuner's keys name them."""
+"""The options of an xfa call as constexprs of the kernels and in autotuning cache keys."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from xformer_kernels.spec import Spec
 
 
 class Choices(NamedTuple):
-    """The mathematical options of a call as compile-time constants of the kernels."""
+    """The mathematical options of a call as constexprs of the kernels."""
 
     KEY_VALUE: bool
     TOKEN_NORM: bool
@@ -27,7 +27,7 @@ class Choices(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The name in the tuner's keys."""
+        """The name in autotuning cache keys."""
         norm = "token" if self.TOKEN_NORM else "feature" if self.FEATURE_NORM else "none"
         return f"{('query_key', 'key_value')[self.KEY_VALUE]}-{norm}"
 
@@ -38,7 +38,7 @@ class Choices(NamedTuple):
 
 
 def gram_key(dtype: torch.dtype, D: int, choices: Choices, norm: bool, suffix: str = "") -> configs.Key:
-    """The tuner's key of a Gram pass; normalised tokens are multiplied in the accumulate dtype."""
+    """Autotuning cache key of a Gram pass. Normalised tokens are multiplied in the accumulate dtype."""
     if norm:
         return configs.Key("gram_normalised", accumulate_dtype(dtype), D, choices.name + suffix)
     return configs.Key("gram", dtype, D, choices.name + suffix)

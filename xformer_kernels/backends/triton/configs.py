@@ -1,9 +1,9 @@
-"""Block sizes, warps and pipeline stages of every kernel: the built-in table, and the tuner that overrides it.
+"""Autotuning configs (block sizes, num_warps, num_stages) of every kernel: a built-in table, and an autotuner.
 
-A configuration depends on the kernel, the dtype, the number of features, the map and the architecture, but not on the
-number of tokens, batches or heads. With ``XFORMER_KERNELS_AUTOTUNE=1``, the candidates are timed the first time a key
-occurs, and the best is kept in ``tuned.json`` under ``XFORMER_KERNELS_CACHE`` (``~/.cache/xformer-kernels``), which
-later processes read if ``XFORMER_KERNELS_AUTOTUNE=1`` is set.
+A config depends on the kernel, the dtype, the number of features, the map and the architecture, but not on the number
+of tokens, batches or heads. With ``XFORMER_KERNELS_AUTOTUNE=1``, the first launch with a new cache key times the
+candidate configs, and stores the fastest in ``tuned.json`` under ``XFORMER_KERNELS_CACHE``
+(``~/.cache/xformer-kernels``). Later processes read this file if ``XFORMER_KERNELS_AUTOTUNE=1`` is set.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ CACHE = "XFORMER_KERNELS_CACHE"
 class Config(NamedTuple):
     """Block sizes and compiler options of a kernel.
 
-    Tokens per tile, features of its result, features per step of a product, warps, stages of its loops, and registers
-    per thread (0: chosen by NVIDIA's assembler, which spills a few values for higher occupancy).
+    block_n: tokens per tile. block_o: output features per tile. block_k: features per step of a matrix product.
+    warps: num_warps. stages: num_stages. registers: maxnreg, the maximum number of registers per thread (0: chosen by
+    ptxas, which spills a few values for higher occupancy).
     """
 
     block_n: int
@@ -50,7 +51,7 @@ class Config(NamedTuple):
 
 
 class Key(NamedTuple):
-    """What a configuration may depend on. `features`: those of the widest operand."""
+    """Autotuning cache key, without the architecture. `features`: number of features of the widest operand."""
 
     kernel: str
     dtype: torch.dtype
@@ -61,7 +62,7 @@ class Key(NamedTuple):
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 KERNELS = ("gram", "gram_normalised", "apply", "forward", "map_backward", "gradients", "channel_mix")
 LINEAR_KERNELS = ("linear_maxima", "linear_sums", "linear_apply", "linear_queries", "linear_keys")
-"""The kernels of linear attention, which hold a whole map."""
+"""The kernels of linear attention. Each of their programs holds a whole map."""
 BLOCKS = (16, 32, 64, 128, 256)
 REGISTERS = 65536
 """Registers per multiprocessor."""
@@ -70,31 +71,31 @@ WIDEST_INTERPRETED = 64
 
 
 def block(features: int) -> int:
-    """The smallest power of two that holds this many features, at least 16 (the minimum of tensor cores)."""
+    """The smallest power of two that holds this many features, at least 16 (the minimum for tensor cores)."""
     return max(16, 1 << (features - 1).bit_length())
 
 
 @cache
 def shipped(key: Key, arch: str) -> Config:
-    """The table's configuration; an architecture or dtype without its own row gets the common one."""
+    """The config from the table. Architectures and dtypes without their own row use the common row."""
     d = block(key.features)
     rows = _TABLE[key.kernel, key.dtype.itemsize]
     config = Config(*rows.get((d, arch), rows.get((d, key.dtype), rows[d])))
     if arch == "interpreter":
-        # its time depends on the number of operations, not their size; wide tokens are still split
+        # run time depends on the number of operations, not on their size; wide tokens are still split into tiles
         o, k = (x and max(x, min(d, WIDEST_INTERPRETED)) for x in (config.block_o, config.block_k))
         return config._replace(block_n=128, block_o=o, block_k=k)
     if arch.startswith("gfx"):
-        # half the shared memory, and loops that are pipelined through registers
+        # half the shared memory, and loops are pipelined through registers
         return config._replace(stages=min(config.stages, 2), registers=0)
     return config
 
 
-# (kernel, bytes of a number): {features, or (features, arch or dtype): (block_n, block_o, block_k, warps, stages
+# (kernel, element size in bytes): {features, or (features, arch or dtype): (block_n, block_o, block_k, warps, stages
 # [, registers])}
-# Chosen from the assembler's reports, not yet by timing: no spills, within the shared memory of every architecture,
-# using tensor cores and 128-bit loads. Products in ieee float32 take 16 features at a time, since the multiply-adds of
-# a whole tile would not fit in registers.
+# Chosen by the resource usage of compiled kernels, not yet by timing: no spills, shared memory that fits on every
+# architecture, tensor cores and 128-bit loads. Matrix products in ieee float32 use 16 features per step, because the
+# multiply-adds of a whole tile would not fit in registers.
 _TABLE: dict[tuple[str, int], dict[Any, tuple[int, ...]]] = {
     ("gram", 2): {
         16: (128, 16, 0, 4, 3, 255),
@@ -185,7 +186,7 @@ _TABLE: dict[tuple[str, int], dict[Any, tuple[int, ...]]] = {
         256: (64, 64, 16, 8, 3),
     },
     ("channel_mix", 8): {d: (32, min(d, 32), 16, 4, 1) for d in BLOCKS},
-    # whole maps; block_k of linear_queries: columns of S that are in registers beside dS
+    # each program holds a whole map; block_k of linear_queries: columns of S held in registers together with dS
     ("linear_maxima", 2): {d: (4096 // d, d, 0, 4, 3) for d in (16, 32, 64, 128)},
     ("linear_maxima", 4): {d: (2048 // d, d, 0, 4, 3) for d in (16, 32, 64)},
     ("linear_maxima", 8): {d: (1024 // d, d, 0, 4, 2) for d in (16, 32, 64)},
@@ -244,12 +245,12 @@ _TABLE["map_backward", 4] = _TABLE["map_backward", 2]
 
 
 def get(key: Key, arch: str) -> Config:
-    """The tuned configuration if tuning is enabled and one is known, otherwise the table's."""
+    """The tuned config if autotuning is enabled and has stored one, otherwise the config from the table."""
     return (_tuned().get(_name(key, arch)) if autotuning() else None) or shipped(key, arch)
 
 
 def launch(key: Key, arch: str, run: Callable[[Config], Result]) -> Result:
-    """What `run` returns for the best known configuration. It may be called many times, so it must not read its own
+    """Returns `run(config)` for the best known config. Autotuning calls `run` many times, so it must not read its own
     results."""
     if autotuning() and _name(key, arch) not in _tuned():
         if not _capturing():
@@ -268,7 +269,7 @@ def autotuning() -> bool:
 
 
 def candidates(key: Key, arch: str) -> list[Config]:
-    """The table's configuration and its neighbours, with the same features per tile, on which token splits depend."""
+    """The config from the table and variants with the same features per tile, on which the token splits depend."""
     first = shipped(key, arch)
     least = 16
     tokens = {first.block_n} if first.block_n == 0 else {max(least, first.block_n * x // 2) for x in (1, 2, 4)}
@@ -285,7 +286,7 @@ def candidates(key: Key, arch: str) -> list[Config]:
 
 
 def fastest(configs: list[Config], run: Callable[[Config], object]) -> Config:
-    """The fastest configuration; those that exceed the device's resources are skipped."""
+    """The fastest config. Configs that exceed the device's resources are skipped."""
     times: dict[Config, float] = {}
     for config in configs:
         try:
@@ -321,7 +322,7 @@ def cache_file() -> Path:
 
 @cache
 def _tuned() -> dict[str, Config]:
-    """The known configurations by name, from the file and from this process."""
+    """Tuned configs by name: those read from the file, and those of this process."""
     return _in_file()
 
 
@@ -333,13 +334,13 @@ def _in_file() -> dict[str, Config]:
 
 
 def _remember(name: str, config: Config) -> None:
-    """Stores a configuration, also in the file, atomically; if that fails, later processes only have to tune again."""
+    """Stores a config in memory and, atomically, in the file. If writing fails, later processes tune again."""
     _tuned()[name] = config
     path = cache_file()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".json", delete=False) as file:
-            # merged with the results of other processes
+            # keep the configs that other processes have stored
             json.dump({**_in_file(), **_tuned()}, file, indent=1)
         os.replace(file.name, path)
     except OSError as error:

@@ -15,17 +15,17 @@ from xformer_kernels.backends.triton.kernels.tiles import INTERPRETED
 INTERPRETING = bool(INTERPRETED)
 VECTOR_BYTES = 16
 TALLEST = 512
-"""More tokens than any tile has."""
+"""Upper bound on the number of tokens per tile."""
 WIDEST = 256
-"""As many features as any tile has."""
+"""Maximum number of features per tile."""
 _LDS = 64 << 10
-"""Bytes of shared memory per compute unit of AMD."""
+"""Bytes of shared memory (LDS) per compute unit on AMD."""
 _RESERVED = 1024
-"""Bytes of shared memory that CUDA takes for each program."""
+"""Bytes of shared memory that CUDA reserves for each program."""
 
 
 class Target(NamedTuple):
-    """What a launch depends on in addition to its tensors: the architecture, and the resources of the device."""
+    """The architecture and resources of a device, as far as launches depend on them."""
 
     arch: str
     processors: int
@@ -37,7 +37,7 @@ class Target(NamedTuple):
 
 @cache
 def target(device: torch.device) -> Target:
-    """Of a device; of 4 multiprocessors for the interpreter, although it runs programs serially."""
+    """The target of a device. The interpreter has 4 multiprocessors, although it runs programs serially."""
     if INTERPRETING:
         return Target("interpreter", 4)
     properties = torch.cuda.get_device_properties(device)
@@ -51,8 +51,8 @@ def target(device: torch.device) -> Target:
 def resident(target: Target, warps: int, registers: int, shared: int) -> int:
     """Programs that a multiprocessor runs at the same time, limited by registers per thread and bytes of shared memory.
 
-    Registers are those of four schedulers, which allocate them by the warp: 16384 of 32 threads on NVIDIA, on AMD 512
-    of each of 64 threads.
+    Each of four schedulers allocates registers per warp: from 16384 registers, for warps of 32 threads, on NVIDIA; from
+    512 registers per lane, for warps of 64 threads, on AMD.
     """
     if target.arch.startswith("gfx"):
         fit, threads, used = 512 // max(1, registers + -registers % 8), 64, shared
@@ -64,12 +64,12 @@ def resident(target: Target, warps: int, registers: int, shared: int) -> int:
 
 
 def is_current(device: torch.device) -> bool:
-    """Whether launches go to this device."""
+    """Whether this is the current device, to which launches go."""
     return device.type != "cuda" or torch.cuda.current_device() == device.index
 
 
 def on_device(device: torch.device) -> AbstractContextManager[Any]:
-    """Context that makes the tensors' device current, since launches go to the current device."""
+    """Context that makes `device` current, because launches go to the current device."""
     return nullcontext() if is_current(device) else torch.cuda.device(device)
 
 
@@ -99,7 +99,7 @@ def _alignment(t: Tensor) -> int:
 
 
 def far(*tokens: Tensor | None, row: int = 0) -> bool:
-    """Whether offsets within a tile need 64 bits. `row`: numbers between tokens of the results."""
+    """Whether offsets within a tile need 64 bits. `row`: stride between tokens of the results, in elements."""
     steps = [row * TALLEST]
     for t in tokens:
         if t is not None:
@@ -118,9 +118,9 @@ def tokens_precision(dtype: torch.dtype, arch: str) -> str:
 
 
 def gram_precision(dtype: torch.dtype, normalised: bool, arch: str, symmetric: bool = False) -> str:
-    """Precision of a Gram matrix of tokens. No tf32 if it is symmetric, since its diagonal holds squared norms.
+    """Precision of a Gram matrix of tokens. No tf32 if it is symmetric, because its diagonal holds squared norms.
 
-    16-bit tokens that were divided by their norms are in the accumulate dtype, and are not rounded again.
+    Normalised 16-bit tokens are in the accumulate dtype; tf32x3 avoids rounding them again.
     """
     if symmetric and dtype is torch.float32:
         return "ieee"
@@ -130,6 +130,6 @@ def gram_precision(dtype: torch.dtype, normalised: bool, arch: str, symmetric: b
 
 
 def map_precision(dtype: torch.dtype, arch: str) -> str:
-    """Precision of products of tokens with maps: tf32 for float16, as it represents the tokens exactly and has the
-    range."""
+    """Precision of products of tokens with maps. tf32 for float16: it represents the tokens exactly, and has the
+    exponent range of float32."""
     return "tf32" if dtype.itemsize == 2 and arch.startswith("sm_") else tokens_precision(dtype, arch)

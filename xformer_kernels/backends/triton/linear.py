@@ -1,4 +1,4 @@
-"""The ops of linear attention: two launches in forward and two in backward, one more for a softmax over tokens."""
+"""The ops of linear attention: two launches in forward (three for a softmax over tokens) and two in backward."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FEATURE_MAPS = ("identity", "relu", "elu1", "softmax_features", "softmax_tokens"
 
 
 def takes_linear_attention(dtype: torch.dtype, head_dims: tuple[int, int]) -> bool:
-    """Up to 128 features of 16 bits, 64 of others; beyond, the call is composed of gram and channel_mix."""
+    """True up to 128 features in 16-bit dtypes, 64 in others. Wider calls are composed of gram and channel_mix."""
     return plan.fits_linear_attention(max(head_dims), dtype.itemsize)
 
 
@@ -51,7 +51,7 @@ class _Call:
         }
 
     def split(self, tokens: int, sums: bool) -> plan.Split:
-        """How queries or keys are split, if each program writes sums, or reads those of all parts of another pass."""
+        """Splits queries or keys. `sums`: programs write partial sums; otherwise, they read those of another pass."""
         split = plan.split_sums if sums else plan.split_tokens
         row = max(1, (self.D + self.Dv) // 2) * self.dtype.itemsize
         return split(tokens, self.B * self.H, self.record * self.wide.itemsize, row, 2 * self.target.processors)
@@ -76,7 +76,7 @@ class _Call:
         configs.launch(key, self.target.arch, run)
 
     def sum_first(self, partial: Tensor, parts: int, out: Tensor) -> tuple[Tensor, int]:
-        """If there are many parts, sums their S and z into `out`."""
+        """Sums S and z of many parts into `out`. Returns it and the new number of parts, 1."""
         sums = self.D * self.Dv + self.D
         ops._reduce(torch.sum, partial[..., :sums], out[..., :sums])
         return out, 1
@@ -86,7 +86,7 @@ class _Call:
 def linear_attention_forward(
     q: Tensor, k: Tensor, v: Tensor, query_mask: Tensor | None, token_mask: Tensor | None, spec: Spec
 ) -> tuple[Tensor, Tensor]:
-    """out, and stats: per (b, h) S and z, for a softmax over tokens before their division, and the maxima of k."""
+    """Returns out and stats: S and z per (b, h); for a softmax over tokens, S before division by z, and maxima of k."""
     call = _Call(q, v, spec)
     B, H, N, M, D, Dv = call.B, call.H, call.N, call.M, call.D, call.Dv
     out, stats = ops._empty((B, N, H, Dv), q.dtype, q), call.records()
@@ -130,7 +130,7 @@ def _maxima(
     highest: Tensor,
     split: plan.Split,
 ) -> None:
-    """Into (B, H, D) of stats: of the parts, and then of all."""
+    """Writes the maxima of k to `highest`, a (B, H, D) view of stats: first of each part, then of all parts."""
     B, H, D = highest.shape
     found = highest if split.parts == 1 else ops._empty((split.parts, B, H, D), call.wide, k)
     call.run(

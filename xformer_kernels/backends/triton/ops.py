@@ -1,4 +1,4 @@
-"""The ops: workspaces, splits, at most two launches in forward and three in backward, and sums of many parts."""
+"""The ops: buffers, token splits and launches (at most two in forward, three in backward), and sums of many parts."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ from xformer_kernels.reference import accumulate_dtype
 from xformer_kernels.spec import Spec
 
 _ACC = {torch.float32: tl.float32, torch.float64: tl.float64}
-# Triton's interpreter keeps the program's index in a global.
+# Triton's interpreter keeps the program id in a global variable.
 _one_at_a_time: AbstractContextManager[Any] = threading.Lock() if launch.INTERPRETING else nullcontext()
-# Their tensor cores take tf32 with the tokens innermost: asynchronous loads would transpose 32 bits at a time.
+# Architectures whose tensor cores take tf32 operands with the tokens innermost: asynchronous loads would transpose
+# them 32 bits at a time.
 _TRANSPOSING = ("sm_90", "sm_100")
 # Strides of absent tensors.
 _NONE3, _NONE4 = (0, 0, 0), (0, 0, 0, 0)
@@ -41,19 +42,19 @@ def _mask(token_mask: Tensor | None, other: Tensor) -> tuple[Tensor, tuple[int, 
     if token_mask is None:
         return other, (0, 0)
     if other.dtype is torch.float64:
-        # Triton chooses the layout of a product's operands by the narrowest dtype that was loaded for them, and does
-        # not support float64 products in the layout of bytes.
+        # Triton chooses the layout of a product's operands by the narrowest dtype loaded for them, and does not
+        # support float64 products in the layout for bytes.
         token_mask = token_mask.long()
     return token_mask, token_mask.stride()
 
 
 def transposes(arch: str) -> bool:
-    """Whether the tiles of sums over tokens in tf32 must not be loaded asynchronously."""
+    """Whether tiles for tf32 sums over tokens must not be loaded asynchronously."""
     return arch in _TRANSPOSING
 
 
 def _slots(device: torch.device, kernel: Any, config: configs.Config, *args: Any, **constants: Any) -> int:
-    """Number of programs that the device runs at the same time. Sizes among the arguments may have any value."""
+    """Number of programs that the device runs at the same time. It does not depend on sizes among the arguments."""
     target = launch.target(device)
     if launch.INTERPRETING:
         return 2 * target.processors
@@ -70,7 +71,7 @@ def _run(kernel: Any, grid: int, config: configs.Config, *args: Any, **constants
 
 
 def _reduce(function: Any, partial: Tensor, out: Tensor) -> Tensor:
-    """Sums or maxima over the parts, the first dimension."""
+    """Reduces the first dimension, the parts, by `function` (sum or maximum)."""
     function(partial, 0, out=out)
     if recorder := replay.recorder():
         recorder.reduced(function, partial, out)
@@ -94,7 +95,7 @@ def _gram(
 ) -> tuple[plan.Split, tuple[Tensor, Tensor, Tensor]]:
     """Launches a^T b. Returns how the tokens were split, and the results: G and two sums of squares.
 
-    `records` gives memory for the results of this many parts: (parts, B, H) records, `steps` numbers apart.
+    `records(parts)` allocates the results: (parts, B, H) records, `steps` elements apart.
     """
     B, H, N, DA = a.shape
     DB = b.shape[-1]
@@ -210,7 +211,7 @@ def xfa_forward(
     token_mask: Tensor | None,
     spec: Spec,
 ) -> tuple[Tensor, Tensor]:
-    """out, and stats: per (b, h) the sums k^T q (for key_value k^T v), |k|^2 and |q|^2 over the tokens."""
+    """Returns out and stats: per (b, h), the sums k^T q (k^T v for key_value), |k|^2 and |q|^2 over the tokens."""
     B, H, N, D = q.shape
     out = _empty((B, N, H, D), q.dtype, q)
     stats = _empty((B, H, D * D + 2 * D), accumulate_dtype(q.dtype), q)
@@ -223,7 +224,7 @@ def xfa_forward(
 
 
 def _of_map(q: Tensor, choices: Choices) -> dict[str, Any]:
-    """Constants of the kernels that use a map."""
+    """Constexprs of the kernels that use a map."""
     return {
         "ACC": _ACC[accumulate_dtype(q.dtype)],
         "EPS": choices.EPS,
@@ -245,7 +246,10 @@ def _forward_at_once(
     out: Tensor,
     stats: Tensor,
 ) -> bool:
-    """Launches the forward in which a program owns a head, unless two launches use more of the device."""
+    """Launches the forward with one program per head, unless two launches use more of the device.
+
+    Returns whether it was launched.
+    """
     B, H, N, D = q.shape
     target = launch.target(q.device)
     few = N <= plan.CHUNK
@@ -410,7 +414,7 @@ def _gradients(
         block_k = min(config.block_k, configs.block(D))
         constants.update(BLOCK_O=config.block_o, BLOCK_K=block_k, BLOCK_N=config.block_n)
         slots = _slots(q.device, gradients_kernel, config, *args, 1, N, **constants)
-        # a program reads three maps, and of each token three or four rows
+        # a program reads three maps, and three or four rows per token
         over = plan.split_tokens(
             N, B * H, 3 * D * D * weights.element_size(), 3 * D * q.element_size(), slots, config.block_n
         )  # fmt: skip

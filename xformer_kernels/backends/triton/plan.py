@@ -1,4 +1,4 @@
-"""How a call is split into launches and programs: depends on its shapes, the compiled kernels and the device."""
+"""Splits a call into launches and programs, depending on its shapes, the compiled kernels and the device."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ WIDEST_LINEAR = {2: 128, 4: 64, 8: 64}
 """Maximum features of q, k and v, by element size, for which linear attention is fused: a program holds two whole
 D x Dv maps in the accumulate dtype, in addition to its tokens."""
 CHUNK = 256
-"""Minimum number of tokens per program, if there are as many."""
+"""Minimum number of tokens per program, unless there are fewer tokens."""
 START = 128
-"""Time before the first product of a program (its map, and the first tokens), in tokens of a tile; not measured."""
+"""Start-up time of a program (loading its map and first tokens), in units of the time per token; not measured."""
 PARTS = 12
-"""Maximum number of parts of a head, unless they all run at the same time."""
+"""Maximum number of parts per head, unless all of them run at the same time."""
 BUSY = 0.85
-"""Minimum share of the device that the heads must keep busy for a forward in one launch of long sequences."""
+"""Minimum utilisation of the device, with one program per head, for a one-launch forward of long sequences."""
 LONGEST = 16384
 """Maximum number of tokens summed in one tensor core accumulator, which truncates instead of rounding: the error grows
 with the number of tokens (tests/gpu, beyond 31 bits)."""
 SHORT = 4096
-"""Tokens of a chunk if the usual chunks would be longer than LONGEST."""
+"""Tokens per chunk if chunks would otherwise be longer than LONGEST."""
 
 
 class Split(NamedTuple):
-    """`parts` programs of `chunk` tokens each. `many`: the parts are summed before the launch that reads them."""
+    """`parts` programs of `chunk` tokens each. `many`: the parts are summed before the next launch reads them."""
 
     parts: int
     chunk: int
@@ -40,12 +40,12 @@ def cdiv(a: int, b: int) -> int:
 
 
 def split_tokens(N: int, units: int, record: int, row: int, slots: int, block: int = CHUNK) -> Split:
-    """Chunks of the tokens of each of `units` (batch, head and tile of the map), for the least estimated time.
+    """Splits the tokens of each unit (batch, head and tile of the map) into chunks, to minimise the estimated time.
 
-    `slots`: programs that run at the same time; the time is least if all of them are busy until the end. `block`:
-    tokens of a tile, of which chunks are multiples. `record`: bytes of a partial result, which every program of the
-    next launch reads from every part; `row`: bytes of a token. The number of parts is limited so that these reads stay
-    below twice the bytes of the tokens: parts^2 record <= 2 N row.
+    `units`: number of units. `slots`: number of programs that run at the same time; the time is minimal if all slots
+    are busy until the end. `block`: tokens per tile; chunks are multiples of it. `record`: bytes of a partial result;
+    every program of the next launch reads those of all parts. `row`: bytes of a token. The number of parts is limited
+    so that these reads stay below twice the bytes of the tokens: parts^2 record <= 2 N row.
     """
     units = max(1, units)
     most = min(max(cdiv(slots, units), PARTS), cdiv(N, CHUNK), isqrt(2 * N * row // record))
@@ -63,13 +63,13 @@ def _chunk(N: int, parts: int, block: int) -> int:
 
 
 def split_sums(N: int, units: int, record: int, row: int, slots: int, block: int = CHUNK) -> Split:
-    """:func:`split_tokens` for sums of products over the tokens."""
+    """:func:`split_tokens` for sums of products over the tokens, with at most LONGEST tokens per chunk."""
     split = split_tokens(N, units, record, row, slots, block)
     return split if split.chunk <= LONGEST else Split(cdiv(N, SHORT), SHORT, many=True)
 
 
 def busy(programs: int, slots: int) -> float:
-    """Share of the device's time that is used by programs of equal length."""
+    """Fraction of the device's time that programs of equal length use."""
     return programs / (cdiv(programs, slots) * slots) if programs else 1.0
 
 
@@ -79,5 +79,5 @@ def fits_one_launch(D: int, itemsize: int) -> bool:
 
 
 def fits_linear_attention(features: int, itemsize: int) -> bool:
-    """Whether linear attention of tokens with this element size is fused; `features`: the larger of D and Dv."""
+    """Whether linear attention is fused for tokens of this element size. `features`: the larger of D and Dv."""
     return features <= WIDEST_LINEAR[itemsize]

@@ -1,10 +1,10 @@
-"""Replays the launches of a call: they are planned once for each combination of shapes, strides, dtypes and options.
+"""Replays the launches of a call, which are recorded once per combination of shapes, strides, dtypes and options.
 
-The first call of a function that is decorated with :func:`planned` runs as it is written, and its allocations, launches
-and reductions are recorded. Later calls with the same key allocate the same buffers and repeat the same launches with
+The first call of a function decorated with :func:`planned` runs normally, and its allocations, launches and reductions
+are recorded as a plan. Later calls with the same cache key allocate the same buffers and repeat the same launches with
 new addresses. The key contains everything that a plan depends on: the shape, strides, dtype, device and address
-alignment of each tensor; the other arguments; and whether TF32 is allowed. The tuner's environment variable is only
-read when a call is planned.
+alignment of each tensor; the other arguments; and whether TF32 is allowed. The autotuner's environment variable is read
+only when a call is recorded.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from xformer_kernels.backends import tf32_allowed
 from xformer_kernels.backends.triton import launch
 
 MOST = 4096
-"""Number of plans that are kept for a function."""
+"""Maximum number of plans per function. When it is reached, all of them are discarded."""
 
 _current = threading.local()
 
@@ -42,7 +42,7 @@ class View(NamedTuple):
 
 
 class Launch:
-    """A launch of a compiled kernel whose arguments are fixed except for addresses, which come first.
+    """A launch of a compiled kernel. All arguments are fixed except the addresses, which come first.
 
     Triton's launcher accepts an address in place of a tensor, and then does not query the driver about it.
     """
@@ -81,7 +81,7 @@ class Reduction(NamedTuple):
 
 
 class Recorder:
-    """Records the steps of a call, in which every tensor must be an argument or (part of) a buffer."""
+    """Records the steps of a call. Every tensor in them must be an argument, a buffer or a view of a buffer."""
 
     def __init__(self, arguments: Sequence[Tensor]) -> None:
         self.arguments = arguments
@@ -145,9 +145,9 @@ class Plan:
 
 
 def planned(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorator of functions of tensors and hashable values that return buffers.
+    """Decorator for functions that take tensors and hashable values and return buffers.
 
-    With the interpreter, which compiles nothing, the function is called as it is.
+    In Triton's interpreter, which compiles nothing, the function is returned unchanged.
     """
     if launch.INTERPRETING:
         return function
@@ -170,7 +170,7 @@ def planned(function: Callable[..., Any]) -> Callable[..., Any]:
             return plan.run(addresses)
         if known in plans:
             return function(*args)
-        # the same object may be passed twice here, and two different ones in the next call
+        # detach, so that a tensor passed twice is two objects: the next call may pass two different tensors
         args = tuple(x.detach() if isinstance(x, Tensor) else x for x in args)
         with _recording([x for x in args if isinstance(x, Tensor)]) as recorder:
             results = function(*args)
@@ -195,7 +195,7 @@ def _recording(arguments: Sequence[Tensor]) -> Iterator[Recorder]:
 
 @contextmanager
 def paused() -> Iterator[None]:
-    """Context for launches that are not part of the call, and not recorded."""
+    """Context in which launches are not recorded, because they are not part of the call."""
     before, _current.recorder = recorder(), None
     try:
         yield
@@ -204,5 +204,5 @@ def paused() -> Iterator[None]:
 
 
 def recorder() -> Recorder | None:
-    """The recorder of the call that is being recorded in this thread."""
+    """The recorder of the call that is being recorded in this thread, if any."""
     return getattr(_current, "recorder", None)

@@ -1,8 +1,8 @@
-"""Memory traffic and products of the launches: how often each tensor of size N is read, and the products computed.
+"""Model of the launches: how often each tensor of N tokens is read and written, and how many products are computed.
 
-A model of the kernels, for comparing plans and for the documentation. The tests compare it byte for byte with the
-loads, stores and products of the kernels in Triton's interpreter. The model counts requests; repeated reads by the same
-program, or by others at the same time, are usually served by a cache.
+It serves to compare plans and to document the kernels. The tests compare it byte for byte with the loads, stores and
+products of the kernels in Triton's interpreter. The model counts requests: repeated reads by the same program, or by
+programs that run at the same time, are usually served by a cache.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from xformer_kernels.backends.triton import configs, plan
 
 
 class Traffic(NamedTuple):
-    """`reads` and `writes`: times that all of a tensor's B H N D numbers are moved. `products`: of B H N D^2 terms."""
+    """How often all B H N D elements of a tensor are read and written; number of products of B H N D^2 terms each."""
 
     reads: dict[str, int]
     writes: dict[str, int]
     products: int
 
     def over_least(self, least: int) -> float:
-        """Numbers moved over the least possible, `least` tensors of B H N D: 4 forward, 7 backward."""
+        """Elements moved, relative to the minimum of `least` tensors of B H N D elements: 4 forward, 7 backward."""
         return (sum(self.reads.values()) + sum(self.writes.values())) / least
 
 
@@ -42,7 +42,7 @@ def _sum(*reads: dict[str, int]) -> dict[str, int]:
 
 
 def forward(D: int, key_value: bool, token_norm: bool, gram: configs.Config, apply: configs.Config | None) -> Traffic:
-    """xfa forward, in one launch where `apply` is None."""
+    """xfa forward, in one launch if `apply` is None."""
     side = configs.block(D) if apply is None else min(gram.block_o, configs.block(D))
     x, b = ("q", "v") if key_value else ("v", "q")
     squares_of = "q" if key_value and token_norm else ""
@@ -59,7 +59,7 @@ def backward(D: int, key_value: bool, token_norm: bool, gram: configs.Config, gr
     block = configs.block(D)
     whole, one_tile = gradients.block_k >= block, gradients.block_o >= block
     tiles = plan.cdiv(D, gradients.block_o)
-    # the gradient of q and of k takes its product twice where the part along each token comes first
+    # dq and dk compute their product twice if they first need the component along each token
     passes = 1 if token_norm else 2
     mixed = {"dq": "dout", "dk": "v", "dv": "k"} if key_value else {"dq": "k", "dk": "q", "dv": "dout"}
     second = dict.fromkeys(("q", "k", "dout", *(["v"] if key_value else [])), 0)

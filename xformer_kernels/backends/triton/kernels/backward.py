@@ -1,4 +1,4 @@
-"""xfa backward, after the Gram matrix of x and dout: the D x D algebra, then dq, dk and dv in one pass."""
+"""xfa backward after the Gram matrix of x and dout: the backward of the map, then dq, dk and dv in one pass."""
 
 import triton.language as tl
 
@@ -22,7 +22,7 @@ from xformer_kernels.backends.triton.kernels.tiles import (
 
 @device
 def along(total, ssq, EPS: tl.constexpr):
-    """What token norms add to a gradient: -total / |x|^2 for each feature, and nothing where eps holds the norm up."""
+    """The term that token norms add to a gradient: -total / |x|^2 per feature, or 0 where eps clamps the norm."""
     norm = clamped(ssq, EPS)
     return tl.where(tl.sqrt(ssq) <= tl.full([], EPS, ssq.dtype), 0.0, -total / norm / norm)
 
@@ -49,15 +49,15 @@ def map_backward_kernel(
     RECORD_ALIGN: tl.constexpr,
     WEIGHT_ALIGN: tl.constexpr,
 ):
-    """A program owns a (b, h), and walks over its map in tiles (D in, BLOCK_O out).
+    """Each program computes one (b, h), and loops over its map in tiles of shape (D, BLOCK_O).
 
-    From the sum dW of the partial Gram matrices (x against dout) to the three maps that give the gradients, as
-    (in, out) in `weights` (B, H, 3, D, D), and to `vectors` (B, H, 2 D + 1): what the norms of q and of k add, and the
-    part of dtemperature.
+    dW is the sum of the partial Gram matrices of x and dout. The program stores the three (in, out) maps that give dq,
+    dk and dv in `weights` (B, H, 3, D, D). In `vectors` (B, H, 2 D + 1) it stores the terms that the norms of q and of
+    k add, and its part of dtemperature.
 
         query_key   dcos = t A (dW - sum_in A dW)     dq = k @ dcos'   dk = q @ dcos'^T   dv = dout @ A^T
         key_value   U = t dW'                         dq = dout @ W^T  dk = v @ U^T       dv = k @ U
-    with ' for the division by the token norms of k and q.
+    where ' denotes division by the token norms of k and q.
     """
     b, h, _ = locate(H, 1)
     RECORD: tl.constexpr = D * D + 2 * D
@@ -116,7 +116,7 @@ def map_backward_kernel(
 
 @device
 def whole_map(weights_ptr, D: tl.constexpr, BLOCK_D: tl.constexpr, HELD: tl.constexpr):
-    """A map of `weights` as one tile, if it is HELD over all tokens of a program."""
+    """A map of `weights`, loaded as one tile for all tokens of a program if HELD, otherwise its pointer."""
     i = tl.arange(0, BLOCK_D)
     w = weights_ptr
     if HELD:
@@ -127,7 +127,7 @@ def whole_map(weights_ptr, D: tl.constexpr, BLOCK_D: tl.constexpr, HELD: tl.cons
 
 @device
 def whole_vector(vector_ptr, D: tl.constexpr, BLOCK_D: tl.constexpr, HELD: tl.constexpr):
-    """What norms over tokens add to a gradient, if it is HELD over all tokens of a program."""
+    """The vector for norms over tokens, loaded for all tokens of a program if HELD, otherwise its pointer."""
     i = tl.arange(0, BLOCK_D)
     vector = vector_ptr
     if HELD:
@@ -160,7 +160,7 @@ def mix(
 ):
     """(BLOCK_N, BLOCK_O): features [first, first + BLOCK_O) of x_scale * (x @ weights).
 
-    Where a product takes fewer than all features of x at a time, they are loaded anew, out of the cache.
+    If a product uses only BLOCK_K < BLOCK_D features of x per step, these are loaded again, from the cache.
     """
     y = tl.zeros((x.shape[0], BLOCK_O), ACC)
     if HELD:
@@ -221,12 +221,13 @@ def store_gradient(
     FAR: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Stores x @ weights, for tokens `own` that are normalised less what lies along `own`.
+    """Stores x @ weights, corrected for the normalisation of the tokens `own`.
 
-    ADD: norms over tokens, which add own times a vector. PROJECT: norms of the tokens themselves.
+    ADD: norms over tokens; adds own times a vector. PROJECT: norms of each token; removes the component along own and
+    divides by the norm.
     """
     if PROJECT:
-        # first the part along each token, which needs all of its features
+        # first compute the component along each token, which needs all of its features
         total = tl.zeros((x.shape[0],), ACC)
         for first in range(0, D, BLOCK_O):
             y = mix(
@@ -268,12 +269,12 @@ def store_gradient(
 
 
 SUMMED = tl.constexpr(128)
-"""Parts of dtemperature that are loaded at a time."""
+"""Partial results of dtemperature that are loaded at a time."""
 
 
 @device
 def sum_of_batch(ptr, B, stride, ACC: tl.constexpr):
-    """The sum of B numbers, `stride` apart, in an order that depends on B alone."""
+    """The sum of B elements, `stride` apart, in an order that depends only on B."""
     i = tl.arange(0, SUMMED).to(tl.int64)
     total = tl.zeros((SUMMED,), ACC)
     for first in range(0, B, SUMMED):
@@ -337,9 +338,9 @@ def gradients_kernel(
     FAR: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """A program owns one chunk of the tokens of one (b, h): it reads them once and writes their dq, dk and dv.
+    """Each program reads one chunk of the tokens of one (b, h) in one pass and writes their dq, dk and dv.
 
-    HELD: maps are loaded once and not for each tile of tokens. The program of the first tokens of (0, h) also adds up
+    HELD: maps are loaded once, not for each tile of tokens. The program of the first chunk of (0, h) also sums
     dtemperature[h] over the batch.
     """
     HELD: tl.constexpr = BLOCK_K >= BLOCK_D and BLOCK_O >= BLOCK_D
@@ -369,7 +370,7 @@ def gradients_kernel(
     end = tl.minimum(part * chunk + chunk, N)
     for start in range(part * chunk, end, BLOCK_N):
         keep = kept(start, rows, end, mask_ptr, b, stride_mb, stride_mn, HAS_MASK)
-        # whole tokens, where something takes them whole: a product, the end of a gradient, a norm
+        # load all features of the tokens if a product, the last step of a gradient or a norm needs them at once
         q, k, g, v = one, one, one, one
         if BLOCK_K >= BLOCK_D or BLOCK_O >= BLOCK_D or FEATURE_NORM:
             q = load_tokens(q_base, start, rows, keep, 0, stride_qn, stride_qd, D, BLOCK_D, ALIGN_Q, FAR)

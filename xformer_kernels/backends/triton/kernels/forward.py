@@ -1,4 +1,4 @@
-"""xfa forward: out = x @ map, with the map finished from Gram matrices by each program for itself."""
+"""xfa forward: out = x @ map. Every program computes the map, or its part of it, from the Gram matrices itself."""
 
 import triton.language as tl
 
@@ -32,7 +32,7 @@ def finish_map(
     TOKEN_NORM: tl.constexpr,
     SOFTMAX: tl.constexpr,
 ):
-    """(in, out): the matrix that multiplies the tokens; for key_value it includes the token norms of q."""
+    """(in, out): the map that is applied to the tokens. For key_value it includes the token norms of q."""
     S = temperature * cosines(raw, ssq_k, ssq_q, EPS, KEY_VALUE, TOKEN_NORM)
     if SOFTMAX:
         S = softmax_over_keys(S, inside)
@@ -124,11 +124,11 @@ def apply_kernel(
     FAR: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The second launch of forward. A program owns BLOCK_O features of out for one chunk of the tokens of one (b, h).
+    """Second launch of the forward. A program computes BLOCK_O features of out for one chunk of tokens of one (b, h).
 
-    It sums the partial records of its (b, h) and finishes its (D, BLOCK_O) part of the map; programs of the first chunk
-    also store the sums in stats, for the backward (a single part lies there already). All of x's features are read by
-    each of the D / BLOCK_O programs.
+    It sums the partial records of its (b, h) and computes its (D, BLOCK_O) tile of the map. Programs of the first chunk
+    also store the sums in stats for the backward (a single part is already stored there). Each of the D / BLOCK_O
+    programs reads all features of x.
     """
     TILES: tl.constexpr = (D + BLOCK_O - 1) // BLOCK_O
     RECORD: tl.constexpr = D * D + 2 * D
@@ -144,7 +144,7 @@ def apply_kernel(
     partial_ptr = record_base(partial_ptr, (b * H + h) * RECORD, RECORD_ALIGN)
     stats_ptr = record_base(stats_ptr, (b * H + h) * RECORD, RECORD_ALIGN)
     raw = sum_of_parts(partial_ptr, places, inside, parts, step, ACC, RECORD_ALIGN)
-    # q's features lie along the out axis, for key_value along the in axis
+    # features of q are along the out axis, or along the in axis for key_value
     if KEY_VALUE:
         features_q, owner_q = i, (i < D) & (tile == 0)
     else:
@@ -240,13 +240,13 @@ def forward_kernel(
     PRECISION: tl.constexpr,
     MAP_PRECISION: tl.constexpr,
 ):
-    """The whole forward in one launch: a program owns a (b, h), and keeps its map in registers between the passes."""
+    """The whole forward in one launch. A program computes one (b, h) and keeps its map in registers between passes."""
     RECORD: tl.constexpr = D * D + 2 * D
     b, h, _ = locate(H, 1)
     q_base = head_base(q_ptr, b, h, stride_qb, stride_qh, ALIGN_Q)
     k_base = head_base(k_ptr, b, h, stride_kb, stride_kh, ALIGN_K)
     v_base = head_base(v_ptr, b, h, stride_vb, stride_vh, ALIGN_V)
-    # k against q, or against v with the sums of squares of q from a read of their own
+    # Gram matrix of k and q or, for key_value, of k and v, where q is read only for its sums of squares
     if KEY_VALUE:
         b_base, stride_bn, stride_bd = v_base, stride_vn, stride_vd
         x_base, stride_xn, stride_xd = q_base, stride_qn, stride_qd
@@ -294,7 +294,7 @@ def forward_kernel(
     )
     i = tl.arange(0, BLOCK_D)
     inside = (i < D)[:, None] & (i < D)[None, :]
-    # infinite tokens times the zeros beyond D are NaN
+    # infinite tokens times the zeros beyond D give NaN
     raw = tl.where(inside, raw, 0.0)
     record = record_base(stats_ptr, (b * H + h) * RECORD, RECORD_ALIGN)
     tl.store(record + i[:, None] * D + i[None, :], raw, mask=inside)

@@ -1,4 +1,4 @@
-"""Gram matrices over the tokens: the first pass of every op."""
+"""Gram matrices over the tokens: the gram op, and the first pass of xfa forward and backward."""
 
 import triton.language as tl
 
@@ -28,7 +28,7 @@ def reciprocal_norms(
     ALIGN: tl.constexpr,
     FAR: tl.constexpr,
 ):
-    """(BLOCK_N,): 1 / max(norm, eps) of whole tokens, of which `tile` may hold only some features."""
+    """(BLOCK_N,): 1 / max(norm, eps) over all features of each token. `tile` may hold only some of them."""
     if D <= BLOCK:
         ssq = tl.sum(tile * tile, axis=1)
     else:
@@ -76,10 +76,10 @@ def accumulate(
     FAR: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """(BLOCK_A, BLOCK_B) sum of a[n]^T b[n] over the tokens [begin, end), and the sums of squares of their features.
+    """(BLOCK_A, BLOCK_B) sum of a[n]^T b[n] over the tokens [begin, end), and sums of squares of the features.
 
-    SQUARES: "" none, "ab" of a and of b, "ac" of a and of c (as wide as b), which is read for them alone. SAME: b is a.
-    NORM_A, NORM_B: each token of a, of b is first divided by its norm; the product is in the accumulate dtype.
+    SQUARES: "" none, "ab" of a and b, "ac" of a and c; c is as wide as b and is read only for its squares. SAME: b is
+    a. NORM_A, NORM_B: each token of a or b is first divided by its norm; the product is in the accumulate dtype.
     """
     G = tl.zeros((BLOCK_A, BLOCK_B), ACC)
     squares_a = tl.zeros((BLOCK_N, BLOCK_A), ACC)
@@ -164,10 +164,10 @@ def gram_kernel(
     FAR: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """A program owns one (BLOCK_A, BLOCK_B) tile of one (b, h) over one chunk of the tokens, its `part`.
+    """Each program computes one (BLOCK_A, BLOCK_B) tile of one (b, h) over one chunk of the tokens, its `part`.
 
-    Results are (parts, B, H) records, `step_*` numbers apart. SYMMETRIC: tiles below the diagonal return at once, and
-    each element above it is stored at both of its places; the diagonal is the sums of squares, bitwise.
+    Results are (parts, B, H) records, `step_*` elements apart. SYMMETRIC: programs of tiles below the diagonal return
+    at once, and elements above it are also stored transposed. The sums of squares are bitwise equal to the diagonal.
     """
     TILES_A: tl.constexpr = (DA + BLOCK_A - 1) // BLOCK_A
     TILES_B: tl.constexpr = (DB + BLOCK_B - 1) // BLOCK_B
@@ -181,7 +181,7 @@ def gram_kernel(
     first_a = tile_a * BLOCK_A
     first_b = tile_b * BLOCK_B
     begin = part * chunk
-    # off the diagonal of a symmetric matrix, b is other features of a
+    # in tiles off the diagonal of a symmetric matrix, b holds other features of the same tokens
     SAME: tl.constexpr = SYMMETRIC and TILES_B == 1
     G, squares_a, squares_b = accumulate(
         head_base(a_ptr, b, h, stride_ab, stride_ah, ALIGN_A),

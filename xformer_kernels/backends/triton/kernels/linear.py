@@ -1,7 +1,7 @@
-"""Linear attention: two passes forward and two backward, in which a program holds a whole D x DV map of its (b, h).
+"""Linear attention: two passes forward and two backward. Each program holds the whole D x DV map of its (b, h).
 
-Records are S (D, DV), z (D) and, of stats alone, the maxima of k (D): sums of exp(k - maximum) for a softmax over
-tokens, which whoever reads them divides by z.
+A record is S (D, DV), z (D) and, for a softmax over tokens, the maxima of k (D), which are stored only in stats. For
+this softmax, S and z are sums weighted by exp(k - maximum), and the kernels that read S divide it by z.
 """
 
 import triton.language as tl
@@ -22,7 +22,7 @@ from xformer_kernels.backends.triton.kernels.tiles import (
 
 @device
 def features(x, highest, keep, D: tl.constexpr, OF: tl.constexpr, ACC: tl.constexpr):
-    """(BLOCK_N, BLOCK_D): phi(x) in ACC, 0 beyond D and where masked; `highest`: of a softmax over tokens."""
+    """(BLOCK_N, BLOCK_D): phi(x) in ACC, 0 beyond D and where masked. `highest`: maxima of a softmax over tokens."""
     wide = x.to(ACC)
     inside = (tl.arange(0, x.shape[1]) < D)[None, :]
     y = wide
@@ -43,7 +43,7 @@ def features(x, highest, keep, D: tl.constexpr, OF: tl.constexpr, ACC: tl.conste
 
 @device
 def differentiated(dy, x, y, OF: tl.constexpr):
-    """(BLOCK_N, BLOCK_D): the gradient of x from that of y = phi(x); of a softmax over tokens less its mean."""
+    """(BLOCK_N, BLOCK_D): dx from dy, y = phi(x). For a softmax over tokens, the caller subtracts the mean from dy."""
     dx = dy
     if OF == "relu":
         dx = tl.where(x.to(dy.dtype) <= 0.0, 0.0, dy)
@@ -58,13 +58,13 @@ def differentiated(dy, x, y, OF: tl.constexpr):
 
 @device
 def reciprocals(z):
-    """1 / z, and 0 where no token took part."""
+    """1 / z, or 0 where no token contributed."""
     return tl.where(z == 0.0, 0.0, 1.0 / tl.where(z == 0.0, 1.0, z))
 
 
 @device
 def finished(S, z, OF_K: tl.constexpr):
-    """S and z as they are applied to the queries."""
+    """S and z in the form that is applied to the queries."""
     if OF_K == "softmax_tokens":
         S = S * reciprocals(z)[:, None]
         z = tl.where(z == 0.0, 0.0, 1.0).to(z.dtype)
@@ -96,9 +96,10 @@ def maxima_kernel(
     ALIGN_K: tl.constexpr,
     FAR: tl.constexpr,
 ):
-    """A program owns one chunk of the keys of one (b, h): (parts, B, H) maxima by feature, `step` numbers apart.
+    """Each program computes the maximum of every feature over one chunk of the keys of one (b, h).
 
-    -inf where no token takes part. NaN need not be propagated here, since the sums propagate it.
+    Results are (parts, B, H) rows, `step` elements apart, and -inf where no token contributes. NaN need not be
+    propagated here, because the sums propagate it.
     """
     b, h, part = locate(H, parts)
     k_base = head_base(k_ptr, b, h, stride_kb, stride_kh, ALIGN_K)
@@ -149,9 +150,9 @@ def key_sums_kernel(
     FAR: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The first launch of forward. A program owns one chunk of the keys of one (b, h), and gives their S and z.
+    """First launch of the forward (after the maxima). Each program computes S and z of one chunk of keys of one (b, h).
 
-    z is of the features as they were rounded for the product.
+    z is the sum of the features after rounding for the product.
     """
     RECORD: tl.constexpr = D * DV + (2 * D if OF_K == "softmax_tokens" else D)
     b, h, part = locate(H, parts)
@@ -216,10 +217,10 @@ def apply_sums_kernel(
     FAR: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The second launch of forward. A program owns one chunk of the queries of one (b, h).
+    """Second launch of the forward. Each program computes out for one chunk of the queries of one (b, h).
 
-    It sums the partial records of its (b, h); programs of the first chunk also store the sums in stats, for the
-    backward (a single part lies there already).
+    It sums the partial records of its (b, h). Programs of the first chunk also store the sums in stats for the backward
+    (a single part is already stored there).
     """
     RECORD: tl.constexpr = D * DV + (2 * D if OF_K == "softmax_tokens" else D)
     MAP_DTYPE: tl.constexpr = ACC if WIDE_MAP else q_ptr.dtype.element_ty

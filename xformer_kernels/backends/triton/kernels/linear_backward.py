@@ -1,4 +1,4 @@
-"""Linear attention backward: a pass over queries, which gives dq and the gradients of S and z, and one over keys."""
+"""Linear attention backward: a pass over queries computes dq, dS and dz, then a pass over keys computes dk and dv."""
 
 import triton.language as tl
 
@@ -63,12 +63,12 @@ def query_gradients_kernel(
     FAR: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """A program owns one chunk of the queries of one (b, h): it reads them once, writes their dq, and their dS and dz.
+    """Each program reads one chunk of the queries of one (b, h) once, and writes their dq, partial dS and partial dz.
 
         g = scale dout / den      t = g S^T      dden = -<t, phi(q)> / den
         dq = phi'(t + dden z)     dS = sum phi(q)^T g      dz = sum phi(q) dden
 
-    If S does not fit in registers together with dS, BLOCK_K of its columns are loaded at a time, again for each tile.
+    If S does not fit in registers together with dS, it is loaded again for each tile, BLOCK_K columns at a time.
     """
     RECORD: tl.constexpr = D * DV + (2 * D if OF_K == "softmax_tokens" else D)
     MAP_DTYPE: tl.constexpr = ACC if WIDE_MAP else q_ptr.dtype.element_ty
@@ -108,7 +108,7 @@ def query_gradients_kernel(
         if NORMALIZE:
             wide = rounded.to(ACC)
             inverse = 1.0 / (tl.sum(wide * z[None, :], axis=1) + tl.full([], EPS, ACC))
-            # of queries that take no part: an infinite z would leave NaN in the sums
+            # 0 for masked queries: an infinite z would give NaN in the sums
             inverse = tl.where(keep, inverse, 0.0)
             by = (scale * inverse)[:, None]
             t *= by
@@ -174,11 +174,11 @@ def key_gradients_kernel(
     FAR: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """A program owns one chunk of the keys of one (b, h): it sums the partial dS and dz, and writes dk and dv.
+    """Each program sums the partial dS and dz, and writes dk and dv for one chunk of the keys of one (b, h).
 
         dk = phi'(v dS^T + dz)      dv = phi(k) dS
 
-    A softmax over tokens, P = exp(k - maximum) / z, has dk = P (v dS^T - sum_j S dS) and dv = P dS.
+    For a softmax over tokens, P = exp(k - maximum) / z, dk = P (v dS^T - sum_j S dS) and dv = P dS.
     """
     RECORD: tl.constexpr = D * DV + (2 * D if OF_K == "softmax_tokens" else D)
     MAP_DTYPE: tl.constexpr = ACC if WIDE_MAP else k_ptr.dtype.element_ty

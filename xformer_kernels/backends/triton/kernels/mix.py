@@ -1,4 +1,4 @@
-"""A small matrix applied to every token: the second pass of every op."""
+"""channel_mix: a small matrix applied to every token."""
 
 import triton.language as tl
 
@@ -41,7 +41,7 @@ def multiply(
     FAR: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """y + x @ weight^T, BLOCK_K features of x at a time, in the dtype of y if WIDE_MAP, otherwise in that of x."""
+    """y + x @ weight^T, BLOCK_K features per step. Operands have the dtype of y if WIDE_MAP, otherwise that of x."""
     x_base = head_base(x_ptr, b, h, stride_xb, stride_xh, ALIGN)
     w_base = weight_ptr + b * stride_wb + h * stride_wh
     for first in range(0, I, BLOCK_K):
@@ -114,7 +114,7 @@ def channel_mix_kernel(
     FAR: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """A program owns a (BLOCK_N, BLOCK_O) tile of y. I2 = 0: no second pair. WIDE_MAP: products are of ACC numbers."""
+    """A program computes a (BLOCK_N, BLOCK_O) tile of y. I2 = 0: no x2 and weight2. WIDE_MAP: products are in ACC."""
     TILES: tl.constexpr = (O + BLOCK_O - 1) // BLOCK_O
     b, h, rest = locate(H, blocks * TILES)
     first = (rest % TILES).to(tl.int32) * BLOCK_O

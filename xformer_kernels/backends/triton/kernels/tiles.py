@@ -1,9 +1,9 @@
-"""Device functions that the kernels share: where a program works, tiles of tokens, products, norms and maps.
+"""Device functions shared by the kernels: program ids, tiles of tokens, matrix products, norms and maps.
 
-A tile of tokens is the tokens start + rows, with rows from 0. Its first token has a 64-bit address, from which offsets
-are 32-bit unless FAR. Tiles are named by their shapes. Tokens are (BLOCK_N, BLOCK_D): tokens by features, 0 beyond N,
-beyond D and where masked. Maps are (in, out): features of what is mixed by features of the result, so that a mix is
-``tokens @ map``.
+A tile holds the tokens ``start + rows``, where ``rows`` starts at 0. The address of its first token is 64-bit; offsets
+within the tile are 32-bit unless FAR. Docstrings give the shapes of tiles. Tokens have shape (BLOCK_N, BLOCK_D), tokens
+by features, and are 0 beyond N, beyond D and where masked. Maps have shape (in, out), input features by output
+features, and are applied as ``tokens @ map``.
 """
 
 import triton.language as tl
@@ -16,7 +16,7 @@ INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
 
 @device
 def locate(H, parts):
-    """(b, h, part) of this program. Heads vary fastest: those of one token share cache lines, and now run together."""
+    """(b, h, part) of this program id. Heads vary fastest: heads of a token share cache lines, and so run together."""
     pid = tl.program_id(0).to(tl.int64)
     h = pid % H
     rest = pid // H
@@ -25,39 +25,39 @@ def locate(H, parts):
 
 @device
 def head_base(ptr, b, h, stride_b, stride_h, ALIGN: tl.constexpr):
-    """Where token 0 of (b, h) starts. ALIGN is a promise of launch.alignment for this address and all rows."""
+    """Pointer to token 0 of (b, h). launch.alignment guarantees ALIGN for this address and for all rows."""
     base = ptr + b * stride_b + h * stride_h
     return tl.multiple_of(base, (ALIGN if ALIGN > 0 else 1) * (ptr.dtype.element_ty.primitive_bitwidth // 8))
 
 
 @device
 def tile_base(base, start, stride_n, ALIGN: tl.constexpr):
-    """Where token `start` starts."""
+    """Pointer to token `start`."""
     start_ptr = base + start * stride_n.to(tl.int64)
     return tl.multiple_of(start_ptr, (ALIGN if ALIGN > 0 else 1) * (base.dtype.element_ty.primitive_bitwidth // 8))
 
 
 @device
 def tile_stride(stride, FAR: tl.constexpr):
-    """A stride in the integers of offsets within a tile: FAR is what launch.far says of all strides of a launch."""
+    """A stride, cast to the dtype of offsets within a tile. FAR: result of launch.far for all strides of a launch."""
     return stride.to(tl.int64) if FAR else stride.to(tl.int32)
 
 
 @device
 def record_base(ptr, offset, ALIGN: tl.constexpr):
-    """ptr + offset into a buffer of ours whose rows are whole features: the promise is as for tokens of ours."""
+    """ptr + offset in a buffer that this backend allocated, where offsets are multiples of ALIGN elements."""
     return tl.multiple_of(ptr + offset, ALIGN * (ptr.dtype.element_ty.primitive_bitwidth // 8))
 
 
 @device
 def existing(start, rows, end):
-    """Which of the tokens start + rows are before `end`."""
+    """Mask of the tokens start + rows that are before `end`."""
     return rows < tl.minimum(end - start, rows.shape[0]).to(tl.int32)
 
 
 @device
 def kept(start, rows, end, mask_ptr, b, stride_mb, stride_mn, HAS_MASK: tl.constexpr):
-    """Which of the tokens start + rows are before `end` and not masked."""
+    """Mask of the tokens start + rows that are before `end` and that the token mask keeps."""
     keep = existing(start, rows, end)
     if HAS_MASK:
         step = stride_mn.to(tl.int64)
@@ -79,7 +79,7 @@ def load_tokens(
     ALIGN: tl.constexpr,
     FAR: tl.constexpr,
 ):
-    """(BLOCK_N, BLOCK): the features from `first` on."""
+    """(BLOCK_N, BLOCK): features [first, first + BLOCK) of the tokens start + rows."""
     features = first + tl.arange(0, BLOCK)
     starts = tl.multiple_of(rows * tile_stride(stride_n, FAR), ALIGN if ALIGN > 0 else 1)
     steps = features if ALIGN > 0 else features * tile_stride(stride_d, FAR)
@@ -93,7 +93,7 @@ def store_tokens(
     ptr, tile, b, h, start, rows, end, first, N, H, D: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr,
     FAR: tl.constexpr, CHANNEL_MAJOR: tl.constexpr = False,
 ):  # fmt: skip
-    """Tokens before `end`, into a (B, N, H, D) buffer of ours, or a (B, H, D, N) one, where tokens lie side by side."""
+    """Stores tokens before `end` in a contiguous (B, N, H, D) buffer, or (B, H, D, N) if CHANNEL_MAJOR."""
     features = first + tl.arange(0, BLOCK)
     value = narrow(tile, ptr.dtype.element_ty)
     mask = existing(start, rows, end)[:, None] & (features < D)[None, :]
@@ -108,7 +108,7 @@ def store_tokens(
 
 @device
 def narrow(x, DTYPE: tl.constexpr):
-    """x rounded to DTYPE, to nearest even; done explicitly where Triton's interpreter would truncate to bfloat16."""
+    """x rounded to nearest even in DTYPE. This is explicit where Triton's interpreter would truncate to bfloat16."""
     if INTERPRETED and tl.bfloat16 == DTYPE:
         bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
@@ -119,7 +119,7 @@ def narrow(x, DTYPE: tl.constexpr):
 
 @device
 def product(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a @ b; Triton's interpreter multiplies the bits of bfloat16 as integers unless it is widened."""
+    """acc + a @ b. bfloat16 is widened in Triton's interpreter, which would multiply its bits as integers."""
     if INTERPRETED and a.dtype == tl.bfloat16:
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
@@ -127,7 +127,7 @@ def product(a, b, acc, PRECISION: tl.constexpr):
 
 @device
 def clamped(ssq, EPS: tl.constexpr):
-    """max(norm, eps) from sums of squares; NaN stays NaN."""
+    """max(norm, eps) from sums of squares. NaN is propagated."""
     norm = tl.sqrt(ssq)
     eps = tl.full([], EPS, ssq.dtype)
     return tl.where(norm < eps, eps, norm)
@@ -151,7 +151,7 @@ def sum_of_parts(ptr, offsets, mask, parts, stride, ACC: tl.constexpr, ALIGN: tl
 
 @device
 def cosines(raw, ssq_k, ssq_q, EPS: tl.constexpr, KEY_VALUE: tl.constexpr, TOKEN_NORM: tl.constexpr):
-    """(in, out) raw / (|k| |q|): k is on the in axis; q on the out axis, for key_value on the in axis as well."""
+    """(in, out): raw / (|k| |q|). k is along the in axis; q along the out axis, or along the in axis for key_value."""
     if TOKEN_NORM:
         raw = raw / clamped(ssq_k, EPS)[:, None]
         if KEY_VALUE:
@@ -163,7 +163,7 @@ def cosines(raw, ssq_k, ssq_q, EPS: tl.constexpr, KEY_VALUE: tl.constexpr, TOKEN
 
 @device
 def softmax_over_keys(S, inside):
-    """Over the in axis, of the rows that are `inside`."""
+    """Softmax over the in axis, restricted to the rows where `inside` is true."""
     S = tl.where(inside[:, None], S, float("-inf"))
     S = tl.exp(S - tl.max(S, axis=0)[None, :])
     return S / tl.sum(S, axis=0)[None, :]
