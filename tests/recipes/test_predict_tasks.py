@@ -16,7 +16,6 @@ pytest.importorskip("torchvision", reason="torchvision is not installed")
 
 from xformer import __main__ as command
 from xformer import fuse_for_inference
-from xformer.detection import detect
 from xformer.recipes.card import Card
 from xformer.recipes.data.detection import CocoData, restore
 from xformer.recipes.data.order import Replica
@@ -91,7 +90,7 @@ def test_boxes_are_those_of_the_evaluation(scenes, models, call, tmp_path):
     for x, targets in CocoData(recipe("detect", scenes, batch_size=1), Replica()).evaluate():
         (target,) = targets
         with torch.no_grad():
-            (expected,) = detect(model(x), model.anchors, score=0.3, iou=0.6, sizes=[target["size"]])
+            (expected,) = model.detect(model(x), score=0.3, iou=0.6, sizes=[target["size"]])
         assert len(expected["boxes"]) > 1
         (result,) = (r for r in results if int(r["image"][-16:-4]) == target["image_id"])
         assert (result["error"], result["width"], result["height"]) == ("", 96, 64)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xformer.detection.boxes import ANCHORS, PER_SCALE, STRIDES, check_anchors, check_centre_scale
+from xformer.detection.boxes import ANCHORS, PER_SCALE, STRIDES, check_anchors, check_centre_scale, detect
 from xformer.errors import UsageError
 from xformer.layers import ConvNorm, Pointwise, init_weights
 from xformer.registry import build_features
@@ -140,6 +140,10 @@ class Detector(nn.Module):
             y, finer = self.scales[i](torch.cat((features[i], up), 1))
             maps.insert(0, finer)
         return maps
+
+    def detect(self, maps: Sequence[Tensor], **options: Any) -> list[dict[str, Tensor]]:
+        """:func:`xformer.detection.detect` with the anchors and the centre scale of this model."""
+        return detect(maps, self.anchors, centre_scale=self.centre_scale, **options)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """As :meth:`xformer.XFormer.set_grad_checkpointing`, for the backbone only."""

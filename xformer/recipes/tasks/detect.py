@@ -146,9 +146,7 @@ class BoxPredictor(Predictor):
         seen = [letterbox(image, nothing, self.card.image_size, self.card.mean, self.card.std) for image in images]
         maps = self.model(torch.stack([x for x, _ in seen]))
         sizes = [target["size"] for _, target in seen]
-        found = detect(
-            maps, self.model.anchors, score=self.score, iou=self.iou, centre_scale=self.model.centre_scale, sizes=sizes
-        )
+        found = self.model.detect(maps, score=self.score, iou=self.iou, sizes=sizes)
         finite = [all(of_it[i].isfinite().all() for of_it in maps) for i in range(len(images))]
         answers: list[Answer | None] = []
         for image, (_, target), of_it, usable in zip(images, seen, found, finite, strict=True):
