@@ -51,7 +51,9 @@ def test_the_same_images_have_the_same_metrics_however_they_are_stored(digits, c
     root, card = digits
     weights = write(root / "w.safetensors", card)
     result, said = evaluated(weights, "digits")
-    assert result["loss"] > 0 and (result, said) == evaluated(weights, root / "images")
+    stored, of_files = evaluated(weights, root / "images")
+    # files are in the order of their classes: the batches, and so the sums of losses in float32, are other ones
+    assert result["loss"] > 0 and stored == pytest.approx(result, rel=1e-6) and of_files == said
     assert said == [f"{weights}: xformer_xxs, images of {find_task(card.task).preprocessing(card)}", "360 images"]
     assert "32 pixels by bicubic, crop_pct 0.9, less mean 0.305" in said[0]
     other = replace(card, mean=MEAN, std=STD)
