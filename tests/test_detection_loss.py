@@ -336,7 +336,7 @@ def test_bad_arguments():
         ({"box": "giou"}, "box must be one of ciou, yolov3, got 'giou'"),
         ({"objectness": "giou"}, "objectness must be one of one, iou, got 'giou'"),
         ({"anchor_iou": -1}, r"anchor_iou must be in \[0, 1\], got -1"),
-        ({"centre_scale": 0.5}, "centre_scale must be 1 or more, got 0.5"),
+        ({"centre_scale": 0.5}, "centre_scale must be a number from 1 to 4, got 0.5"),
         ({"ignore": 2}, r"ignore must be in \[0, 1\], got 2"),
         ({"weights": (1, 1)}, "weights must be three numbers, 0 or more"),
         ({"anchors": ANCHORS[:3]}, "anchors must be 9 pairs"),

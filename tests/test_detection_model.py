@@ -138,6 +138,21 @@ def test_backbones_of_timm(name, channels):
     model.set_grad_checkpointing()
     sum(m.sum() for m in maps).backward()
     assert all(p.grad is not None for p in model.parameters())
+    model.eval()
+    x = images(2, 4, 64, 64)
+    with torch.no_grad():
+        for got, expected in zip(xformer.fuse_for_inference(model)(x), model(x), strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_detections_of_a_model_are_in_its_coding():
+    model = small(anchors=[(10, 10)] * 9, centre_scale=2.0).eval()
+    with torch.no_grad():
+        maps = model(images(1, 3, 64, 64))
+    (found,) = model.detect(maps, score=0.0, limit=20)
+    (expected,) = detect(maps, model.anchors, centre_scale=2.0, score=0.0, limit=20)
+    (other,) = detect(maps, model.anchors, score=0.0, limit=20)
+    assert torch.equal(found["boxes"], expected["boxes"]) and not torch.equal(found["boxes"], other["boxes"])
 
 
 def test_conveniences():
@@ -151,9 +166,11 @@ def test_conveniences():
     "options, message",
     [
         ({"backbone_name": "resnet"}, r"backbone_name must be one of xformer_s, .*, or timm:MODEL .*, got 'resnet'"),
-        ({"backbone_name": "timm:resnet"}, "or timm:MODEL for a model of timm, got 'timm:resnet'"),
+        ({"backbone_name": "timm:resnet"}, "or timm:MODEL for a model of timm, if it is installed, got 'timm:resnet'"),
         ({"backbone_name": "timm:vit_tiny_patch16_224"}, r"must have maps of the strides \(8, 16, 32\), got"),
-        ({"centre_scale": 0}, "centre_scale must be 1 or more, got 0"),
+        ({"backbone_name": "timm:crossvit_tiny_240"}, r"must have maps of the strides \(8, 16, 32\), got \[\]"),
+        ({"centre_scale": 0}, "centre_scale must be a number from 1 to 4, got 0"),
+        ({"centre_scale": "2"}, "centre_scale must be a number from 1 to 4, got '2'"),
         ({"num_classes": 0}, "num_classes must be 1 or more, got 0"),
         ({"anchors": ANCHORS[:8]}, r"anchors must be 9 pairs \(w, h\) of positive numbers"),
         ({"anchors": ((0, 1),) * 9}, "anchors must be 9 pairs"),

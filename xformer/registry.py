@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -86,23 +87,29 @@ def build_features(name: str, strides: Sequence[int], in_chans: int = 3, **optio
         UsageError: unknown model, or one without maps of these strides.
     """
     library, _, model = name.rpartition(":")
-    options |= {"features_only": True, "in_chans": in_chans}
     if library == "" and name in default_cfgs:
-        features: Any = build(name, out_indices=len(strides), **options)
+        create: Any = partial(build, name, out_indices=len(strides))
     elif library == "timm" and timm is not None and timm.is_model(model):
-        with torch.device("meta"):
-            reductions = timm.create_model(model, features_only=True).feature_info.reduction()
+        try:
+            with torch.device("meta"):
+                found = timm.create_model(model, features_only=True).feature_info.reduction()
+        except Exception as error:  # models that do not support it raise errors of any kind
+            raise UsageError(f"{name} cannot be made as a feature extractor by timm: {error}") from error
         # the last map of each stride
-        indices = [i for i, r in enumerate(reductions) if r in strides and r not in reductions[i + 1 :]]
-        features = timm.create_model(model, out_indices=indices, **options)
+        indices = [i for i, stride in enumerate(found) if stride in strides and stride not in found[i + 1 :]]
+        _check_strides(name, [found[i] for i in indices], strides)
+        create = partial(timm.create_model, model, out_indices=indices)
     else:
-        known = f"one of {', '.join(default_cfgs)}, or timm:MODEL for a model of timm"
+        known = f"one of {', '.join(default_cfgs)}, or timm:MODEL for a model of timm, if it is installed"
         raise UsageError(f"backbone_name must be {known}, got {name!r}")
-    if features.feature_info.reduction() != list(strides):
-        raise UsageError(
-            f"{name} must have maps of the strides {tuple(strides)}, got {features.feature_info.reduction()}"
-        )
+    features = create(features_only=True, in_chans=in_chans, **options)
+    _check_strides(name, features.feature_info.reduction(), strides)
     return features
+
+
+def _check_strides(name: str, found: list[int], strides: Sequence[int]) -> None:
+    if found != list(strides):
+        raise UsageError(f"{name} must have maps of the strides {tuple(strides)}, got {found}")
 
 
 def xformer_s(pretrained: bool = False, **options: Any) -> XFormer | XFormerFeatures:

@@ -125,31 +125,17 @@ void sum_chunks(T* first, int64_t chunks, size_t count) {
 }
 
 double load_scalar(const void* p, int64_t i, int dtype) {
-  switch (dtype) {
-    case XK_F64:
-      return ((const double*)p)[i];
-    case XK_BF16:
-      return widen(((const bf16*)p)[i]);
-    case XK_F16:
-      return widen(((const f16*)p)[i]);
-    default:
-      return ((const float*)p)[i];
-  }
+  double x = 0;
+  with_any_storage(dtype, [&](auto* storage) { x = widen(((const decltype(storage))p)[i]); });
+  return x;
 }
 void store_scalar(void* p, int64_t i, int dtype, double x) {
-  switch (dtype) {
-    case XK_F64:
+  with_any_storage(dtype, [&](auto* storage) {
+    if constexpr (sizeof(*storage) == sizeof(double))
       ((double*)p)[i] = x;
-      break;
-    case XK_BF16:
-      narrow((bf16*)p + i, float(x));
-      break;
-    case XK_F16:
-      narrow((f16*)p + i, float(x));
-      break;
-    default:
-      ((float*)p)[i] = float(x);
-  }
+    else
+      narrow((decltype(storage))p + i, float(x));
+  });
 }
 
 template <class T>

@@ -47,10 +47,11 @@ def check_centre_scale(centre_scale: float) -> float:
     """Return the centre scale.
 
     Raises:
-        UsageError: not a finite number of 1 or more.
+        UsageError: not a number from 1 to 4.
     """
-    if not 1 <= centre_scale < math.inf:
-        raise UsageError(f"centre_scale must be 1 or more, got {centre_scale}")
+    number = isinstance(centre_scale, (int, float)) and not isinstance(centre_scale, bool)
+    if not number or not 1 <= centre_scale <= 4:
+        raise UsageError(f"centre_scale must be a number from 1 to 4, got {centre_scale!r}")
     return float(centre_scale)
 
 

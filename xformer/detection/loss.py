@@ -103,7 +103,8 @@ class DetectionLoss(nn.Module):
 
     With the defaults, boxes are assigned as in YOLOv3, each to one prediction. The recipes assign a box to several
     (``centre_scale=2, anchor_iou=0.5``), and train the objectness of a prediction to be the IoU of its box
-    (``objectness="iou"``, as in YOLOv1), by which detections are ranked. docs/detection.md shows what each changes.
+    (``objectness="iou"``, as in YOLOv1), by which detections are ranked. ``python -m
+    experiments.ablation`` measures what each changes.
 
     Losses are computed in float32 even under autocast (in float64 for float64 maps).
 
@@ -119,7 +120,7 @@ class DetectionLoss(nn.Module):
 
     Raises:
         UsageError: anchors are not nine positive pairs, unknown box loss or objectness, negative weights, `ignore` or
-            `anchor_iou` outside [0, 1], or a centre_scale below 1.
+            `anchor_iou` outside [0, 1], or a centre_scale outside [1, 4].
     """
 
     def __init__(

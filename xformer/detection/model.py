@@ -78,7 +78,7 @@ class Detector(nn.Module):
 
     Raises:
         UsageError: unknown backbone, num_classes below 1, anchors that are not nine pairs of positive numbers, not
-            three positive widths, a centre_scale below 1, a backbone without maps of the strides 8, 16, 32.
+            three positive widths, a centre_scale outside [1, 4], a backbone without maps of the strides 8, 16, 32.
         ValueError: options rejected by the backbone.
     """
 
