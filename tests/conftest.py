@@ -155,8 +155,8 @@ def pytest_generate_tests(metafunc):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Deselects what does not run on a push: tests marked ``nightly``, and all but one in n of the combinations of slow
-    kernels of tests marked ``one_in(n)``.
+    """Deselects what does not run on a push: tests marked ``nightly``, those of slow kernels marked
+    ``nightly(slow=True)``, and all but one in n of the combinations of slow kernels of tests marked ``one_in(n)``.
 
     The selection depends on the names of the combinations only, so it is the same everywhere.
     """
@@ -164,9 +164,11 @@ def pytest_collection_modifyitems(config, items):
         return
     left_out = []
     for item in items:
-        mark = item.get_closest_marker("one_in")
-        slow = mark and (is_slow(item.callspec.params) or ("triton" in item.path.parts and INTERPRETING))
-        if item.get_closest_marker("nightly") or (slow and zlib.crc32(item.name.encode()) % mark.args[0]):
+        nightly, one_in = map(item.get_closest_marker, ("nightly", "one_in"))
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        slow = is_slow(params) or ("triton" in item.path.parts and INTERPRETING)
+        late = nightly and (slow or "slow" not in nightly.kwargs)
+        if late or (slow and one_in and zlib.crc32(item.name.encode()) % one_in.args[0]):
             left_out.append(item)
     if left_out:
         config.hook.pytest_deselected(items=left_out)

@@ -119,7 +119,7 @@ def slate(monkeypatch):
     dispatch._chosen.clear()
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("config", CONFIGS[::5], ids=str)
 def test_adding_a_backend(config, slate):
     """A new backend serves all of the package, with derivatives of any order, and its reasons are reported."""
     problem = make_problem((2, 13, 2, 4), config, masked=True)

@@ -19,7 +19,7 @@ def threads_of(kernel):
     return THREADS if kernel == "cpp" else (2, 2)
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.nightly(slow=True)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -33,7 +33,7 @@ def arguments(layer, backend, keep=None):
     return layer_ops.Operands(*tensors), (keep, layer.token_mask, Spec().text(), layer.ln_eps, True, "", backend)
 
 
-@pytest.mark.parametrize("block", [False, True], ids=["layer", "block"])
+@pytest.mark.parametrize("block", [False, pytest.param(True, marks=pytest.mark.nightly)], ids=["layer", "block"])
 def test_opcheck(block, kernel, device, slow):
     """Schemas, fakes and autograd; slow kernels skip AOTAutograd, whose result does not depend on the backend."""
     tests = ("test_schema", "test_faketensor") if slow else ALL

@@ -44,6 +44,7 @@ def tokens_of(layout, dtype, device):
     return x
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "sliced"])
 @pytest.mark.parametrize("qkv_bias", [False, True], ids=["", "qkv_bias"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)

@@ -90,7 +90,7 @@ def test_compile_fullgraph_dynamic(compiler, backend, device, ran, slow):
     """One graph, compiled once for all numbers of tokens and batch sizes, forward and backward."""
     if slow and compiler == "inductor":
         pytest.skip("the graph, and so the code around the kernels, is the same as for the other backends")
-    if backend == "reference" and compiler == "inductor" and not THOROUGH:
+    if backend == "reference" and not THOROUGH:
         pytest.skip("the reference has no kernels; runs with XFORMER_KERNELS_THOROUGH=1")
     compiled = torch.compile(everything, fullgraph=True, dynamic=True, backend=compiler)
     for i, (B, N) in enumerate(((2, 50), (3, 77), (5, 130), (2, 300 if slow else 1025))):

@@ -94,7 +94,7 @@ def outcomes(tmp_path_factory):
     return run_once
 
 
-@pytest.fixture(params=[2, 3], ids=["2 ranks", "3 ranks"])
+@pytest.fixture(params=[pytest.param(2, marks=pytest.mark.nightly), 3], ids=["2 ranks", "3 ranks"])
 def ranks(request, outcomes):
     return outcomes(request.param)
 
@@ -215,7 +215,7 @@ def test_bytes_do_not_depend_on_the_number_of_tokens(name, ranks):
         assert seen == payload(COUNTED[name])
 
 
-@pytest.mark.parametrize("launch", ["python", "torchrun"])
+@pytest.mark.parametrize("launch", ["python", pytest.param("torchrun", marks=pytest.mark.nightly)])
 def test_example_agrees_with_one_process_and_the_formula(launch):
     example = [str(ROOT / "examples" / "token_parallel.py"), "--height", "40", "--width", "50"]
     python = [sys.executable, *example, "--ranks", "2"]

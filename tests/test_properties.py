@@ -16,9 +16,11 @@ from xformer_kernels.testing import assert_bitwise, assert_close
 
 
 @pytest.fixture
-def examples(kernel, slow):
+def examples(kernel, slow, interpreted):
     """Number of examples; each takes seconds if kernels are emulated, or compiled for each number of features."""
-    return (8 if THOROUGH else 4) if slow or kernel == "triton" else 100
+    if slow or kernel == "triton":
+        return 8 if THOROUGH else 2 if interpreted else 4
+    return 100
 
 
 def for_all(strategy, check, examples):

@@ -72,7 +72,7 @@ def test_data_parallel_replicas_use_their_parameters(kind, both):
     torch.testing.assert_close(got, replica(theirs)(kind.x(), *kind.inputs[1:]), rtol=1e-8, atol=1e-8)
 
 
-@pytest.mark.parametrize("dynamic", [False, True], ids=["", "dynamic"])
+@pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.nightly)], ids=["", "dynamic"])
 def test_compiled(kind, both, dynamic):
     theirs, ours = both
     torch.compiler.reset()

@@ -65,7 +65,7 @@ def test_one_openmp_library(run_python):
 
 
 @linux
-@pytest.mark.parametrize("threads", [1, 2, 4])
+@pytest.mark.parametrize("threads", [pytest.param(1, marks=pytest.mark.nightly), 2, 4])
 def test_no_additional_threads(threads, run_python):
     """torch's autograd engine may start threads; a forward, and a second backward, must not start any."""
     new = run_python(
@@ -131,9 +131,9 @@ def test_after_fork(run_python):
     assert output == "0"
 
 
-def test_calls_from_many_python_threads(kernel, device, slow):
+def test_calls_from_many_python_threads(kernel, device, slow, interpreted):
     """The kernels release the GIL: concurrent calls must not share scratch memory."""
-    least = 300 if slow else 1100
+    least = 50 if interpreted else 300 if slow else 1100
     problems = [make_problem((2, least + 100 * i, 2, 24), seed=i, device=device) for i in range(4)]
     expected = [p.run(xk.xfa, backend=kernel) for p in problems]
     with ThreadPoolExecutor(8) as pool:

@@ -84,6 +84,7 @@ def test_gradients_of_layer_weights_may_be_modified_in_place(kernel, device):
             assert_bitwise(g.mul_(2).detach(), 2 * before, "gradient")
 
 
+@pytest.mark.nightly(slow=True)
 def test_batched_gradients(kernel, device, x):
     """Vectorized Jacobians, and torch.autograd.grad with is_grads_batched."""
     for name, ours, reference in functions(kernel, device):
@@ -121,6 +122,7 @@ def test_transforms_of_torch_func(kernel, device, x):
             CLOSE(torch.autograd.forward_ad.unpack_dual(again).tangent, dual, msg=name)
 
 
+@pytest.mark.nightly(slow=True)
 def test_hessian(kernel, device, slow):
     x = randn(1, 2 if slow else 4, 8, seed=5, dtype=torch.float64, device=device)
     for name, ours, reference in functions(kernel, device):

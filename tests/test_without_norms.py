@@ -51,6 +51,7 @@ def test_layer(block, form, config, kernel, device):
         layer.check(layer.run(form=form, backend=kernel))
 
 
+@pytest.mark.nightly(slow=True)
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_derivatives(config, backend, slow):
     p = problem((2, 5, 2, 2), config, dtype=torch.float64, masked=False)

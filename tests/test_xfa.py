@@ -42,7 +42,7 @@ def test_shapes_and_dtypes(shape, dtype, backend, device, ran, need_features, sh
     check(make_problem(shorter(shape), dtype=dtype, device=device), backend, ran)
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(9)
 @pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 @pytest.mark.parametrize("shape", MEDIUM, ids=str)
@@ -70,7 +70,7 @@ def test_configs(shape, config, masked, dtype, backend, device, ran, shorter):
     check(make_problem(shorter(shape), config, dtype=dtype, masked=masked, device=device), backend, ran)
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(6)
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 @pytest.mark.parametrize("D", [130, 200])
 def test_wide_heads(D, config, backend, device, ran):

@@ -214,6 +214,7 @@ def test_asan(program_asan):
 RACES = ("no_barrier", "barrier_after_use", "copy_without_barrier", "between_blocks", "shuffle_is_no_fence")
 
 
+@pytest.mark.nightly
 def test_tsan(program_tsan):
     fast = [case for case in RIGHT if case != "concurrent"]
     for seed in SEEDS[:2]:

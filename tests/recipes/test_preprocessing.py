@@ -114,8 +114,8 @@ def runner(path):
     "task, ending",
     [
         ("classify", "pt2"),
-        ("detect", "onnx"),
         ("segment", "onnx"),
+        pytest.param("detect", "onnx", marks=pytest.mark.nightly),
         pytest.param("classify", "onnx", marks=pytest.mark.nightly),
         pytest.param("detect", "pt2", marks=pytest.mark.nightly),
         pytest.param("segment", "pt2", marks=pytest.mark.nightly),

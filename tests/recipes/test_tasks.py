@@ -63,6 +63,7 @@ def test_runs_resumes_and_loads(task, scenes, tmp_path):
     assert max(best.values()) > 0
 
 
+@pytest.mark.nightly
 def test_two_processes_equal_one(scenes, tmp_path):
     """Two processes with gloo equal one process that accumulates the same two parts of a batch.
 
@@ -85,6 +86,7 @@ def test_two_processes_equal_one(scenes, tmp_path):
         assert_equal_steps(one, two)
 
 
+@pytest.mark.nightly
 def test_mixed_precision(scenes, tmp_path):
     """The losses of bf16 and float32 agree up to rounding. accelerate allows one precision per process."""
     recipes = [recipe(task, scenes, tmp_path / "bf16" / task, epochs=1, precision="bf16") for task in TASKS]

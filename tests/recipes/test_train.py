@@ -170,7 +170,7 @@ def test_two_processes_equal_one(images, tmp_path):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"precision": "bf16"},
+        pytest.param({"precision": "bf16"}, marks=pytest.mark.nightly),
         {"grad_checkpointing": True, "channels_last": False},
         {"attention": "softmax"},
         {"model": "mobilevit_xxs", "model_options": {}, "image_size": 64},

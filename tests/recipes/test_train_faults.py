@@ -214,6 +214,7 @@ for limit in kilobytes.split(","):
 """
 
 
+@pytest.mark.nightly
 def test_a_full_disk_is_one_sentence(images, tmp_path):
     """If the weights or the optimiser of a checkpoint cannot be written (file size limit), there is one error."""
     _, _, *words = command(images, tmp_path, epochs=1)
@@ -280,6 +281,7 @@ def test_a_batch_that_leaves_batch_norm_one_value(images, tmp_path):
         )
 
 
+@pytest.mark.nightly
 def test_many_processes_say_an_error_once(images, tmp_path):
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = run([*launch, *command(tmp_path / "nowhere", tmp_path)])

@@ -89,7 +89,9 @@ def compiled(name, arch, dtypes, arguments):
     return rows
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [name if name == "sm_90" else pytest.param(name, marks=pytest.mark.nightly) for name in CASES]
+)
 def test_resources(name):
     arch, dtypes, arguments = CASES[name]
     faults = []
