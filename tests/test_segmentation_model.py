@@ -203,7 +203,8 @@ def test_state_dict_round_trip(tmp_path):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: Segmenter("resnet"), r"backbone_name must be one of xformer_s, .*, got 'resnet'"),
+        (lambda: Segmenter("resnet"), r"backbone_name must be one of xformer_s, .*, or timm:MODEL .*, got 'resnet'"),
+        (lambda: small(stem_stride=1), r"must have maps of the strides \(4, 8, 16, 32\), got \[2, 4, 8, 16\]"),
         (lambda: Segmenter(num_classes=0), "num_classes and width must be 1 or more, got 0 and 256"),
         (lambda: small(form="merged"), r"form must be one of \('commuted', 'concatenated'\), got 'merged'"),
         (lambda: Decoder([8, 8], [4, 6], 2), r"reductions must be 2 multiples of the first of them, got \(4, 6\)"),

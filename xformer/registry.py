@@ -84,7 +84,7 @@ def build_features(name: str, strides: Sequence[int], in_chans: int = 3, **optio
     `options` are those of :class:`xformer.XFormer`, or of timm's model.
 
     Raises:
-        UsageError: unknown model, or one without maps of these strides.
+        UsageError: unknown model, or one without maps of these strides and of (B, C, H, W).
     """
     library, _, model = name.rpartition(":")
     if library == "" and name in default_cfgs:
@@ -104,6 +104,11 @@ def build_features(name: str, strides: Sequence[int], in_chans: int = 3, **optio
         raise UsageError(f"backbone_name must be {known}, got {name!r}")
     features = create(features_only=True, in_chans=in_chans, **options)
     _check_strides(name, features.feature_info.reduction(), strides)
+    layout: Any = getattr(features, "output_fmt", "NCHW")
+    if layout != "NCHW":
+        raise UsageError(
+            f"{name} must have maps of the layout NCHW, got {layout.value}: try the option feature_cls='getter' of timm"
+        )
     return features
 
 

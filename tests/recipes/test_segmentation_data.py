@@ -1,13 +1,16 @@
 """Training on data in Cityscapes' layout: classes, crops, metrics, and runs of a few steps."""
 
+import json
 import shutil
 
 import numpy as np
 import pytest
 import torch
+from eval_cases import evaluated
 from PIL import Image
 
 from experiments.shapes import make_shapes
+from xformer import __main__ as command
 from xformer.errors import UsageError
 from xformer.recipes.data import segmentation as cityscapes
 from xformer.recipes.data.order import Replica
@@ -15,6 +18,7 @@ from xformer.recipes.data.segmentation import CITYSCAPES, CLASSES, IDS
 from xformer.recipes.settings import load_recipe
 from xformer.recipes.tasks.segment import MeanIoU
 from xformer.recipes.train import train
+from xformer.recipes.weights import load_model, load_weights
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +152,32 @@ def test_few_images_with_a_class_are_enough(root, tmp_path):
     assert cityscapes.CityscapesData(recipe(copy), Replica()).train_images == 38
 
 
+def test_a_backbone_of_timm_in_every_command(root, tmp_path):
+    """Its weights and their card are enough for eval, predict and export, also of images of other sizes."""
+    name = "timm:mobilenetv2_050"
+    result = train(recipe(root, tmp_path / "run", model=name, epochs=1))
+    weights = tmp_path / "run" / "last.safetensors"
+    card = load_weights(weights)[1]
+    assert card is not None and (card.model, card.task, card.options) == (name, "segment", {"width": 32})
+    assert evaluated(weights, root)[0]["miou"] == pytest.approx(result["miou"])
+
+    image = tmp_path / "image.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (70, 97, 3), dtype=np.uint8)).save(image)
+    found = tmp_path / "found.json"
+    given = ["--weights", str(weights)]
+    assert command.main(["predict", str(image), *given, "--json", str(found), "--out", str(tmp_path / "pictures")]) == 0
+    (said,) = json.loads(found.read_text())
+    assert (said["width"], said["height"]) == (97, 70)
+    assert sum(of_it["share"] for of_it in said["classes"]) == pytest.approx(1)
+    assert command.main(["export", *given, "--to", str(tmp_path / "model.pt2"), "--size", "dynamic"]) == 0
+    file = torch.export.load(tmp_path / "model.pt2").module()
+    model, x = load_model(weights)[0], torch.randn(2, 3, 70, 97)
+    with torch.no_grad():
+        torch.testing.assert_close(file(x), model(x), rtol=1e-4, atol=1e-4)
+    with pytest.raises(UsageError, match="layer_decay must be 0: the backbone has no group_matcher"):
+        train(recipe(root, tmp_path / "decay", model=name, layer_decay=0.7))
+
+
 def test_what_is_refused(root, tmp_path):
     (tmp_path / "leftImg8bit").mkdir()
     (tmp_path / "gtFine").mkdir()
@@ -158,6 +188,7 @@ def test_what_is_refused(root, tmp_path):
         ({"reprob": 0.3}, "reprob means nothing to task segment, got 0.3"),
         ({"scale": [2.0, 1.0]}, "scale must be two factors above 0 in order"),
         ({"model": "resnet18"}, "backbone_name must be one of xformer_s"),
+        ({"model": "timm:resnet18", "attention": "xfa"}, "of task segment does not take these options"),
         ({"model_options": {"depth": 3}}, "of task segment does not take these options"),
     ):
         with pytest.raises(UsageError, match=message):

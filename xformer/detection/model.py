@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from xformer.detection.boxes import ANCHORS, PER_SCALE, STRIDES, check_anchors, check_centre_scale, detect
 from xformer.errors import UsageError
+from xformer.features import OnFeatures, padded
 from xformer.layers import ConvNorm, Pointwise, init_weights
-from xformer.registry import build_features
 
 WIDTHS = (128, 176, 288)
 PRIOR = 0.01
@@ -52,7 +52,7 @@ class Scale(nn.Module):
         return x, self.predict(self.head(x))
 
 
-class Detector(nn.Module):
+class Detector(OnFeatures):
     """Images (B, in_chans, H, W) to three raw maps (B, 3 (5 + num_classes), H/s, W/s), with strides s = 8, 16, 32.
 
     ::
@@ -96,21 +96,19 @@ class Detector(nn.Module):
         centre_scale: float = 1.0,
         **options: Any,
     ) -> None:
-        super().__init__()
         if num_classes < 1:
             raise UsageError(f"num_classes must be 1 or more, got {num_classes}")
         if len(widths) != len(STRIDES) or min(widths) < 1:
             raise UsageError(f"widths must be {len(STRIDES)} positive numbers, got {tuple(widths)}")
+        super().__init__(backbone_name, STRIDES, in_chans, **options)
         self.num_classes = num_classes
         self.anchors = check_anchors(anchors)
         self.centre_scale = check_centre_scale(centre_scale)
-        self.backbone: Any = build_features(backbone_name, STRIDES, in_chans, **options)
-        self.feature_info = info = self.backbone.feature_info
         outputs = PER_SCALE * (5 + num_classes)
         from_above = (*widths[:-1], 0)
         self.scales = nn.ModuleList(
             Scale(channels + more, width, outputs)
-            for channels, more, width in zip(info.channels(), from_above, widths, strict=True)
+            for channels, more, width in zip(self.feature_info.channels(), from_above, widths, strict=True)
         )
         self.laterals = nn.ModuleList(ConvNorm(above, width) for width, above in pairwise(widths))
         self._init()
@@ -128,11 +126,7 @@ class Detector(nn.Module):
             bias[:, 5:] = -math.log(max(1, self.num_classes - 1))
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        height, width = ((side + STRIDES[-1] - 1) // STRIDES[-1] * STRIDES[-1] for side in x.shape[2:])
-        # with a dynamic size torch.export cannot decide whether padding is needed
-        if isinstance(height, torch.SymInt) or isinstance(width, torch.SymInt) or x.shape[2:] != (height, width):
-            x = F.pad(x, (0, width - x.shape[3], 0, height - x.shape[2]))
-        features = self.backbone(x)
+        features = self.backbone(padded(x, STRIDES[-1]))
         y, coarsest = self.scales[-1](features[-1])
         maps = [coarsest]
         for i in reversed(range(len(features) - 1)):
@@ -144,23 +138,3 @@ class Detector(nn.Module):
     def detect(self, maps: Sequence[Tensor], **options: Any) -> list[dict[str, Tensor]]:
         """:func:`xformer.detection.detect` with the anchors and the centre scale of this model."""
         return detect(maps, self.anchors, centre_scale=self.centre_scale, **options)
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """As :meth:`xformer.XFormer.set_grad_checkpointing`, for the backbone only."""
-        self.backbone.set_grad_checkpointing(enable)
-
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """As :meth:`xformer.XFormer.group_matcher`; all parameters outside the backbone are the last group.
-
-        Raises:
-            UsageError: the backbone has none.
-        """
-        if not hasattr(self.backbone, "group_matcher"):
-            raise UsageError("layer_decay must be 0: the backbone has no group_matcher")
-        matcher: dict[str, Any] = self.backbone.group_matcher(coarse, r"^backbone\.")
-        return matcher
-
-    def no_weight_decay(self) -> set[str]:
-        """Names of the temperatures, which should be excluded from weight decay (timm's convention)."""
-        names: set[str] = getattr(self.backbone, "no_weight_decay", set)()
-        return {f"backbone.{name}" for name in names}

@@ -27,15 +27,25 @@ def upsample(x: Tensor, factor: int, size: Sequence[int]) -> Tensor:
         ValueError: `size` is larger than ``factor`` times the map.
     """
     height, width = size
-    dynamic = isinstance(height, torch.SymInt) or isinstance(width, torch.SymInt)
-    if not dynamic and (x.shape[2] * factor < height or x.shape[3] * factor < width):
+    if not _dynamic(size) and (x.shape[2] * factor < height or x.shape[3] * factor < width):
         raise ValueError(f"size must be at most {factor} times the map's {tuple(x.shape[2:])}, got {tuple(size)}")
-    if factor > 1:
-        x = F.interpolate(x, size=(x.shape[2] * factor, x.shape[3] * factor), mode="bilinear", align_corners=False)
-    if dynamic and factor > 1:  # torch.export cannot prove that the map is large enough for a slice
+    if factor == 1:
+        return x[:, :, :height, :width]
+    larger = (x.shape[2] * factor, x.shape[3] * factor)
+    return crop(F.interpolate(x, size=larger, mode="bilinear", align_corners=False), size)
+
+
+def crop(x: Tensor, size: Sequence[int]) -> Tensor:
+    """Remove rows at the bottom and columns at the right: (B, C, H, W) to (B, C, *size), of at most H and W."""
+    height, width = size
+    if _dynamic(size):  # torch.export cannot prove that the map is large enough for a slice
         rows, columns = torch.arange(height, device=x.device), torch.arange(width, device=x.device)
         return x.index_select(2, rows).index_select(3, columns)
     return x[:, :, :height, :width]
+
+
+def _dynamic(size: Sequence[int]) -> bool:
+    return any(isinstance(side, torch.SymInt) for side in size)
 
 
 class Decoder(Foldable):

@@ -1,30 +1,36 @@
-"""Segmentation model: the backbone with all four scales, and the decoder."""
+"""Segmentation model: a backbone with all four scales, and the decoder."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from xformer.backbone import XFormerFeatures
 from xformer.errors import UsageError
-from xformer.registry import build, default_cfgs
-from xformer.segmentation.decoder import Decoder, upsample
+from xformer.features import OnFeatures, padded
+from xformer.segmentation.decoder import Decoder, crop, upsample
+
+STRIDES = (4, 8, 16, 32)
+"""Of the backbone's maps; the first one is that of the logits."""
 
 
-class Segmenter(nn.Module):
+class Segmenter(OnFeatures):
     """Images (B, in_chans, H, W) to logits (B, num_classes, ceil(H / 4), ceil(W / 4)).
 
-    Any size is supported, also odd ones. ``predict`` returns logits at the size of the image.
+    Any size is supported that the backbone supports; ours supports all, also odd ones. Stages of some models of timm
+    round sizes down: for all of timm's, images are zero-padded at the right and bottom to multiples of 32, and logits
+    are cropped. ``predict`` returns logits at the size of the image.
 
     Args:
-        backbone_name: "xformer_s", "xformer_xs" or "xformer_xxs".
+        backbone_name: a name in :data:`xformer.VARIANTS`, or ``timm:NAME`` for a model of timm.
         num_classes, width, drop_rate, form: see :class:`xformer.segmentation.Decoder`.
-        backbone: options of :class:`xformer.XFormerFeatures`: ``in_chans``, ``attention``, ``drop_path_rate`` ...
+        backbone: options of the backbone: of :class:`xformer.XFormerFeatures` ``in_chans``, ``attention``,
+            ``drop_path_rate`` ...
 
     Raises:
-        UsageError: unknown backbone, num_classes or width below 1.
+        UsageError: unknown backbone, one without maps of the strides 4, 8, 16, 32, num_classes or width below 1.
         ValueError: raised by the decoder or the backbone.
     """
 
@@ -38,27 +44,23 @@ class Segmenter(nn.Module):
         form: str = "commuted",
         **backbone: Any,
     ) -> None:
-        super().__init__()
-        if backbone_name not in default_cfgs:
-            raise UsageError(f"backbone_name must be one of {', '.join(default_cfgs)}, got {backbone_name!r}")
         if num_classes < 1 or width < 1:
             raise UsageError(f"num_classes and width must be 1 or more, got {num_classes} and {width}")
-        features = build(backbone_name, features_only=True, **backbone)
-        assert isinstance(features, XFormerFeatures)
+        super().__init__(backbone_name, STRIDES, **backbone)
         self.backbone_name, self.num_classes = backbone_name, num_classes
-        self.backbone = features
-        self.feature_info = info = features.feature_info
-        self.decoder = Decoder(info.channels(), info.reduction(), num_classes, width, drop_rate, form)
+        self.decoder = Decoder(self.feature_info.channels(), STRIDES, num_classes, width, drop_rate, form)
 
     def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.decoder(self.backbone(x))
-        return logits
+        inputs = x if isinstance(self.backbone, XFormerFeatures) else padded(x, STRIDES[-1])
+        logits: Tensor = self.decoder(self.backbone(inputs))
+        size = [(side + STRIDES[0] - 1) // STRIDES[0] for side in x.shape[2:]]
+        return logits if inputs is x else crop(logits, size)
 
     def predict(self, images: Tensor) -> Tensor:
         """Logits (B, num_classes, H, W) at the size of the images, in float32 or higher precision."""
         logits = self(images)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return upsample(logits, self.feature_info.reduction(0), images.shape[2:])
+        return upsample(logits, STRIDES[0], images.shape[2:])
 
     @torch.no_grad()
     def whole_image(self, images: Tensor) -> Tensor:
@@ -91,18 +93,6 @@ class Segmenter(nn.Module):
                 seen[rows, columns] += 1
         assert total is not None
         return total / seen
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Enable activation checkpointing of the backbone's stages."""
-        self.backbone.set_grad_checkpointing(enable)
-
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """As :meth:`xformer.XFormer.group_matcher`; all parameters outside the backbone are the last group."""
-        return self.backbone.group_matcher(coarse, r"^backbone\.")
-
-    def no_weight_decay(self) -> set[str]:
-        """Names of the temperatures, which should be excluded from weight decay (timm's convention)."""
-        return {f"backbone.{name}" for name in self.backbone.no_weight_decay()}
 
 
 def check_windows(window: tuple[int, int], stride: tuple[int, int]) -> None:

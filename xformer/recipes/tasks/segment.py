@@ -19,12 +19,12 @@ from xformer.recipes.lettering import font, legible
 from xformer.recipes.pictures import colour
 from xformer.recipes.tasks import OUT, Answer, Metrics, Option, Predictor, Task, register
 from xformer.segmentation.decoder import upsample
-from xformer.segmentation.model import Segmenter, check_windows
+from xformer.segmentation.model import STRIDES, Segmenter, check_windows
 
 ALPHA = 0.5
 """Opacity of the colours over the image."""
 TWO = {"nargs": 2, "type": int, "metavar": ("H", "W")}
-STRIDE = 4
+STRIDE = STRIDES[0]
 """Stride of the logits."""
 
 
