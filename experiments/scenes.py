@@ -1,8 +1,8 @@
 """What our detector and segmenter learn of made scenes, beside others': ``python -m experiments.scenes``.
 
 All models of a task are trained from scratch, by the same recipe (`detect_shapes`, `segment_shapes`) on the same scenes
-(``python -m xformer make-shapes``) in the same order: ours, our detector on MobileNetV2, and torchvision's. Shown are
-the metrics after the last epoch, on the held-out scenes: no epoch is picked by them.
+(``python -m xformer make-shapes``) in the same order: ours, ours with MobileNetV2 as the backbone, and torchvision's.
+Shown are the metrics after the last epoch, on the held-out scenes: no epoch is picked by them.
 
 Scenes are those of WORK/shapes, made by the defaults if there are none. Runs that are done stay done: the same command
 goes on where it was stopped.
@@ -21,11 +21,11 @@ from experiments.shapes import make_shapes
 from xformer.recipes.settings import Recipe, load_recipe
 from xformer.recipes.tasks import find_task
 
-OURS = "xformer_xxs"
+OURS, OTHER = "xformer_xxs", "timm:mobilenetv2_100"
 # models of a task, and the registered task of each
 MODELS = {
-    "detect": {OURS: "detect", "timm:mobilenetv2_100": "detect", "ssdlite320_mobilenet_v3_large": "ssdlite"},
-    "segment": {OURS: "segment", "lraspp_mobilenet_v3_large": "lraspp"},
+    "detect": {OURS: "detect", OTHER: "detect", "ssdlite320_mobilenet_v3_large": "ssdlite"},
+    "segment": {OURS: "segment", OTHER: "segment", "lraspp_mobilenet_v3_large": "lraspp"},
 }
 FOLDERS = {"detect": "coco", "segment": "cityscapes"}
 

@@ -70,16 +70,17 @@ def test_detections_are_counted_by_our_categories(task_and_net):
 
 
 @pytest.mark.nightly
-def test_runs_of_both_models_are_written(work):
+@pytest.mark.parametrize("task, metric", [("detect", "map50"), ("segment", "miou")])
+def test_runs_of_all_models_are_written(work, task, metric):
     out = work / "results"
-    arguments = ["--tasks", "detect", "--seeds", "3", "--epochs", "1", "--jobs", "1"]
+    arguments = ["--tasks", task, "--seeds", "3", "--epochs", "1", "--jobs", "1"]
     scenes.main([*arguments, "--work", str(work), "--out", str(out)])
-    (path,) = out.glob("*/scenes-detect.json")
+    (path,) = out.glob(f"*/scenes-{task}.json")
     run = json.loads(path.read_text())
-    assert [row["model"] for row in run["rows"]] == list(scenes.MODELS["detect"])
+    assert [row["model"] for row in run["rows"]] == list(scenes.MODELS[task])
     for row in run["rows"]:
-        assert (row["task"], row["seed"], row["epochs"], row["images"]) == ("detect", 3, 1, 8)
-        assert 0 <= row["map50"] <= 100 and row["minutes"] > 0 and row["parameters"] > 1e6
+        assert (row["task"], row["seed"], row["epochs"], row["images"]) == (task, 3, 1, 8)
+        assert 0 <= row[metric] <= 100 and row["minutes"] > 0 and row["parameters"] > 1e6
     assert run["commit"] and run["recipe"]["lr"] > 0
     assert run["rows"][0]["model"] in path.with_suffix(".csv").read_text()
 
