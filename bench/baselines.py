@@ -1,6 +1,6 @@
-"""Models of timm optimised for inference, in the same way as :func:`xformer.fuse_for_inference` does it for ours.
+"""Models of other libraries optimised for inference, in the way :func:`xformer.fuse_for_inference` does it for ours.
 
-Softmax attention and XCA are left as in timm; everything around them is treated like our modules.
+Softmax attention and XCA are left as they are; everything around them is treated like our modules.
 """
 
 from __future__ import annotations
@@ -15,7 +15,13 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from xformer.layers import to_image, to_tokens
 
 # name of an activation's class (timm defines classes of the same names) -> oneDNN's name of it, and its algorithm
-ACTIVATIONS = {"Identity": ("none", ""), "SiLU": ("swish", ""), "GELU": ("gelu", "none")}
+ACTIVATIONS = {
+    "Identity": ("none", ""),
+    "ReLU": ("relu", ""),
+    "SiLU": ("swish", ""),
+    "Hardswish": ("hardswish", ""),
+    "GELU": ("gelu", "none"),
+}
 
 
 def fold(model: nn.Module) -> nn.Module:
@@ -29,6 +35,9 @@ def fold(model: nn.Module) -> nn.Module:
                 setattr(module, name, nn.Sequential(fuse_conv_bn_eval(child.conv, child.bn), child.bn.act))
             elif conv and isinstance(child, BatchNormAct2d) and isinstance(child.drop, nn.Identity):
                 setattr(module, conv, nn.Sequential(fuse_conv_bn_eval(getattr(module, conv), child), child.act))
+                setattr(module, name, nn.Identity())
+            elif conv and type(child) is nn.BatchNorm2d:
+                setattr(module, conv, fuse_conv_bn_eval(getattr(module, conv), child))
                 setattr(module, name, nn.Identity())
             else:
                 visit(child)
@@ -47,15 +56,19 @@ def fuse(model: nn.Module) -> nn.Module:
     """
 
     def visit(module: nn.Module) -> None:
+        # torchvision's has fc1, fc2, activation, and calls activation between the two
+        misordered = type(module).__name__ == "SqueezeExcitation"
         last: tuple[str, nn.Module] | None = None  # name and module of the previous child, if it can be fused
         for name, child in module.named_children():
+            if type(child) is nn.Identity:
+                continue
             parts = list(child) if type(child) is nn.Sequential and len(child) == 2 else [child]
             fused = FUSED.get(type(parts[0]))
             if fused and len(parts) == 1:
                 setattr(module, name, fused(child, nn.Identity()))
             elif fused and _known(parts[1]):
                 setattr(module, name, fused(*parts))
-            elif last and _known(child):
+            elif last and _known(child) and not misordered:
                 setattr(module, last[0], FUSED[type(last[1])](last[1], child))
                 setattr(module, name, nn.Identity())
             else:

@@ -1,8 +1,8 @@
 """Time and memory of segmentation: ``python -m bench model --task segment [--out bench/results]``.
 
 One forward of a whole image, from pixels to logits of its size (``Segmenter.predict``): XFA by our kernels, by eager
-PyTorch, and softmax attention, in one interleaved run; inference, channels_last, float32. Slow providers take part in
-fewer rounds, at least 3.
+PyTorch, and softmax attention, and LR-ASPP and SegFormer-B0 (:mod:`bench.segmenters`), in one interleaved run;
+inference, channels_last, float32. Slow providers take part in fewer rounds, at least 3.
 
 Memory is what the call allocates beside the weights and the image: the most bytes of tensors alive at once, and the
 growth of the process.
@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Callable
+import importlib.util
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,9 +24,11 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import xformer
-from bench import backbones, machine, measure, modules, report
+from bench import backbones, baselines, machine, measure, modules, report, segmenters
+from bench.segmenters import OTHERS, WholeImage
 from bench.terminal import Line, Terminal
 from xformer.backbone import HEAD_DIM, VARIANTS
+from xformer.counts import count
 from xformer.segmentation import Segmenter
 
 CLASSES = 19
@@ -35,6 +38,7 @@ PROVIDERS = {
     **backbones.PROVIDERS,
     "softmax": f"{backbones.PROVIDERS['softmax']}, in the form that torch chooses",
     "softmax-math": "the same weights and operation in its math form, which holds the maps of all heads",
+    **OTHERS,
 }
 XFA = ("xfa", "eager")
 FORMS = {name: backbones.VARIANTS[name] for name in ("unfused", "fused")}
@@ -42,14 +46,21 @@ FORMS = {name: backbones.VARIANTS[name] for name in ("unfused", "fused")}
 
 @dataclass(frozen=True)
 class Segmentation:
-    """A forward of one provider of attention at one size. What is None was not run, or cannot be."""
+    """A forward of one provider of attention, or of another model, at one size.
+
+    What is None was not run, cannot be, or is not of this model.
+    """
 
     provider: str
     variant: str
     images: int
     height: int
     width: int
-    tokens: int  # of an image where they are most
+    parameters: int
+    gmacs: (
+        float | None
+    )  # multiply-adds of one image in 1e9, by xformer.counts of the unfused model; None without fvcore
+    tokens: int | None  # of an image where they are most; of our model
     ms: float | None
     fps: float | None  # images per second
     spread: float | None
@@ -58,7 +69,7 @@ class Segmentation:
     live_mb: float | None  # most of tensors alive at once, weights and images left out
     extra_mb: float | None  # growth of the process, scratch of libraries included
     live_over_ours: float | None
-    map_mb: float  # computed, not measured: heads * tokens^2 * 4 bytes, all heads' softmax maps of one layer
+    map_mb: float | None  # computed: heads * tokens^2 * 4 bytes, all heads' softmax maps of a layer of our model
     error: float | None  # largest, relative to the largest number; of what CHECKS says
     not_run: str | None
 
@@ -80,28 +91,41 @@ def tokens_and_map(variant: str, images: int, height: int, width: int) -> tuple[
     return tokens, 4 * images * heads * tokens**2
 
 
-def models(variant: str) -> dict[tuple[str, str], nn.Module]:
-    """(provider, variant) to a model; of one provider all have the same weights. Those of XFA are also fused."""
+def models(variant: str, others: Sequence[str] = tuple(OTHERS)) -> dict[tuple[str, str], WholeImage]:
+    """(provider, variant) to a model; of one provider all have the same weights. Those of softmax are not fused.
+
+    `others`: of :data:`bench.segmenters.OTHERS`.
+    """
     built = backbones.with_attention(partial(Segmenter, variant, CLASSES))
     built["softmax-math"] = built["softmax"]
-    result: dict[tuple[str, str], nn.Module] = {}
+    built |= {name: segmenters.build(name, CLASSES) for name in others}
+    result: dict[tuple[str, str], WholeImage] = {}
     for provider, model in built.items():
-        result[provider, "unfused"] = model.eval().to(memory_format=torch.channels_last)
+        result[provider, "unfused"] = WholeImage(model.eval().to(memory_format=torch.channels_last))
         if provider in XFA:
-            result[provider, "fused"] = xformer.fuse_for_inference(model)
+            result[provider, "fused"] = WholeImage(xformer.fuse_for_inference(model))
+        elif provider in OTHERS:
+            result[provider, "fused"] = WholeImage(baselines.fuse(model))
     return result
 
 
-def forward(provider: str, model: nn.Module, x: Tensor) -> Callable[[], Tensor]:
-    assert isinstance(model, Segmenter)
+def forward(provider: str, model: WholeImage, x: Tensor) -> Callable[[], Tensor]:
     if provider != "softmax-math":
-        return partial(model.predict, x)
+        return partial(model, x)
 
     def call() -> Tensor:
         with sdpa_kernel(SDPBackend.MATH):
-            return model.predict(x)
+            logits: Tensor = model(x)
+        return logits
 
     return call
+
+
+def gmacs(model: WholeImage, height: int, width: int) -> float | None:
+    """Multiply-adds in 1e9 of one image, upsampling to its size included; None if fvcore is not installed."""
+    if importlib.util.find_spec("fvcore") is None:
+        return None
+    return count(model, (height, width)).macs / 1e9
 
 
 def run(call: Callable[[], Tensor]) -> tuple[Tensor, float, float | None]:
@@ -136,12 +160,14 @@ def check(outputs: dict[tuple[str, str], Tensor], key: tuple[str, str], oracle: 
     return error
 
 
-def rows_of(variant: str, images: int, height: int, width: int, seconds: float) -> list[Segmentation]:
-    """All providers at one size. Softmax attention may lack the memory, which is then said instead of times."""
+def rows_of(
+    variant: str, images: int, height: int, width: int, seconds: float, others: Sequence[str] = tuple(OTHERS)
+) -> list[Segmentation]:
+    """All providers at one size. All but XFA may lack the memory, which is then said instead of times."""
     random = torch.Generator().manual_seed(0)
     x = torch.randn(images, 3, height, width, generator=random).contiguous(memory_format=torch.channels_last)
     tokens, map_bytes = tokens_and_map(variant, images, height, width)
-    all_models = models(variant)
+    all_models = models(variant, others)
     calls: dict[tuple[str, str], Callable[[], Tensor]] = {}
     outputs: dict[tuple[str, str], Tensor] = {}
     live: dict[tuple[str, str], float] = {}
@@ -163,10 +189,17 @@ def rows_of(variant: str, images: int, height: int, width: int, seconds: float) 
         oracle = _oracle(all_models["eager", "unfused"], x[:1])
         errors = {key: check(outputs, key, oracle) for key in calls}
         del outputs, oracle
+        counted = {
+            provider: gmacs(model, height, width)
+            for (provider, fused), model in all_models.items()
+            if fused == "unfused" and provider != "softmax-math"
+        }
+        counted["softmax-math"] = counted["softmax"]
         times = measure.interleaved({"/".join(key): call for key, call in calls.items()}, seconds)
     rows = []
     for provider, fused in all_models:
         key = (provider, fused)
+        of_ours = provider not in OTHERS
         timing, ours = times.get("/".join(key)), times["/".join(("xfa", fused))]
         rows.append(
             Segmentation(
@@ -175,7 +208,9 @@ def rows_of(variant: str, images: int, height: int, width: int, seconds: float) 
                 images=images,
                 height=height,
                 width=width,
-                tokens=tokens,
+                parameters=sum(p.numel() for p in all_models[provider, "unfused"].parameters()),
+                gmacs=counted[provider],
+                tokens=tokens if of_ours else None,
                 ms=timing.median * 1e3 if timing else None,
                 fps=images / timing.median if timing else None,
                 spread=timing.spread if timing else None,
@@ -184,7 +219,7 @@ def rows_of(variant: str, images: int, height: int, width: int, seconds: float) 
                 live_mb=live.get(key),
                 extra_mb=extra.get(key),
                 live_over_ours=live[key] / live["xfa", fused] if key in live else None,
-                map_mb=map_bytes / 1e6,
+                map_mb=map_bytes / 1e6 if of_ours else None,
                 error=errors.get(key),
                 not_run=not_run.get(key),
             )
@@ -193,9 +228,8 @@ def rows_of(variant: str, images: int, height: int, width: int, seconds: float) 
 
 
 def _oracle(model: nn.Module, x: Tensor) -> Tensor:
-    wide = copy.deepcopy(model).double()
-    assert isinstance(wide, Segmenter)
-    return wide.predict(x.double())
+    logits: Tensor = copy.deepcopy(model).double()(x.double())
+    return logits
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -231,7 +265,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     if options.quick:
         options.variant, options.height, options.width, options.suffix = "xformer_xxs", 128, 256, "-quick"
-    options.seconds = options.seconds or (1.0 if options.quick else 60.0)
+    options.seconds = options.seconds or (1.0 if options.quick else 90.0)
     return options
 
 
@@ -241,6 +275,8 @@ def print_rows(rows: list[Segmentation], terminal: Terminal) -> None:
     for row in rows:
         here = (row.height, row.width)
         numbers = (
+            (row.parameters / 1e6, ".2f"),
+            (row.gmacs, ".1f"),
             (row.fps, ".2f"),
             (row.ms, ".0f"),
             (row.spread, ".0%"),
@@ -251,12 +287,14 @@ def print_rows(rows: list[Segmentation], terminal: Terminal) -> None:
             (row.extra_mb, ".0f"),
         )
         cells = ("" if value is None else format(value, how) for value, how in numbers)
-        words = (f"{row.height} x {row.width}", row.provider, row.variant, row.not_run or "")
-        lines.append(Line((*words, *cells), here != last, row.provider == "xfa"))
+        said = (f"{row.height} x {row.width}", row.provider, row.variant, row.not_run or "")
+        lines.append(Line((*said, *cells), here != last, row.provider == "xfa"))
         last = here
-    headings = ("image", "attention", "variant", "not run", "FPS", "ms", "spread", "samples", "x ours", "live MB")
-    terminal.table("segmentation", (*headings, "x ours", "process MB"), 4, lines)
-    for height, width, tokens, mb in dict.fromkeys((row.height, row.width, row.tokens, row.map_mb) for row in rows):
+    words = ("image", "attention or model", "variant", "not run")
+    figures = ("M parameters", "GMACs", "FPS", "ms", "spread", "samples", "x ours", "live MB", "x ours", "process MB")
+    terminal.table("segmentation", (*words, *figures), len(words), lines)
+    ours = [row for row in rows if row.provider == "xfa"]
+    for height, width, tokens, mb in dict.fromkeys((row.height, row.width, row.tokens, row.map_mb) for row in ours):
         terminal.print(
             f"{height} x {width}: {tokens} tokens; all heads' maps of one softmax layer, computed: {mb:.0f} MB"
         )
@@ -271,17 +309,21 @@ def main(arguments: list[str] | None = None) -> int:
     backbones.limit_memory()
     terminal = Terminal()
     facts: dict[str, Any] = {**machine.facts("cpu"), "device": "cpu", "dtype": "float32", "quick": options.quick}
-    facts.update(model=options.variant, classes=CLASSES, providers=PROVIDERS, variants=FORMS, checks=CHECKS)
+    others = [name for name in OTHERS if not segmenters.missing(name)]
+    providers = {name: said for name, said in PROVIDERS.items() if name not in OTHERS or name in others}
+    facts.update(model=options.variant, classes=CLASSES, providers=providers, variants=FORMS, checks=CHECKS)
     terminal.print(
         f"{facts['machine']}, {facts['threads']} threads, torch {torch.__version__}, allocator {facts['allocator']}, "
         f"commit {facts['commit']}"
     )
+    for name in [name for name in OTHERS if name not in others]:
+        terminal.print(f"{name} is left out: {segmenters.missing(name)} is not installed")
     sizes = [(options.height >> i, options.width >> i) for i in range(options.halves, -1, -1)]
     rows: list[Segmentation] = []
     with terminal.progress(len(sizes)) as begin:
         for height, width in sizes:
             begin(f"{options.variant}, {options.batch} of {height} x {width}")
-            rows += rows_of(options.variant, options.batch, height, width, options.seconds)
+            rows += rows_of(options.variant, options.batch, height, width, options.seconds, others)
     print_rows(rows, terminal)
     if options.out:
         suffix = options.suffix + ("-raised" if facts["allocator"] == "raised" else "")

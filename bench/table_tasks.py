@@ -43,7 +43,7 @@ def render_learning(folder: Path) -> str:
 
 
 def render_segmentation(folder: Path) -> str:
-    """For the segmentation page: images per second and memory with each attention, and how they scale with pixels."""
+    """For the segmentation page: images per second and memory of each attention and model, and how they scale."""
     begin = opening(SEGMENTATION, folder)
     path = folder / "model-segment-cpu-float32.json"
     if not path.exists():
@@ -54,9 +54,9 @@ def render_segmentation(folder: Path) -> str:
         begin,
         f"{machine(run)}; {run['model']}, {run['classes']} classes, {run['rows'][0]['images']} image a call.",
         "",
-        "| image | tokens at stride 8 | attention | FPS | time, x ours | fused: FPS | time, x ours | memory, MB "
-        "| x ours | process, MB |",
-        "|---|---:|---|---:|---:|---:|---:|---:|---:|---:|",
+        "| image | tokens at stride 8 | attention or model | parameters | GMACs | FPS | time, x ours | fused: FPS "
+        "| time, x ours | memory, MB | x ours | process, MB |",
+        "|---|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     notes = []
     for (pixels, provider, variant), row in rows.items():
@@ -67,7 +67,9 @@ def render_segmentation(folder: Path) -> str:
         memory = [f"{row[field]:.0f}" if row[field] else "-" for field in ("live_mb", "extra_mb")]
         cells = [*map(cell, numbers), memory[0], cell(row["live_over_ours"]), memory[1]]
         size = f"{row['height']} x {row['width']}"
-        lines.append(f"| {size} | {row['tokens']} | {provider} | {' | '.join(cells)} |")
+        parameters = f"{row['parameters'] / 1e6:.2f}M" if row.get("parameters") else "-"
+        of_model = f"{row['tokens'] or '-'} | {provider} | {parameters} | {cell(row.get('gmacs'))}"
+        lines.append(f"| {size} | {of_model} | {' | '.join(cells)} |")
         if row["not_run"]:
             notes.append(f"{provider} at {size}: {row['not_run']}")
     few, many = (limit(pixels for pixels, *_ in rows) for limit in (min, max))
