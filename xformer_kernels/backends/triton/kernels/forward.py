@@ -144,9 +144,12 @@ def apply_kernel(
     partial_ptr = record_base(partial_ptr, (b * H + h) * RECORD, RECORD_ALIGN)
     stats_ptr = record_base(stats_ptr, (b * H + h) * RECORD, RECORD_ALIGN)
     raw = sum_of_parts(partial_ptr, places, inside, parts, step, ACC, RECORD_ALIGN)
+    # The first tile stores what is along the in axis. Not a block & a scalar, which Triton 3.9's interpreter does not
+    # take as a mask.
+    owner = i < tl.where(tile == 0, D, 0)
     # features of q are along the out axis, or along the in axis for key_value
     if KEY_VALUE:
-        features_q, owner_q = i, (i < D) & (tile == 0)
+        features_q, owner_q = i, owner
     else:
         features_q, owner_q = o, o < D
     if TOKEN_NORM:
@@ -158,7 +161,7 @@ def apply_kernel(
         ssq_q = tl.zeros(features_q.shape, ACC)
     if part == 0:
         tl.store(stats_ptr + places, raw, mask=inside)
-        tl.store(stats_ptr + D * D + i, ssq_k, mask=(i < D) & (tile == 0))
+        tl.store(stats_ptr + D * D + i, ssq_k, mask=owner)
         tl.store(stats_ptr + D * D + D + features_q, ssq_q, mask=owner_q)
     temperature = tl.load(temperature_ptr + h * stride_t).to(ACC)
     weight = finish_map(raw, ssq_k, ssq_q, temperature, i < D, EPS, KEY_VALUE, TOKEN_NORM, SOFTMAX)

@@ -236,5 +236,6 @@ def gram_kernel(
     else:
         tl.store(G_ptr + i[:, None] * DB + j[None, :], G, mask=inside)
         if SQUARES != "":
-            tl.store(ssq_a_ptr + i, squares_a, mask=(i < DA) & (tile_b == 0))
-            tl.store(ssq_b_ptr + j, squares_b, mask=(j < DB) & (tile_a == 0))
+            # bounds that the tile chooses: Triton 3.9's interpreter does not take a block & a scalar as a mask
+            tl.store(ssq_a_ptr + i, squares_a, mask=i < tl.where(tile_b == 0, DA, 0))
+            tl.store(ssq_b_ptr + j, squares_b, mask=j < tl.where(tile_a == 0, DB, 0))
