@@ -105,9 +105,10 @@ class Spec(NamedTuple):
     def text(self) -> str:
         """The spec as a string, for the schemas of the ops."""
         of_q, of_k = self.feature_maps
+        # torch.compile of PyTorch 2.15 does not trace the repr of a float; within a string it is the same digits
         return (
-            f"{self.map} {self.norm} {self.activation} {float(self.eps)!r} "
-            f"{of_q} {of_k} {int(self.normalize)} {float(self.scale)!r}"
+            f"{self.map} {self.norm} {self.activation} {float(self.eps)} "
+            f"{of_q} {of_k} {int(self.normalize)} {float(self.scale)}"
         )
 
     @staticmethod
