@@ -72,7 +72,8 @@ def layer_cases(shape: LayerShape, dtype: torch.dtype, device: str, wanted: set[
         for form in ("auto", *FORMS):
             provider = name if form == "auto" else f"{name}-{form}"
             dims = (shape.C,) if form == "gram" else (shape.C // shape.heads,)
-            if provider in wanted and not dispatch.reasons_against(name, device, (dtype,), dims):
+            norm = None if form == "gram" else "token"
+            if provider in wanted and not dispatch.reasons_against(name, device, (dtype,), dims, norm):
                 ours = _our_layer(shape, eager, form, name)
                 yield _module_case(provider, ours, baseline, form=_form_of(ours, x))
     if "sdpa" in wanted and not block and shape.B * shape.heads * shape.N**2 <= SDPA_MAP:
@@ -111,7 +112,7 @@ def model_cases(shape: ModelShape, dtype: torch.dtype, device: str, wanted: set[
     replaced = None
     for name in KERNELS:
         named = {name, f"{name}+compile"} & wanted
-        if not named or dispatch.reasons_against(name, device, (dtype,), ()):
+        if not named or dispatch.reasons_against(name, device, (dtype,), (), "token"):
             continue
         replaced = copy.deepcopy(model)
         replace_attention(replaced, backend=name)

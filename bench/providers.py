@@ -121,13 +121,17 @@ def op_cases(shape: OpShape, dtype: torch.dtype, device: str, wanted: set[str]) 
     if "compile" in wanted:
         yield case("compile", compiled(reference.xfa))
     for name in dispatch.names():
-        if name in wanted and name != "reference" and not dispatch.reasons_against(name, device, (dtype,), (shape.D,)):
+        if (
+            name in wanted
+            and name != "reference"
+            and not dispatch.reasons_against(name, device, (dtype,), (shape.D,), "token")
+        ):
             yield case(name, lambda *x, name=name: xk.xfa(*x, backend=name))  # type: ignore[misc]
     if device == "cuda" and shape.B == 1:
         if "compile+graphs" in wanted:
             yield graph_case("compile+graphs", _compiled_into_graph(reference.xfa, tensors))
         for name in ("triton", "cuda"):
-            if f"{name}+graphs" in wanted and not dispatch.reasons_against(name, device, (dtype,), (shape.D,)):
+            if f"{name}+graphs" in wanted and not dispatch.reasons_against(name, device, (dtype,), (shape.D,), "token"):
                 yield graph_case(
                     f"{name}+graphs",
                     _captured(lambda name=name: xk.xfa(*tensors, backend=name)),  # type: ignore[misc]

@@ -37,7 +37,7 @@ def test_few_heads_that_fit_use_cuda(capability, heads, tokens, features, first)
 
 
 def test_first_backend_precedes_the_others():
-    text = str(dispatch.explain("auto", "meta", (torch.float32,), (32,), "cuda"))
+    text = str(dispatch.explain("auto", "meta", (torch.float32,), (32,), first="cuda"))
     assert text.index("  cuda:") < text.index("  cpp:") < text.index("  triton:")
     explained = dispatch.explain("auto", "meta", (torch.float32,), (32,))
     assert list(explained.reasons) == [*backends.PATHS, "reference"]

@@ -54,22 +54,28 @@ class Explanation:
 
 
 def reasons_against(
-    name: str, device_type: str, dtypes: tuple[torch.dtype, ...], head_dims: tuple[int, ...]
+    name: str,
+    device_type: str,
+    dtypes: tuple[torch.dtype, ...],
+    head_dims: tuple[int, ...],
+    norm: str | None = None,
 ) -> list[str]:
-    """Every reason why backend `name` cannot serve a call; empty when it can."""
+    """Every reason why backend `name` cannot serve a call; empty when it can.
+
+    `norm`: that of a call of xfa which a single op may compute; None for other calls, which are gram, channel_mix or
+    composed of them, unless the backend fuses them.
+    """
     if name == "reference":
         return []
     backend, cause = backends.load(name)
     if backend is None:
         return [f"xformer_kernels.backends.{name} cannot be imported ({cause}); see python -m xformer_kernels.info"]
-    return backend.reasons(device_type, dtypes, head_dims)
+    return backend.reasons(device_type, dtypes, head_dims, norm)
 
 
-def _against_auto(
-    name: str, device_type: str, dtypes: tuple[torch.dtype, ...], head_dims: tuple[int, ...]
-) -> list[str]:
-    """Every reason why ``backend="auto"`` passes over backend `name`."""
-    reasons = reasons_against(name, device_type, dtypes, head_dims)
+def _against_auto(name: str, *call: Any) -> list[str]:
+    """Every reason why ``backend="auto"`` passes over backend `name`; the arguments of :func:`reasons_against`."""
+    reasons = reasons_against(name, *call)
     backend = None if name == "reference" else backends.load(name)[0]
     return [*reasons, backend.only_by_name] if backend is not None and backend.only_by_name else reasons
 
@@ -123,6 +129,7 @@ def explain(
     device_type: str,
     dtypes: tuple[torch.dtype, ...],
     head_dims: tuple[int, ...],
+    norm: str | None = None,
     first: str | None = None,
     tokens: dict[str, torch.Tensor] | None = None,
 ) -> Explanation:
@@ -130,7 +137,7 @@ def explain(
     check_name(backend)
     wanted, how = _asked(backend)
     against = _against_auto if wanted == "auto" else reasons_against
-    reasons = {name: against(name, device_type, dtypes, head_dims) for name in _walk(first)}
+    reasons = {name: against(name, device_type, dtypes, head_dims, norm) for name in _walk(first)}
     if wanted == "auto":
         wanted = next(name for name in reasons if not reasons[name])
     elif reasons[wanted]:
@@ -180,12 +187,18 @@ def has(backend: str, op: str) -> bool:
 
 
 @torch.compiler.assume_constant_result
-def may_serve(backend: str, device_type: str, dtypes: tuple[torch.dtype, ...], head_dims: tuple[int, ...]) -> bool:
+def may_serve(
+    backend: str,
+    device_type: str,
+    dtypes: tuple[torch.dtype, ...],
+    head_dims: tuple[int, ...],
+    norm: str | None = None,
+) -> bool:
     """Whether the backend requested by name or environment can serve a call; for auto, whether any kernel can."""
     name = asked(backend)
     if name == "auto":
-        return choose(backend, device_type, dtypes, head_dims, warn=False) != "reference"
-    return not reasons_against(name, device_type, dtypes, head_dims)
+        return choose(backend, device_type, dtypes, head_dims, norm, warn=False) != "reference"
+    return not reasons_against(name, device_type, dtypes, head_dims, norm)
 
 
 @torch.compiler.assume_constant_result
@@ -194,10 +207,13 @@ def choose(
     device_type: str,
     dtypes: tuple[torch.dtype, ...],
     head_dims: tuple[int, ...],
+    norm: str | None = None,
     first: str | None = None,
     warn: bool = True,
 ) -> str:
     """The name of the backend that serves the call; auto tries `first` before the others.
+
+    `norm`: as for :func:`reasons_against`.
 
     If auto finds only the reference on the CPU, it warns once, unless `warn` is False.
 
@@ -206,16 +222,16 @@ def choose(
     """
     check_name(backend)
     asked_by_environment = os.environ.get(ENVIRONMENT) if backend == "auto" else None
-    key = (backend, asked_by_environment, device_type, dtypes, head_dims, first, warn)
+    key = (backend, asked_by_environment, device_type, dtypes, head_dims, norm, first, warn)
     name = _chosen.get(key)
     if name is None:
         if _asked(backend)[0] == "auto":
             # the first that can serve the call; later backends are not imported
-            name = next(x for x in _walk(first) if not _against_auto(x, device_type, dtypes, head_dims))
+            name = next(x for x in _walk(first) if not _against_auto(x, device_type, dtypes, head_dims, norm))
             if name == "reference" and device_type == "cpu" and warn:
-                _warn_of_slow_path(explain(backend, device_type, dtypes, head_dims))
+                _warn_of_slow_path(explain(backend, device_type, dtypes, head_dims, norm))
         else:
-            name = explain(backend, device_type, dtypes, head_dims).backend
+            name = explain(backend, device_type, dtypes, head_dims, norm).backend
         _chosen[key] = name
     return name
 

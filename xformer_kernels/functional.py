@@ -123,7 +123,8 @@ def prepared(a: Arguments, backend: str) -> Callable[[], Sequence[Tensor]]:
         return partial(_rounded, a, backend)
     q, tensors, fusible = a.q, a.tensors(), a.fusible()
     first = dispatch.first_asked(q, a.spec) if fusible else None
-    name = backend_of(backend, tensors, (q.dtype, a.temperature.dtype), head_dims(q), first)
+    norm = a.spec.norm if fusible else None
+    name = backend_of(backend, tensors, (q.dtype, a.temperature.dtype), head_dims(q), norm, first)
     spec = a.spec.with_normal_eps(reference.accumulate_dtype(q.dtype))
     if fusible and name != "reference" and dispatch.fuses(name, spec):
         return partial(ops.call, "xfa_forward", name, tensors, a.token_mask, spec)
@@ -285,7 +286,8 @@ def explain(
         return dispatch.explain_reference(backend, TORCH_ONLY)
     first = dispatch.first_asked(q, spec) if a.fusible() and not a.promotes() else None
     dtypes = (torch.float64 if a.promotes() else q.dtype, temperature.dtype)
-    return dispatch.explain(backend, q.device.type, dtypes, head_dims(q), first, {"q": q, "k": k, "v": v})
+    fused = norm if a.fusible() else None
+    return dispatch.explain(backend, q.device.type, dtypes, head_dims(q), fused, first, {"q": q, "k": k, "v": v})
 
 
 TORCH_ONLY = (
@@ -299,6 +301,7 @@ def backend_of(
     tensors: tuple[Tensor | None, ...],
     dtypes: tuple[torch.dtype, ...],
     dims: tuple[int, ...],
+    norm: str | None = None,
     first: str | None = None,
 ) -> str:
     """The backend that serves a call; the reference if only torch's own operations support the tensors."""
@@ -306,7 +309,7 @@ def backend_of(
         dispatch.check_name(asked)
         return "reference"
     device_type: str = tensors[0].device.type  # type: ignore[union-attr]
-    return dispatch.choose(asked, device_type, dtypes, dims, first)
+    return dispatch.choose(asked, device_type, dtypes, dims, norm, first)
 
 
 def _prepare(q: Any, k: Any, v: Any, temperature: Any, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -36,8 +36,10 @@ def collect() -> dict[str, Any]:
         "platform": {"system": platform.platform(), "processor": processor_name(), "threads": torch.get_num_threads()},
         "extension": _compiled("_C", "_no_extension.txt"),
         "cuda extension": _compiled("_cuda", "_no_cuda.txt"),
-        "backends": {name: dispatch.reasons_against(name, "cpu", (torch.float32,), (32,)) for name in dispatch.names()},
-        "auto": dispatch.choose("auto", "cpu", (torch.float32,), (32,)),
+        "backends": {
+            name: dispatch.reasons_against(name, "cpu", (torch.float32,), (32,), "token") for name in dispatch.names()
+        },
+        "auto": dispatch.choose("auto", "cpu", (torch.float32,), (32,), "token"),
         "gpu": _gpu(),
         "environment": {key: value for key, value in sorted(os.environ.items()) if key.startswith("XFORMER_KERNELS_")},
     }
@@ -54,10 +56,12 @@ def _gpu() -> dict[str, Any]:
     """The GPU that torch detects and the backends for it, or that there is no GPU."""
     if not torch.cuda.is_available():
         return {"device": "none that torch sees"}
-    reasons = {name: dispatch.reasons_against(name, "cuda", (torch.float32,), (32,)) for name in dispatch.names()}
+    reasons = {
+        name: dispatch.reasons_against(name, "cuda", (torch.float32,), (32,), "token") for name in dispatch.names()
+    }
     return {
         "device": torch.cuda.get_device_name(),
-        "auto": dispatch.choose("auto", "cuda", (torch.float32,), (32,)),
+        "auto": dispatch.choose("auto", "cuda", (torch.float32,), (32,), "token"),
         **{name: "; ".join(found) or "yes" for name, found in reasons.items()},
     }
 

@@ -1,8 +1,9 @@
 """The kernels, one module per backend; none imports another.
 
-A backend module defines the ops' functions (``xfa_forward``, ``xfa_backward``, ``gram``, ``channel_mix``) with the
-schemas of :mod:`xformer_kernels.ops` without the ``backend`` argument, and
-``unsupported(device_type, dtypes, head_dims)``, which returns every reason why it cannot serve a call. If it defines
+A backend module defines the ops' functions (``xfa_forward``, ``xfa_backward``, and usually ``gram`` and
+``channel_mix``) with the schemas of :mod:`xformer_kernels.ops` without the ``backend`` argument, and
+``unsupported(device_type, dtypes, head_dims)``, which returns every reason why it cannot serve a call. Without ``gram``
+and ``channel_mix`` it serves only the calls that its other functions compute. If it defines
 the string ``ONLY_BY_NAME``, ``backend="auto"`` skips it for that reason. Optional are ``layer_gram`` and ``layer_mix``
 (see :mod:`xformer_kernels.layer.passes`); ``NORMS``, the norms that its ``xfa_forward`` supports;
 ``linear_attention_forward``, ``linear_attention_backward`` and ``FEATURE_MAPS``, the feature maps that these support,
@@ -38,10 +39,20 @@ class Backend:
     def __init__(self, name: str, module: Any) -> None:
         self.name, self.module = name, module
 
-    def reasons(self, device_type: str, dtypes: Iterable[torch.dtype], head_dims: Iterable[int]) -> list[str]:
-        """Every reason why the backend cannot serve a call; empty if it can."""
+    def reasons(
+        self, device_type: str, dtypes: Iterable[torch.dtype], head_dims: Iterable[int], norm: str | None = None
+    ) -> list[str]:
+        """Every reason why the backend cannot serve a call; empty if it can. `norm`: see dispatch.reasons_against."""
         reasons: list[str] = self.module.unsupported(device_type, dtypes, head_dims)
-        return reasons
+        if self.has_primitives or norm in self._norms:
+            return reasons
+        what = "this call" if norm is None else f'norm="{norm}"'
+        return [*reasons, f"it has no gram and channel_mix, which {what} needs"]
+
+    @property
+    def has_primitives(self) -> bool:
+        """Whether it has ``gram`` and ``channel_mix``, of which calls are composed that it does not fuse."""
+        return self.function("gram") is not None
 
     @property
     def only_by_name(self) -> str:
@@ -50,8 +61,12 @@ class Backend:
 
     def fuses(self, spec: Spec) -> bool:
         """Whether ``xfa_forward`` supports `spec`; otherwise the call is composed of ``gram`` and ``channel_mix``."""
+        return spec.norm in self._norms
+
+    @property
+    def _norms(self) -> tuple[str, ...]:
         norms: tuple[str, ...] = getattr(self.module, "NORMS", ("token", "feature"))
-        return spec.norm in norms
+        return norms
 
     def fuses_linear_attention(
         self, feature_maps: tuple[str, str], dtype: torch.dtype, head_dims: tuple[int, int]

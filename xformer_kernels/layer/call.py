@@ -69,7 +69,7 @@ class Call(NamedTuple):
         H = o.temperature.numel()
         served: Any = self.narrow(o)
         if dispatch.asked(self.backend) != "auto":
-            served = [self._served(o, features) for features in (o.x.shape[-1], I // H)]
+            served = [self._served(o, o.x.shape[-1], None), self._served(o, I // H, self.fused_norm())]
         ranks.alike = parallel.describe(o.x, H, I, O, (*choices, *absent, *map(float, block)), wanted, served)
         ranks.tokens = o.x.shape[1]
 
@@ -99,7 +99,7 @@ class Call(NamedTuple):
         if not reason and torch.compiler.is_exporting():
             return "an exported program has the direct form"
         if not reason and self.narrow(o):
-            return f"no kernel takes the {o.x.shape[-1]} features of x at a time"
+            return f"no kernel computes it for the {o.x.shape[-1]} features of x"
         return reason
 
     def narrow(self, o: Operands) -> bool:
@@ -108,12 +108,16 @@ class Call(NamedTuple):
         If no kernel supports either, both are made of torch's matrix products, and the costs decide.
         """
         C, inner = functional.head_dims(o.x, o.proj_weight)
-        return not self._served(o, C) and (
-            dispatch.asked(self.backend) != "auto" or self._served(o, inner // o.temperature.numel())
+        return not self._served(o, C, None) and (
+            dispatch.asked(self.backend) != "auto" or self._served(o, inner // o.temperature.numel(), self.fused_norm())
         )
 
-    def _served(self, o: Operands, features: int) -> bool:
-        return dispatch.may_serve(self.backend, o.x.device.type, (o.x.dtype,), (features,))
+    def fused_norm(self) -> str | None:
+        """The norm of the direct form's xfa; None if that is composed of gram and channel_mix."""
+        return self.spec.norm if self.group is None and self.dropout_p == 0 else None
+
+    def _served(self, o: Operands, features: int, norm: str | None) -> bool:
+        return dispatch.may_serve(self.backend, o.x.device.type, (o.x.dtype,), (features,), norm)
 
     def costs(self, o: Operands) -> tuple[cost.Cost, cost.Cost, str]:
         """The costs of the Gram form and the direct form, and the source of the figures."""

@@ -200,10 +200,11 @@ def explain_layer(
     call.check(o)
     chosen = call.choose(o)
     dims = (x.shape[-1],) if chosen == "gram" else (proj_weight.shape[1] // temperature.numel(),)
+    fused = None if chosen == "gram" else call.fused_norm()
     if ops.torch_only(*o):
         served = dispatch.explain_reference(backend, functional.TORCH_ONLY)
     else:
-        served = dispatch.explain(backend, x.device.type, (x.dtype,), dims, tokens={"x": x})
+        served = dispatch.explain(backend, x.device.type, (x.dtype,), dims, fused, tokens={"x": x})
     return LayerExplanation(chosen, form, *call.costs(o), call.against_gram(o) if chosen == "direct" else "", served)
 
 
