@@ -174,11 +174,11 @@ def cuda_rows(module: Path, arch: str = "sm_90a") -> Iterator[tuple[str, ...]]:
         if not loops or not machine_code.NAME.match(symbol):
             continue
         kernel = machine_code.Kernel(symbol, arch)
-        if kernel.dtype not in ("f32", "bf16") or not kernel.product or kernel.widened:
+        if kernel.dtype not in ("f32", "bf16") or not kernel.product:
             continue
         loop = max(loops, key=code.units)
         # of the instances of a name, the one of fewest instructions
-        key = (kernel.kind, kernel.dtype, kernel.product, kernel.width)
+        key = (kernel.kind, kernel.dtype, kernel.product, kernel.width, kernel.outputs, kernel.adds)
         per_unit = code.executed(loop, 1) / code.units(loop)
         name = str(kernel).removesuffix(f" of {arch}")
         cells = (name, f"{per_unit:.0f}", f"{code.ahead(loop)}", f"{len(code.instructions)}")

@@ -29,9 +29,9 @@ def render() -> str:
     loaded = {name: _loaded(name) for name in DEVICES}
     rows: dict[str, Callable[[backends.Backend], str]] = {
         "dtypes": _dtypes,
-        "`gram`, `channel_mix`": lambda b: _up_to(b, _all),
+        "`gram`, `channel_mix`": lambda b: _composed(b, _up_to(b, _all)),
         **{f'`xfa`, `norm="{norm}"`': partial(_xfa, norm) for norm in NORMS},
-        "`xfa` with `map_fn` or dropout": lambda b: f"composed, {_up_to(b, _all)}",
+        "`xfa` with `map_fn` or dropout": lambda b: _composed(b, f"composed, {_up_to(b, _all)}"),
         "`linear_attention`": _linear_attention,
         'layers, `form="direct"`': lambda b: f"torch's projections and `xfa`, {_up_to(b, _all)}",
         'layers, `form="gram"`': _gram_form,
@@ -76,8 +76,9 @@ def _up_to(backend: backends.Backend, also: Callable[[torch.dtype, int], bool], 
 
 def _xfa(norm: str, backend: backends.Backend) -> str:
     """Both maps and activations."""
-    specs = [Spec(map, norm, activation) for map in MAPS for activation in ACTIVATIONS]
-    return f"{_how(backend.fuses(spec) for spec in specs)}, {_up_to(backend, _all)}"
+    fused = {backend.fuses(Spec(map, norm, activation)) for map in MAPS for activation in ACTIVATIONS}
+    cell = f"{_how(fused)}, {_up_to(backend, _all)}"
+    return cell if True in fused else _composed(backend, cell)
 
 
 def _linear_attention(backend: backends.Backend) -> str:
@@ -87,13 +88,18 @@ def _linear_attention(backend: backends.Backend) -> str:
         return all(backend.fuses_linear_attention(pair, dtype, (D, D)) for pair in pairs)
 
     limit = _up_to(backend, fused)
-    return f"fused, {limit}" if limit else "composed"
+    return f"fused, {limit}" if limit else _composed(backend, "composed")
 
 
 def _gram_form(backend: backends.Backend) -> str:
     """Its two passes over x, of C channels."""
     passes = (backend.function(name) is not None for name in ("layer_gram", "layer_mix"))
-    return f"{_how(passes)}, {_up_to(backend, _all, 'C')}"
+    return _composed(backend, f"{_how(passes)}, {_up_to(backend, _all, 'C')}")
+
+
+def _composed(backend: backends.Backend, cell: str) -> str:
+    """The cell of what is, or is composed of, gram and channel_mix."""
+    return cell if backend.has_primitives else "no"
 
 
 def _all(dtype: torch.dtype, features: int) -> bool:

@@ -155,15 +155,14 @@ def pytest_generate_tests(metafunc):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Deselects what does not run on a push: tests marked ``nightly``, those of slow kernels marked
-    ``nightly(slow=True)``, and all but one in n of the combinations of slow kernels of tests marked ``one_in(n)``.
+    """Deselects calls that a backend refuses, and what does not run on a push: tests marked ``nightly``, those of slow
+    kernels marked ``nightly(slow=True)``, and all but one in n of the combinations of slow kernels of tests marked
+    ``one_in(n)``.
 
     The selection depends on the names of the combinations only, so it is the same everywhere.
     """
-    if THOROUGH:
-        return
-    left_out = []
-    for item in items:
+    left_out = [item for item in items if is_refused(item)]
+    for item in items if not THOROUGH else ():
         nightly, one_in = map(item.get_closest_marker, ("nightly", "one_in"))
         params = item.callspec.params if hasattr(item, "callspec") else {}
         slow = is_slow(params) or ("triton" in item.path.parts and INTERPRETING)
@@ -173,6 +172,26 @@ def pytest_collection_modifyitems(config, items):
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in {*left_out}]
+
+
+def is_refused(item):
+    """Whether the backend of the test refuses the dtype and norm that its parameters (`dtype`, `norm`, `config`,
+    `form`) or the mark ``needs`` name.
+
+    Not if it refuses every call: that is what `need_backend` is for.
+    """
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    name = params.get("kernel", params.get("backend"))
+    if name not in KERNELS or not params:
+        return False
+    norm = getattr(params.get("config"), "norm", params.get("norm", "token"))
+    call = {"norm": None if params.get("form") == "gram" else norm, "dtype": params.get("dtype", torch.float32)}
+    for mark in item.iter_markers("needs"):
+        call |= mark.kwargs
+    device = params.get("device", "cpu")
+    if dispatch.reasons_against(name, device, (torch.float32,), (8,), "token"):
+        return False
+    return bool(dispatch.reasons_against(name, device, (call["dtype"],), (8,), call["norm"]))
 
 
 def is_slow(params):
@@ -224,14 +243,24 @@ def shorter(slow):
 
 
 @pytest.fixture
-def need_features(request):
+def takes_features(request):
+    """``takes_features(*head_dims)``: whether the test's backend supports these numbers of features."""
+
+    def takes(*head_dims):
+        device = "cuda" if HAS_GPU and not INTERPRETING else "cpu"
+        reasons = dispatch.reasons_against(_named(request), device, (torch.float32,), head_dims, "token")
+        return not any("features per head" in reason for reason in reasons)
+
+    return takes
+
+
+@pytest.fixture
+def need_features(request, takes_features):
     """``need_features(*head_dims)`` skips the test if its backend does not support these numbers of features."""
 
     def need(*head_dims):
-        device = "cuda" if HAS_GPU and not INTERPRETING else "cpu"
-        reasons = dispatch.reasons_against(_named(request), device, (torch.float32,), head_dims)
-        if any("features per head" in reason for reason in reasons):
-            pytest.skip(f"{_named(request)}: {'; '.join(reasons)}")
+        if not takes_features(*head_dims):
+            pytest.skip(f"{_named(request)} does not take {head_dims} features per head")
 
     return need
 

@@ -47,6 +47,7 @@ def test_xfa_bits_of_every_config(config, kernel, device, shorter):
             assert_bitwise(x, expected[name], f"{name} with {threads} threads")
 
 
+@pytest.mark.needs(norm=None)
 @pytest.mark.parametrize("N", [7, 300, 9001])
 def test_primitive_bits_do_not_depend_on_threads(N, kernel, device, ran, shorter):
     _, N = shorter((2, N))

@@ -29,6 +29,7 @@ def fewer(slow):
     return lambda shape: (min(shape[0], 2), min(shape[1], 300), *shape[2:]) if slow else shape
 
 
+@pytest.mark.needs(norm=None)
 @pytest.mark.one_in(3)
 @pytest.mark.parametrize("block", [False, True], ids=["layer", "block"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -39,6 +40,7 @@ def test_shapes_and_dtypes(shape, dtype, block, kernel, device, ran, fewer):
     check(make_layer(fewer(shape), dtype=dtype, block=block, device=device), kernel, ran)
 
 
+@pytest.mark.needs(norm=None)
 @pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
 @pytest.mark.parametrize("config", GRAM_CONFIGS, ids=str)
 @pytest.mark.parametrize("block", [False, True], ids=["layer", "block"])
@@ -66,12 +68,14 @@ def test_gram_form_by_the_reference(ran_backend):
             layer.check(layer.run(form="gram", backend=backend))
 
 
+@pytest.mark.needs(norm=None)
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 @pytest.mark.parametrize("out", [5, 40])
 def test_other_number_of_output_features(out, bias, kernel, device, ran):
     check(make_layer((2, 50, 24, 3), out=out, bias=bias, device=device), kernel, ran)
 
 
+@pytest.mark.needs(norm=None)
 @pytest.mark.parametrize("missing", [("ln_weight",), ("ln_bias",), ("ln_weight", "ln_bias"), ("layer_scale",)], ids=str)
 def test_optional_parts_of_a_block(missing, kernel, device, ran):
     layer = make_layer((2, 50, 24, 3), block=True, bias=False, device=device)
@@ -79,6 +83,7 @@ def test_optional_parts_of_a_block(missing, kernel, device, ran):
     check(layer, kernel, ran)
 
 
+@pytest.mark.needs(norm=None)
 @pytest.mark.parametrize("block", [False, True], ids=["layer", "block"])
 @pytest.mark.parametrize("mean", [10, 100, 1000])
 def test_channel_means_far_above_their_spread(mean, block, kernel, device, ran):
@@ -86,6 +91,7 @@ def test_channel_means_far_above_their_spread(mean, block, kernel, device, ran):
     check(make_layer((2, 400, 24, 3), mean=mean, block=block, device=device), kernel, ran)
 
 
+@pytest.mark.needs(norm=None)
 def test_outlier_tokens(kernel, ran):
     """CPU only. The Gram matrix is ill-conditioned, and errors are close to the tolerance."""
     layer = make_layer((1, 700, 24, 3))
@@ -95,6 +101,7 @@ def test_outlier_tokens(kernel, ran):
     check(layer, kernel, ran)
 
 
+@pytest.mark.needs(norm=None)
 def test_unrepresentative_sample_of_tokens(kernel, device, ran):
     """The centre is estimated from a sample of tokens. Here the sample's mean is off by one spread, eight times the
     expected error."""
@@ -105,6 +112,7 @@ def test_unrepresentative_sample_of_tokens(kernel, device, ran):
     check(layer, kernel, ran)
 
 
+@pytest.mark.needs(norm=None)
 def test_layer_norm_with_eps_0(kernel, device, ran):
     """ln_eps=0 is a layer norm with eps 0, not the absence of a layer norm."""
     for form in FORMS:
@@ -127,6 +135,7 @@ def test_no_images_or_no_tokens(form, out, size, kernel, device, ran):
             assert not result[f"d{name}"].any()
 
 
+@pytest.mark.needs(norm=None)
 @pytest.mark.parametrize("features", ["equal", "equal, another number for each token"])
 def test_tokens_with_equal_features(features, kernel, device, ran):
     """Layer norm returns exact zeros for them, rather than rounding errors scaled to unit variance."""
@@ -138,6 +147,7 @@ def test_tokens_with_equal_features(features, kernel, device, ran):
         check(layer, kernel, ran, form)
 
 
+@pytest.mark.needs(norm=None)
 @pytest.mark.parametrize("layout", ["token_contiguous", "batch_contiguous", "padded", "expanded"])
 @pytest.mark.parametrize("block", [False, True], ids=["layer", "block"])
 def test_layouts(block, layout, kernel, device, ran):
@@ -159,6 +169,7 @@ def test_layouts(block, layout, kernel, device, ran):
     check(layer, kernel, ran)
 
 
+@pytest.mark.needs(norm=None)
 def test_weights_in_the_accumulate_dtype(kernel, device, ran):
     """float32 weights are not rounded for bfloat16 tokens; results are no less accurate than with bfloat16 weights."""
     layer = make_layer((2, 90, 24, 3), dtype=torch.bfloat16, weight_dtype=torch.float32, block=True, device=device)
@@ -196,6 +207,7 @@ def test_empty(shape, form, kernel, device):
         assert not result[f"d{name}"].any(), name
 
 
+@pytest.mark.needs(norm=None)
 def test_all_tokens_masked(kernel, device):
     layer = make_layer((2, 9, 8, 2), masked=True, device=device)
     layer.token_mask = torch.zeros_like(layer.token_mask)
@@ -204,6 +216,7 @@ def test_all_tokens_masked(kernel, device):
     assert not result["dx"].any() and not result["dqkv_weight"].any()
 
 
+@pytest.mark.needs(norm=None)
 def test_zero_features(kernel, device, ran):
     """Features of q and k that are 0 for all tokens: norms are below eps, gradients are those of the reference."""
     layer = make_layer((2, 60, 12, 3), bias=False, device=device)
@@ -214,6 +227,7 @@ def test_zero_features(kernel, device, ran):
     check(layer, kernel, ran)
 
 
+@pytest.mark.needs(norm=None)
 def test_nan_propagates(kernel, device):
     layer = make_layer((2, 30, 8, 2), device=device)
     x = layer.tensors[0].clone()
@@ -223,6 +237,7 @@ def test_nan_propagates(kernel, device):
     assert y[0].isnan().all() and y[1].isfinite().all()
 
 
+@pytest.mark.needs(norm=None)
 @pytest.mark.one_in(3)
 @pytest.mark.parametrize("config", GRAM_CONFIGS, ids=str)
 @pytest.mark.parametrize("block", [False, True], ids=["layer", "block"])
@@ -239,6 +254,7 @@ def test_derivatives(block, config, kernel, device, slow):
         assert gradgradcheck(function, leaves, fast_mode=True)
 
 
+@pytest.mark.needs(norm=None)
 def test_second_derivatives_of_float32(kernel, device):
     layer = make_layer((2, 40, 8, 2), block=True, device=device)
 
@@ -255,6 +271,7 @@ def test_second_derivatives_of_float32(kernel, device):
         assert_close(a, b, c, name)
 
 
+@pytest.mark.needs(norm=None)
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_dropout_drops_the_same_entries_in_both_forms(config, kernel, device):
     layer = make_layer((2, 40, 12, 3), config, dtype=torch.float64, device=device)
@@ -278,6 +295,7 @@ def test_repeated_calls_give_the_same_bits():
     torch.testing.assert_close(results[0], results[1])
 
 
+@pytest.mark.needs(norm=None)
 def test_gradients_of_single_inputs(kernel, device, ran):
     layer = make_layer((2, 40, 12, 3), block=True, device=device)
     wanted = layer.run(form="gram", backend=kernel)
@@ -290,6 +308,7 @@ def test_gradients_of_single_inputs(kernel, device, ran):
         assert_bitwise(layer.call(leaves, form="gram", backend=kernel), wanted["y"], "y")
 
 
+@pytest.mark.needs(norm=None)
 def test_images_of_a_batch_are_independent(kernel, device):
     """Results of an image do not depend on the other images of the batch."""
     layer = make_layer((3, 50, 12, 3), device=device)

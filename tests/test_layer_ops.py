@@ -33,6 +33,7 @@ def arguments(layer, backend, keep=None):
     return layer_ops.Operands(*tensors), (keep, layer.token_mask, Spec().text(), layer.ln_eps, True, "", backend)
 
 
+@pytest.mark.needs(norm=None)
 @pytest.mark.parametrize("block", [False, pytest.param(True, marks=pytest.mark.nightly)], ids=["layer", "block"])
 def test_opcheck(block, kernel, device, slow):
     """Schemas, fakes and autograd; slow kernels skip AOTAutograd, whose result does not depend on the backend."""
@@ -53,6 +54,7 @@ def test_compile_fullgraph_dynamic(form, device):
     check_compiled(form, "auto", device, "inductor")
 
 
+@pytest.mark.needs(norm=None)
 def test_compile_each_backend(kernel, device, slow):
     check_compiled("gram", kernel, device, "aot_eager" if slow else "inductor")
 
@@ -125,6 +127,7 @@ def test_autocast(form, dtype, kernel, device):
         assert grad.dtype == leaf.dtype
 
 
+@pytest.mark.needs(norm=None)
 @pytest.mark.parametrize("block", [False, True], ids=["layer", "block"])
 def test_saved_memory_does_not_grow_with_the_tokens(block, kernel, device):
     saved = []

@@ -12,6 +12,8 @@ import xformer_kernels as xk
 from xformer_kernels import dispatch, reference, spec
 from xformer_kernels.testing import assert_bitwise, assert_close, linear_attention_terms
 
+pytestmark = pytest.mark.needs(norm=None)
+
 MAPS = ("identity", "relu", "elu1", "softmax_features", "softmax_tokens")
 PAIRS = (("relu", "identity"), ("identity", "softmax_tokens"), ("elu1", "relu"))
 FUSED = ("linear_attention_forward", "linear_attention_backward")

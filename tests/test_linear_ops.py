@@ -13,6 +13,7 @@ from xformer_kernels.spec import Spec
 from xformer_kernels.testing import assert_bitwise, assert_close
 
 
+@pytest.mark.needs(norm=None)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_op(dtype, kernel, device):
     a, b = (randn(2, 3, 19, d, seed=d, dtype=dtype, device=device).requires_grad_() for d in (5, 4))
@@ -38,6 +39,7 @@ def test_ops_of_linear_attention(op, feature_map, kernel, device):
         torch.library.opcheck(backward, (dout, q, k, v, stats, None, None, spec, False, kernel))
 
 
+@pytest.mark.needs(norm=None)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
 def test_sums_of_gram(masked, dtype, backend, device):
@@ -56,6 +58,7 @@ def test_sums_of_gram(masked, dtype, backend, device):
     assert_bitwise(single[3], single[4], "a is b")
 
 
+@pytest.mark.needs(norm=None)
 def test_derivatives_of_sums_of_gram(kernel):
     leaves = [randn(1, 2, 3, d, seed=d, dtype=torch.float64).requires_grad_() for d in (2, 1)]
     assert gradcheck(lambda a, b: xk.gram(a, b, sums=True, backend=kernel), leaves, fast_mode=True)

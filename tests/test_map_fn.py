@@ -11,6 +11,8 @@ from torch.autograd import gradcheck
 import xformer_kernels as xk
 from xformer_kernels.testing import assert_bitwise
 
+pytestmark = pytest.mark.needs(norm=None)
+
 
 @pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
 @pytest.mark.parametrize("norm", ["token", "feature"])

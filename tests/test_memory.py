@@ -36,10 +36,11 @@ def saved_bytes(function, inputs) -> tuple[int, torch.Tensor]:
 @pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 @pytest.mark.parametrize("D", [8, pytest.param(256, marks=pytest.mark.nightly(slow=True))])
-def test_saved_statistics_do_not_grow_with_the_tokens(D, config, masked, kernel, device, ran, slow):
+def test_saved_statistics_do_not_grow_with_the_tokens(D, config, masked, kernel, device, ran, slow, need_features):
     saved = []
     if slow:
         D = min(D, 130)  # still too wide for one launch
+    need_features(D)
     for N in (30, 90) if slow else (300, 3000):
         p = make_problem((2, N, 2, D), config, masked=masked, device=device)
         mask = p.token_mask
@@ -58,6 +59,7 @@ def test_saved_statistics_do_not_grow_with_the_tokens(D, config, masked, kernel,
     assert 0 < saved[0] <= 2 * 2 * MB
 
 
+@pytest.mark.needs(norm=None)
 @pytest.mark.parametrize("norm", ["token", "feature"])
 def test_saved_by_map_fn(norm, kernel, device):
     """Token norms save only the map; feature norms are applied before the passes, and may save q and k normalised."""

@@ -10,6 +10,7 @@ import torch
 from cases import CONFIGS, LOW_PRECISION, RESULTS, THOROUGH, Config, make_problem, randn, random_mask
 
 import xformer_kernels as xk
+from xformer_kernels import dispatch
 from xformer_kernels.testing import assert_bitwise, assert_close
 
 OPS = torch.ops.xformer_kernels
@@ -27,13 +28,17 @@ def fresh_compiler():
 
 def op_samples(kernel, device, dtype):
     """(op, arguments) that cover the schema: masks, absent operands, with and without gradients."""
-    for config, masked, grad in ((CONFIGS[0], False, True), (CONFIGS[3], True, True), (CONFIGS[4], True, False)):
+    primitives = dispatch.has(kernel, "gram")
+    with_norm = CONFIGS[3] if primitives else CONFIGS[2]  # over features, if the backend has it
+    for config, masked, grad in ((CONFIGS[0], False, True), (with_norm, True, True), (CONFIGS[4], True, False)):
         p = make_problem((2, 9, 2, 4), config, dtype=dtype, masked=masked, device=device)
         q, k, v, t = p.inputs() if grad else (p.q, p.k, p.v, p.temperature)
         choices = (p.token_mask, config.spec.text(), kernel)
         yield OPS.xfa_forward, (q, k, v, t, *choices)
         _, stats = OPS.xfa_forward(p.q, p.k, p.v, p.temperature, *choices)
         yield OPS.xfa_backward, (p.dout.requires_grad_(grad), q, k, v, t, stats, *choices[:2], False, kernel)
+    if not primitives:
+        return
     a, b = (randn(2, 2, 9, d, seed=d, dtype=dtype, device=device).requires_grad_() for d in (3, 5))
     yield OPS.gram, (a, b, False, None, kernel)
     yield OPS.gram, (a, b, False, random_mask(2, 9, device=device), kernel)
@@ -58,12 +63,17 @@ def test_fake_tensors_have_the_strides_of_real_ones(kernel, device):
     """Shapes, dtypes, devices and strides of fake and real results are equal for inputs in any layout."""
     for layout in ("packed", "token_contiguous", "padded"):
         p = make_problem((2, 9, 3, 4), layout=layout, device=device)
-        real = (xk.xfa(p.q, p.k, p.v, p.temperature, backend=kernel), *xk.gram(p.q, p.k, backend=kernel))
-        real += (xk.channel_mix(p.q, randn(7, 4, seed=1, device=device), backend=kernel),)
+        tensors = (p.q, p.k, p.v, p.temperature, randn(7, 4, seed=1, device=device))
+
+        def results(q, k, v, t, w):
+            yield xk.xfa(q, k, v, t, backend=kernel)
+            if dispatch.has(kernel, "gram"):
+                yield from xk.gram(q, k, backend=kernel)
+                yield xk.channel_mix(q, w, backend=kernel)
+
+        real = list(results(*tensors))
         with torch._subclasses.FakeTensorMode() as mode:
-            q, k, v, t, w = map(mode.from_tensor, (p.q, p.k, p.v, p.temperature, randn(7, 4, seed=1, device=device)))
-            fake = (xk.xfa(q, k, v, t, backend=kernel), *xk.gram(q, k, backend=kernel))
-            fake += (xk.channel_mix(q, w, backend=kernel),)
+            fake = list(results(*map(mode.from_tensor, tensors)))
         for a, b in zip(real, fake, strict=True):
             assert (a.shape, a.dtype, a.device, a.stride()) == (b.shape, b.dtype, b.device, b.stride())
 
@@ -84,6 +94,7 @@ def everything(q, k, v, temperature, weight, mask, backend):
     )
 
 
+@pytest.mark.needs(norm=None, dtype=torch.float64)
 @pytest.mark.one_in(3)
 @pytest.mark.parametrize("compiler", ["inductor", "aot_eager"])
 def test_compile_fullgraph_dynamic(compiler, backend, device, ran, slow):
@@ -171,6 +182,7 @@ def test_autocast_casts_q_k_and_v(inputs, dtype, backend, device, ran):
         assert_bitwise(got, want.to(leaf.dtype), "gradient")
 
 
+@pytest.mark.needs(dtype=torch.float64)
 def test_autocast_leaves_float64_and_disabled_regions_alone(backend, device):
     p = make_problem((2, 40, 3, 8), device=device)
     args = (p.q, p.k, p.v, p.temperature)
@@ -181,6 +193,7 @@ def test_autocast_leaves_float64_and_disabled_regions_alone(backend, device):
             assert xk.xfa(*args, backend=backend).dtype == torch.float32
 
 
+@pytest.mark.needs(norm=None)
 def test_autocast_of_primitives(backend, device):
     """Errors are within those of a matmul under autocast; statistics stay in float32."""
     a, b = randn(2, 2, 30, 8, seed=1, device=device), randn(2, 2, 30, 6, seed=2, device=device)
@@ -194,6 +207,7 @@ def test_autocast_of_primitives(backend, device):
     torch.testing.assert_close(y.float(), a @ weight.T + b, rtol=0.03, atol=0.1)
 
 
+@pytest.mark.needs(norm=None)
 @pytest.mark.parametrize("form", ["gram", "direct"])
 def test_autocast_casts_weights_as_linear_layers_do(form, backend, device):
     """Weights in a dtype other than that of autocast and float32, as of a model trained in the other 16-bit dtype."""
@@ -266,12 +280,19 @@ def test_negated_views(kernel, device):
 def test_default_device_is_ignored(kernel, device):
     p = make_problem((1, 10, 2, 4), device=device)
     expected = p.run(xk.xfa, backend=kernel)
-    G = xk.gram(p.q, p.k, backend=kernel)[0]
     with torch.device("meta"):
         result = p.run(xk.xfa, backend=kernel)
-        for name, x in result.items():
-            assert_bitwise(x, expected[name], name)
-        assert_bitwise(xk.gram(p.q, p.k, backend=kernel)[0], G, "G")
+    for name, x in result.items():
+        assert_bitwise(x, expected[name], name)
+
+
+@pytest.mark.needs(norm=None)
+def test_default_device_is_ignored_by_gram(kernel, device):
+    p = make_problem((1, 10, 2, 4), device=device)
+    G = xk.gram(p.q, p.k, backend=kernel)[0]
+    with torch.device("meta"):
+        result = xk.gram(p.q, p.k, backend=kernel)[0]
+    assert_bitwise(result, G, "G")
 
 
 def test_layer_pickles_and_copies(kernel, device):

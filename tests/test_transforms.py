@@ -51,6 +51,7 @@ def x(device):
     return randn(3, 10, 8, seed=5, dtype=torch.float64, device=device)
 
 
+@pytest.mark.needs(norm=None)
 def test_results_may_be_modified_in_place(kernel, device, x):
     """As those of torch's layers: y += x in a residual block, gradients that are scaled while a graph is made."""
     for name, ours, _ in functions(kernel, device):
@@ -65,6 +66,7 @@ def test_results_may_be_modified_in_place(kernel, device, x):
         CLOSE(torch.autograd.grad(g.mul_(2).square().sum(), leaf)[0], 4 * second, msg=name)
 
 
+@pytest.mark.needs(dtype=torch.float64)
 def test_gradients_of_each_operand_may_be_modified_in_place(kernel, device):
     p = make_problem((2, 9, 2, 4), dtype=torch.float64, device=device)
     for wanted in ([0], [0, 1, 2, 3]):
@@ -75,6 +77,7 @@ def test_gradients_of_each_operand_may_be_modified_in_place(kernel, device):
             assert_bitwise(g.mul_(2).detach(), 2 * before, "gradient")
 
 
+@pytest.mark.needs(norm=None)
 def test_gradients_of_layer_weights_may_be_modified_in_place(kernel, device):
     for form in ("gram", "direct"):
         block = xk.XFABlock(8, 2, True, layer_scale=0.5, form=form, backend=kernel).to(device)
@@ -85,6 +88,7 @@ def test_gradients_of_layer_weights_may_be_modified_in_place(kernel, device):
 
 
 @pytest.mark.nightly(slow=True)
+@pytest.mark.needs(norm=None)
 def test_batched_gradients(kernel, device, x):
     """Vectorized Jacobians, and torch.autograd.grad with is_grads_batched."""
     for name, ours, reference in functions(kernel, device):
@@ -123,6 +127,7 @@ def test_transforms_of_torch_func(kernel, device, x):
 
 
 @pytest.mark.nightly(slow=True)
+@pytest.mark.needs(norm=None)
 def test_hessian(kernel, device, slow):
     x = randn(1, 2 if slow else 4, 8, seed=5, dtype=torch.float64, device=device)
     for name, ours, reference in functions(kernel, device):

@@ -52,6 +52,7 @@ def test_layer(block, form, config, kernel, device):
 
 
 @pytest.mark.nightly(slow=True)
+@pytest.mark.needs(dtype=torch.float64)
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_derivatives(config, backend, slow):
     p = problem((2, 5, 2, 2), config, dtype=torch.float64, masked=False)

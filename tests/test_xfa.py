@@ -73,8 +73,9 @@ def test_configs(shape, config, masked, dtype, backend, device, ran, shorter):
 @pytest.mark.one_in(6)
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 @pytest.mark.parametrize("D", [130, 200])
-def test_wide_heads(D, config, backend, device, ran):
+def test_wide_heads(D, config, backend, device, ran, need_features):
     """Maps and tokens wider than one tile of a kernel."""
+    need_features(D)
     check(make_problem((1, 300, 1, D), config, masked=D == 200, device=device), backend, ran)
 
 
@@ -174,6 +175,7 @@ def test_temperature_shapes_and_dtypes(view, dtype, backend, device, ran):
     p.check({**result, "out": out.detach(), "dtemperature": grad.view(3)})
 
 
+@pytest.mark.needs(dtype=torch.float64)
 @pytest.mark.one_in(3)
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -214,6 +216,7 @@ def test_norm_equal_to_eps(norm, map, backend, device, ran):
         torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.needs(dtype=torch.float64)
 def test_scalar_temperature(backend, device, ran):
     """A single temperature for all heads; its gradient is the sum over the heads."""
     p = make_problem((2, 21, 3, 6), dtype=torch.float64, device=device)
@@ -257,6 +260,7 @@ def test_same_bits_with_and_without_grad(kernel, device, ran):
         assert_bitwise(xk.xfa(*tensors, backend=kernel), expected, "inference_mode")
 
 
+@pytest.mark.needs(dtype=torch.float64)
 @pytest.mark.one_in(3)
 @pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
@@ -273,6 +277,7 @@ def test_derivatives(config, masked, backend, device, ran, slow):
         assert gradgradcheck(function, p.inputs(), fast_mode=slow)
 
 
+@pytest.mark.needs(dtype=torch.float64)
 def test_third_derivatives_are_right_or_refused(backend, device):
     p = make_problem((1, 4, 1, 2), dtype=torch.float64, device=device)
     q, k, v, t = p.inputs()
@@ -312,6 +317,7 @@ def test_gradient_penalty(backend, device, ran):
 # ------------------------------------------------------------------------------------------------------------- masks
 
 
+@pytest.mark.needs(dtype=torch.float64)
 @pytest.mark.one_in(3)
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_masked_tokens_are_as_if_absent(config, backend, device, ran):
@@ -331,6 +337,7 @@ def test_masked_tokens_are_as_if_absent(config, backend, device, ran):
     torch.testing.assert_close(result["dtemperature"], dtemperature, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.needs(dtype=torch.float64)
 def test_extreme_masks(backend, device):
     """Masks that keep all tokens, or none in one sequence of the batch."""
     p = make_problem((2, 20, 2, 5), dtype=torch.float64, device=device)

@@ -21,10 +21,6 @@ int64_t with_backend(int dtype, F f) {
     case XK_F32:
       return f(Backend<float>{});
 #endif
-#ifdef XK_HAVE_f64
-    case XK_F64:
-      return f(Backend<double>{});
-#endif
 #ifdef XK_HAVE_bf16
     case XK_BF16:
       return f(Backend<BFloat>{});
@@ -59,16 +55,6 @@ using namespace xk::cuda;
 
 extern "C" {
 
-int xk_cuda_gram(const xk_gram_args* a, const xk_cuda_launch* l) {
-  forget_launches();
-  return (int)guarded(a->a.dtype, false, [&](auto backend) { return backend.gram(*a, *l, false); });
-}
-
-int xk_cuda_channel_mix(const xk_channel_mix_args* a, const xk_cuda_launch* l) {
-  forget_launches();
-  return (int)guarded(a->x.dtype, false, [&](auto backend) { return backend.channel_mix(*a, *l), 0; });
-}
-
 int xk_cuda_xfa_forward(const xk_xfa_args* a, const xk_cuda_launch* l) {
   forget_launches();
   return (int)guarded(a->q.dtype, false, [&](auto backend) { return backend.forward(*a, *l, false); });
@@ -77,10 +63,6 @@ int xk_cuda_xfa_forward(const xk_xfa_args* a, const xk_cuda_launch* l) {
 int xk_cuda_xfa_backward(const xk_xfa_args* a, const xk_cuda_launch* l) {
   forget_launches();
   return (int)guarded(a->q.dtype, false, [&](auto backend) { return backend.backward(*a, *l, false); });
-}
-
-int64_t xk_cuda_gram_workspace(const xk_gram_args* a, const xk_cuda_launch* l) {
-  return guarded(a->a.dtype, true, [&](auto backend) { return backend.gram(*a, *l, true); });
 }
 
 int64_t xk_cuda_xfa_forward_workspace(const xk_xfa_args* a, const xk_cuda_launch* l) {

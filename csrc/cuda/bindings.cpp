@@ -12,15 +12,16 @@ void check(int status) {
 }
 
 // Wraps a C API function for Python: takes the parameters of `build`, then those of the launch. allocate(bytes) returns
-// a tensor for the workspace, if one is needed; the tensor is kept alive until all kernels are launched.
+// a tensor for the workspace, if one is needed; the tensor is kept alive until all kernels are launched. Returns False,
+// and has launched nothing, if the function returns XK_UNALIGNED.
 template <class Args, class... P>
 auto on_device(Args (*build)(P...), int (*function)(const Args*, const xk_cuda_launch*),
-               int64_t (*workspace)(const Args*, const xk_cuda_launch*) = nullptr) {
-  return [=](P... p, int device, uintptr_t stream, const py::object& allocate, bool tf32, int path) {
+               int64_t (*workspace)(const Args*, const xk_cuda_launch*)) {
+  return [=](P... p, int device, uintptr_t stream, const py::object& allocate, int path, bool padded) {
     Args args = build(p...);
-    xk_cuda_launch launch = {device, reinterpret_cast<void*>(stream), nullptr, tf32, path};
+    xk_cuda_launch launch = {device, reinterpret_cast<void*>(stream), nullptr, path, padded};
     py::object memory;
-    int64_t bytes = workspace ? workspace(&args, &launch) : 0;
+    int64_t bytes = workspace(&args, &launch);
     if (bytes < 0) check(XK_CUDA_ERROR);
     if (bytes > 0) {
       memory = allocate(bytes);
@@ -31,7 +32,9 @@ auto on_device(Args (*build)(P...), int (*function)(const Args*, const xk_cuda_l
       py::gil_scoped_release release;
       status = function(&args, &launch);
     }
+    if (status == XK_UNALIGNED) return false;
     check(status);
+    return true;
   };
 }
 
@@ -56,8 +59,6 @@ py::dict build_info() {
 
 PYBIND11_MODULE(_cuda, m) {
   m.doc() = "Compiled CUDA kernels of xformer_kernels: the C API of csrc/include/xformer_kernels.h";
-  m.def("gram", on_device(gram_args, xk_cuda_gram, xk_cuda_gram_workspace));
-  m.def("channel_mix", on_device(channel_mix_args, xk_cuda_channel_mix));
   m.def("xfa_forward", on_device(xfa_forward_args, xk_cuda_xfa_forward, xk_cuda_xfa_forward_workspace));
   m.def("xfa_backward", on_device(xfa_backward_args, xk_cuda_xfa_backward, xk_cuda_xfa_backward_workspace));
   m.def("launched", &xk_cuda_launched);

@@ -3,13 +3,22 @@
 // A warp processes 16 tokens per step (8 for fp32). Each lane loads a quarter of these tokens, selected by t, and the
 // features selected by g. The fragments of a (rows of G) and b (columns of G) are multiplied, and G is accumulated over
 // the tokens. fp32 uses 3xTF32, smallest products first. Since tensor cores truncate their sums, the accumulators of
-// fp32 are added to fp32 totals in shared memory every 8 steps.
+// fp32 are added to fp32 totals in shared memory every 4 steps.
 #pragma once
 
 #include "fragments.h"
-#include "gram.h"
+#include "tokens.h"
 
 namespace xk::cuda {
+
+struct GramArgs {
+  Operand a, b;  // with the same number of features
+  Mask mask;
+  int64_t batch, heads, tokens, parts, chunk;
+  float* partial;  // (parts, batch, heads, step): G, then if `squares` the sums of squares of a and of b
+  int64_t step;
+  int32_t squares;
+};
 
 // G for at most kDim features of a and of b.
 template <class T, int kDim>
@@ -20,11 +29,10 @@ struct FragmentGram {
   static constexpr int kShare = kDim > 48 ? 2 : 1;        // warps per slice: each has a part of a's features
   static constexpr int kSlices = kThreads / 32 / kShare;  // groups of kShare warps: each processes different tokens
   static constexpr int kTokens = kTf32 ? 8 : 16, kEach = kTokens / 4;
-  static constexpr int kSteps = kTf32 ? 8 : 2;  // steps of a warp between flushes, in the main loop
+  static constexpr int kSteps = kTf32 ? 4 : 2;  // steps of a warp between flushes, in the main loop
   static constexpr int kTilesB = kDim / 8, kTilesA = kTilesB / kShare, kDown = kTilesA / 2;
   using A = Pieces<T, kDim / kShare, 8>;
   using B = Pieces<T, kDim, 8>;
-  static constexpr int kPieceBytes = 4 * (A::kPiece > B::kPiece ? A::kPiece : B::kPiece);
   static constexpr int kKept = kTf32 ? kDown * kTilesB * 4 : 0;  // totals of a thread in shared memory
 };
 
@@ -216,20 +224,21 @@ class FragmentSums {
 };
 
 // One element of G for fp32, computed without tensor cores.
-__device__ inline float sum_of_products(const GramArgs<float>& p, int64_t b, int64_t h, int64_t begin, int tokens,
-                                        int row, int column) {
-  const float* x = p.x[0].head<float>(b, h) + begin * p.x[0].stride_n + row;
-  const float* y = p.x[1].head<float>(b, h) + begin * p.x[1].stride_n + column;
+__device__ inline float sum_of_products(const GramArgs& p, int64_t b, int64_t h, int64_t begin, int tokens, int row,
+                                        int column) {
+  const float* x = p.a.head<float>(b, h) + begin * p.a.stride_n + row;
+  const float* y = p.b.head<float>(b, h) + begin * p.b.stride_n + column;
   float sum = 0;
 #pragma unroll 1
-  for (int n = 0; n < tokens && sum == sum; ++n) sum += x[n * p.x[0].stride_n] * y[n * p.x[1].stride_n];
+  for (int n = 0; n < tokens && sum == sum; ++n)
+    if (p.mask.keeps(b, begin + n)) sum += x[n * p.a.stride_n] * y[n * p.b.stride_n];
   return sum;
 }
 
 // A block processes one chunk of the tokens of one (batch, head).
 template <class T, int kDim>
 __global__ void __launch_bounds__(FragmentGram<T, kDim>::kThreads, FragmentGram<T, kDim>::kBlocks)
-    fragment_gram_kernel(const __grid_constant__ GramArgs<float> p) {
+    fragment_gram_kernel(const __grid_constant__ GramArgs p) {
   using Sizes = FragmentGram<T, kDim>;
   using A = typename Sizes::A;
   using B = typename Sizes::B;
@@ -240,16 +249,16 @@ __global__ void __launch_bounds__(FragmentGram<T, kDim>::kThreads, FragmentGram<
   int64_t h = block % p.heads;
   block /= p.heads;
   int64_t part = block % p.parts, b = block / p.parts, begin = part * p.chunk;
-  int tokens = (int)(p.tokens - begin < p.chunk ? p.tokens - begin : p.chunk), dim = p.x[0].features;
+  int tokens = (int)(p.tokens - begin < p.chunk ? p.tokens - begin : p.chunk), dim = p.a.features;
   bool squares = p.squares;
 
   auto first_token = [&](const Operand& x, int feature) {
     return reinterpret_cast<const char*>(x.head<T>(b, h) + begin * x.stride_n + feature);
   };
   constexpr int kPart = kDim / Sizes::kShare;
-  const char* base_a = first_token(p.x[0], share * kPart + A::feature(lane.g, 0));
-  const char* base_b = first_token(p.x[1], B::feature(lane.g, 0));
-  int step_a = (int)(p.x[0].stride_n * (int64_t)sizeof(T)), step_b = (int)(p.x[1].stride_n * (int64_t)sizeof(T));
+  const char* base_a = first_token(p.a, share * kPart + A::feature(lane.g, 0));
+  const char* base_b = first_token(p.b, B::feature(lane.g, 0));
+  int step_a = (int)(p.a.stride_n * (int64_t)sizeof(T)), step_b = (int)(p.b.stride_n * (int64_t)sizeof(T));
   int dim_a = dim - share * kPart;
 
   // This warp processes every kSlices-th step, starting at `slice`. Double buffering: the tokens of the next step are
@@ -270,7 +279,7 @@ __global__ void __launch_bounds__(FragmentGram<T, kDim>::kThreads, FragmentGram<
   XK_ARENA(arena);
   FragmentGramLayout<T, kDim> s(arena);
   FragmentSums<T, kDim> sums(s.kept);
-  int runs = whole / kSteps;
+  int runs = p.mask.data ? 0 : whole / kSteps;
   if (runs) fetch_all(0);
 #pragma unroll 1
   for (int left = runs * kSteps; left > 0; left -= 2) {
@@ -282,13 +291,14 @@ __global__ void __launch_bounds__(FragmentGram<T, kDim>::kThreads, FragmentGram<
     sums.add(a[1], x[1], squares, share);
     if (left % kSteps == 2) sums.flush();
   }
-  // Remainder: fewer than kSteps full steps, and possibly a partial one.
+  // Remainder: fewer than kSteps full steps, and possibly a partial one; all steps if there is a mask.
   token = slice * kTokens + runs * kSteps * kStride;
 #pragma unroll 1
-  for (; token < tokens; token += kStride) {
+  for (int step = 1; token < tokens; token += kStride, ++step) {
     XK_STEP(tail_mask, (clear_words(a[0]), clear_words(x[0])));
-    fetch(0, token + kEach * lane.t, [&](int token) { return token < tokens; });
+    fetch(0, token + kEach * lane.t, [&](int token) { return token < tokens && p.mask.keeps(b, begin + token); });
     sums.add(a[0], x[0], squares, share);
+    if (step % kSteps == 0) sums.flush();
   }
   sums.flush();
 
@@ -304,20 +314,20 @@ __global__ void __launch_bounds__(FragmentGram<T, kDim>::kThreads, FragmentGram<
     }
     XK_STEP(barrier, __syncthreads());  // the next slice adds to these sums; after the last one, all threads read them
   }
-  int64_t record = (part * p.batch + b) * p.heads + h;
+  float* to = p.partial + ((part * p.batch + b) * p.heads + h) * p.step;
 #pragma unroll 1
   for (int i = (int)threadIdx.x; i < dim * dim; i += Sizes::kThreads) {
     int row = i / dim, column = i % dim;
     float sum = s.g[row * kDim + column];
     if constexpr (Sizes::kTf32)  // the low part of an infinite input is NaN
       if (!isfinite(sum)) sum = sum_of_products(p, b, h, begin, tokens, row, column);
-    p.g[record * p.g_step + i] = sum;
+    to[i] = sum;
   }
   if (squares)
 #pragma unroll 1
     for (int i = (int)threadIdx.x; i < dim; i += Sizes::kThreads) {
-      p.ssq_a[record * p.ssq_a_step + i] = s.of_a[i];
-      p.ssq_b[record * p.ssq_b_step + i] = s.of_b[i];
+      to[dim * dim + i] = s.of_a[i];
+      to[dim * dim + dim + i] = s.of_b[i];
     }
 }
 

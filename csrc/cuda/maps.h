@@ -24,35 +24,32 @@ struct MapOptions {
 
 // A record of dim * dim + 2 * dim numbers per (batch, head): X, then |q| and |k| over the tokens, before the clamp by
 // eps.
-template <class S>
 struct Stats {
-  S* record;
+  float* record;
   int dim;
 
-  __device__ S& x(int row, int column) const { return record[row * dim + column]; }
-  __device__ S* norms_q() const { return record + dim * dim; }
-  __device__ S* norms_k() const { return norms_q() + dim; }
+  __device__ float& x(int row, int column) const { return record[row * dim + column]; }
+  __device__ float* norms_q() const { return record + dim * dim; }
+  __device__ float* norms_k() const { return norms_q() + dim; }
 };
 
 // Scale of the term that a norm adds to a gradient: -total / |x|^2, or 0 if the norm is clamped to eps.
-template <class S>
-__device__ S norm_term(const MapOptions& o, S total, S norm) {
-  return !o.token_norm || norm <= (S)o.eps ? S(0) : -total / norm / norm;
+__device__ inline float norm_term(const MapOptions& o, float total, float norm) {
+  return !o.token_norm || norm <= (float)o.eps ? 0.f : -total / norm / norm;
 }
 
 // Clamped norms of the features of k and q; 1 without token norm.
-template <class S>
 struct Divisors {
-  Shared<S> k, q;
+  Shared<float> k, q;
 
   // Sets k and q from the norms over tokens. The caller must synchronise before reading them.
   template <int kThreads, class NormK, class NormQ>
   __device__ void set(const MapOptions& o, int dim, NormK norm_k, NormQ norm_q) const {
 #pragma unroll 1
     for (int c = (int)threadIdx.x; c < dim; c += kThreads) {
-      S of_k = norm_k(c), of_q = norm_q(c);
-      k[c] = o.token_norm ? clamp_norm(of_k, (S)o.eps) : S(1);
-      q[c] = o.token_norm ? clamp_norm(of_q, (S)o.eps) : S(1);
+      float of_k = norm_k(c), of_q = norm_q(c);
+      k[c] = o.token_norm ? clamp_norm(of_k, (float)o.eps) : 1.f;
+      q[c] = o.token_norm ? clamp_norm(of_q, (float)o.eps) : 1.f;
     }
   }
 };
@@ -60,12 +57,12 @@ struct Divisors {
 // Distribution of the columns [first, first + count) of a map over the threads of a block. Columns are processed in
 // strips of `width` columns (a power of two, at most 32). In a strip, a thread has one column, and rows that are
 // kThreads / width apart.
-template <class S, int kThreads>
+template <int kThreads>
 class Columns {
  public:
   static constexpr int kScratch = kThreads;
 
-  __device__ Columns(int dim, int first, int count, Shared<S> scratch)
+  __device__ Columns(int dim, int first, int count, Shared<float> scratch)
       : first_(first), end_(first + count < dim ? first + count : dim), scratch_(scratch) {
     width_ = 1;
     while (width_ < 32 && width_ < count) width_ *= 2;
@@ -81,28 +78,28 @@ class Columns {
 
   // Reduction over all rows of each column; all threads of the column get the result.
   template <class Combine>
-  __device__ S down(S x, Combine combine) const {
+  __device__ float down(float x, Combine combine) const {
     for (int step = 16; step >= width_; step /= 2) {
-      S other = __shfl_xor_sync(0xffffffffu, x, step);
+      float other = __shfl_xor_sync(0xffffffffu, x, step);
       XK_STEP(shuffle, x = combine(x, other));
     }
     int warp = (int)threadIdx.x / 32;
     if ((int)threadIdx.x % 32 < width_) scratch_[warp * 32 + lane()] = x;
     __syncthreads();  // all warps have stored their partial results
-    S total = scratch_[lane()];
+    float total = scratch_[lane()];
 #pragma unroll 1
     for (int w = 1; w < kThreads / 32; ++w) total = combine(total, scratch_[w * 32 + lane()]);
     __syncthreads();  // scratch can be reused
     return total;
   }
-  __device__ S sum_down(S x) const {
-    return down(x, [](S a, S b) { return a + b; });
+  __device__ float sum_down(float x) const {
+    return down(x, [](float a, float b) { return a + b; });
   }
 
   // Sum over the columns of a strip within a row; valid in the threads of the strip's first column.
-  __device__ S sum_across(S x) const {
+  __device__ float sum_across(float x) const {
     for (int step = width_ / 2; step > 0; step /= 2) {
-      S other = __shfl_xor_sync(0xffffffffu, x, step);
+      float other = __shfl_xor_sync(0xffffffffu, x, step);
       XK_STEP(shuffle, x += other);
     }
     return x;
@@ -110,23 +107,23 @@ class Columns {
 
  private:
   int first_, end_, width_;
-  Shared<S> scratch_;
+  Shared<float> scratch_;
 };
 
 // Computes columns of the map that tokens are multiplied by, from the Gram matrix `gram(row, column)`, and calls
 // result(row, column, value) for each element. `strip`: dim x width numbers; each thread accesses only its own
 // elements.
-template <class S, int kThreads, class Gram, class Result>
-__device__ void forward_columns(const Columns<S, kThreads>& own, const MapOptions& o, int dim, S temperature,
-                                Divisors<S> by, const Stats<S>& stats, Shared<S> strip, Gram gram, Result result) {
+template <int kThreads, class Gram, class Result>
+__device__ void forward_columns(const Columns<kThreads>& own, const MapOptions& o, int dim, float temperature,
+                                Divisors by, const Stats& stats, Shared<float> strip, Gram gram, Result result) {
 #pragma unroll 1
   for (int s = 0; s < own.strips(); ++s) {
     int i = own.column(s);
     bool has = own.has(s);
-    S highest = -INFINITY;
+    float highest = -INFINITY;
     if (has)
       for (int j = own.row(); j < dim; j += own.rows_between()) {
-        S x = gram(j, i) / by.k[j];
+        float x = gram(j, i) / by.k[j];
         if (!o.key_value) x /= by.q[i];
         stats.x(j, i) = x;
         x *= temperature;
@@ -136,11 +133,11 @@ __device__ void forward_columns(const Columns<S, kThreads>& own, const MapOption
         highest = x > highest ? x : highest;
       }
     if (!o.softmax) continue;
-    highest = own.down(highest, [](S a, S b) { return a > b ? a : b; });
-    S total = 0;
+    highest = own.down(highest, [](float a, float b) { return a > b ? a : b; });
+    float total = 0;
     if (has)
       for (int j = own.row(); j < dim; j += own.rows_between()) {
-        S e = exp(strip[j * own.width() + own.lane()] - highest);
+        float e = exp(strip[j * own.width() + own.lane()] - highest);
         strip[j * own.width() + own.lane()] = e;
         total += e;
       }
@@ -154,27 +151,27 @@ __device__ void forward_columns(const Columns<S, kThreads>& own, const MapOption
 // Computes columns of P and Q from dW, `gradient(row, column)`, and calls result(row, column, p, q) for each element.
 // Calls of_column(i, sum) with the sum for the norm of column i (query_key only). Adds this block's partial sum for row
 // j to totals[j], which must be initialised to 0. Returns this thread's partial sum of dtemperature.
-template <class S, int kThreads, class Gradient, class Result, class OfColumn>
-__device__ S backward_columns(const Columns<S, kThreads>& own, const MapOptions& o, int dim, S temperature,
-                              Divisors<S> by, const Stats<S>& stats, Shared<S> strip, Shared<S> totals,
-                              Gradient gradient, Result result, OfColumn of_column) {
-  S dtemperature = 0;
+template <int kThreads, class Gradient, class Result, class OfColumn>
+__device__ float backward_columns(const Columns<kThreads>& own, const MapOptions& o, int dim, float temperature,
+                                  Divisors by, const Stats& stats, Shared<float> strip, Shared<float> totals,
+                                  Gradient gradient, Result result, OfColumn of_column) {
+  float dtemperature = 0;
 #pragma unroll 1
   for (int s = 0; s < own.strips(); ++s) {
     int i = own.column(s);
     bool has = own.has(s);
-    S highest = -INFINITY, total = 0, mean = 0, of_norm = 0;
+    float highest = -INFINITY, total = 0, mean = 0, of_norm = 0;
     if (has)
       for (int j = own.row(); j < dim; j += own.rows_between()) {
         strip[j * own.width() + own.lane()] = gradient(j, i);
-        S x = temperature * stats.x(j, i);
+        float x = temperature * stats.x(j, i);
         highest = x > highest ? x : highest;
       }
     if (o.softmax) {
-      highest = own.down(highest, [](S a, S b) { return a > b ? a : b; });
+      highest = own.down(highest, [](float a, float b) { return a > b ? a : b; });
       if (has)
         for (int j = own.row(); j < dim; j += own.rows_between()) {
-          S e = exp(temperature * stats.x(j, i) - highest);
+          float e = exp(temperature * stats.x(j, i) - highest);
           total += e;
           mean += e * strip[j * own.width() + own.lane()];
         }
@@ -185,9 +182,9 @@ __device__ S backward_columns(const Columns<S, kThreads>& own, const MapOptions&
 #pragma unroll 1
     for (int begin = 0; begin < dim; begin += own.rows_between()) {
       int j = begin + own.row();
-      S along = 0;
+      float along = 0;
       if (has && j < dim) {
-        S x = stats.x(j, i), dw = strip[j * own.width() + own.lane()], p, q;
+        float x = stats.x(j, i), dw = strip[j * own.width() + own.lane()], p, q;
         if (o.key_value) {
           q = temperature * x / by.q[j];
           p = temperature * dw / by.k[j] / by.q[j];
@@ -219,12 +216,12 @@ __device__ S backward_columns(const Columns<S, kThreads>& own, const MapOptions&
 }
 
 // Sum over all threads of a block, returned to every thread.
-template <class S, int kThreads>
-__device__ S block_sum(S x, Shared<S> scratch) {
+template <int kThreads>
+__device__ float block_sum(float x, Shared<float> scratch) {
   x = warp_sum(x);
   if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = x;
   __syncthreads();  // all warps have stored their sums
-  S total = scratch[0];
+  float total = scratch[0];
   for (int w = 1; w < kThreads / 32; ++w) total += scratch[w];
   __syncthreads();  // scratch can be reused
   return total;

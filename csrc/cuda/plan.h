@@ -2,6 +2,7 @@
 #pragma once
 
 #include <stdint.h>
+#include <stdlib.h>
 
 #include "launch.h"
 #include "tokens.h"
@@ -15,29 +16,17 @@ struct Split {
   int64_t parts, chunk;
 };
 
-// Splits the tokens of each of `units` (batch, head, tile) units into parts, for about `waves` blocks per
-// multiprocessor. The number of parts is limited, since every block of the next launch reads the partial results of all
-// parts (`record` bytes each): parts^2 * record is at most twice the bytes of the tokens (`row` bytes each).
-inline Split split_tokens(int64_t tokens, int64_t units, int64_t record, int64_t row, int processors, int waves) {
-  int64_t parts = cdiv((int64_t)waves * processors, units > 0 ? units : 1);
-  int64_t most = cdiv(tokens, kChunk);
-  if (parts > most) parts = most;
-  while (parts > 1 && parts * parts * record > 2 * tokens * row) --parts;
-  if (parts < 1) parts = 1;
-  int64_t chunk = cdiv(cdiv(tokens, parts), kChunk) * kChunk;
-  if (chunk == 0) return {1, kChunk};
-  return {cdiv(tokens, chunk), chunk};
-}
-
-// Like split_tokens, but chooses the number of parts that fills its waves best. A wave is the `slots` blocks that the
-// device can run at once.
-inline Split split_evenly(int64_t tokens, int64_t units, int64_t record, int64_t row, int64_t slots) {
+// Splits the tokens of each (batch, head) into the number of parts that fills its waves best. A wave is the `slots`
+// blocks that the device can run at once. The number of parts is limited, since every block of the next launch reads
+// the partial results of all parts (`record` bytes each): parts^2 * record is at most twice the bytes of the tokens
+// (`row` bytes each).
+inline Split split_evenly(int64_t tokens, int64_t heads, int64_t record, int64_t row, int64_t slots) {
   int64_t best = 1, most = cdiv(tokens, kChunk);
   auto filled = [&](int64_t parts) {
-    int64_t blocks = parts * units;
+    int64_t blocks = parts * heads;
     return (double)blocks / (double)(cdiv(blocks, slots) * slots);
   };
-  for (int64_t parts = 2; parts <= most && units > 0 && (parts - 1) * units < 2 * slots; ++parts) {
+  for (int64_t parts = 2; parts <= most && heads > 0 && (parts - 1) * heads < 2 * slots; ++parts) {
     if (parts * parts * record > 2 * tokens * row) break;
     if (filled(parts) > filled(best) + 0.02) best = parts;
   }
@@ -73,6 +62,13 @@ Result<T> result(const xk_tensor& t, const Sizes& n, int64_t features) {
   if (features > 1 && t.stride_d != 1) throw Failure{XK_BAD_ARGUMENT, "features of a result must lie together"};
   int vector = vector_bytes(t, {n.batch, n.heads, n.tokens}, features * (int64_t)sizeof(T), sizeof(T));
   return {static_cast<T*>(t.data), t.stride_b, t.stride_h, t.stride_n, (int32_t)features, vector};
+}
+
+// Whether two passes can read or write these tokens: see XK_UNALIGNED. The kernels compute token strides in bytes in 32
+// bits.
+inline bool is_aligned(const xk_tensor& t, const Sizes& n, int64_t features, int64_t item, bool padded) {
+  return (features == 1 || t.stride_d == 1) && std::abs(t.stride_n) <= INT32_MAX / item &&
+         vector_bytes(t, {n.batch, n.heads, n.tokens}, padded ? 16 : features * item, item) == 16;
 }
 
 // Bump allocator over a workspace. With a null base, it only computes the required size.

@@ -58,74 +58,52 @@ struct Lanes {
   }
 };
 
-// Loads features [first, first + kColumns) of tokens into rows of padded<E>(kColumns) numbers. Masked and out-of-bounds
-// tokens are loaded as zeros. Columns beyond the features are not written: see clear_columns. Uses asynchronous copies
-// if E is T and x.vector is not 0; the caller must commit and wait.
-template <class T, class E, int kColumns, int kThreads>
-__device__ void load_tile(Shared<E> tile, const Operand& x, int first, const Rows& r, const Mask& mask) {
+// Loads tokens into rows of padded<T>(kColumns) numbers. Masked and out-of-bounds tokens are loaded as zeros. Columns
+// beyond the features are not written: see clear_columns. Uses asynchronous copies if x.vector is not 0; the caller
+// must commit and wait.
+template <class T, int kColumns, int kThreads>
+__device__ void load_tile(Shared<T> tile, const Operand& x, const Rows& r, const Mask& mask) {
   const T* base = x.head<T>(r.b, r.h);
-  int count = x.features - first < kColumns ? x.features - first : kColumns;
-  if constexpr (sizeof(T) == sizeof(E)) {
-    if (x.vector) {
-      int numbers = x.vector / (int)sizeof(T);
-      Lanes<kThreads> lanes(count, numbers);
-      const T* from = base + (r.begin + lanes.row) * x.stride_n + first;
-      int64_t step = lanes.rows * x.stride_n;
-      for (int row = lanes.row; row < r.rows; row += lanes.rows, from += step) {
-        bool keep = r.kept(mask, row);
-        const T* token = keep ? from : base;
-        for (int c = lanes.lane * numbers; c < count; c += lanes.count * numbers) {
-          T* to = &tile[row * padded<E>(kColumns) + c];
-          if (x.vector == 16)
-            __pipeline_memcpy_async(to, token + c, 16, keep ? 0 : 16);
-          else if (x.vector == 8)
-            __pipeline_memcpy_async(to, token + c, 8, keep ? 0 : 8);
-          else
-            __pipeline_memcpy_async(to, token + c, 4, keep ? 0 : 4);
-        }
+  if (x.vector) {
+    int numbers = x.vector / (int)sizeof(T);
+    Lanes<kThreads> lanes(x.features, numbers);
+    const T* from = base + (r.begin + lanes.row) * x.stride_n;
+    int64_t step = lanes.rows * x.stride_n;
+    for (int row = lanes.row; row < r.rows; row += lanes.rows, from += step) {
+      bool keep = r.kept(mask, row);
+      const T* token = keep ? from : base;
+      for (int c = lanes.lane * numbers; c < x.features; c += lanes.count * numbers) {
+        T* to = &tile[row * padded<T>(kColumns) + c];
+        if (x.vector == 16)
+          __pipeline_memcpy_async(to, token + c, 16, keep ? 0 : 16);
+        else if (x.vector == 8)
+          __pipeline_memcpy_async(to, token + c, 8, keep ? 0 : 8);
+        else
+          __pipeline_memcpy_async(to, token + c, 4, keep ? 0 : 4);
       }
-      return;
     }
+    return;
   }
   for (int row = (int)threadIdx.x / 32; row < r.rows; row += kThreads / 32) {
     bool keep = r.kept(mask, row);
-    const T* from = base + (keep ? (r.begin + row) * x.stride_n : 0) + first * x.stride_d;
-    for (int c = (int)threadIdx.x % 32; c < count; c += 32)
-      tile[row * padded<E>(kColumns) + c] = narrow<E>(keep ? widen(from[c * x.stride_d]) : 0);
+    const T* from = base + (keep ? (r.begin + row) * x.stride_n : 0);
+    for (int c = (int)threadIdx.x % 32; c < x.features; c += 32)
+      tile[row * padded<T>(kColumns) + c] = keep ? from[c * x.stride_d] : narrow<T>(0);
   }
 }
 
 // Writes zeros from column `features` on, since products read these columns too.
-template <class E, int kColumns, int kThreads>
-__device__ void clear_columns(Shared<E> tile, int features, int rows) {
+template <class T, int kColumns, int kThreads>
+__device__ void clear_columns(Shared<T> tile, int features, int rows) {
 #pragma unroll 1
   for (int row = (int)threadIdx.x / 32; row < rows; row += kThreads / 32)
 #pragma unroll 1
     for (int c = features + (int)threadIdx.x % 32; c < kColumns; c += 32)
-      XK_STEP(column_mask, tile[row * padded<E>(kColumns) + c] = narrow<E>(0));
+      XK_STEP(column_mask, tile[row * padded<T>(kColumns) + c] = narrow<T>(0));
 }
 
-// norms[row] = |x[n,:]| over the features; infinity for masked and out-of-bounds tokens, so that dividing by it gives
-// 0. Reads all features from global memory, since a tile may hold only some of them.
-template <class T, int kThreads>
-__device__ void row_norms(Shared<Sum<T>> norms, const Operand& x, const Rows& r, const Mask& mask) {
-  const T* base = x.head<T>(r.b, r.h);
-  for (int row = (int)threadIdx.x / 32; row < r.rows; row += kThreads / 32) {
-    bool keep = r.kept(mask, row);
-    const T* from = base + (keep ? (r.begin + row) * x.stride_n : 0);
-    Sum<T> sum = 0;
-    if (keep)
-      for (int c = (int)threadIdx.x % 32; c < x.features; c += 32) {
-        Sum<T> y = widen(from[c * x.stride_d]);
-        sum += y * y;
-      }
-    sum = warp_sum(sum);
-    if (threadIdx.x % 32 == 0) norms[row] = keep ? sqrt(sum) : Sum<T>(INFINITY);
-  }
-}
-
-// Sums of squares of the columns, over all tiles passed to add(). A thread has the columns of one 32-bit word (or one
-// 64-bit number) and every kGroups-th row. Each tile is summed separately before it is added to the total: two short
+// Sums of squares of the columns, over all tiles passed to add(). A thread has the columns of one 32-bit word and
+// every kGroups-th row. Each tile is summed separately before it is added to the total: two short
 // sums are more accurate than one long sum.
 template <class E, int kColumns, int kThreads>
 class Squares {
@@ -138,12 +116,12 @@ class Squares {
 
   __device__ void add(Shared<E> tile, int rows) {
     if (group() >= kGroups) return;
-    Sum<E> now[kTogether] = {};
+    float now[kTogether] = {};
     for (int row = group(); row < rows; row += kGroups) {
       alignas(4) E numbers[kTogether];
       load_numbers<kTogether>(numbers, &tile[row * padded<E>(kColumns) + column()]);
       for (int i = 0; i < kTogether; ++i) {
-        Sum<E> x = widen(numbers[i]);
+        float x = widen(numbers[i]);
         now[i] += x * x;
       }
     }
@@ -152,13 +130,13 @@ class Squares {
 
   // Writes out[c] for the first `count` columns; scratch: kScratch numbers. All threads must take part.
   template <class Out>
-  __device__ void store(Out out, int count, Shared<Sum<E>> scratch) {
+  __device__ void store(Out out, int count, Shared<float> scratch) {
     if (group() < kGroups)
       for (int i = 0; i < kTogether; ++i) scratch[group() * kColumns + column() + i] = sum_[i];
     __syncthreads();  // all groups have stored their sums
 #pragma unroll 1
     for (int c = (int)threadIdx.x; c < count; c += kThreads) {
-      Sum<E> total = scratch[c];
+      float total = scratch[c];
 #pragma unroll 1
       for (int g = 1; g < kGroups; ++g) total += scratch[g * kColumns + c];
       out[c] = total;
@@ -167,7 +145,7 @@ class Squares {
   }
 
  private:
-  Sum<E> sum_[kTogether] = {};
+  float sum_[kTogether] = {};
   __device__ static int group() { return (int)threadIdx.x / kOwners; }
   __device__ static int column() { return (int)threadIdx.x % kOwners * kTogether; }
 };
@@ -201,18 +179,18 @@ __device__ void store_rows(const Result<T>& to, const Rows& r, const Mask& mask,
     bool keep = mask.keeps(r.b, r.begin + row);  // masked tokens are 0 even if a map has NaN
     if (wide) {
       for (int c = lanes.lane * kNumbers; c < to.features; c += lanes.count * kNumbers) {
-        alignas(16) Sum<T> y[kNumbers];
+        alignas(16) float y[kNumbers];
         alignas(16) T numbers[kNumbers];
         values(Count<kNumbers>{}, row, c, y);
 #pragma unroll
-        for (int i = 0; i < kNumbers; ++i) numbers[i] = narrow<T>(keep ? y[i] : Sum<T>(0));
+        for (int i = 0; i < kNumbers; ++i) numbers[i] = narrow<T>(keep ? y[i] : 0.f);
         *reinterpret_cast<uint4*>(token + c) = *reinterpret_cast<const uint4*>(numbers);
       }
     } else {
       for (int c = lanes.lane; c < to.features; c += lanes.count) {
-        Sum<T> y[1];
+        float y[1];
         values(Count<1>{}, row, c, y);
-        token[c] = narrow<T>(keep ? y[0] : Sum<T>(0));
+        token[c] = narrow<T>(keep ? y[0] : 0.f);
       }
     }
   }

@@ -11,8 +11,8 @@ extern "C" {
 #endif
 
 // XK_BAD_ARGUMENT: a tensor has no features (batch, heads and tokens may be 0), or no instruction level is usable.
-// XK_CUDA_ERROR: see xk_cuda_error.
-enum xk_status { XK_OK = 0, XK_OUT_OF_MEMORY = 1, XK_BAD_ARGUMENT = 2, XK_CUDA_ERROR = 3 };
+// XK_CUDA_ERROR: see xk_cuda_error. XK_UNALIGNED: see xk_cuda_xfa_forward.
+enum xk_status { XK_OK = 0, XK_OUT_OF_MEMORY = 1, XK_BAD_ARGUMENT = 2, XK_CUDA_ERROR = 3, XK_UNALIGNED = 4 };
 enum xk_dtype { XK_F32 = 0, XK_F64 = 1, XK_BF16 = 2, XK_F16 = 3 };
 enum xk_map { XK_QUERY_KEY = 0, XK_KEY_VALUE = 1 };
 // With XK_NO_NORM, q and k are used unnormalised.
@@ -192,24 +192,28 @@ void xk_prefer_huge_pages(void* data, int64_t bytes);
 // the level "zen4" computes some calls in place of the chosen level (see cpu/dispatch.cpp).
 const char* xk_cpu_level(void);
 
-// The same functions for CUDA devices, in a separate library. `threads` is not used; stats are laid out as above, and
-// are for the backward of the same library. The functions launch on `stream` and return without waiting.
+// xfa for CUDA devices, in a separate library: f32, bf16 and f16 tokens of up to 64 features, without norms over
+// features; the temperature is f32, bf16 or f16. `threads` is not used; stats are laid out as above, and are for the
+// backward of the same library. The functions launch on `stream` and return without waiting.
+//
+// If the tokens of a head fit into shared memory, a call is one launch and tokens have any strides (features of results
+// lie together). Otherwise it is two passes over the tokens. These return XK_UNALIGNED, and launch nothing, unless
+// stride_d of all tokens, results and gradients is 1, their addresses and other strides are multiples of 16 bytes, and
+// so is the size of a token, or `padded` is set: then what follows a token up to the next multiple of 16 bytes is read,
+// and must be 0, and is overwritten in results.
 enum xk_cuda_path { XK_ANY_PATH = 0, XK_ONE_LAUNCH = 1, XK_TWO_PASSES = 2 };
 typedef struct {
   int32_t device;   // index of the device that holds the tensors
   void* stream;     // cudaStream_t
   void* workspace;  // of the size that the function's _workspace returns, aligned to 256 bytes; scratch only
-  int32_t tf32;     // whether f32 products may use tf32
-  int32_t path;     // xk_cuda_path, for xfa; XK_ONE_LAUNCH fails if the tokens do not fit
+  int32_t path;     // xk_cuda_path; XK_ONE_LAUNCH fails if the tokens do not fit
+  int32_t padded;   // whether tokens, results and gradients are padded: see above
 } xk_cuda_launch;
 
-int xk_cuda_gram(const xk_gram_args* args, const xk_cuda_launch* launch);
-int xk_cuda_channel_mix(const xk_channel_mix_args* args, const xk_cuda_launch* launch);
 int xk_cuda_xfa_forward(const xk_xfa_args* args, const xk_cuda_launch* launch);
 int xk_cuda_xfa_backward(const xk_xfa_args* args, const xk_cuda_launch* launch);
 
 // Size of the workspace of a call in bytes; depends on everything but addresses. Negative on error.
-int64_t xk_cuda_gram_workspace(const xk_gram_args* args, const xk_cuda_launch* launch);
 int64_t xk_cuda_xfa_forward_workspace(const xk_xfa_args* args, const xk_cuda_launch* launch);
 int64_t xk_cuda_xfa_backward_workspace(const xk_xfa_args* args, const xk_cuda_launch* launch);
 

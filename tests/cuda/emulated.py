@@ -31,7 +31,7 @@ def why_not() -> str:
 
 def build(
     *,
-    dtypes: str = "f32;bf16;f16;f64",
+    dtypes: str = "f32;bf16;f16",
     sanitize: str = "",
     planted: str = "none",
     target: str = "_cuda",

@@ -32,9 +32,8 @@ PLACED = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(.*?);")
 BRANCH = re.compile(r"\bBRA\b.* 0x([0-9a-f]+)")
 MOVED = re.compile(r"\b(?:LDG|STG)\.E(\S*)")
 TENSOR_CORE = r"[HDIQ]G?MMA|UTC\w*MMA"
-NAME = re.compile(r"_ZN2xk4cuda\d+(\w+?_kernel)I(\w*?)EEv")
-DTYPES = {"13__nv_bfloat16": "bf16", "6__half": "f16", "f": "f32", "d": "f64"}
-PRODUCTS = {"TensorCore": "tensor core", "Tf32": "tf32", "Fma": "fma"}
+NAME = re.compile(r"_ZN2xk4cuda\d+(\w+?_kernel)(?:I(\w*?)EEv|E)")
+DTYPES = {"13__nv_bfloat16": "bf16", "6__half": "f16", "f": "f32"}
 
 
 @dataclass
@@ -49,20 +48,21 @@ class Kernel:
     def __post_init__(self) -> None:
         name = NAME.match(self.symbol)
         assert name, f"{self.symbol} is not named as the kernels are"
-        self.kind, arguments = name.groups()
+        self.kind, arguments = name[1], name[2] or "f"  # what is no template is of fp32
         first = re.match("|".join(DTYPES), arguments)
         assert first, f"{self.symbol}: of which dtype?"
         self.dtype = DTYPES[first[0]]
-        fragments = "fragments" if self.kind.startswith("fragment_") else ""
-        self.product = next((is_ for word, is_ in PRODUCTS.items() if word in arguments), fragments)
-        self.widened = self.product == "fma" and self.dtype in ("bf16", "f16")
-        """Whether tokens become fp32 on their way into shared memory."""
+        self.product = ""
+        if self.kind.startswith("fragment_"):
+            self.product = "fragments"
+        elif self.kind.startswith("fused_"):
+            self.product = "fma" if self.dtype == "f32" else "tensor core"
         numbers = [int(number) for number in re.findall(r"Li(\d+)E", arguments + "E")]
-        self.outputs = numbers.pop() if self.kind == "fragment_mix_kernel" else 1
-        self.width = numbers[-1] if numbers else 0
+        self.width = numbers[0] if numbers else 0
+        self.outputs, self.adds = numbers[1:] or (1, 0)
 
     def __str__(self) -> str:
-        outputs = f"{self.outputs} results" if self.outputs > 1 else ""
+        outputs = f"{self.outputs} results" if self.outputs > 1 else "with a term added" if self.adds else ""
         parts = filter(None, (self.dtype, self.product, str(self.width or ""), outputs))
         return f"{self.kind.removesuffix('_kernel')} ({', '.join(parts)}) of {self.arch}"
 
@@ -70,10 +70,10 @@ class Kernel:
     def loop_instructions(self) -> float:
         """For 512 bytes that are read for the first time, or written.
 
-        The two warps that share the 64 features of a Gram matrix read three operands for two; of three results, two
-        are added to what is read once more.
+        The two warps that share the 64 features of a Gram matrix read three operands for two; of three gradients, two
+        are added to what is read once more, also where each is of a launch of its own.
         """
-        twice = 3 / 2 if self.kind == "fragment_gram_kernel" and self.width == 64 else 8 / 6 if self.outputs == 3 else 1
+        twice = 3 / 2 if self.kind == "fragment_gram_kernel" and self.width == 64 else 8 / 6 if self.adds else 1
         count, moved = self.loop
         return twice * count / (moved / 512)
 
@@ -109,7 +109,7 @@ def read_log(lines: Iterator[str]) -> dict[tuple[str, str], Kernel]:
 def main_loop(code: list[tuple[int, str]]) -> list[float]:
     """See :class:`Kernel`. A loop is what a branch goes back over.
 
-    What a branch in it leaves out, and writes to shared memory, is done once in four times: sums of fp32 are put aside.
+    What a branch in it leaves out, and writes to shared memory, is done every other time: sums of fp32 are put aside.
     """
     places = {address: i for i, (address, _) in enumerate(code)}
     targets = [BRANCH.search(text) for _, text in code]
@@ -125,7 +125,7 @@ def main_loop(code: list[tuple[int, str]]) -> list[float]:
             }
             moves = filter(None, (MOVED.search(inside) for _, inside in code[begin:i]))
             moved = 32 * sum(16 if ".128" in move[1] else 8 if ".64" in move[1] else 4 for move in moves)
-            best = max(best, [i + 1 - begin - 0.75 * len(seldom), moved], key=lambda loop: loop[1])
+            best = max(best, [i + 1 - begin - 0.5 * len(seldom), moved], key=lambda loop: loop[1])
     return best if best[1] else []
 
 

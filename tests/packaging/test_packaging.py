@@ -237,7 +237,7 @@ def said(done):
 @needs_nvcc
 def test_wheel_with_cuda(source, tmp_path):
     """With nvcc, the wheel has the module: it needs no library of CUDA's or torch's, nor a driver to be imported."""
-    env = {"XFORMER_KERNELS_CUDA_ARCHS": "90;999", "CMAKE_ARGS": QUICKER["CMAKE_ARGS"] + " -DXK_CUDA_DTYPES=f64"}
+    env = {"XFORMER_KERNELS_CUDA_ARCHS": "90;999", "CMAKE_ARGS": QUICKER["CMAKE_ARGS"] + " -DXK_CUDA_DTYPES=f16"}
     required = dict.fromkeys((f"XFORMER_KERNELS_{name}" for name in ("REQUIRE_EXTENSION", "CUDA", "WERROR")), "1")
     built, done = wheel(source, tmp_path, **env, **required)
     assert "sm_999 is left out" in said(done)
@@ -246,7 +246,7 @@ def test_wheel_with_cuda(source, tmp_path):
     assert facts["ran"] == ["cpp"] and facts["warned"] == []
     module = facts["info"]["cuda extension"]
     assert module["loaded"] and module["version"] == facts["info"]["versions"]["xformer_kernels"]
-    assert (module["archs"], module["ptx"], module["dtypes"]) == ("90", "90", "f64")
+    assert (module["archs"], module["ptx"], module["dtypes"]) == ("90", "90", "f16")
     assert module["compiler"].startswith("nvcc ")
     (log,) = (tmp_path / "copy" / "build").glob("**/ptxas.log")
     assert "for 'sm_90'" in log.read_text() and "spill stores" in log.read_text()

@@ -1,11 +1,13 @@
-"""GPU kernels in CUDA C++ (csrc/cuda), called through the compiled module ``xformer_kernels._cuda``.
+"""GPU kernels of xfa in CUDA C++ (csrc/cuda), called through the compiled module ``xformer_kernels._cuda``.
 
-Each function has the signature of its op and returns newly allocated tensors. If the tokens of a head fit into the
-shared memory of a block, or of a cluster of blocks (sm_90 and newer), forward and backward are one launch each, which
-reads every token once; otherwise they are two passes. The kernels read any strides in place, accumulate in fp32 (fp64
-for fp64), and sum in an order that depends only on the shapes and the device. In two passes, tokens of up to 64
-features without a mask are read as the operands of tensor cores where their alignment allows it (fragment_pass.h); an
-fp32 product is then three of tf32, with the accuracy of fp32.
+They serve up to 64 features of float32, bfloat16 and float16, with ``norm="token"`` and ``norm="none"``, and masks.
+Other calls, :func:`gram` and :func:`channel_mix` among them, are for other backends. Each function has the signature of
+its op and returns newly allocated tensors. If the tokens of a head fit into the shared memory of a block, or of a
+cluster of blocks (sm_90 and newer), forward and backward are one launch each, which reads every token once, in any
+strides. Otherwise they are two passes, which read tokens as the operands of tensor cores; tokens that are not at
+multiples of 16 bytes are copied before. Sums, norms and maps are in fp32, and the order of summation depends only on
+the shapes and the device. Products of fp32 have the accuracy of fp32 (in two passes, each is three of tf32), also where
+torch allows tf32.
 """
 
 from __future__ import annotations
@@ -19,11 +21,11 @@ import torch
 from torch import Tensor
 
 from xformer_kernels import _cuda
-from xformer_kernels.backends import arguments, cuda_first, precision_of_products, tf32_allowed, unsupported_numbers
+from xformer_kernels.backends import arguments, cuda_first, unsupported_numbers
 from xformer_kernels.backends.layouts import Results
 
 NAME = "cuda"
-NORMS = arguments.NORMS
+NORMS = ("token", "none")
 comes_first = cuda_first.comes_first
 _BUILD = _cuda.build_info()
 EMULATED: bool = _BUILD["emulated"]
@@ -34,8 +36,9 @@ PATHS = {"any": 0, "one launch": 1, "two passes": 2}
 path = "any"
 """Which of :data:`PATHS` xfa takes, for tests and benchmarks; "one launch" raises if the tokens do not fit."""
 
-_WIDEST = 256
-_NAMES = {torch.float32: "f32", torch.float64: "f64", torch.bfloat16: "bf16", torch.float16: "f16"}
+_WIDEST = 64
+_NAMES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+_ALIGNMENT = 16  # bytes
 _DEVICE_TYPE = "cpu" if EMULATED else "cuda"
 
 
@@ -47,14 +50,12 @@ def unsupported(device_type: str, dtypes: Iterable[torch.dtype], head_dims: Iter
         reasons.append(f"tensors are on {device_type}, the kernels run on {_DEVICE_TYPE}")
     elif not EMULATED:
         reasons += _of_device()
+    if torch.float64 in dtypes:
+        reasons.append("the kernels do not take float64")
     left_out = [str(dtype) for dtype in dtypes if _NAMES.get(dtype, "") not in ("", *_BUILD["dtypes"].split())]
     if left_out:
         reasons.append(f"the kernels were built without {', '.join(left_out)}")
     return reasons + unsupported_numbers(dtypes, head_dims, _WIDEST)
-
-
-def decisions(tokens: dict[str, Tensor]) -> list[str]:
-    return precision_of_products(next(iter(tokens.values())).dtype, tf32_allowed())
 
 
 def _of_device() -> list[str]:
@@ -83,39 +84,62 @@ def _empty(device: torch.device, size: tuple[int, ...], dtype: torch.dtype) -> T
     return torch.empty(size, dtype=dtype, device=device)
 
 
-def _run(op: str, like: Tensor, *args: Any) -> Any:
+def _workspace(device: torch.device, size: int) -> Tensor:
+    return _empty(device, (size,), torch.uint8)
+
+
+class _Rows(Results):
+    """Allocates results whose tokens begin and end at multiples of 16 bytes."""
+
+    def _token_major(self, size: tuple[Any, ...], *tokens: Tensor) -> Tensor:
+        return super()._token_major((*size[:-1], _padded(size[-1], tokens[0])), *tokens)[..., : size[-1]]
+
+
+def _padded(features: int, x: Tensor) -> int:
+    numbers = _ALIGNMENT // x.element_size()
+    return -(-features // numbers) * numbers
+
+
+def _aligned(x: Any) -> Any:
+    """A copy of (B, H, N, D) tokens which begin and end at multiples of 16 bytes; other arguments unchanged."""
+    if not isinstance(x, Tensor) or x.dim() != 4:
+        return x
+    B, H, N, D = x.shape
+    memory = _empty(x.device, (B, N, H, _padded(D, x)), x.dtype)
+    memory[..., D:] = 0
+    copy = memory[..., :D].transpose(1, 2)
+    copy.copy_(x)
+    return copy
+
+
+def _run(op: str, like: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     """Allocates results and workspace, and launches on the current stream of the tensors' device."""
     device = like.device
-    addresses, result = getattr(arguments, op)(Results(partial(_empty, device), keeps_layout=False), like, *args)
+    empty = partial(_empty, device)
     B, H = like.shape[:2]
-    if B * H == 0:
-        if op == "xfa_backward":
-            result[1].zero_()
-        return result
-    # the diagonal of a symmetric Gram matrix holds squared norms
-    tf32 = like.dtype == torch.float32 and tf32_allowed() and not (op == "gram" and args[1])
     index, chosen = device.index or 0, PATHS[path]
-    with nullcontext() if EMULATED or torch.cuda.current_device() == index else torch.cuda.device(index):
+
+    def launch(results: Results, padded: bool, *call: Any) -> tuple[Tensor, Tensor] | None:
+        """None if tokens have to be aligned. `padded`: whether :func:`_aligned` made the tokens."""
+        addresses, result = getattr(arguments, op)(results, *call)
+        if B * H == 0:
+            return (result[0], result[1].zero_()) if op == "xfa_backward" else result
         stream = 0 if EMULATED else torch.cuda.current_stream().cuda_stream
-        getattr(_cuda, op)(*addresses, index, stream, lambda size: _empty(device, (size,), torch.uint8), tf32, chosen)
-    return result
+        workspace = partial(_workspace, device)
+        return result if getattr(_cuda, op)(*addresses, index, stream, workspace, chosen, padded) else None
 
-
-def gram(a: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    result: tuple[Tensor, Tensor, Tensor] = _run("gram", a, *args)
-    return result
-
-
-def channel_mix(x: Tensor, *args: Any) -> Tensor:
-    result: Tensor = _run("channel_mix", x, *args)
+    with nullcontext() if EMULATED or torch.cuda.current_device() == index else torch.cuda.device(index):
+        result = launch(Results(empty, keeps_layout=False), False, like, *args)
+        if result is None:
+            result = launch(_Rows(empty, keeps_layout=False), True, *map(_aligned, (like, *args)))
+            assert result is not None, "copied tokens are aligned"
+            result = (result[0].contiguous(), result[1])
     return result
 
 
 def xfa_forward(q: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    result: tuple[Tensor, Tensor] = _run("xfa_forward", q, *args)
-    return result
+    return _run("xfa_forward", q, *args)
 
 
 def xfa_backward(dout: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    result: tuple[Tensor, Tensor] = _run("xfa_backward", dout, *args)
-    return result
+    return _run("xfa_backward", dout, *args)

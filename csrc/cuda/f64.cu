@@ -1,3 +1,0 @@
-#include "run.h"
-
-template struct xk::cuda::Backend<double>;
