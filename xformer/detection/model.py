@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from xformer.backbone_model import BackboneModel, padded
 from xformer.detection.boxes import ANCHORS, PER_SCALE, STRIDES, check_anchors, check_centre_scale, detect
 from xformer.errors import UsageError
-from xformer.features import OnFeatures, padded
 from xformer.layers import ConvNorm, Pointwise, init_weights
 
 WIDTHS = (128, 176, 288)
@@ -52,7 +52,7 @@ class Scale(nn.Module):
         return x, self.predict(self.head(x))
 
 
-class Detector(OnFeatures):
+class Detector(BackboneModel):
     """Images (B, in_chans, H, W) to three raw maps (B, 3 (5 + num_classes), H/s, W/s), with strides s = 8, 16, 32.
 
     ::

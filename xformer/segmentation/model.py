@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 from xformer.backbone import XFormerFeatures
+from xformer.backbone_model import BackboneModel, padded
 from xformer.errors import UsageError
-from xformer.features import OnFeatures, padded
 from xformer.segmentation.decoder import Decoder, crop, upsample
 
 STRIDES = (4, 8, 16, 32)
 """Of the backbone's maps; the first one is that of the logits."""
 
 
-class Segmenter(OnFeatures):
+class Segmenter(BackboneModel):
     """Images (B, in_chans, H, W) to logits (B, num_classes, ceil(H / 4), ceil(W / 4)).
 
     Any size is supported that the backbone supports; ours supports all, also odd ones. Stages of some models of timm

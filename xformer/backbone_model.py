@@ -1,4 +1,4 @@
-"""Base class of the models that are made of a backbone's features of several strides: detection, segmentation."""
+"""Base class of the models on a backbone with maps of several strides: detection and segmentation."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from xformer.errors import UsageError
 from xformer.registry import build_features
 
 
-class OnFeatures(nn.Module):
+class BackboneModel(nn.Module):
     """A model with a ``backbone`` whose maps have these strides, ``feature_info`` of timm's kind, and timm's methods.
 
     Args:
