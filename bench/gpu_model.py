@@ -74,6 +74,12 @@ class Prediction(NamedTuple):
     binds: str
 
 
+def trips(constants: dict[str, Any]) -> int:
+    """How often the loops inside the loop over tokens are taken: they are over features, some at a time."""
+    features = constants.get("D", 1)
+    return ceil(features / min(features, *(constants.get(name) or features for name in ("BLOCK_K", "BLOCK_O"))))
+
+
 def look_at(recorded: Recorded, shape: OpShape, itemsize: int) -> Launch:
     code, registers = sass.of_cubin(recorded.cubin)
     constants, warps = recorded.constants, recorded.warps
@@ -82,11 +88,8 @@ def look_at(recorded: Recorded, shape: OpShape, itemsize: int) -> Launch:
     whole = range(len(code.instructions))
     iterations = shape.B * shape.H * shape.N / recorded.programs / constants.get("BLOCK_N", shape.N)
     over_tokens = code.over_tokens if tokens and iterations > 1 else ()
-    # loops that are not over tokens are over features, some at a time
-    step = constants.get("BLOCK_K") or constants.get("BLOCK_O") or shape.D
-    trips = ceil(shape.D / step)
     bodies = over_tokens or (whole,)
-    body = sum(code.executed(r, trips) for r in bodies)
+    body = sum(code.executed(r, trips(constants)) for r in bodies)
     units, loaded = sum(map(code.units, bodies)), sum(map(code.loaded, bodies))
     iterations = iterations if over_tokens else 1
     ahead = max(map(code.ahead, over_tokens), default=0)

@@ -27,7 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from bench import sass
+from bench import gpu_model, sass
 from xformer_kernels.backends.triton import configs, launch, linear, ops
 from xformer_kernels.spec import Spec
 
@@ -170,7 +170,7 @@ def compile_one(job: Job, name: str, launched: Launch) -> dict[str, Any]:
             "resident": launch.resident(resources, config.warps, numbers["REG"], row["shared"]),
             "loops": [
                 {
-                    "instructions": len(where),
+                    "instructions": kernel.executed(where, gpu_model.trips(launched.constants)),
                     "vectors": kernel.units(where),
                     "products": kernel.products(where),
                     "outstanding": kernel.outstanding(where),
@@ -190,10 +190,12 @@ def compile_one(job: Job, name: str, launched: Launch) -> dict[str, Any]:
     return row
 
 
-def rows_of(job: Job) -> list[dict[str, Any]]:
-    """The rows of a job. A kernel that does not compile has a row with its error."""
+def rows_of(job: Job, kernels: str = "") -> list[dict[str, Any]]:
+    """The rows of a job. A kernel that does not compile has a row with its error. `kernels`: only these, if any."""
     rows = []
     for name, launched in launches(job).items():
+        if kernels and name not in kernels.split(","):
+            continue
         try:
             rows.append(compile_one(job, name, launched))
         except Exception as error:  # report any error of the compiler
@@ -207,6 +209,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dtype", default="float32,bfloat16,float16")
     parser.add_argument("--features", default="16,32,64,128,256")
     parser.add_argument("--maps", default=",".join(MAPS))
+    parser.add_argument("--kernels", default="", help="names in the table; all by default")
     parser.add_argument("--masked", action="store_true")
     parser.add_argument("--tf32", action="store_true")
     parser.add_argument("--jobs", type=int, default=2)
@@ -222,7 +225,7 @@ def main(arguments: list[str] | None = None) -> int:
     ]
     rows: list[dict[str, Any]] = []
     with ProcessPoolExecutor(options.jobs) as pool:
-        for found in pool.map(rows_of, jobs):
+        for found in pool.map(rows_of, jobs, [options.kernels] * len(jobs)):
             rows += found
             for row in found:
                 print(json.dumps(row) if options.json else "  ".join(map(str, row.values())), flush=True)

@@ -368,8 +368,8 @@ def test_tf32_is_the_users_choice():
         assert launch.tokens_precision(torch.float32, "interpreter") == "ieee"
         assert launch.tokens_precision(torch.float32, "gfx90a") == "ieee"  # has no tf32
         # norms are square roots of the diagonal
-        assert launch.gram_precision(torch.float32, False, "sm_90") == "tf32"
-        assert launch.gram_precision(torch.float32, False, "sm_90", symmetric=True) == "ieee"
+        assert launch.gram_precision(torch.float32, False, "sm_90", 64) == "tf32"
+        assert launch.gram_precision(torch.float32, False, "sm_90", 64, symmetric=True) == "ieee"
     finally:
         torch.set_float32_matmul_precision("highest")
         matmul.allow_tf32 = before

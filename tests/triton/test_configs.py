@@ -11,6 +11,7 @@ from cases import make_problem
 import xformer_kernels as xk
 
 configs = pytest.importorskip("xformer_kernels.backends.triton.configs", reason="triton is not installed")
+launch = pytest.importorskip("xformer_kernels.backends.triton.launch", reason="triton is not installed")
 plan = pytest.importorskip("xformer_kernels.backends.triton.plan", reason="triton is not installed")
 KEY = configs.Key("gradients", torch.float32, 24, "query_key-token")
 
@@ -30,9 +31,12 @@ def tuner(monkeypatch, tmp_path):
 def test_every_size_has_a_choice_that_covers_it(dtype, arch):
     """Kernels have a valid config for any number of features, on architectures with and without their own rows."""
     for features in (1, 15, 16, 17, 24, 36, 48, 100, 128, 129, 256):
-        for kernel in (*configs.KERNELS, *configs.LINEAR_KERNELS):
+        for kernel in (*configs.KERNELS, *configs.IN_PARTS, *configs.LINEAR_KERNELS):
             if (
-                (kernel == "forward" and configs.block(features) * max(4, dtype.itemsize) > 512)
+                (kernel.startswith("forward") and configs.block(features) * max(4, dtype.itemsize) > 512)
+                or (kernel in configs.IN_PARTS and dtype is not torch.float32)
+                or (kernel == "gram_tf32x3" and features <= 32)
+                or (kernel == "apply_tf32x3" and features > launch.LONGEST_IN_PARTS)
                 or (kernel == "gram_normalised" and dtype.itemsize == 2)
                 or (kernel.startswith("linear") and not plan.fits_linear_attention(features, dtype.itemsize))
             ):
@@ -98,9 +102,9 @@ def test_every_candidate_is_timed_by_a_launch(tuner, monkeypatch, triton_runs):
     """The one-launch forward is timed with every candidate, even if two launches fill the device better than some."""
     ops = pytest.importorskip("xformer_kernels.backends.triton.ops")
     run, candidates, launched, timed = ops._run, configs.candidates, [], []
-    shipped = configs.shipped(configs.Key("forward", torch.float32, 3, ""), "interpreter")
+    shipped = configs.shipped(configs.Key("forward_tf32x3", torch.float32, 3, ""), "interpreter")
 
-    def launch(kernel, *args, **more):
+    def record(kernel, *args, **more):
         launched.append(kernel)
         return run(kernel, *args, **more)
 
@@ -110,7 +114,7 @@ def test_every_candidate_is_timed_by_a_launch(tuner, monkeypatch, triton_runs):
         timed.append(launched[before:])
         return 1.0
 
-    monkeypatch.setattr(ops, "_run", launch)
+    monkeypatch.setattr(ops, "_run", record)
     monkeypatch.setattr(ops, "_slots", lambda device, kernel, config, *_, **__: 4 if config == shipped else 1000)
     monkeypatch.setattr(configs, "candidates", lambda *key: candidates(*key)[:3])
     monkeypatch.setattr(configs, "_seconds", timing)
@@ -126,4 +130,4 @@ def test_results_are_right_while_tuning(tuner, ran_backend, triton_runs):
         result = p.run(xk.xfa, backend="triton")
     p.check(result)
     kernels = {name.split("/")[2] for name in json.loads(tuner.read_text())}
-    assert kernels == {"forward", "gram", "map_backward", "gradients"}
+    assert kernels == {"forward_tf32x3", "gram", "map_backward", "gradients_tf32x3"}

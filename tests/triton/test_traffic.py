@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from contextlib import contextmanager
+from fractions import Fraction
 
 import pytest
 import torch
@@ -46,9 +47,11 @@ def counting(tensors):
         count(stores, pointers, mask)
         return originals["create_masked_store"](self, pointers, value, mask, *args, **kwargs)
 
-    def dot(self, a, b, *args, **kwargs):
-        terms[0] += a.data.shape[0] * a.data.shape[1] * b.data.shape[1]
-        return originals["create_dot"](self, a, b, *args, **kwargs)
+    def dot(self, a, b, acc, precision, *args, **kwargs):
+        count = a.data.shape[0] * a.data.shape[1] * b.data.shape[1]
+        # each of the three products of tf32x3 is a third of a product
+        terms[0] += Fraction(count, 3) if precision == triton._C.libtriton.ir.INPUT_PRECISION.TF32 else count
+        return originals["create_dot"](self, a, b, acc, precision, *args, **kwargs)
 
     replaced = {"create_masked_load": load, "create_masked_store": store, "create_dot": dot}
     for name, function in replaced.items():
@@ -77,7 +80,10 @@ def models(D, dtype, map, norm, at_once):
     wide = accumulate_dtype(dtype)
 
     def config(kernel, normalised=False):
-        kernel = "gram_normalised" if normalised else kernel
+        precision = launch.gram_precision(dtype, False, "interpreter", D) if kernel == "gram" else "tf32x3"
+        kernel = "gram_normalised" if normalised else launch.variant(kernel, dtype, precision)
+        if (kernel, D > launch.LONGEST_IN_PARTS) == ("apply_tf32x3", True):
+            kernel = "apply"
         return configs.get(configs.Key(kernel, wide if normalised else dtype, D, f"{map}-{norm}"), "interpreter")
 
     forward = traffic.forward(D, key_value, token, config("gram", not token), None if at_once else config("apply"))

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from xformer_kernels.backends.triton import configs
+from xformer_kernels.backends.triton import configs, launch
 from xformer_kernels.reference import accumulate_dtype
 from xformer_kernels.spec import Spec
 
@@ -37,8 +37,11 @@ class Choices(NamedTuple):
         return "" if not self.TOKEN_NORM else "ac" if self.KEY_VALUE else "ab"
 
 
-def gram_key(dtype: torch.dtype, D: int, choices: Choices, norm: bool, suffix: str = "") -> configs.Key:
+def gram_key(
+    dtype: torch.dtype, D: int, arch: str, map: str, norm: bool = False, symmetric: bool = False
+) -> configs.Key:
     """Autotuning cache key of a Gram pass. Normalised tokens are multiplied in the accumulate dtype."""
     if norm:
-        return configs.Key("gram_normalised", accumulate_dtype(dtype), D, choices.name + suffix)
-    return configs.Key("gram", dtype, D, choices.name + suffix)
+        return configs.Key("gram_normalised", accumulate_dtype(dtype), D, map)
+    kernel = launch.variant("gram", dtype, launch.gram_precision(dtype, False, arch, D, symmetric))
+    return configs.Key(kernel, dtype, D, map)

@@ -61,6 +61,8 @@ class Key(NamedTuple):
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 KERNELS = ("gram", "gram_normalised", "apply", "forward", "map_backward", "gradients", "channel_mix")
+IN_PARTS = ("gram_tf32x3", "apply_tf32x3", "forward_tf32x3", "gradients_tf32x3")
+"""Variants of the kernels whose float32 products are three products of tf32."""
 LINEAR_KERNELS = ("linear_maxima", "linear_sums", "linear_apply", "linear_queries", "linear_keys")
 """The kernels of linear attention. Each of their programs holds a whole map."""
 BLOCKS = (16, 32, 64, 128, 256)
@@ -242,6 +244,29 @@ _TABLE: dict[tuple[str, int], dict[Any, tuple[int, ...]]] = {
     ("linear_keys", 8): {d: (16, d, 0, 4 if d == 16 else 8, 1, 255) for d in (16, 32, 64)},
 }
 _TABLE["map_backward", 4] = _TABLE["map_backward", 2]
+# The tensor cores of sm_90 and sm_100 multiply 64 rows at a time (features of a Gram matrix, tokens of other products)
+# and read halves of operands from shared memory; elsewhere these take registers. Those of the three maps of gradients
+# fit in neither, so that these loads are not pipelined; programs overlap instead.
+_TABLE |= {
+    ("gram_tf32x3", 4): {
+        **{d: (32, 64, 0, 4, 3) for d in (64, 128, 256)},
+        **{(d, arch): (32, 128, 0, 8, 3, 255) for d in (128, 256) for arch in ("sm_90", "sm_100")},
+    },
+    ("apply_tf32x3", 4): {d: (64, d, d, 4, 3) for d in (16, 32, 64)},
+    ("forward_tf32x3", 4): {
+        16: (32, 16, 16, 4, 3),
+        32: (32, 32, 32, 4, 3),
+        64: (32, 64, 64, 4, 3),
+        128: (16, 128, 128, 8, 2, 255),
+    },
+    ("gradients_tf32x3", 4): {
+        16: (64, 16, 16, 4, 1),
+        32: (64, 16, 32, 4, 1),
+        64: (32, 16, 64, 4, 1),
+        **{d: (32, 32, 64, 4, 1) for d in (128, 256)},
+        **{(d, arch): (64, 32, 64, 4, 1) for d in (64, 128, 256) for arch in ("sm_90", "sm_100")},
+    },
+}
 
 
 def get(key: Key, arch: str) -> Config:

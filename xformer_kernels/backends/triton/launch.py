@@ -18,6 +18,9 @@ TALLEST = 512
 """Upper bound on the number of tokens per tile."""
 WIDEST = 256
 """Maximum number of features per tile."""
+LONGEST_IN_PARTS = 64
+"""Maximum number of terms that tensor cores, which truncate, sum for a float32 product by tf32x3
+(tests/triton/test_tf32x3.py)."""
 _LDS = 64 << 10
 """Bytes of shared memory (LDS) per compute unit on AMD."""
 _RESERVED = 1024
@@ -117,19 +120,33 @@ def tokens_precision(dtype: torch.dtype, arch: str) -> str:
     return "tf32" if dtype is torch.float32 and has_it and tf32_allowed() else "ieee"
 
 
-def gram_precision(dtype: torch.dtype, normalised: bool, arch: str, symmetric: bool = False) -> str:
+def _in_parts(precision: str, dtype: torch.dtype, arch: str, pays: bool) -> str:
+    """tf32x3 in place of ieee float32 if it `pays`: three tensor core products with about the error of float32."""
+    has_it = arch.startswith("sm_") or arch == "interpreter"
+    return "tf32x3" if pays and has_it and dtype is torch.float32 and precision == "ieee" else precision
+
+
+def gram_precision(dtype: torch.dtype, normalised: bool, arch: str, features: int, symmetric: bool = False) -> str:
     """Precision of a Gram matrix of tokens. No tf32 if it is symmetric, because its diagonal holds squared norms.
 
-    Normalised 16-bit tokens are in the accumulate dtype; tf32x3 avoids rounding them again.
+    Normalised 16-bit tokens are in the accumulate dtype; tf32x3 avoids rounding them again. Up to 32 features, it takes
+    more instructions than multiply-adds in float32.
     """
     if symmetric and dtype is torch.float32:
         return "ieee"
     if normalised and dtype.itemsize == 2 and arch.startswith("sm_"):
         return "tf32x3"
-    return tokens_precision(dtype, arch)
+    return _in_parts(tokens_precision(dtype, arch), dtype, arch, features > 32)
 
 
-def map_precision(dtype: torch.dtype, arch: str) -> str:
+def map_precision(dtype: torch.dtype, arch: str, terms: int = 0) -> str:
     """Precision of products of tokens with maps. tf32 for float16: it represents the tokens exactly, and has the
-    exponent range of float32."""
-    return "tf32" if dtype.itemsize == 2 and arch.startswith("sm_") else tokens_precision(dtype, arch)
+    exponent range of float32. `terms`: features of a product for which the kernel takes tf32x3, or 0."""
+    if dtype.itemsize == 2 and arch.startswith("sm_"):
+        return "tf32"
+    return _in_parts(tokens_precision(dtype, arch), dtype, arch, 0 < terms <= LONGEST_IN_PARTS)
+
+
+def variant(kernel: str, dtype: torch.dtype, *precisions: str) -> str:
+    """The kernel in autotuning cache keys: float32 by tf32x3 has its own configs."""
+    return f"{kernel}_tf32x3" if dtype is torch.float32 and "tf32x3" in precisions else kernel

@@ -101,7 +101,7 @@ def _gram(
     DB = b.shape[-1]
     mask, mask_strides = _mask(token_mask, a)
     target = launch.target(a.device)
-    precision = launch.gram_precision(a.dtype, norm_a or norm_b, target.arch, symmetric)
+    precision = launch.gram_precision(a.dtype, norm_a or norm_b, target.arch, max(DA, DB), symmetric)
     facts = {**launch.alignment(a=a, b=b, c=c), "FAR": launch.far(a, b, c)}
     acc = accumulate_dtype(a.dtype)
     strides = (*a.stride(), *b.stride(), *c.stride(), *mask_strides, *steps)
@@ -118,9 +118,8 @@ def _gram(
         }  # fmt: skip
         of_results = (a.new_empty(0, dtype=acc),) * 3
         slots = _slots(a.device, gram_kernel, config, a, b, c, mask, *of_results, *strides, N, B, H, 1, N, **constants)
-        split = plan.split_sums(
-            N, B * H * tiles, DA * DB * acc.itemsize, DA * a.element_size(), slots, config.block_n
-        )  # fmt: skip
+        record, row = DA * DB * acc.itemsize, DA * a.element_size()
+        split = plan.split_sums(N, B * H * tiles, record, row, slots, config.block_n)
         results = records(split.parts)
         _run(
             gram_kernel, B * H * split.parts * tiles, config,
@@ -145,7 +144,8 @@ def gram(a: Tensor, b: Tensor, symmetric: bool, token_mask: Tensor | None) -> tu
 
     if B * H == 0:
         return records(1)
-    key = configs.Key("gram", a.dtype, max(DA, DB), "symmetric" if symmetric else "gram")
+    name = "symmetric" if symmetric else "gram"
+    key = gram_key(a.dtype, max(DA, DB), launch.target(a.device).arch, name, symmetric=symmetric)
     with launch.on_device(a.device):
         split, results = _gram(key, a, b, a, token_mask, records, (DA * DB, DA, DB), symmetric=symmetric)
         if split.parts == 1:
@@ -225,15 +225,11 @@ def xfa_forward(
 
 def _of_map(q: Tensor, choices: Choices) -> dict[str, Any]:
     """Constexprs of the kernels that use a map."""
+    D, wide = q.shape[-1], accumulate_dtype(q.dtype)
     return {
-        "ACC": _ACC[accumulate_dtype(q.dtype)],
-        "EPS": choices.EPS,
-        "D": q.shape[-1],
-        "BLOCK_D": configs.block(q.shape[-1]),
-        "KEY_VALUE": choices.KEY_VALUE,
-        "TOKEN_NORM": choices.TOKEN_NORM,
-        "RECORD_ALIGN": launch.out_alignment(q.shape[-1], accumulate_dtype(q.dtype).itemsize),
-    }
+        "ACC": _ACC[wide], "EPS": choices.EPS, "D": D, "BLOCK_D": configs.block(D), "KEY_VALUE": choices.KEY_VALUE,
+        "TOKEN_NORM": choices.TOKEN_NORM, "RECORD_ALIGN": launch.out_alignment(D, wide.itemsize),
+    }  # fmt: skip
 
 
 def _forward_at_once(
@@ -257,19 +253,21 @@ def _forward_at_once(
     if not (enough and plan.fits_one_launch(D, stats.element_size())):
         return False
     mask, mask_strides = _mask(token_mask, q)
+    precision = launch.gram_precision(q.dtype, choices.FEATURE_NORM, target.arch, D)
+    map_precision = launch.map_precision(q.dtype, target.arch, D)
     constants = {
         **_of_map(q, choices), **launch.alignment(q=q, k=k, v=v), "FAR": launch.far(q, k, v, row=H * D),
         "WIDE_MAP": q.dtype is not torch.bfloat16, "SOFTMAX": choices.SOFTMAX, "FEATURE_NORM": choices.FEATURE_NORM,
         "HAS_MASK": token_mask is not None, "OUT_ALIGN": launch.out_alignment(D, q.element_size()),
-        "PRECISION": launch.gram_precision(q.dtype, choices.FEATURE_NORM, target.arch),
-        "MAP_PRECISION": launch.map_precision(q.dtype, target.arch),
+        "PRECISION": precision, "MAP_PRECISION": map_precision,
     }  # fmt: skip
     args = (
         q, k, v, temperature, mask, stats, out, *q.stride(), *k.stride(), *v.stride(), temperature.stride(0),
         *mask_strides, N, H,
     )  # fmt: skip
 
-    key = configs.Key("forward", stats.dtype if choices.FEATURE_NORM else q.dtype, D, choices.name)
+    dtype = stats.dtype if choices.FEATURE_NORM else q.dtype
+    key = configs.Key(launch.variant("forward", q.dtype, precision, map_precision), dtype, D, choices.name)
     if not few:
         config = configs.get(key, target.arch)
         slots = _slots(q.device, forward_kernel, config, *args, **constants, BLOCK_N=config.block_n)
@@ -294,7 +292,7 @@ def _forward_in_two(
     stats: Tensor,
 ) -> None:
     B, H, N, D = q.shape
-    record = stats.shape[-1]
+    record, target = stats.shape[-1], launch.target(q.device)
     x, b = (q, v) if choices.KEY_VALUE else (v, q)
 
     def records(parts: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -302,20 +300,20 @@ def _forward_in_two(
         return partial, partial[..., D * D :], partial[..., D * D + D :]
 
     split, (partial, *_) = _gram(
-        gram_key(q.dtype, D, choices, choices.FEATURE_NORM), k, b, q, token_mask, records, (record,) * 3, choices.EPS,
-        squares=choices.squares, norm_a=choices.FEATURE_NORM,
+        gram_key(q.dtype, D, target.arch, choices.name, choices.FEATURE_NORM), k, b, q, token_mask, records,
+        (record,) * 3, choices.EPS, squares=choices.squares, norm_a=choices.FEATURE_NORM,
         norm_b=choices.FEATURE_NORM and not choices.KEY_VALUE,
     )  # fmt: skip
     parts = split.parts
     if split.many:
         parts, partial = 1, _reduce(torch.sum, partial, stats)
     mask, mask_strides = _mask(token_mask, q)
-    target = launch.target(q.device)
+    precision = launch.map_precision(q.dtype, target.arch, D)
     constants = {
         **_of_map(q, choices), **launch.alignment(x=x), "FAR": launch.far(x, row=H * D),
         "WIDE_MAP": q.dtype is not torch.bfloat16, "FEATURE_NORM": choices.FEATURE_NORM, "SOFTMAX": choices.SOFTMAX,
         "HAS_MASK": token_mask is not None, "OUT_ALIGN": launch.out_alignment(D, q.element_size()),
-        "PRECISION": launch.map_precision(q.dtype, target.arch),
+        "PRECISION": precision,
     }  # fmt: skip
     args = (
         x, partial, stats, temperature, mask, out, *x.stride(), temperature.stride(0), *mask_strides, N, B, H, parts,
@@ -330,7 +328,8 @@ def _forward_in_two(
         )  # fmt: skip
         _run(apply_kernel, B * H * over.parts * tiles, config, *args, over.parts, over.chunk, **constants)
 
-    configs.launch(configs.Key("apply", q.dtype, D, choices.name), target.arch, run)
+    key = configs.Key(launch.variant("apply", q.dtype, precision), q.dtype, D, choices.name)
+    configs.launch(key, target.arch, run)
 
 
 @replay.planned
@@ -362,8 +361,8 @@ def xfa_backward(
 
     with launch.on_device(q.device):
         split, (partial, *_) = _gram(
-            gram_key(q.dtype, D, choices, norm_x, "-backward"), x, dout, x, token_mask, records, (D * D,) * 3,
-            choices.EPS, squares="", norm_a=norm_x,
+            gram_key(q.dtype, D, target.arch, f"{choices.name}-backward", norm_x), x, dout, x, token_mask, records,
+            (D * D,) * 3, choices.EPS, squares="", norm_a=norm_x,
         )  # fmt: skip
         parts = split.parts
         if split.many:
@@ -398,12 +397,13 @@ def _gradients(
 ) -> None:
     B, H, N, D = q.shape
     mask, mask_strides = _mask(token_mask, q)
-    target = launch.target(q.device)
+    arch = launch.target(q.device).arch
+    precision = launch.map_precision(q.dtype, arch, min(D, launch.LONGEST_IN_PARTS))
     constants = {
         **of_map, **launch.alignment(q=q, k=k, v=v, g=dout), "FAR": launch.far(q, k, v, dout, row=H * D),
         "FEATURE_NORM": choices.FEATURE_NORM, "HAS_MASK": token_mask is not None,
         "OUT_ALIGN": launch.out_alignment(D, q.element_size()),
-        "PRECISION": launch.map_precision(q.dtype, target.arch),
+        "PRECISION": precision,
     }  # fmt: skip
     args = (
         q, k, v, dout, mask, weights, vectors, dqkv[0], dqkv[1], dqkv[2], dtemperature,
@@ -420,4 +420,5 @@ def _gradients(
         )  # fmt: skip
         _run(gradients_kernel, B * H * over.parts, config, *args, over.parts, over.chunk, **constants)
 
-    configs.launch(configs.Key("gradients", q.dtype, D, choices.name), target.arch, run)
+    key = configs.Key(launch.variant("gradients", q.dtype, precision), q.dtype, D, choices.name)
+    configs.launch(key, arch, run)

@@ -10,6 +10,7 @@ from xformer_kernels.backends.triton.kernels.tiles import (
     kept,
     load_tokens,
     locate,
+    mapped,
     narrow,
     product,
     record_base,
@@ -162,20 +163,20 @@ def mix(
 
     If a product uses only BLOCK_K < BLOCK_D features of x per step, these are loaded again, from the cache.
     """
-    y = tl.zeros((x.shape[0], BLOCK_O), ACC)
     if HELD:
-        y = product(x.to(held.dtype), held, y, PRECISION)
+        y = mapped(x.to(held.dtype), held, ACC, PRECISION)
     else:
         o = first + tl.arange(0, BLOCK_O)
+        y = tl.zeros((x.shape[0], BLOCK_O), ACC)
         for begin in range(0, D, BLOCK_K):
             i = begin + tl.arange(0, BLOCK_K)
             inside = (i < D)[:, None] & (o < D)[None, :]
             w = tl.load(weights_ptr + i[:, None] * D + o[None, :], mask=inside, other=0.0)
             if BLOCK_K < BLOCK_D:
                 part = load_tokens(x_base, start, rows, keep, begin, stride_n, stride_d, D, BLOCK_K, ALIGN, FAR)
+                y = product(part.to(w.dtype), w, y, PRECISION)
             else:
-                part = x
-            y = product(part.to(w.dtype), w, y, PRECISION)
+                y = mapped(x.to(w.dtype), w, ACC, PRECISION)
     return y * x_scale[:, None]
 
 

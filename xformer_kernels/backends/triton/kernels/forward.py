@@ -10,8 +10,8 @@ from xformer_kernels.backends.triton.kernels.tiles import (
     kept,
     load_tokens,
     locate,
+    mapped,
     narrow,
-    product,
     record_base,
     softmax_over_keys,
     store_tokens,
@@ -77,7 +77,7 @@ def apply_map(
     for start in range(begin, end, BLOCK_N):
         keep = kept(start, rows, end, mask_ptr, b, stride_mb, stride_mn, HAS_MASK)
         x = load_tokens(x_base, start, rows, keep, 0, stride_n, stride_d, D, BLOCK_D, ALIGN, FAR)
-        y = product(x.to(MAP_DTYPE), weight, tl.zeros((BLOCK_N, BLOCK_O), ACC), PRECISION)
+        y = mapped(x.to(MAP_DTYPE), weight, ACC, PRECISION)
         if NORM_X:
             y *= token_norms(x.to(ACC), EPS)[1][:, None]
         if HAS_MASK:
@@ -259,6 +259,8 @@ def forward_kernel(
     ALIGN_B: tl.constexpr = ALIGN_V if KEY_VALUE else ALIGN_Q
     ALIGN_X: tl.constexpr = ALIGN_Q if KEY_VALUE else ALIGN_V
     SQUARES: tl.constexpr = ("ac" if KEY_VALUE else "ab") if TOKEN_NORM else ""
+    # tensor cores of sm_90 multiply 64 rows at a time
+    MAP_BLOCK_N: tl.constexpr = 64 if MAP_PRECISION == "tf32x3" and BLOCK_N < 64 else BLOCK_N
     raw, ssq_k, ssq_q = accumulate(
         k_base,
         b_base,
@@ -326,7 +328,7 @@ def forward_kernel(
         D,
         BLOCK_D,
         BLOCK_D,
-        BLOCK_N,
+        MAP_BLOCK_N,
         WIDE_MAP,
         KEY_VALUE and FEATURE_NORM,
         HAS_MASK,

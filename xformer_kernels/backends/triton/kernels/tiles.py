@@ -118,11 +118,41 @@ def narrow(x, DTYPE: tl.constexpr):
 
 
 @device
+def three_products(a, b):
+    """float32 a @ b by three products of tf32, the small terms first, for at most launch.LONGEST_IN_PARTS terms.
+
+    An operand is the sum of `high`, the nearest tf32 number, and `low`, of which tensor cores use the leading bits.
+    `low` of an infinite number is NaN, and its small terms are 0. `again` is `a_high`, written so that Triton does not
+    recognise it: it copies an operand with two uses through shared memory.
+    """
+    a_bits, b_bits = a.to(tl.uint32, bitcast=True) + 0x1000, b.to(tl.uint32, bitcast=True) + 0x1000
+    a_high, b_high = (
+        (a_bits & 0xFFFFE000).to(tl.float32, bitcast=True),
+        (b_bits & 0xFFFFE000).to(tl.float32, bitcast=True),
+    )
+    again = ((a_bits >> 13) << 13).to(tl.float32, bitcast=True)
+    small = tl.dot(a - a_high, b_high, input_precision="tf32")
+    small = tl.dot(again, b - b_high, small, input_precision="tf32")
+    small = tl.where(small == small, small, 0.0)
+    return tl.dot(a_high, b_high, small, input_precision="tf32")
+
+
+@device
 def product(a, b, acc, PRECISION: tl.constexpr):
     """acc + a @ b. bfloat16 is widened in Triton's interpreter, which would multiply its bits as integers."""
+    if PRECISION == "tf32x3":
+        return acc + three_products(a, b)
     if INTERPRETED and a.dtype == tl.bfloat16:
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+
+
+@device
+def mapped(x, weight, ACC: tl.constexpr, PRECISION: tl.constexpr):
+    """x @ weight in ACC."""
+    if PRECISION == "tf32x3":
+        return three_products(x, weight)
+    return product(x, weight, tl.zeros((x.shape[0], weight.shape[1]), ACC), PRECISION)
 
 
 @device
