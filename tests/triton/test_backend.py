@@ -255,6 +255,36 @@ def test_programs_fill_a_device(shape, resident):
             assert shape.N / (parts * chunk) > 0.87  # the last chunk is nearly as long as the others
 
 
+LINEAR = """
+    import sys
+    sys.path.insert(0, {tests!r})
+    import torch, aot
+    from xformer_kernels.backends.triton import linear, ops, plan
+    from xformer_kernels.spec import Spec
+
+    for B, N, H, D in ((8, 16384, 8, 32), (16, 16384, 16, 16), (32, 16384, 8, 32)):
+        q, k, v, dout = (torch.empty(B, H, N, D, dtype=torch.bfloat16, device="meta") for _ in range(4))
+        for feature_map in ("relu", "softmax_tokens"):
+            spec = Spec.of_linear_attention(feature_map, True, 1.0, 1e-6)
+            for resident in range(1, 7):
+                with aot.recording("sm_90"):
+                    asked, grids = [], []
+                    ops._slots = lambda device, kernel, *_, **__: (asked.append(kernel), 132 * resident)[1]
+                    ops._run = lambda kernel, grid, *_, **__: grids.append((kernel, grid))
+                    _, stats = linear.linear_attention_forward(q, k, v, None, None, spec)
+                    linear.linear_attention_backward(dout, q, k, v, stats, None, None, spec)
+                assert asked == [kernel for kernel, _ in grids] and len(asked) == 4 + (feature_map != "relu")
+                for kernel, grid in grids:
+                    assert plan.busy(grid, 132 * resident) >= 0.95, (kernel, B, N, H, D, resident, grid)
+    print("busy")
+"""
+
+
+def test_programs_of_linear_attention_fill_a_device():
+    """Each launch has as many programs as its compiled kernel lets run at the same time, or a multiple of them."""
+    assert fresh(LINEAR.format(tests=str(Path(__file__).parent))).strip() == "busy"
+
+
 def test_programs_of_a_multiprocessor():
     """Occupancy agrees with NVIDIA's occupancy calculator and AMD's documentation."""
     hopper, radeon = launch.Target("sm_90", 132), launch.Target("gfx942", 304, 64 << 10)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -50,30 +51,46 @@ class _Call:
             "PRECISION": launch.map_precision(self.dtype, self.target.arch),
         }
 
-    def split(self, tokens: int, sums: bool) -> plan.Split:
-        """Splits queries or keys. `sums`: programs write partial sums; otherwise, they read those of another pass."""
-        split = plan.split_sums if sums else plan.split_tokens
-        row = max(1, (self.D + self.Dv) // 2) * self.dtype.itemsize
-        return split(tokens, self.B * self.H, self.record * self.wide.itemsize, row, 2 * self.target.processors)
-
     def records(self, *parts: int) -> Tensor:
         return self.empty((*parts, self.B, self.H, self.record), self.wide)
 
     def empty(self, size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return ops._empty(size, dtype, self.like)
 
-    def run(self, kernel: Any, name: str, programs: int, args: tuple[Any, ...], **constants: Any) -> None:
+    def run(
+        self,
+        kernel: Any,
+        name: str,
+        tokens: int,
+        args: Callable[[Tensor], tuple[Any, ...]],
+        results: Callable[[int], Tensor] | None = None,
+        **constants: Any,
+    ) -> tuple[plan.Split, Tensor]:
+        """Launches a kernel for queries or keys, split so that the device is busy until the end.
+
+        Returns the split and `results(parts)`, the results of the parts, if the kernel has some. `args` are those
+        before the number of parts, with these results.
+        """
         of_q, of_k = self.spec.feature_maps
         key = configs.Key(name, self.dtype, max(self.D, self.Dv), f"{of_q}-{of_k}-{int(self.spec.normalize)}")
+        of_no_part = self.like.new_empty((0, 1), dtype=self.wide)
+        record, row = self.record * self.wide.itemsize, max(1, (self.D + self.Dv) // 2) * self.dtype.itemsize
 
-        def run(config: configs.Config) -> None:
+        def run(config: configs.Config) -> tuple[plan.Split, Tensor]:
             if constants.get("PRECISION") == "tf32" and self.dtype.itemsize == 4 and ops.transposes(self.target.arch):
                 config = config._replace(stages=1)
             if name == "linear_queries":
                 constants["BLOCK_K"] = min(config.block_k, self.shared["BLOCK_V"])
-            ops._run(kernel, self.B * self.H * programs, config, *args, BLOCK_N=config.block_n, **constants)
+            constants["BLOCK_N"] = config.block_n
+            heads = self.B * self.H
+            slots = ops._slots(self.like.device, kernel, config, *args(of_no_part), 1, tokens, **constants)
+            split_tokens = plan.split_sums if results else plan.split_tokens
+            split = split_tokens(tokens, heads, record, row, slots, config.block_n)
+            partial = results(split.parts) if results else of_no_part
+            ops._run(kernel, heads * split.parts, config, *args(partial), split.parts, split.chunk, **constants)
+            return split, partial
 
-        configs.launch(key, self.target.arch, run)
+        return configs.launch(key, self.target.arch, run)
 
     def sum_first(self, partial: Tensor, parts: int, out: Tensor) -> tuple[Tensor, int]:
         """Sums S and z of many parts into `out`. Returns it and the new number of parts, 1."""
@@ -92,18 +109,16 @@ def linear_attention_forward(
     out, stats = ops._empty((B, N, H, Dv), q.dtype, q), call.records()
     if B * H == 0:
         return out, stats
-    keys = call.split(M, sums=True)
-    queries = call.split(N, sums=False)
     mask, mask_strides = ops._mask(token_mask, k)
     q_mask, q_mask_strides = ops._mask(query_mask, q)
     masked = {"HAS_MASK": token_mask is not None}
     with launch.on_device(q.device):
         if spec.feature_maps[1] == "softmax_tokens":
-            _maxima(call, k, mask, mask_strides, masked, stats[..., -D:], keys)
-        partial = stats if keys.parts == 1 else call.records(keys.parts)
-        call.run(
-            key_sums_kernel, "linear_sums", keys.parts,
-            (k, v, mask, stats, partial, *k.stride(), *v.stride(), *mask_strides, M, B, H, keys.parts, keys.chunk),
+            _maxima(call, k, mask, mask_strides, masked, stats[..., -D:])
+        keys, partial = call.run(
+            key_sums_kernel, "linear_sums", M,
+            lambda sums: (k, v, mask, stats, sums, *k.stride(), *v.stride(), *mask_strides, M, B, H),
+            lambda parts: stats if parts == 1 else call.records(parts),
             **call.shared, **masked, **launch.alignment(k=k, v=v), FAR=launch.far(k, v),
             PRECISION=launch.tokens_precision(q.dtype, call.target.arch),
         )  # fmt: skip
@@ -111,9 +126,8 @@ def linear_attention_forward(
         if keys.many:
             partial, parts = call.sum_first(partial, parts, stats)
         call.run(
-            apply_sums_kernel, "linear_apply", queries.parts,
-            (q, q_mask, partial, stats, out, *q.stride(), *q_mask_strides, N, B, H, parts, queries.parts,
-             queries.chunk),
+            apply_sums_kernel, "linear_apply", N,
+            lambda _: (q, q_mask, partial, stats, out, *q.stride(), *q_mask_strides, N, B, H, parts),
             **call.shared, **call.of_queries, **call.map, HAS_MASK=query_mask is not None, **launch.alignment(q=q),
             FAR=launch.far(q, row=H * Dv),
             OUT_ALIGN=launch.out_alignment(Dv, q.element_size()),
@@ -128,14 +142,13 @@ def _maxima(
     mask_strides: tuple[int, ...],
     masked: dict[str, bool],
     highest: Tensor,
-    split: plan.Split,
 ) -> None:
     """Writes the maxima of k to `highest`, a (B, H, D) view of stats: first of each part, then of all parts."""
     B, H, D = highest.shape
-    found = highest if split.parts == 1 else ops._empty((split.parts, B, H, D), call.wide, k)
-    call.run(
-        maxima_kernel, "linear_maxima", split.parts,
-        (k, mask, found, *k.stride(), *mask_strides, found.stride(-2), call.M, B, H, split.parts, split.chunk),
+    split, found = call.run(
+        maxima_kernel, "linear_maxima", call.M,
+        lambda found: (k, mask, found, *k.stride(), *mask_strides, found.stride(-2), call.M, B, H),
+        lambda parts: highest if parts == 1 else call.empty((parts, B, H, D), call.wide),
         **{name: call.shared[name] for name in ("ACC", "D", "BLOCK_D")}, **masked, **launch.alignment(k=k),
         FAR=launch.far(k),
     )  # fmt: skip
@@ -160,16 +173,13 @@ def linear_attention_backward(
     dq, dk, dv = (empty_gradient(call.empty, x) for x in (q, k, v))
     if B * H == 0:
         return dq, dk, dv
-    queries = call.split(N, sums=True)
-    keys = call.split(M, sums=False)
     mask, mask_strides = ops._mask(token_mask, k)
     q_mask, q_mask_strides = ops._mask(query_mask, q)
-    partial = call.records(queries.parts)
     with launch.on_device(q.device):
-        call.run(
-            query_gradients_kernel, "linear_queries", queries.parts,
-            (q, dout, q_mask, stats, partial, dq, *q.stride(), *dout.stride(), *q_mask_strides, N, B, H, queries.parts,
-             queries.chunk),
+        queries, partial = call.run(
+            query_gradients_kernel, "linear_queries", N,
+            lambda sums: (q, dout, q_mask, stats, sums, dq, *q.stride(), *dout.stride(), *q_mask_strides, N, B, H),
+            call.records,
             **call.shared, **call.of_queries, **call.map, HAS_MASK=query_mask is not None,
             **launch.alignment(q=q, g=dout), FAR=launch.far(q, dout, row=H * D),
             OUT_ALIGN=launch.out_alignment(D, q.element_size()), CHANNEL_MAJOR=channel_major(q),
@@ -178,9 +188,8 @@ def linear_attention_backward(
         if queries.many:
             partial, parts = call.sum_first(partial, parts, call.records())
         call.run(
-            key_gradients_kernel, "linear_keys", keys.parts,
-            (k, v, mask, stats, partial, dk, dv, *k.stride(), *v.stride(), *mask_strides, M, B, H, parts, keys.parts,
-             keys.chunk),
+            key_gradients_kernel, "linear_keys", M,
+            lambda _: (k, v, mask, stats, partial, dk, dv, *k.stride(), *v.stride(), *mask_strides, M, B, H, parts),
             **call.shared, **call.map, HAS_MASK=token_mask is not None, **launch.alignment(k=k, v=v),
             FAR=launch.far(k, v, row=H * max(D, Dv)), OUT_ALIGN=launch.out_alignment(D, q.element_size()),
             OUT_ALIGN_V=launch.out_alignment(Dv, q.element_size()), CHANNEL_MAJOR=channel_major(k),
