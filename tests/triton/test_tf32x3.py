@@ -152,10 +152,11 @@ def multiply(a_ptr, b_ptr, y_ptr):
 
 @pytest.mark.skipif(not launch.INTERPRETING, reason="runs a kernel on the CPU")
 def test_numbers_that_are_not_finite(triton_runs):
-    """Inf and NaN are where a float32 product has them."""
+    """Inf and NaN are where a float32 product has them, also the NaN of GPUs, all of whose bits are set."""
     a, b = randn(16, 16, seed=6), randn(16, 16, seed=7)
     a[1, 2], a[3, 4], a[5, 6], a[7, 8] = float("inf"), float("-inf"), float("nan"), 1e-38
     b[2, 9], b[10, 11] = 0.0, float("inf")
+    a.view(torch.int32)[9, 10], b.view(torch.int32)[12, 13] = 0x7FFFFFFF, -1
     y = torch.empty(16, 16)
     with np.errstate(invalid="ignore"):
         multiply[(1,)](a, b, y)
