@@ -19,14 +19,14 @@ demo: setup
 	$(BIN)/python -m bench.demo
 
 test: setup
-	$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal
+	PATH="$(BIN):$$PATH" $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal
 
 # The tests that other versions of Python and torch are tried with (docs/support.md), in the environment as it is.
 CORE_TESTS := tests/test_xfa.py tests/test_layer.py tests/test_nn.py tests/test_ops.py tests/test_primitives.py \
   tests/test_decompositions.py tests/test_backbone.py tests/recipes/test_export.py tests/test_replaced_models.py \
   tests/triton/test_backend.py
 test-core:
-	$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal $(CORE_TESTS)
+	PATH="$(BIN):$$PATH" $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal $(CORE_TESTS)
 
 # The sdist and this Python's wheel, in dist/, each checked and the wheel tested in an environment of its own.
 wheels: setup

@@ -89,7 +89,9 @@ def look_at(recorded: Recorded, shape: OpShape, itemsize: int) -> Launch:
     iterations = shape.B * shape.H * shape.N / recorded.programs / constants.get("BLOCK_N", shape.N)
     over_tokens = code.over_tokens if tokens and iterations > 1 else ()
     bodies = over_tokens or (whole,)
-    body = sum(code.executed(r, trips(constants)) for r in bodies)
+    # the two loops of a forward in one launch move as many bytes, and may do so in tiles of different sizes
+    tiles = [code.units(r) / code.units(bodies[0]) if over_tokens else 1 for r in bodies]
+    body = round(sum(code.executed(r, trips(constants)) / tile for r, tile in zip(bodies, tiles, strict=True)))
     units, loaded = sum(map(code.units, bodies)), sum(map(code.loaded, bodies))
     iterations = iterations if over_tokens else 1
     ahead = max(map(code.ahead, over_tokens), default=0)

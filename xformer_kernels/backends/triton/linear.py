@@ -63,7 +63,7 @@ class _Call:
         name: str,
         tokens: int,
         args: Callable[[Tensor], tuple[Any, ...]],
-        results: Callable[[int], Tensor] | None = None,
+        results: Callable[[int], Tensor] | None,
         **constants: Any,
     ) -> tuple[plan.Split, Tensor]:
         """Launches a kernel for queries or keys, split so that the device is busy until the end.
@@ -127,7 +127,7 @@ def linear_attention_forward(
             partial, parts = call.sum_first(partial, parts, stats)
         call.run(
             apply_sums_kernel, "linear_apply", N,
-            lambda _: (q, q_mask, partial, stats, out, *q.stride(), *q_mask_strides, N, B, H, parts),
+            lambda _: (q, q_mask, partial, stats, out, *q.stride(), *q_mask_strides, N, B, H, parts), None,
             **call.shared, **call.of_queries, **call.map, HAS_MASK=query_mask is not None, **launch.alignment(q=q),
             FAR=launch.far(q, row=H * Dv),
             OUT_ALIGN=launch.out_alignment(Dv, q.element_size()),
@@ -190,6 +190,7 @@ def linear_attention_backward(
         call.run(
             key_gradients_kernel, "linear_keys", M,
             lambda _: (k, v, mask, stats, partial, dk, dv, *k.stride(), *v.stride(), *mask_strides, M, B, H, parts),
+            None,
             **call.shared, **call.map, HAS_MASK=token_mask is not None, **launch.alignment(k=k, v=v),
             FAR=launch.far(k, v, row=H * max(D, Dv)), OUT_ALIGN=launch.out_alignment(D, q.element_size()),
             OUT_ALIGN_V=launch.out_alignment(Dv, q.element_size()), CHANNEL_MAJOR=channel_major(k),

@@ -118,26 +118,24 @@ def narrow(x, DTYPE: tl.constexpr):
 
 
 @device
-def nearest_tf32(x):
-    """The tf32 number nearest to each number of float32 x, ties away from zero. NaN stays NaN, whatever its bits."""
-    bits = (x.to(tl.uint32, bitcast=True) + 0x1000) & 0xFFFFE000
-    return tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
-
-
-@device
 def three_products(a, b):
-    """float32 a @ b by three products of tf32, the small terms first, for at most launch.LONGEST_IN_PARTS terms.
+    """float32 a @ b by three products of tf32, for at most launch.LONGEST_IN_PARTS terms.
 
     An operand is the sum of `high`, the nearest tf32 number, and `low`, of which tensor cores use the leading bits.
-    `low` of an infinite number is NaN, and its small terms are 0. `again` is `a_high` (but for NaN), written so that
-    Triton does not recognise it: it copies an operand with two uses through shared memory.
+    `again` is `a_high`, written so that Triton does not recognise it: it copies an operand with two uses through shared
+    memory. `low` of an infinite number is NaN, so infinite sums are those of `high` alone. `high` of a NaN may be any
+    number, but its `low` is NaN: such a sum is NaN, or infinite if it has an infinite term as well.
     """
-    a_high, b_high = nearest_tf32(a), nearest_tf32(b)
-    again = (((a.to(tl.uint32, bitcast=True) + 0x1000) >> 13) << 13).to(tl.float32, bitcast=True)
+    a_bits, b_bits = a.to(tl.uint32, bitcast=True) + 0x1000, b.to(tl.uint32, bitcast=True) + 0x1000
+    a_high, b_high = (
+        (a_bits & 0xFFFFE000).to(tl.float32, bitcast=True),
+        (b_bits & 0xFFFFE000).to(tl.float32, bitcast=True),
+    )
+    again = ((a_bits >> 13) << 13).to(tl.float32, bitcast=True)
     small = tl.dot(a - a_high, b_high, input_precision="tf32")
     small = tl.dot(again, b - b_high, small, input_precision="tf32")
-    small = tl.where(small == small, small, 0.0)
-    return tl.dot(a_high, b_high, small, input_precision="tf32")
+    large = tl.dot(a_high, b_high, input_precision="tf32")
+    return tl.where(tl.abs(large) == float("inf"), large, large + small)
 
 
 @device
