@@ -58,8 +58,8 @@ NO_PRODUCT = (*NARROW, "linear_maxima")
 LOOPS = {"gram": (2, 2), "gram of dout": (2, 2), "apply": (1, 2), "gradients": (3, 6)}
 MOST_INSTRUCTIONS = {"bfloat16": 40, "float32": 90}
 """Maximum instructions for 512 bytes of tokens that the loop reads or writes."""
-MORE_INSTRUCTIONS = {("gram", "bfloat16", 48): 47}
-"""Sums of squares of a tile of 64 features, a quarter of which is empty."""
+MORE_INSTRUCTIONS = {("gram", "bfloat16", 48): 47, ("gram", "bfloat16", 64): 45}
+"""Sums of squares: of a tile of 64 features, a quarter of which is empty; with key_value of a third tensor."""
 IN_FLIGHT = 32 << 10
 """Minimum bytes in flight per multiprocessor, by Little's law on an H100 or H200."""
 

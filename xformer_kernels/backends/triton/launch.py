@@ -147,6 +147,11 @@ def map_precision(dtype: torch.dtype, arch: str, terms: int = 0) -> str:
     return _in_parts(tokens_precision(dtype, arch), dtype, arch, 0 < terms <= LONGEST_IN_PARTS)
 
 
+def least_tokens(map_precision: str, arch: str) -> int:
+    """Minimum tokens per tile of a product with a map: tensor cores of sm_90 and sm_100 multiply 64 rows at a time."""
+    return 64 if map_precision == "tf32x3" and arch in ("sm_90", "sm_100") else 1
+
+
 def variant(kernel: str, dtype: torch.dtype, *precisions: str) -> str:
     """The kernel in autotuning cache keys: float32 by tf32x3 has its own configs."""
     return f"{kernel}_tf32x3" if dtype is torch.float32 and "tf32x3" in precisions else kernel

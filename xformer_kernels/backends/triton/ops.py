@@ -260,6 +260,7 @@ def _forward_at_once(
         "WIDE_MAP": q.dtype is not torch.bfloat16, "SOFTMAX": choices.SOFTMAX, "FEATURE_NORM": choices.FEATURE_NORM,
         "HAS_MASK": token_mask is not None, "OUT_ALIGN": launch.out_alignment(D, q.element_size()),
         "PRECISION": precision, "MAP_PRECISION": map_precision,
+        "LEAST_TOKENS": launch.least_tokens(map_precision, target.arch),
     }  # fmt: skip
     args = (
         q, k, v, temperature, mask, stats, out, *q.stride(), *k.stride(), *v.stride(), temperature.stride(0),

@@ -242,6 +242,7 @@ def forward_kernel(
     FAR: tl.constexpr,
     PRECISION: tl.constexpr,
     MAP_PRECISION: tl.constexpr,
+    LEAST_TOKENS: tl.constexpr,
 ):
     """The whole forward in one launch. A program computes one (b, h) and keeps its map in registers between passes."""
     RECORD: tl.constexpr = D * D + 2 * D
@@ -259,8 +260,7 @@ def forward_kernel(
     ALIGN_B: tl.constexpr = ALIGN_V if KEY_VALUE else ALIGN_Q
     ALIGN_X: tl.constexpr = ALIGN_Q if KEY_VALUE else ALIGN_V
     SQUARES: tl.constexpr = ("ac" if KEY_VALUE else "ab") if TOKEN_NORM else ""
-    # tensor cores of sm_90 multiply 64 rows at a time
-    MAP_BLOCK_N: tl.constexpr = 64 if MAP_PRECISION == "tf32x3" and BLOCK_N < 64 else BLOCK_N
+    MAP_BLOCK_N: tl.constexpr = BLOCK_N if BLOCK_N > LEAST_TOKENS else LEAST_TOKENS
     raw, ssq_k, ssq_q = accumulate(
         k_base,
         b_base,
