@@ -1,7 +1,7 @@
 """Time and memory of segmentation: ``python -m bench model --task segment [--out bench/results]``.
 
 One forward of a whole image, from pixels to logits of its size (``Segmenter.predict``): XFA by our kernels, by eager
-PyTorch, and softmax attention, and LR-ASPP and SegFormer-B0 (:mod:`bench.segmenters`), in one interleaved run;
+PyTorch, softmax attention, and LR-ASPP and SegFormer-B0 (:mod:`bench.segmenters`), in one interleaved run;
 inference, channels_last, float32. Slow providers take part in fewer rounds, at least 3.
 
 Memory is what the call allocates beside the weights and the image: the most bytes of tensors alive at once, and the
@@ -57,9 +57,7 @@ class Segmentation:
     height: int
     width: int
     parameters: int
-    gmacs: (
-        float | None
-    )  # multiply-adds of one image in 1e9, by xformer.counts of the unfused model; None without fvcore
+    gmacs: float | None  # 1e9 multiply-adds of an image, by xformer.counts, of the unfused model; None without fvcore
     tokens: int | None  # of an image where they are most; of our model
     ms: float | None
     fps: float | None  # images per second
