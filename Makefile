@@ -129,7 +129,7 @@ $(STAMP): $(BUILT_FROM) | $(BIN)/python
 	@mkdir -p build  # a torch that is there stays as it is
 	@$(BIN)/python -c 'from importlib.metadata import version as v; print("torch==" + v("torch"))' \
 	  > build/constraints.txt 2> /dev/null || : > build/constraints.txt
-	$(BIN)/python -m pip install -q --no-compile -c build/constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install -q -c build/constraints.txt -e ".[dev]"
 	$(BIN)/python -m xformer_kernels.info
 	@mkdir -p $(@D)
 	@touch $@
