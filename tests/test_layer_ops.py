@@ -236,7 +236,7 @@ def test_auto_prefers_the_form_with_kernels_to_the_reference(monkeypatch, need_b
         monkeypatch.setattr(dispatch, "_chosen", {})
         said = xk.explain_layer(*layer.tensors[:6])
         assert (said.form, said.backend.backend) == (form, "cpp")
-        assert ("not taken, no kernel takes the 96 features of x" in str(said)) == (form == "direct")
+        assert ("not taken, no kernel computes it for the 96 features of x" in str(said)) == (form == "direct")
         with ran_backend("cpp", op):
             layer.call(list(layer.tensors))
     monkeypatch.setattr(cpp, "_WIDEST", 11)  # supports neither form: the cheaper one is chosen
