@@ -119,7 +119,11 @@ def slate(monkeypatch):
     dispatch._chosen.clear()
 
 
-@pytest.mark.parametrize("config", CONFIGS[::5], ids=str)
+@pytest.mark.parametrize(
+    "config",
+    [config if i % 5 == 0 else pytest.param(config, marks=pytest.mark.nightly) for i, config in enumerate(CONFIGS)],
+    ids=str,
+)
 def test_adding_a_backend(config, slate):
     """A new backend serves all of the package, with derivatives of any order, and its reasons are reported."""
     problem = make_problem((2, 13, 2, 4), config, masked=True)

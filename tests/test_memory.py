@@ -109,8 +109,8 @@ print(status("VmHWM") - start)
 @pytest.mark.parametrize(
     ("shape", "function"),
     [
-        ((1, 100_000, 2, 48), "xfa"), ((4, 30_000, 4, 32), "xfa"), ((2, 20_000, 2, 256), "xfa"),
-        ((1, 100_000, 2, 48), "relu"), ((4, 30_000, 4, 32), "softmax_tokens"),
+        ((1, 200_000, 2, 48), "xfa"), ((4, 30_000, 4, 32), "xfa"), ((2, 20_000, 2, 256), "xfa"),
+        ((1, 200_000, 2, 48), "relu"), ((4, 30_000, 4, 32), "softmax_tokens"),
     ],
     ids=str,
 )  # fmt: skip

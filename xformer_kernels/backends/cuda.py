@@ -1,7 +1,7 @@
 """GPU kernels of xfa in CUDA C++ (csrc/cuda), called through the compiled module ``xformer_kernels._cuda``.
 
 They serve up to 64 features of float32, bfloat16 and float16, with ``norm="token"`` and ``norm="none"``, and masks.
-Other calls, :func:`gram` and :func:`channel_mix` among them, are for other backends. Each function has the signature of
+Other calls, ``gram`` and ``channel_mix`` among them, are for other backends. Each function has the signature of
 its op and returns newly allocated tensors. If the tokens of a head fit into the shared memory of a block, or of a
 cluster of blocks (sm_90 and newer), forward and backward are one launch each, which reads every token once, in any
 strides. Otherwise they are two passes, which read tokens as the operands of tensor cores; tokens that are not at

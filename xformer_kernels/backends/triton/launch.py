@@ -18,6 +18,8 @@ TALLEST = 512
 """Upper bound on the number of tokens per tile."""
 WIDEST = 256
 """Maximum number of features per tile."""
+WARP_GROUPS = ("sm_90", "sm_100")
+"""Architectures whose tensor cores are used by groups of four warps, with operands in shared memory."""
 LONGEST_IN_PARTS = 64
 """Maximum number of terms that tensor cores, which truncate, sum for a float32 product by tf32x3
 (tests/triton/test_tf32x3.py)."""
@@ -149,7 +151,7 @@ def map_precision(dtype: torch.dtype, arch: str, terms: int = 0) -> str:
 
 def least_tokens(map_precision: str, arch: str) -> int:
     """Minimum tokens per tile of a product with a map: tensor cores of sm_90 and sm_100 multiply 64 rows at a time."""
-    return 64 if map_precision == "tf32x3" and arch in ("sm_90", "sm_100") else 1
+    return 64 if map_precision == "tf32x3" and arch in WARP_GROUPS else 1
 
 
 def variant(kernel: str, dtype: torch.dtype, *precisions: str) -> str:

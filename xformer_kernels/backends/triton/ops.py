@@ -23,9 +23,6 @@ from xformer_kernels.spec import Spec
 _ACC = {torch.float32: tl.float32, torch.float64: tl.float64}
 # Triton's interpreter keeps the program id in a global variable.
 _one_at_a_time: AbstractContextManager[Any] = threading.Lock() if launch.INTERPRETING else nullcontext()
-# Architectures whose tensor cores take tf32 operands with the tokens innermost: asynchronous loads would transpose
-# them 32 bits at a time.
-_TRANSPOSING = ("sm_90", "sm_100")
 # Strides of absent tensors.
 _NONE3, _NONE4 = (0, 0, 0), (0, 0, 0, 0)
 
@@ -49,8 +46,11 @@ def _mask(token_mask: Tensor | None, other: Tensor) -> tuple[Tensor, tuple[int, 
 
 
 def transposes(arch: str) -> bool:
-    """Whether tiles for tf32 sums over tokens must not be loaded asynchronously."""
-    return arch in _TRANSPOSING
+    """Whether tiles for tf32 sums over tokens must not be loaded asynchronously.
+
+    The tensor cores take them with the tokens innermost, and such loads would transpose them 32 bits at a time.
+    """
+    return arch in launch.WARP_GROUPS
 
 
 def _slots(device: torch.device, kernel: Any, config: configs.Config, *args: Any, **constants: Any) -> int:
