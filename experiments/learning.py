@@ -6,6 +6,8 @@ for all. Every model gets images of 32 x 32 and the first convolution at half it
 one pixel left otherwise. Shown is the accuracy after the last epoch, on the images that are held out (a fifth of
 digits and of MNIST): no epoch is picked by it.
 
+``--models xformer_xxs:xfa_identity`` is our model with another ``attention=``, see :mod:`xformer.attention`.
+
 CIFAR-10 is WORK/cifar10, a folder that experiments.cifar10 writes (with --training 20000).
 
 Runs that are done stay done: the same command goes on where it was stopped.
@@ -24,6 +26,7 @@ from torch import nn
 
 from bench import machine
 from experiments import runs
+from xformer.attention import ATTENTION
 from xformer.recipes.settings import load_recipe
 from xformer.recipes.tasks import find_task
 
@@ -31,6 +34,7 @@ EPOCHS = {"digits": 30, "mnist5k": 40, "cifar10": 8}
 # a photograph and its mirror image show the same; a digit's does not
 CHANGES: dict[str, dict[str, Any]] = {"cifar10": {"hflip": 0.5, "eval_every": 2}}
 MODELS = ("xformer_xxs", "mobilevit_xxs", "edgenext_xx_small", "mobilenetv2_050", "mobilenetv2_075")
+VARIANTS = tuple(f"xformer_xxs:{attention}" for attention in ATTENTION if attention != "xfa")
 
 
 def _half_stride(name: str) -> Callable[..., nn.Module]:
@@ -55,9 +59,9 @@ for _name in MODELS[1:]:
 
 def learn(folder: Path, data: str, model: str, seed: str, epochs: str) -> runs.Row:
     """One run."""
-    recipe = load_recipe("small")
-    changes: dict[str, Any] = {"model": model}
-    if model != recipe.model:
+    ours, _, attention = model.partition(":")
+    changes: dict[str, Any] = {"model": ours, "attention": attention}
+    if ours != load_recipe("small").model:
         changes = {"model": f"{model}_half_stride", "model_options": {}}
     where = str(folder.parent / data) if data in CHANGES else data
     changes |= {"data": where, "seed": int(seed), "epochs": int(epochs), "out": str(folder), "eval_every": 5}
@@ -75,7 +79,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m experiments.learning", description=__doc__)
     packaged = [data for data in EPOCHS if data not in CHANGES]
     parser.add_argument("--data", nargs="+", default=packaged, choices=list(EPOCHS))
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=(*MODELS, *VARIANTS))
     parser.add_argument("--epochs", type=int, help="instead of the data set's own number")
     runs.add_options(parser, [0, 1, 2], "runs/learning")
     options = parser.parse_args(arguments)
