@@ -23,14 +23,14 @@ struct Ahead {
   ptrdiff_t at_once = 0;  // lines per call of prefetch(); 0: nothing is left
 
   Ahead() = default;
-  // `bytes` of each of `count` tokens, starting at p, all of them after `calls` calls
+  // `bytes` of each of `count` tokens, starting at p, all of them after `calls` calls. Tokens without gaps are one run.
   Ahead(const char* p, ptrdiff_t row, ptrdiff_t bytes, ptrdiff_t count, ptrdiff_t calls)
       : next(p),
         row(row),
-        lines((((ptrdiff_t)p & 63) + bytes + 63) / 64),
+        lines((((ptrdiff_t)p & 63) + (row == bytes ? count : 1) * bytes + 63) / 64),
         left(lines),
-        tokens(count),
-        at_once((lines * count + calls - 1) / calls) {}
+        tokens(row == bytes ? 1 : count),
+        at_once((lines * tokens + calls - 1) / calls) {}
 
   XK_INLINE void prefetch() {
     for (ptrdiff_t i = 0; i < at_once; ++i) {

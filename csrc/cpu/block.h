@@ -13,7 +13,8 @@ template <class T>
 int block_tokens(int dim, bool by_rows = false) {
   const int multiple = by_rows ? VL<T> : 12;
   const bool wide = !by_rows && dim > 64;
-  const int bytes = by_rows ? 16 << 10 : wide ? 192 << 10 : 8 << 10;
+  const int narrow = kRegisters < 32 ? 10 << 10 : 8 << 10;  // smaller tiles: more of them repay the start of a block
+  const int bytes = by_rows ? 16 << 10 : wide ? 192 << 10 : narrow;
   const int most =
       wide ? least_of(kMostTokens, (16 << 10) / (kMaxNR * kVectorBytes) / multiple * multiple) : kMostTokens;
   const int tokens = bytes / int(sizeof(T)) / padded<T>(dim) / multiple * multiple;

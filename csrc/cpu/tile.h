@@ -118,9 +118,9 @@ XK_INLINE void accumulate(V<T> (&acc)[MR][NR], Elements a, const T* b, ptrdiff_t
   }
 }
 
-// g[r, c] += sum over tokens of a[n, r] * b[n, c]. Each block of tokens is summed separately first, so that rounding
-// errors grow with the number of blocks, not of tokens. b is a packed block (tokens x ldb); g is padded to whole
-// vectors.
+// g[r, c] += sum over tokens of a[n, r] * b[n, c], for `tiles` tiles below each other. Each block of tokens is summed
+// separately first, so that rounding errors grow with the number of blocks, not of tokens. b is a packed block (tokens
+// x ldb); g is padded to whole vectors.
 template <class T>
 struct GramTile {
   const T *a, *b;
@@ -128,28 +128,30 @@ struct GramTile {
   T* g;
   ptrdiff_t ldg;
   Ahead* ahead;  // two
+  int tiles;
 };
 
 template <class T, bool PAIRS, int MR, int NR, int G>
 void gram_tile(const GramTile<T>& t) {
-  V<T> acc[MR][NR];
+  const T* a = t.a;
+  T* g = t.g;
+  for (int tile = 0; tile < t.tiles; ++tile, a += MR * t.a_row) {
+    V<T> acc[MR][NR];
 #pragma GCC unroll 16
-  for (int r = 0; r < MR; ++r)
+    for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 8
-    for (int c = 0; c < NR; ++c) acc[r][c] = V<T>{};
-  accumulate<T, PAIRS, MR, NR, G>(acc, gram_elements<T, PAIRS, MR>(t.a, t.a_row, t.a_k), t.b, t.ldb, t.tokens, *t.ahead,
-                                  t.ahead[1]);
+      for (int c = 0; c < NR; ++c) acc[r][c] = V<T>{};
+    accumulate<T, PAIRS, MR, NR, G>(acc, gram_elements<T, PAIRS, MR>(a, t.a_row, t.a_k), t.b, t.ldb, t.tokens, *t.ahead,
+                                    t.ahead[1]);
 #pragma GCC unroll 16
-  for (int r = 0; r < MR; ++r)
+    for (int r = 0; r < MR; ++r, g += t.ldg)
 #pragma GCC unroll 8
-    for (int c = 0; c < NR; ++c) {
-      T* g = t.g + r * t.ldg + c * VL<T>;
-      store(g, load(g) + acc[r][c]);
-    }
+      for (int c = 0; c < NR; ++c) store(g + c * VL<T>, load(g + c * VL<T>) + acc[r][c]);
+  }
 }
 
-// y[n, o] = bias[o] + scale[o] * add[n, o] + sum_k x[n, k] w[k, o] (+ sum_k x2[n, k] w2[k, o]) for MR tokens, or the
-// hard-swish of this.
+// y[n, o] = bias[o] + scale[o] * add[n, o] + sum_k x[n, k] w[k, o] (+ sum_k x2[n, k] w2[k, o]) for `tiles` times MR
+// tokens, or the hard-swish of this.
 // `divided`: the sums of row n are multiplied by divided[n] before the other terms are added.
 // x has unit stride along k (x_k). w, bias and scale are padded to whole vectors. add and y have unit stride along o,
 // and their last vector has `last_lanes` columns.
@@ -177,6 +179,19 @@ struct MixTile {
   const T* after;  // added after the activation, if given
   ptrdiff_t ld_after;
   Ahead* ahead;  // two
+  int tiles;
+
+  // Moves on to the next MR rows.
+  XK_INLINE void advance(int MR) {
+    x += MR * x_row;
+    y = (char*)y + MR * ldy * itemsize(dtype);
+    if (x2) x2 += MR * x2_row;
+    if (divided && !by_rows) divided += MR;
+    if (scale && by_rows) scale += MR;
+    if (bias && by_rows) bias += MR;
+    if (add) add = (const char*)add + MR * ld_add * itemsize(add_dtype);
+    if (after) after += MR * ld_after;
+  }
 };
 
 template <class T, int MR, int NR, class S>
@@ -193,7 +208,7 @@ XK_INLINE void store_tile(V<T> (&acc)[MR][NR], S* y, ptrdiff_t ldy, int last_lan
 }
 
 template <class T, bool PAIRS, int MR, int NR, int G>
-void mix_tile(const MixTile<T>& t) {
+XK_INLINE void mix_one(const MixTile<T>& t) {
   V<T> acc[MR][NR];
 #pragma GCC unroll 16
   for (int r = 0; r < MR; ++r)
@@ -254,6 +269,12 @@ void mix_tile(const MixTile<T>& t) {
                   [&](auto* storage) { store_tile<T, MR, NR>(acc, (decltype(storage))t.y, t.ldy, t.last_lanes); });
 }
 
+template <class T, bool PAIRS, int MR, int NR, int G>
+void mix_tile(const MixTile<T>& first) {
+  MixTile<T> t = first;
+  for (int tile = 0; tile < first.tiles; ++tile, t.advance(MR)) mix_one<T, PAIRS, MR, NR, G>(t);
+}
+
 // Tiles by log2 of the sharing (how many rows share the last vector), number of vectors and number of rows. Entries
 // that do not fit the registers, or whose rows are not a multiple of the sharing, are null and never used.
 template <class T, bool PAIRS>
@@ -301,18 +322,16 @@ int prefetches(int K, int rows, int cols, F most_rows) {
   return panels.parts * tiles.parts * ((K + kPrefetchEvery - 1) / kPrefetchEvery);
 }
 
-// Cuts the rows of one panel into tiles of at most `most` rows and calls f(first row, rows, log2 of the sharing). Rows
-// beyond a multiple of the sharing form one last tile without sharing.
+// Cuts the rows of one panel into tiles of at most `most` rows and calls f(first row, rows of a tile, log2 of the
+// sharing, tiles) for all tiles of one size. Rows beyond a multiple of the sharing form one last tile without sharing.
 template <class F>
 void for_tiles(int rows, int most, int sharing, F f) {
-  int shared_rows = rows >> sharing, row = 0;
-  Cut tiles(shared_rows, most >> sharing);
-  for (int i = 0; i < tiles.parts; ++i) {
-    int size = tiles.size(i) << sharing;
-    f(row, size, sharing);
-    row += size;
-  }
-  if (row < rows) f(row, rows - row, 0);
+  const Cut tiles(rows >> sharing, most >> sharing);
+  const int small = tiles.small << sharing, large = small + (1 << sharing);
+  if (tiles.larger) f(0, large, sharing, tiles.larger);
+  if (tiles.parts > tiles.larger) f(tiles.larger * large, small, sharing, tiles.parts - tiles.larger);
+  const int row = rows >> sharing << sharing;
+  if (row < rows) f(row, rows - row, 0, 1);
 }
 
 // Products over one packed block of tokens, tile by tile. The outer loop is over columns, so that a panel of b stays in
@@ -335,10 +354,12 @@ void gram_block(const GramTile<T>& whole, int rows, int cols, bool lower_only) {
         for (int c = 0; c < t.ldb; c += VL<T>) store(copy + n * t.ldb + c, load(t.b + n * whole.ldb + c));
       t.b = copy;
     }
-    for_tiles(rows, max_gram_rows<T>(nr, 1 << shared), shared, [&](int row, int size, int s) {
-      if (lower_only && row + size <= first_col) return;
-      t.a = whole.a + row * t.a_row;
-      t.g = whole.g + row * t.ldg + first_col;
+    for_tiles(rows, max_gram_rows<T>(nr, 1 << shared), shared, [&](int row, int size, int s, int tiles) {
+      const int above = lower_only && first_col > row ? least_of((first_col - row) / size, tiles) : 0;
+      if (above == tiles) return;
+      t.a = whole.a + (row + above * size) * t.a_row;
+      t.g = whole.g + (row + above * size) * t.ldg + first_col;
+      t.tiles = tiles - above;
       kTiles<T, PAIRS>.gram[s][nr - 1][size - 1](t);
     });
   }
@@ -379,7 +400,8 @@ void mix_block(const MixTile<T>& whole, int tokens, int cols, int y_itemsize, in
     if (t.divided && t.by_rows) t.divided = whole.divided + first_col;
     t.last_lanes = rest < VL<T> ? rest : VL<T>;
     const int shared = p + 1 == panels.parts ? sharing<T>(cols) : 0;
-    for_tiles(tokens, max_mix_rows(nr, 1 << shared), shared, [&](int row, int size, int s) {
+    for_tiles(tokens, max_mix_rows(nr, 1 << shared), shared, [&](int row, int size, int s, int tiles) {
+      t.tiles = tiles;
       t.x = whole.x + row * t.x_row;
       if (t.x2) t.x2 = whole.x2 + row * t.x2_row;
       if (t.divided && !t.by_rows) t.divided = whole.divided + row;
