@@ -53,6 +53,83 @@ def test_number_of_frames_to_the_kernel(monkeypatch, need_backend):
     assert in_gram_form[1] == "xfa_layer" and len(in_gram_form[1:]) <= 5
 
 
+def test_python_calls_of_a_repeated_call(need_backend):
+    """The checks and the choice of a backend are not repeated, so that small tensors are not dominated by Python."""
+    need_backend("cpp")
+    q, k, v = (randn(1, 2, 9, 4, seed=i) for i in range(3))
+    t, counted = torch.ones(2), []
+    for _ in range(2):
+        count = 0
+
+        def profile(_, event, __):
+            nonlocal count
+            count += event == "call"
+
+        sys.setprofile(profile)
+        try:
+            xk.xfa(q, k, v, t)
+        finally:
+            sys.setprofile(None)
+        counted.append(count)
+    assert counted[1] <= 45 < counted[0], counted
+
+
+def test_repeated_calls_are_checked_and_served_as_new_ones(need_backend, monkeypatch):
+    """What does not belong to the signature of a call: modes, settings, options of other types, other arguments."""
+    need_backend("cpp")
+    q, k, v = (randn(1, 2, 9, 4, seed=i) for i in range(3))
+    t = torch.ones(2)
+    for eps in (1e-12, 1, 1):
+        xk.xfa(q, k, v, t, eps=eps)
+    for change, error, said in (
+        ({"eps": True}, TypeError, "eps"),
+        ({"dropout_p": True}, TypeError, "dropout_p"),
+        ({"dropout_p": torch.zeros(())}, TypeError, "dropout_p"),
+        ({"token_mask": torch.ones(1, 8, dtype=torch.bool)}, ValueError, "token_mask"),
+        ({"map_fn": 1}, TypeError, "map_fn"),
+        ({"backend": "gpu"}, ValueError, "backend must be one of"),
+        ({"backend": ["cpp"]}, ValueError, "backend must be one of"),
+        ({"map": ["query_key"]}, ValueError, "map must be one of"),
+        ({"q": None}, TypeError, "q must be a torch.Tensor"),
+        ({"temperature": None}, TypeError, "temperature must be a torch.Tensor"),
+        ({"k": k.to_sparse()}, TypeError, "k must be a dense tensor"),
+        ({"k": torch.nested.nested_tensor([k[0]])}, TypeError, "k must be a dense tensor"),
+        ({"k": k.to("meta")}, ValueError, "k must be on the device of q"),
+        ({"v": v[:, :, :8]}, ValueError, "v must have the shape of q"),
+        ({"v": v.double()}, TypeError, "v must have the dtype of q"),
+    ):
+        with pytest.raises(error, match=said):
+            xk.xfa(**({"q": q, "k": k, "v": v, "temperature": t} | change))
+    expected = xk.xfa(q, k, v, t)
+
+    def backends_of(call):
+        with dispatch.record() as ran:
+            result = call()
+        torch.testing.assert_close(result, expected.to(result.dtype), rtol=2e-2, atol=2e-2)
+        return {backend for backend, _ in ran}
+
+    assert backends_of(lambda: xk.xfa(q, k, v, t)) == {"cpp"}
+    assert backends_of(lambda: torch.vmap(lambda q: xk.xfa(q, k, v, t))(q[None])[0]) == {"reference"}
+    assert backends_of(lambda: xk.xfa(q, k, v, t, backend="reference")) == {"reference"}
+    with torch.autocast("cpu", torch.bfloat16):
+        assert xk.xfa(q, k, v, t).dtype == torch.bfloat16
+    monkeypatch.setenv(dispatch.ENVIRONMENT, "reference")
+    assert backends_of(lambda: xk.xfa(q, k, v, t)) == {"reference"}
+    monkeypatch.setenv(dispatch.ENVIRONMENT, "nothing")
+    with pytest.raises(ValueError, match="'nothing'; it must be one of"):
+        xk.xfa(q, k, v, t)
+
+
+def test_signatures_of_many_shapes_are_forgotten(need_backend, monkeypatch):
+    need_backend("cpp")
+    monkeypatch.setattr(dispatch, "_chosen", {})
+    monkeypatch.setattr(dispatch, "_MOST_CHOSEN", 8)
+    for n in range(1, 30):
+        q = randn(1, 1, n, 4, seed=n)
+        xk.xfa(q, q, q, torch.ones(1))
+        assert len(dispatch._chosen) <= 8
+
+
 def test_spec_checks_and_text():
     for config in CONFIGS:
         spec = config.spec.check()

@@ -11,7 +11,8 @@ from torch import Tensor
 from xformer_kernels import reference
 
 
-def _is_on(x: Tensor) -> bool:
+def is_on(x: Tensor) -> bool:
+    """Whether autocast is on for the device of x."""
     device_type = x.device.type
     # is_autocast_enabled raises for devices without autocast; torch.compile of torch 2.11 cannot trace
     # is_autocast_available
@@ -21,7 +22,7 @@ def _is_on(x: Tensor) -> bool:
 
 def cast_tokens(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
     """Casts tokens to the autocast dtype of the device of x, as for a matmul; float64 is not cast."""
-    if not _is_on(x):
+    if not is_on(x):
         return x, *others
     dtype = torch.get_autocast_dtype(x.device.type)
     return tuple(t.to(dtype) if isinstance(t, Tensor) and _castable(t) else t for t in (x, *others))
@@ -29,7 +30,7 @@ def cast_tokens(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
 
 def cast_weights(x: Tensor, *weights: Any) -> tuple[Any, ...]:
     """With autocast on, casts weights to the dtype of x, as F.linear does, unless they have its accumulate dtype."""
-    if not _is_on(x):
+    if not is_on(x):
         return weights
     accepted = (x.dtype, reference.accumulate_dtype(x.dtype))
     return tuple(
@@ -39,7 +40,7 @@ def cast_weights(x: Tensor, *weights: Any) -> tuple[Any, ...]:
 
 def disabled(x: Tensor) -> AbstractContextManager[Any]:
     """Context manager that disables autocast."""
-    return torch.autocast(x.device.type, enabled=False) if _is_on(x) else nullcontext()
+    return torch.autocast(x.device.type, enabled=False) if is_on(x) else nullcontext()
 
 
 def _castable(t: Tensor) -> bool:

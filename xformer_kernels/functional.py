@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -84,10 +85,38 @@ def xfa(
         RuntimeError: the backend requested by name cannot serve the call; the message lists every reason.
     """
     spec = Spec(map, norm, activation, eps).check()
-    q, k, v, temperature = _prepare(q, k, v, temperature, token_mask, dropout_p, map_fn)
-    arguments = Arguments(q, k, v, temperature, spec, token_mask, dropout_p, map_fn)
-    out: Tensor = prepared(arguments, backend)()[0]
+    signature = None
+    if token_mask is None and map_fn is None and type(dropout_p) is float and dropout_p == 0:
+        signature = _signature(backend, spec, q, k, v, temperature)
+        serving = dispatch.chosen(signature)
+        if serving is not None:
+            spec = spec.with_normal_eps(reference.accumulate_dtype(q.dtype))
+            tensors = (q, k, v, temperature)
+            out: Tensor = ops.call("xfa_forward", serving, tensors, None, spec, known_plain=True)[0]
+            return out.transpose(1, 2)
+    q, k, v, per_head = _prepare(q, k, v, temperature, token_mask, dropout_p, map_fn)
+    arguments = Arguments(q, k, v, per_head, spec, token_mask, dropout_p, map_fn)
+    out = prepared(arguments, backend, signature if per_head is temperature else None)()[0]
     return out.transpose(1, 2)
+
+
+def _signature(backend: Any, spec: Spec, q: Any, k: Any, v: Any, temperature: Any) -> tuple[Any, ...] | None:
+    """Everything that the checks of a call and its backend depend on; None unless in plain eager mode without autocast.
+
+    A call with the signature of an earlier one is not checked again.
+    """
+    if type(backend) is not str or q is None or k is None or v is None or temperature is None:
+        return None
+    if not ops.plain(q, k, v, temperature) or autocast.is_on(q):
+        return None
+    asked = os.environ.get(dispatch.ENVIRONMENT) if backend == "auto" else None
+    return (
+        backend, asked, spec,
+        q.shape, q.dtype, q.device, q.layout,
+        k.shape, k.dtype, k.device, k.layout,
+        v.shape, v.dtype, v.device, v.layout,
+        temperature.shape, temperature.dtype, temperature.device, temperature.layout,
+    )  # fmt: skip
 
 
 class Arguments(NamedTuple):
@@ -117,8 +146,11 @@ class Arguments(NamedTuple):
         return self.temperature.dtype is torch.float64 and self.q.dtype is not torch.float64
 
 
-def prepared(a: Arguments, backend: str) -> Callable[[], Sequence[Tensor]]:
-    """A callable that computes :func:`xfa`; its first result is out (B, N, H, D)."""
+def prepared(a: Arguments, backend: str, signature: tuple[Any, ...] | None = None) -> Callable[[], Sequence[Tensor]]:
+    """A callable that computes :func:`xfa`; its first result is out (B, N, H, D).
+
+    If a single op computes the call, the backend is remembered for its signature.
+    """
     if a.promotes():
         return partial(_rounded, a, backend)
     q, tensors, fusible = a.q, a.tensors(), a.fusible()
@@ -127,6 +159,7 @@ def prepared(a: Arguments, backend: str) -> Callable[[], Sequence[Tensor]]:
     name = backend_of(backend, tensors, (q.dtype, a.temperature.dtype), head_dims(q), norm, first)
     spec = a.spec.with_normal_eps(reference.accumulate_dtype(q.dtype))
     if fusible and name != "reference" and dispatch.fuses(name, spec):
+        dispatch.remember(signature, name)
         return partial(ops.call, "xfa_forward", name, tensors, a.token_mask, spec)
     a = a._replace(spec=spec)
     return partial(_reference, a) if name == "reference" else partial(composed, a, name)

@@ -64,8 +64,8 @@ _PLAIN = (Tensor, Parameter)
 def plain(*tensors: Tensor | None) -> bool:
     """True if the kernel can be called directly, without the dispatcher.
 
-    This requires that no compiler, tracer, mode or transform is active, and that no tensor is a subclass or a negated
-    view (``Tensor.is_neg``).
+    This requires that no compiler, tracer, mode or transform is active, and that no tensor is a subclass, nested or a
+    negated view (``Tensor.is_neg``).
     """
     if (
         torch.compiler.is_compiling()
@@ -78,7 +78,7 @@ def plain(*tensors: Tensor | None) -> bool:
         return False
     for t in tensors:
         # batched gradients of torch.autograd.grad(is_grads_batched=True) have the type Tensor as well
-        if t is not None and (type(t) not in _PLAIN or t.is_neg() or internals.is_legacy_batched(t)):
+        if t is not None and (type(t) not in _PLAIN or t.is_nested or t.is_neg() or internals.is_legacy_batched(t)):
             return False
     return True
 
@@ -116,12 +116,13 @@ _functions: dict[str, type[torch.autograd.Function]] = {}
 _composed: dict[str, Callable[..., Any]] = {}
 
 
-def call(op: str, backend: str, operands: tuple[Tensor | None, ...], *others: Any) -> Any:
+def call(op: str, backend: str, operands: tuple[Tensor | None, ...], *others: Any, known_plain: bool = False) -> Any:
     """Runs an op: in plain eager mode through the backend's function or autograd.Function, else through the dispatcher.
 
-    Dispatching a Python-registered op costs as much as the whole kernel does on a small tensor.
+    Dispatching a Python-registered op costs as much as the whole kernel does on a small tensor. `known_plain`:
+    :func:`plain` is true for the operands.
     """
-    if plain(*operands) and not internals.profiler_is_on():  # a profiler only sees dispatched ops
+    if (known_plain or plain(*operands)) and not internals.profiler_is_on():  # a profiler only sees dispatched ops
         if wants_grad(*operands):
             return _functions[op].apply(backend, *operands, *others)
         return _kernel(op, backend)(*operands, *others)

@@ -16,10 +16,12 @@ from xformer_kernels import _C
 from xformer_kernels.backends import arguments, unsupported_numbers
 from xformer_kernels.backends.layouts import Results
 from xformer_kernels.backends.program import Program, Unrecordable
+from xformer_kernels.validate import DTYPES
 
 NAME = "cpp"
 
 _CPU = torch.device("cpu")  # always passed explicitly, as the default device may be another
+_LIKE = {dtype: torch.empty(0, dtype=dtype, device=_CPU) for dtype in DTYPES}
 # glibc calls mmap for every allocation above 32 MiB, but for smaller sizes only until such a block is first freed.
 _LARGE = 32 << 20
 # The products add their terms sequentially: for more terms than this, a blocked matrix product is more accurate.
@@ -45,7 +47,7 @@ def unsupported(device_type: str, dtypes: Iterable[torch.dtype], head_dims: Iter
 
 def _empty(size: tuple[int, ...], dtype: torch.dtype, order: tuple[int, ...] | None = None) -> Tensor:
     if order is None:
-        result = torch.empty(size, dtype=dtype, device=_CPU)
+        result = _LIKE[dtype].new_empty(size)  # in half the time of torch.empty, which has more arguments
     else:
         result = torch.empty_permuted(size, order, dtype=dtype, device=_CPU)
     if result.nbytes >= _LARGE:
