@@ -2,7 +2,7 @@
 // architectures whose multiply-add can use a single lane of a register as a scalar, they are read as whole vectors.
 #pragma once
 
-#include "vec.h"
+#include "halves.h"
 
 namespace xk {
 namespace XK_LEVEL {

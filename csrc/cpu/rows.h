@@ -2,7 +2,7 @@
 // dtype, norms and their derivatives, and writing back.
 #pragma once
 
-#include "vec.h"
+#include "halves.h"
 
 namespace xk {
 namespace XK_LEVEL {
