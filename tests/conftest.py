@@ -157,7 +157,7 @@ def pytest_generate_tests(metafunc):
 def pytest_collection_modifyitems(config, items):
     """Deselects calls that a backend refuses, and what does not run on a push: tests marked ``nightly``, those of slow
     kernels marked ``nightly(slow=True)``, and all but one in n of the combinations of slow kernels of tests marked
-    ``one_in(n)``.
+    ``one_in(n)``, or of all kernels with ``one_in(n, slow=False)``.
 
     The selection depends on the names of the combinations only, so it is the same everywhere.
     """
@@ -167,7 +167,8 @@ def pytest_collection_modifyitems(config, items):
         params = item.callspec.params if hasattr(item, "callspec") else {}
         slow = is_slow(params) or ("triton" in item.path.parts and INTERPRETING)
         late = nightly and (slow or "slow" not in nightly.kwargs)
-        if late or (slow and one_in and zlib.crc32(item.name.encode()) % one_in.args[0]):
+        sampled = one_in and (slow or one_in.kwargs.get("slow") is False)
+        if late or (sampled and zlib.crc32(item.name.encode()) % one_in.args[0]):
             left_out.append(item)
     if left_out:
         config.hook.pytest_deselected(items=left_out)

@@ -178,6 +178,7 @@ def test_global_hooks_see_the_calls_of_the_original(case):
     torch.testing.assert_close(seen[0][1], seen[1][1], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.one_in(2, slow=False)
 def test_compiled(case):
     torch._dynamo.reset()
     model = case.model(torch.float64).eval()

@@ -20,6 +20,7 @@ def test_op(dtype, kernel, device):
     torch.library.opcheck(torch.ops.xformer_kernels.gram_and_sum.default, (a, b, kernel))
 
 
+@pytest.mark.one_in(2, slow=False)
 @pytest.mark.parametrize("feature_map", ["relu", "softmax_tokens"])
 @pytest.mark.parametrize("op", ["forward", "backward"])
 def test_ops_of_linear_attention(op, feature_map, kernel, device):

@@ -116,6 +116,7 @@ def check(case, results):
         assert_close(whole[name], eager[name], expected, name)
 
 
+@pytest.mark.one_in(2, slow=False)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_output_and_gradients_are_those_of_one_process(case, ranks):
     check(case, ranks.of(f"case {case}"))

@@ -36,6 +36,7 @@ def rows() -> list[Any]:
     ]  # fmt: skip
 
 
+@pytest.mark.one_in(2, slow=False)
 @pytest.mark.parametrize("form", ["gram", "direct"])
 @pytest.mark.parametrize(("kind", "change"), rows())
 def test_results_and_calls_are_those_of_the_original(kind, change, form):

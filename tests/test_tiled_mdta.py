@@ -129,6 +129,7 @@ print((memory("VmHWM") - before) / y.nbytes)
 """
 
 
+@pytest.mark.nightly
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read as Linux reports it")
 def test_peak_memory():
     """In units of the output: the output itself and one tile. Without tiles, q, k, v and their inputs are 6 more."""

@@ -423,7 +423,7 @@ ROWS = [
 ]
 
 
-@pytest.mark.one_in(6)
+@pytest.mark.nightly(slow=True)
 @pytest.mark.skipif(not launch.INTERPRETING, reason="other architectures' rows run in Triton's interpreter only")
 @pytest.mark.parametrize("dtype, arch, D", ROWS, ids=str)
 def test_rows_of_real_architectures(dtype, arch, D, monkeypatch, ran_backend, triton_runs):
