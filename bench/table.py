@@ -29,6 +29,7 @@ BACKBONES = "<!-- backbones: python -m bench.table {} -->"
 FORWARD = "<!-- backbones, forward: python -m bench.table {} -->"
 TRAINING = "<!-- backbones, training: python -m bench.table {} -->"
 MACHINES = "<!-- machines: python -m bench.table {} -->"
+LAYER_MACHINES = "<!-- layers on machines: python -m bench.table {} -->"
 VARIANTS = "<!-- variants: python -m bench.table {} -->"
 # (our backbone, the one it is compared with) -> {batch size: speedup to reach}
 GOALS = {
@@ -120,6 +121,29 @@ def render_layers(folder: Path) -> str:
         means = [cell(mean(run, direction, field, many)) for direction in both for field in FIELDS[:2]]
         memory = cell(mean(run, both[-1], "memory_of_eager", many))
         lines.append(f"| mean of {kind} where N >= 8C | {' | '.join(means)} | {memory} | |")
+    return "\n".join([*lines, END])
+
+
+def render_layer_machines(folder: Path) -> str:
+    """Geometric means of each run of layers and half blocks on a CPU over the workloads where N >= 8C, and the worst of
+    all workloads."""
+    lines = [
+        opening(LAYER_MACHINES, folder),
+        "| machine, date | what | forward: x eager | x compiled | forward+backward: x eager | x compiled "
+        "| least x compiled | worst regret |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for path in sorted(folder.parent.glob("*/layer-cpu-float32.json")):
+        for kind, suffix in (("layers", ""), ("half blocks", "-blocks")):
+            run = json.loads(path.with_stem(f"{path.stem}{suffix}").read_text())
+            both = directions(run)
+            means = [cell(mean(run, direction, field, many)) for direction in both for field in FIELDS[:2]]
+            all_rows = [find(run, row["workload"], direction) for row in run["rows"] for direction in both]
+            least = cell(min(row[FIELDS[1]] for row in all_rows if row.get(FIELDS[1])))
+            regret = max(_regrets(run, direction) for direction in both)[0]
+            lines.append(
+                f"| {run['machine']}, {run['date'][:10]} | {kind} | {' | '.join(means)} | {least} | {regret:.0%} |"
+            )
     return "\n".join([*lines, END])
 
 
@@ -310,6 +334,7 @@ def replace(readme: str, table: str) -> str:
         LEARNING,
         VARIANTS,
         MACHINES,
+        LAYER_MACHINES,
         SEGMENTATION,
         *map(SCENES.format, METRICS),
     )
@@ -319,10 +344,18 @@ def replace(readme: str, table: str) -> str:
     return before + table + rest.split(END, 1)[1]
 
 
+OF_ALL_MACHINES = (render_machines, render_layer_machines)
 ON_GPU: dict[str, tuple[Callable[[Path], str], ...]] = {"docs/benchmarks.md": (render_gpu,)}
 ON_CPU: dict[str, tuple[Callable[[Path], str], ...]] = {
     "README.md": (render_summary,),
-    "docs/benchmarks.md": (render, render_machines, render_layers, render_models, render_backbones),
+    "docs/benchmarks.md": (
+        render,
+        render_machines,
+        render_layers,
+        render_layer_machines,
+        render_models,
+        render_backbones,
+    ),
     "docs/backbone.md": (render_forward, render_training),
     "docs/training.md": (render_learning,),
     "docs/detection.md": (partial(render_scenes, "detect"),),
@@ -338,10 +371,11 @@ def main() -> int:
         path = ROOT / name
         text = path.read_text()
         for table in tables:
-            # tables without results of this machine are kept
+            # tables without results of this machine are kept, and those that name the results of another one
             with contextlib.suppress(FileNotFoundError):
                 rendered = table(folder)
-                text = text if "Not measured yet." in rendered else replace(text, rendered)
+                shown = rendered.splitlines()[0] in text or table in OF_ALL_MACHINES
+                text = replace(text, rendered) if shown and "Not measured yet." not in rendered else text
         path.write_text(text)
     return 0
 

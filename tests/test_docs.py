@@ -58,7 +58,15 @@ def begins(table, page):
     """The first lines of the tables of a page, in the order of their renderers."""
     return {
         "README.md": (table.SUMMARY,),
-        "docs/benchmarks.md": (table.BEGIN, table.MACHINES, table.LAYERS, table.MODELS, table.BACKBONES, table.GPU),
+        "docs/benchmarks.md": (
+            table.BEGIN,
+            table.MACHINES,
+            table.LAYERS,
+            table.LAYER_MACHINES,
+            table.MODELS,
+            table.BACKBONES,
+            table.GPU,
+        ),
         "docs/backbone.md": (table.FORWARD, table.TRAINING),
         "docs/training.md": (table.LEARNING,),
         "docs/detection.md": (table.SCENES.format("detect"),),
