@@ -235,6 +235,21 @@ def test_added_terms_do_not_reduce_precision(what, kernel, device):
         assert_close(y, eager, reference.channel_mix(**{name: v.double() for name, v in t.items()}), what)
 
 
+@pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)
+def test_every_value_of_16_bits_is_read_and_rounded_as_torch_does(dtype, need_backend, ran_backend):
+    """With one feature: all values, also NaN and infinity, and products of them. With more: rows of all lengths."""
+    need_backend("cpp")
+    values = torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16).view(dtype)
+    with ran_backend("cpp", "channel_mix"):
+        for factor in (1.0, 1.0 + 2**-9, 3e-5, 7e4):
+            y = xk.channel_mix(values.view(1, -1, 1), torch.full((1, 1), factor), backend="cpp")
+            torch.testing.assert_close(y.view(-1), (values.float() * factor).to(dtype), rtol=0, atol=0, equal_nan=True)
+        finite = values[values.isfinite()]
+        for features in range(2, 20):
+            x = finite[: len(finite) // features * features].view(1, -1, features)
+            torch.testing.assert_close(xk.channel_mix(x, torch.eye(features), backend="cpp"), x, rtol=0, atol=0)
+
+
 def test_channel_mix_of_3d_input(kernel, device, ran):
     x, add = randn(2, 30, 4, seed=1, device=device), randn(2, 30, 5, seed=2, device=device)
     weight, bias = randn(2, 5, 4, seed=3, device=device), randn(5, seed=4, device=device)
