@@ -13,7 +13,7 @@ template <class T>
 int block_tokens(int dim, bool by_rows = false) {
   const int multiple = by_rows ? VL<T> : 12;
   const bool wide = !by_rows && dim > 64;
-  const int narrow = kRegisters < 32 ? 10 << 10 : 8 << 10;  // smaller tiles: more of them repay the start of a block
+  const int narrow = kRegisters < 32 ? 10 << 10 : 8 << 10;  // bytes; measured with 16 registers
   const int bytes = by_rows ? 16 << 10 : wide ? 192 << 10 : narrow;
   const int most =
       wide ? least_of(kMostTokens, (16 << 10) / (kMaxNR * kVectorBytes) / multiple * multiple) : kMostTokens;
@@ -231,13 +231,13 @@ class Block {
       t.ldy = mix.y.stride_n;
       t.dtype = mix.y.dtype;
       if constexpr (kMayPair)
-        if (pairs()) mix_block<T, true>(t, tokens, mix.y.dim, size);
-      if (!pairs()) mix_block(t, tokens, mix.y.dim, size);
+        if (pairs()) mix_block<T, true>(t, tokens, mix.y.dim);
+      if (!pairs()) mix_block(t, tokens, mix.y.dim);
     } else {
       t.y = staged;
       t.ldy = ld;
       t.dtype = kNative<T>;
-      mix_block(t, tokens, ld, int(sizeof(T)));
+      mix_block(t, tokens, ld);
       if (layer_norm) {
         const T* add = nullptr;
         ptrdiff_t ld_add = 0, columns = 0;
@@ -293,13 +293,13 @@ class Block {
       t.y = y;
       t.ldy = mix.y.stride_d;
       t.dtype = mix.y.dtype;
-      mix_block(t, dim, tokens, size);
+      mix_block(t, dim, tokens);
     } else {
       const T* u = features[mix.unit];
       t.y = staged;
       t.ldy = row;
       t.dtype = kNative<T>;
-      mix_block(t, dim, row, int(sizeof(T)));
+      mix_block(t, dim, row);
       if (quotient.z) quotient_backward_by_rows(staged, u, quotient.z, factors, along, quotient.dz, dim, row);
       features_backward(pass.in[mix.unit].features, staged, u, dim, tokens, row);
       with_storage<T>(mix.y.dtype,

@@ -68,11 +68,10 @@ XK_INLINE VU16 truncate(VU32 x) { return __builtin_convertvector(x, VU16); }
 #endif
 
 XK_INLINE V<float> widen_lanes(VU16 x, bf16) { return (V<float>)(extend(x) << 16); }
-XK_INLINE VU16 narrow_bf16(V<float> x) {
+XK_INLINE VU16 narrow_lanes(V<float> x, bf16) {
   const VU32 u = (VU32)x, nan = VU32{} + 0x7fc0;
   return truncate(x != x ? nan : (u + 0x7fff + ((u >> 16) & 1)) >> 16);
 }
-XK_INLINE VU16 narrow_lanes(V<float> x, bf16) { return narrow_bf16(x); }
 
 #if defined(XK_512)
 XK_INLINE V<float> widen_lanes(VU16 x, f16) { return (V<float>)_mm512_cvtph_ps((__m256i)x); }
@@ -110,7 +109,8 @@ XK_INLINE void put_lanes(void* p, VU16 x, int n) { _mm256_mask_storeu_epi16(p, _
 XK_INLINE VU16 lanes_of(const void* p, int n) { return (VU16)_mm_maskz_loadu_epi16(__mmask8((1u << n) - 1), p); }
 XK_INLINE void put_lanes(void* p, VU16 x, int n) { _mm_mask_storeu_epi16(p, __mmask8((1u << n) - 1), (__m128i)x); }
 #else
-// Four lanes are one integer. The second four are those that end at lane n, of which the first overlap the first four.
+// Four lanes are one integer. For more than four, a second integer is read or written that ends at lane n and overlaps
+// the first one.
 typedef uint64_t FourLanes __attribute__((aligned(2), may_alias));
 typedef uint32_t TwoLanes __attribute__((aligned(2), may_alias));
 typedef typename VectorOf<uint64_t, kVectorBytes / 2>::type Fours;  // as many lanes as VU16
@@ -142,14 +142,23 @@ XK_INLINE void put_lanes(void* to, VU16 lanes, int n) {
 }
 #endif
 
-XK_INLINE V<float> load(const bf16* p) { return widen_lanes(lanes_of(p), bf16{}); }
-XK_INLINE V<float> load(const bf16* p, int n) { return widen_lanes(lanes_of(p, n), bf16{}); }
-XK_INLINE void store(bf16* p, V<float> x) { put_lanes(p, narrow_lanes(x, bf16{})); }
-XK_INLINE void store(bf16* p, V<float> x, int n) { put_lanes(p, narrow_lanes(x, bf16{}), n); }
-XK_INLINE V<float> load(const f16* p) { return widen_lanes(lanes_of(p), f16{}); }
-XK_INLINE V<float> load(const f16* p, int n) { return widen_lanes(lanes_of(p, n), f16{}); }
-XK_INLINE void store(f16* p, V<float> x) { put_lanes(p, narrow_lanes(x, f16{})); }
-XK_INLINE void store(f16* p, V<float> x, int n) { put_lanes(p, narrow_lanes(x, f16{}), n); }
+// S: bf16 or f16
+template <class S>
+XK_INLINE V<float> load(const S* p) {
+  return widen_lanes(lanes_of(p), S{});
+}
+template <class S>
+XK_INLINE V<float> load(const S* p, int n) {
+  return widen_lanes(lanes_of(p, n), S{});
+}
+template <class S>
+XK_INLINE void store(S* p, V<float> x) {
+  put_lanes(p, narrow_lanes(x, S{}));
+}
+template <class S>
+XK_INLINE void store(S* p, V<float> x, int n) {
+  put_lanes(p, narrow_lanes(x, S{}), n);
+}
 
 // Pairs of bf16 are stored as the bits of the 32-bit lanes of V<float>. kPairs: the level has the instruction that adds
 // the products of both elements of a pair to a float, which doubles the rate of products.

@@ -119,7 +119,7 @@ class Linear {
         if (p.add) t.after = p.add + n * out;
         t.ld_after = out;
       }
-      mix_block(t, tokens, out, int(sizeof(float)), first, end);
+      mix_block(t, tokens, out, first, end);
       t.x += kChain;
       t.add = t.y;  // the next chain adds to what this one has stored
       t.ld_add = out;

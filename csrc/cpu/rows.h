@@ -111,7 +111,7 @@ inline void pair_rows(float* w, int dim, int ld) {
   for (int i = 0; i < dim / 2; ++i)
     for (int c = 0; c < ld; c += VL<float>) {
       const float* row = w + (ptrdiff_t)(2 * i) * ld + c;
-      VU32 pair = extend(narrow_bf16(load(row))) | extend(narrow_bf16(load(row + ld))) << 16;
+      VU32 pair = extend(narrow_lanes(load(row), bf16{})) | extend(narrow_lanes(load(row + ld), bf16{})) << 16;
       store(w + (ptrdiff_t)i * ld + c, (V<float>)pair);
     }
 }

@@ -181,16 +181,15 @@ struct MixTile {
   Ahead* ahead;  // two
   int tiles;
 
-  // Moves on to the next MR rows.
-  XK_INLINE void advance(int MR) {
-    x += MR * x_row;
-    y = (char*)y + MR * ldy * itemsize(dtype);
-    if (x2) x2 += MR * x2_row;
-    if (divided && !by_rows) divided += MR;
-    if (scale && by_rows) scale += MR;
-    if (bias && by_rows) bias += MR;
-    if (add) add = (const char*)add + MR * ld_add * itemsize(add_dtype);
-    if (after) after += MR * ld_after;
+  XK_INLINE void advance(int rows) {
+    x += rows * x_row;
+    y = (char*)y + rows * ldy * itemsize(dtype);
+    if (x2) x2 += rows * x2_row;
+    if (divided && !by_rows) divided += rows;
+    if (scale && by_rows) scale += rows;
+    if (bias && by_rows) bias += rows;
+    if (add) add = (const char*)add + rows * ld_add * itemsize(add_dtype);
+    if (after) after += rows * ld_after;
   }
 };
 
@@ -270,9 +269,8 @@ XK_INLINE void mix_one(const MixTile<T>& t) {
 }
 
 template <class T, bool PAIRS, int MR, int NR, int G>
-void mix_tile(const MixTile<T>& first) {
-  MixTile<T> t = first;
-  for (int tile = 0; tile < first.tiles; ++tile, t.advance(MR)) mix_one<T, PAIRS, MR, NR, G>(t);
+void mix_tile(MixTile<T>& t) {
+  for (int left = t.tiles; left > 0; --left, t.advance(MR)) mix_one<T, PAIRS, MR, NR, G>(t);
 }
 
 // Tiles by log2 of the sharing (how many rows share the last vector), number of vectors and number of rows. Entries
@@ -281,7 +279,7 @@ template <class T, bool PAIRS>
 struct Tiles {
   static constexpr int kSharing = VL<T> >= 16 ? 3 : VL<T> >= 8 ? 2 : 1;  // G = 1, 2, 4: W is never below 4
   void (*gram[3][kMaxNR][kMaxMR])(const GramTile<T>&) = {};
-  void (*mix[3][kMaxNR][kMaxMR])(const MixTile<T>&) = {};
+  void (*mix[3][kMaxNR][kMaxMR])(MixTile<T>&) = {};
 
   template <int S, int NR, int MR>
   constexpr void fill_rows() {
@@ -381,35 +379,31 @@ void pack_panel(const S* weight, int64_t stride_out, int64_t stride_in, int in, 
 // at row panel_row. With rows of all columns, rows that are a power of two apart would evict each other.
 // first_panel, last_panel: the panels to compute; by default all.
 template <class T, bool PAIRS = false>
-void mix_block(const MixTile<T>& whole, int tokens, int cols, int y_itemsize, int first_panel = 0,
-               int last_panel = 1 << 30) {
+void mix_block(const MixTile<T>& whole, int tokens, int cols, int first_panel = 0, int last_panel = 1 << 30) {
   Cut panels((cols + VL<T> - 1) / VL<T>, kMaxNR);
-  MixTile<T> t = whole;
   for (int p = first_panel; p < panels.parts && p < last_panel; ++p) {
     int nr = panels.size(p), first_col = panels.start(p) * VL<T>, rest = cols - first_col - (nr - 1) * VL<T>;
-    t.w = whole.w + first_col;
-    if (whole.panel_rows) {
-      t.ldw = nr * VL<T>;
-      t.w = whole.w + first_col * whole.panel_rows + whole.panel_row * t.ldw;
-      if (t.w2) t.w2 = whole.w2 + first_col * whole.K2;
-    } else if (t.w2) {
-      t.w2 = whole.w2 + first_col;
+    MixTile<T> panel = whole;
+    if (panel.panel_rows) {
+      panel.ldw = nr * VL<T>;
+      panel.w += first_col * panel.panel_rows + panel.panel_row * panel.ldw;
+      if (panel.w2) panel.w2 += first_col * panel.K2;
+    } else {
+      panel.w += first_col;
+      if (panel.w2) panel.w2 += first_col;
     }
-    if (t.bias && !t.by_rows) t.bias = whole.bias + first_col;
-    if (t.scale && !t.by_rows) t.scale = whole.scale + first_col;
-    if (t.divided && t.by_rows) t.divided = whole.divided + first_col;
-    t.last_lanes = rest < VL<T> ? rest : VL<T>;
+    if (panel.bias && !panel.by_rows) panel.bias += first_col;
+    if (panel.scale && !panel.by_rows) panel.scale += first_col;
+    if (panel.divided && panel.by_rows) panel.divided += first_col;
+    if (panel.add) panel.add = (const char*)panel.add + first_col * itemsize(panel.add_dtype);
+    if (panel.after) panel.after += first_col;
+    panel.y = (char*)panel.y + first_col * itemsize(panel.dtype);
+    panel.last_lanes = rest < VL<T> ? rest : VL<T>;
     const int shared = p + 1 == panels.parts ? sharing<T>(cols) : 0;
     for_tiles(tokens, max_mix_rows(nr, 1 << shared), shared, [&](int row, int size, int s, int tiles) {
+      MixTile<T> t = panel;
+      t.advance(row);
       t.tiles = tiles;
-      t.x = whole.x + row * t.x_row;
-      if (t.x2) t.x2 = whole.x2 + row * t.x2_row;
-      if (t.divided && !t.by_rows) t.divided = whole.divided + row;
-      if (t.scale && t.by_rows) t.scale = whole.scale + row;
-      if (t.bias && t.by_rows) t.bias = whole.bias + row;
-      if (t.add) t.add = (const char*)whole.add + (row * t.ld_add + first_col) * itemsize(t.add_dtype);
-      if (t.after) t.after = whole.after + row * t.ld_after + first_col;
-      t.y = (char*)whole.y + (row * t.ldy + first_col) * y_itemsize;
       kTiles<T, PAIRS>.mix[s][nr - 1][size - 1](t);
     });
   }
