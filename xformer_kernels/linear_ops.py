@@ -52,8 +52,11 @@ class _LinearAttention(torch.autograd.Function):
             return (None,) * 7
         q, k, v, stats, *masks = ctx.saved_tensors
         operands = (dout.transpose(1, 2), q, k, v)
-        packed = ops.writes_packed(ctx.backend, dout, q, k, v)
-        gradients = ops.call("linear_attention_backward", ctx.backend, operands, stats, *masks, ctx.spec, packed)
+        known_plain = ops.plain(*operands)
+        packed = known_plain and ops.writes_packed(ctx.backend, q, k, v)
+        gradients = ops.call(
+            "linear_attention_backward", ctx.backend, operands, stats, *masks, ctx.spec, packed, known_plain=known_plain
+        )
         return None, *gradients, None, None, None
 
 

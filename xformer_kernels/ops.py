@@ -188,22 +188,24 @@ class _Xfa(torch.autograd.Function):
             return (None,) * 7
         q, k, v, temperature, stats, token_mask = ctx.saved_tensors
         operands = (dout.transpose(1, 2), q, k, v, temperature)
-        packed = writes_packed(ctx.backend, dout, q, k, v)
-        dqkv, dtemperature = call("xfa_backward", ctx.backend, operands, stats, token_mask, ctx.spec, packed)
+        known_plain = plain(*operands)
+        packed = known_plain and writes_packed(ctx.backend, q, k, v)
+        dqkv, dtemperature = call(
+            "xfa_backward", ctx.backend, operands, stats, token_mask, ctx.spec, packed, known_plain=known_plain
+        )
         # select, since its views may be modified in place, unlike those of unbind
         dqkv = dqkv.transpose(2, 3)
         return None, dqkv.select(0, 0), dqkv.select(0, 1), dqkv.select(0, 2), dtemperature, None, None
 
 
-def writes_packed(backend: str, dout: Tensor, q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether a backward may write one buffer in the layout of packed q, k and v.
+def writes_packed(backend: str, q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether a backward in plain eager mode may write one buffer in the layout of packed q, k and v.
 
-    Not in graphs, which fix the strides of results, nor if autograd records the call: results must not share memory.
+    Not if autograd records the call: results must not share memory. In graphs the strides of results are fixed.
     """
     return (
         dispatch.keeps_layout(backend)
         and not torch.is_grad_enabled()
-        and plain(dout, q, k, v)
         and 3 * q.nbytes >= layouts.WORTH_PACKING
         and layouts.are_packed(q, k, v)
     )

@@ -47,7 +47,7 @@ def unsupported(device_type: str, dtypes: Iterable[torch.dtype], head_dims: Iter
 
 def _empty(size: tuple[int, ...], dtype: torch.dtype, order: tuple[int, ...] | None = None) -> Tensor:
     if order is None:
-        result = _LIKE[dtype].new_empty(size)  # in half the time of torch.empty, which has more arguments
+        result = _LIKE[dtype].new_empty(size)  # fewer arguments to convert than those of torch.empty
     else:
         result = torch.empty_permuted(size, order, dtype=dtype, device=_CPU)
     if result.nbytes >= _LARGE:
