@@ -1,4 +1,8 @@
-"""Rewrites the tables of the documents from result files: ``python -m bench.table bench/results/<machine>``."""
+"""Rewrites the tables of the documents from result files: ``python -m bench.table bench/results/<machine>``.
+
+These are the tables whose comment names the folder, and those of all machines. To show another machine in a table,
+write its folder into the comment first.
+"""
 
 from __future__ import annotations
 
@@ -133,14 +137,13 @@ def render_layer_machines(folder: Path) -> str:
         "| least x compiled | worst regret |",
         "|---|---|---:|---:|---:|---:|---:|---:|",
     ]
-    for path in sorted(folder.parent.glob("*/layer-cpu-float32.json")):
-        for kind, suffix in (("layers", ""), ("half blocks", "-blocks")):
-            run = json.loads(path.with_stem(f"{path.stem}{suffix}").read_text())
+    for kind, stem in (("layers", "layer-cpu-float32"), ("half blocks", "layer-cpu-float32-blocks")):
+        for path in sorted(folder.parent.glob(f"*/{stem}.json")):
+            run = json.loads(path.read_text())
             both = directions(run)
             means = [cell(mean(run, direction, field, many)) for direction in both for field in FIELDS[:2]]
-            all_rows = [find(run, row["workload"], direction) for row in run["rows"] for direction in both]
-            least = cell(min(row[FIELDS[1]] for row in all_rows if row.get(FIELDS[1])))
-            regret = max(_regrets(run, direction) for direction in both)[0]
+            ratios = [row[FIELDS[1]] for row in run["rows"] if row["provider"] == "cpp"]
+            least, regret = cell(min(filter(None, ratios))), max(_regrets(run, direction) for direction in both)[0]
             lines.append(
                 f"| {run['machine']}, {run['date'][:10]} | {kind} | {' | '.join(means)} | {least} | {regret:.0%} |"
             )

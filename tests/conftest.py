@@ -167,7 +167,7 @@ def pytest_collection_modifyitems(config, items):
         params = item.callspec.params if hasattr(item, "callspec") else {}
         slow = is_slow(params) or ("triton" in item.path.parts and INTERPRETING)
         late = nightly and (slow or "slow" not in nightly.kwargs)
-        sampled = one_in and (slow or one_in.kwargs.get("slow") is False)
+        sampled = one_in and (slow or not one_in.kwargs.get("slow", True))
         if late or (sampled and zlib.crc32(item.name.encode()) % one_in.args[0]):
             left_out.append(item)
     if left_out:
