@@ -19,7 +19,7 @@ PROBE = """
 using namespace xk::probe;
 constexpr int kRows = max_gram_rows<float>(kMaxNR, 1), kTokens = max_mix_rows(kMaxNR, 1);
 template void xk::probe::gram_tile<float, false, kRows, kMaxNR, 1>(const GramTile<float>&);
-template void xk::probe::mix_tile<float, false, kTokens, kMaxNR, 1>(const MixTile<float>&);
+template void xk::probe::mix_tile<float, false, kTokens, kMaxNR, 1>(MixTile<float>&);
 """
 FUNCTION = re.compile(r"^[0-9a-f]+ <.*::(gram|mix)_tile<float, false, (\d+), (\d+), 1>.*>:$")
 INSTRUCTION = re.compile(r"^\s*([0-9a-f]+):\t(\S+)\s*(.*)$")
