@@ -175,4 +175,4 @@ if flag("NO_EXTENSION"):
             sys.exit(f"XFORMER_KERNELS_NO_EXTENSION=1 and XFORMER_KERNELS_{require}=1 contradict each other")
     print("XFORMER_KERNELS_NO_EXTENSION is set: installing pure Python, all uses the slower reference", file=sys.stderr)
 
-setup(ext_modules=extensions, cmdclass={"build_ext": BuildWithCMake, "build_py": BuildPython})
+setup(license="Apache-2.0", ext_modules=extensions, cmdclass={"build_ext": BuildWithCMake, "build_py": BuildPython})
