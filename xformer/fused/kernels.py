@@ -7,6 +7,7 @@ instead of a tensor records the call into a program.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -21,8 +22,10 @@ from xformer_kernels.layer.functional import prepared
 from xformer_kernels.layer.ops import Operands
 from xformer_kernels.nn import XFABlock, weights
 
-MOST = 400_000
-"""Largest output of a depthwise convolution, in elements, for which our kernel is used: it should fit in cache."""
+_AVX2 = inference.KERNELS is not None and inference.KERNELS.LEVEL == "x86_64_v3"
+MOST = {1: sys.maxsize if _AVX2 else 400_000, 2: 400_000}
+"""Largest output of a depthwise convolution, in elements and by stride, for which our kernel is used, not oneDNN: it
+should fit in cache. With AVX2 and stride 1 there is no limit."""
 
 
 class Kernel:
@@ -110,7 +113,7 @@ class DepthwiseKernel(Kernel):
 
     def __call__(self, x: Any) -> Any:
         B, H, W, C = x.shape
-        if B * C * -(-H // self.stride) * -(-W // self.stride) > MOST:
+        if B * C * -(-H // self.stride) * -(-W // self.stride) > MOST[self.stride]:
             y = onednn.conv2d(tensor(x).permute(0, 3, 1, 2), self.conv, self.hard_swish)
             return y.permute(0, 2, 3, 1).contiguous()
         assert self._arguments is not None
