@@ -16,6 +16,7 @@ namespace {
 constexpr int64_t kLinearWork = 600'000;  // minimum multiply-adds per thread: about 5 us
 constexpr int kChain = 512;           // products summed sequentially: with more, the error would exceed that of torch
 constexpr int64_t kLinearBlock = 96;  // maximum tokens of a block, so that it stays in L2
+constexpr int kSmallWeight = 8192;    // elements of a weight that stays in L1
 
 class Linear {
  public:
@@ -92,9 +93,9 @@ class Linear {
   // Panels [first, end) of the output of a block of tokens.
   void mix(int64_t n, int first, int end, float* normed) const {
     const int tokens = int(least(block, p.tokens - n));
-    Ahead nothing[2];
+    Ahead soon[2];
     MixTile<float> t{};
-    t.ahead = nothing;
+    t.ahead = soon;
     t.x = p.x + n * in;
     t.x_row = in;
     if (p.layer_norm) {
@@ -113,6 +114,8 @@ class Linear {
     for (int k = 0; k < in; k += kChain) {
       t.K = int(least(kChain, in - k));
       t.panel_row = k;
+      soon[0] = next_panels(t.w, first, end, k, t.K, tokens);
+      soon[1] = next_tokens(n + tokens, first, end, k, t.K, tokens);
       if (k + kChain >= in) {
         t.bias = shift;
         t.hard_swish = p.hard_swish;
@@ -125,6 +128,32 @@ class Linear {
       t.ld_add = out;
       t.add_dtype = XK_F32;
     }
+  }
+
+  // Rows [k, k + K) of the panels after `first`: each is prefetched during the products of the panel before it. Not if
+  // W stays in L1, or if a chain is part of panels of two sizes.
+  Ahead next_panels(const float* w, int first, int end, int k, int K, int tokens) const {
+    if (end - first < 2 || ld * in <= kSmallWeight || (K < in && panels.larger)) return {};
+    const ptrdiff_t vector = VL<float> * sizeof(float), row = panels.size(first) * vector;
+    const char* next = (const char*)w + panels.start(first + 1) * vector * in + k * row;
+    const int share = calls(first, end - 1, K, tokens);
+    if (K < in) return {next, in * row, K * row, end - first - 1, share};
+    const ptrdiff_t rest = (panels.start(end) - panels.start(first + 1)) * vector * in;
+    return {next, rest, rest, 1, share};
+  }
+
+  // Features [k, k + K) of the next block of tokens, which starts at token n.
+  Ahead next_tokens(int64_t n, int first, int end, int k, int K, int tokens) const {
+    const int64_t count = least(block, p.tokens - n);
+    if (count <= 0) return {};
+    const ptrdiff_t size = sizeof(float);
+    return {(const char*)(p.x + n * in + k), in * size, K * size, count, calls(first, end, K, tokens)};
+  }
+
+  // Number of prefetches during the products of panels [first, end).
+  int calls(int first, int end, int K, int tokens) const {
+    const int columns = (panels.start(end) - panels.start(first)) * VL<float>;
+    return prefetches<float>(K, tokens, columns, [](int nr) { return max_mix_rows(nr, 1); });
   }
 };
 
