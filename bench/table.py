@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.cells import END, FIELDS, ROOT, cell, directions, find, machine, many, mean, numbers, opening
-from bench.table_models import MODELS, SUMMARY, render_models, render_summary
+from bench.table_models import MODELS, RUNTIMES, SUMMARY, render_models, render_runtimes, render_summary
 from bench.table_tasks import (
     LEARNING,
     METRICS,
@@ -217,22 +217,14 @@ def render_forward(folder: Path) -> str:
         for images, goal in goals.items():
             cells = [cell(_over_ours(run, ours, peer, images, variants)) for _, run, variants in columns]
             lines.append(f"| {ours} | {images} | {peer} | {' | '.join(cells)} | {goal} |")
-    gains, runtimes = [], []
+    gains = []
     for ours in dict.fromkeys(ours for ours, _ in GOALS):
         times = {(row["images"], row["variant"]): row["ms"] for row in default["rows"] if row["model"] == ours}
         for images in sorted({images for images, _ in times}):
             ratios = {how: times[images, "unfused"] / ms for (n, how), ms in times.items() if n == images}
             gains.append(f"{ours} {images}: {cell(ratios.get('fused'))} ({cell(ratios.get('folded'))})")
-            ratios = {how: ms / times[images, "fused"] for (n, how), ms in times.items() if n == images}
-            if "onnxruntime" in ratios or "openvino" in ratios:
-                found = (cell(ratios.get(runtime)) for runtime in ("onnxruntime", "openvino"))
-                runtimes.append(f"{ours} {images}: {' and '.join(found)}")
     said = "Times as fast by `fuse_for_inference` (in brackets with `kernels=False`), by model and images at once"
-    lines += ["", f"{said}: {'; '.join(gains)}."]
-    if runtimes:
-        said = "Time of ONNX Runtime and of OpenVINO with the same weights over that of the fused model"
-        lines += ["", f"{said}: {'; '.join(runtimes)}."]
-    return "\n".join([*lines, END])
+    return "\n".join([*lines, "", f"{said}: {'; '.join(gains)}.", END])
 
 
 def render_training(folder: Path) -> str:
@@ -338,6 +330,7 @@ def replace(readme: str, table: str) -> str:
         VARIANTS,
         MACHINES,
         LAYER_MACHINES,
+        RUNTIMES,
         SEGMENTATION,
         *map(SCENES.format, METRICS),
     )
@@ -347,7 +340,7 @@ def replace(readme: str, table: str) -> str:
     return before + table + rest.split(END, 1)[1]
 
 
-OF_ALL_MACHINES = (render_machines, render_layer_machines)
+OF_ALL_MACHINES = (render_machines, render_layer_machines, render_runtimes)
 ON_GPU: dict[str, tuple[Callable[[Path], str], ...]] = {"docs/benchmarks.md": (render_gpu,)}
 ON_CPU: dict[str, tuple[Callable[[Path], str], ...]] = {
     "README.md": (render_summary,),
@@ -359,7 +352,7 @@ ON_CPU: dict[str, tuple[Callable[[Path], str], ...]] = {
         render_models,
         render_backbones,
     ),
-    "docs/backbone.md": (render_forward, render_training),
+    "docs/backbone.md": (render_forward, render_runtimes, render_training),
     "docs/training.md": (render_learning,),
     "docs/detection.md": (partial(render_scenes, "detect"),),
     "docs/segmentation.md": (partial(render_scenes, "segment"), render_segmentation),

@@ -11,6 +11,8 @@ from bench.cells import END, FIELDS, cell, directions, find, machine, many, mean
 
 SUMMARY = "<!-- summary: python -m bench.table {} -->"
 MODELS = "<!-- models: python -m bench.table {} -->"
+RUNTIMES = "<!-- runtimes on machines: python -m bench.table {} -->"
+RUNTIME_NAMES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
 # what the README shows: rows over which means are taken, by the file of their run
 MEANS: dict[str, tuple[str, Callable[[str], bool]]] = {
     "the operator, mean of N ≥ 1024": ("op-cpu-float32", lambda workload: numbers(workload)[1] >= 1024),
@@ -75,3 +77,27 @@ def _load(path: Path) -> dict[str, Any]:
 
 def _origin(run: dict[str, Any]) -> str:
     return f"{run['date'][:10]}, {run['commit']}"
+
+
+def render_runtimes(folder: Path) -> str:
+    """For the backbone page: time of other runtimes over that of our fused models, for each run on a CPU."""
+    runs = [json.loads(path.read_text()) for path in sorted(folder.parent.glob("*/backbones-forward-cpu-*.json"))]
+    runs = [run for run in runs if any(row["variant"] in RUNTIME_NAMES for row in run["rows"])]
+    models = sorted({(row["model"], row["images"]) for run in runs for row in run["rows"] if _is_ours(row)})
+    lines = [
+        opening(RUNTIMES, folder),
+        f"| machine, date, allocator | runtime | {' | '.join(f'{model} {images}' for model, images in models)} |",
+        f"|---|---|{'---:|' * len(models)}",
+    ]
+    for run in runs:
+        times = {(row["model"], row["images"], row["variant"]): row["ms"] for row in run["rows"]}
+        for variant, name in RUNTIME_NAMES.items():
+            known = [(times.get((*model, variant)), times.get((*model, "fused"))) for model in models]
+            ratios = [cell(theirs / ours if theirs and ours else None) for theirs, ours in known]
+            about = f"{run['machine']}, {run['date'][:10]}, {run['allocator']}"
+            lines.append(f"| {about} | {name} | {' | '.join(ratios)} |")
+    return "\n".join([*lines, END])
+
+
+def _is_ours(row: dict[str, Any]) -> bool:
+    return bool(row["model"].startswith("xformer_"))

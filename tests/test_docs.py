@@ -67,7 +67,7 @@ def begins(table, page):
             table.BACKBONES,
             table.GPU,
         ),
-        "docs/backbone.md": (table.FORWARD, table.TRAINING),
+        "docs/backbone.md": (table.FORWARD, table.RUNTIMES, table.TRAINING),
         "docs/training.md": (table.LEARNING,),
         "docs/detection.md": (table.SCENES.format("detect"),),
         "docs/segmentation.md": (table.SCENES.format("segment"), table.SEGMENTATION),
