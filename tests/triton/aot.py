@@ -28,10 +28,12 @@ from triton.compiler import ASTSource
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from bench import gpu_model, sass
-from xformer_kernels.backends.triton import configs, launch, linear, ops
+from xformer_kernels.backends.triton import configs, launch, layer, linear, ops
+from xformer_kernels.reference import accumulate_dtype
 from xformer_kernels.spec import Spec
 
 MAPS = tuple(f"{map}-{norm}" for map in ("query_key", "key_value") for norm in ("token", "feature", "none"))
+LAYER = "layer-gram"
 PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "sm_120": 170, "gfx942": 304}
 TYPES = {
     torch.float32: "*fp32",
@@ -81,7 +83,10 @@ def recording(arch: str) -> Iterator[list[Launch]]:
 
 
 def launches(job: Job) -> dict[str, Launch]:
-    """The launches by name: xfa with the forward in one launch and in two, the primitives and linear attention."""
+    """The launches by name: xfa with the forward in one launch and in two, the primitives and linear attention; or the
+    passes of a layer in Gram form, which has no map."""
+    if job.map == LAYER:
+        return of_layer(job)
     D, dtype = job.features, job.dtype
     map, norm = job.map.split("-")
     spec = Spec(map, norm)
@@ -126,6 +131,27 @@ def of_linear_attention(
     out, stats = linear.linear_attention_forward(q, k, v, mask, mask, spec)
     linear.linear_attention_backward(out.transpose(1, 2), q, k, v, stats, mask, mask, spec)
     return dict(zip(configs.LINEAR_KERNELS, recorded, strict=True))
+
+
+def of_layer(job: Job) -> dict[str, Launch]:
+    """The passes of a half block, forward and backward."""
+    B, N, C, wide = 8, 4096, job.features, accumulate_dtype(job.dtype)
+    matmul = torch.backends.cuda.matmul
+    before, matmul.allow_tf32 = matmul.allow_tf32, job.tf32
+    x = torch.empty(B, 1, N, C, dtype=job.dtype, device="meta")
+    mask = torch.empty(B, N, dtype=torch.bool, device="meta") if job.masked else None
+    weight, bias, center = (torch.empty(B, *size, dtype=wide, device="meta") for size in ((1, C, C), (1, C), (C,)))
+    with recording(job.arch) as recorded:
+        layer.layer_gram(x, x, True, mask, center, 1e-6)
+        layer.layer_mix(x, weight, bias, x, None, None, center, 1e-6, False)
+        layer.layer_gram(x, x, False, mask, center, 1e-6)
+        layer.layer_mix(x, weight.mT, bias, x, x, weight, center, 1e-6, True)
+    matmul.allow_tf32 = before
+    found: dict[str, Launch] = {}
+    for launched in recorded:
+        name = launched.kernel.__name__.removesuffix("_kernel")
+        found[f"{name}, backward" if name in found else name] = launched
+    return found
 
 
 def target(arch: str) -> GPUTarget:

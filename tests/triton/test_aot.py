@@ -46,14 +46,27 @@ CASES = {
     "sm_90-float64": ("sm_90", "float64", ONE_ROW),
     "sm_90-float64-masked": ("sm_90", "float64", ("--features", "16", "--maps", "query_key-token", "--masked")),
 }
+# the passes of a layer in Gram form
+LAYER = ("--maps", "layer-gram")
+for arch in SHARED:
+    CASES[f"{arch}-layer"] = (
+        (arch, "bfloat16,float32", (*EVERY_ROW[:1], "16,32,64,128,256", *LAYER))
+        if THOROUGH
+        else (arch, "bfloat16", ("--features", "256", *LAYER))
+    )
+CASES["sm_90-layer-float16"] = ("sm_90", "float16", ("--features", "64,256", *LAYER, "--masked"))
+CASES["sm_90-layer-float64"] = ("sm_90", "float64", ("--features", "24,256", *LAYER, "--masked"))
+CASES["sm_90-layer-tf32"] = ("sm_90", "float32", ("--features", "64,256", *LAYER, "--tf32"))
+CASES["sm_90-layer-odd"] = ("sm_90", "bfloat16,float32", ("--features", "31,48,200", *LAYER))
 if not THOROUGH:  # each of these takes a minute of CPU time to compile
-    for name in ("sm_100", "sm_120", "sm_90-float16", "sm_90-float64"):
+    for name in ("sm_100", "sm_120", "sm_90-float16", "sm_90-float64", "sm_100-layer", "sm_120-layer"):
         del CASES[name]
 # reads only D x D elements, which do not need 128-bit loads
 NARROW = ("map_backward",)
-NO_PRODUCT = (*NARROW, "linear_maxima")
+NO_PRODUCT = (*NARROW, "linear_maxima", "layer_statistics", "layer_statistics, backward")
 
 
+SYMMETRIC = ("gram, symmetric", "layer_gram")
 # kernels with a loop over tokens, and the numbers of tensors that it reads, and reads or writes
 LOOPS = {"gram": (2, 2), "gram of dout": (2, 2), "apply": (1, 2), "gradients": (3, 6)}
 MOST_INSTRUCTIONS = {"bfloat16": 40, "float32": 90}
@@ -98,7 +111,8 @@ def compiled(name, arch, dtypes, arguments):
 
 
 @pytest.mark.parametrize(
-    "name", [name if name == "sm_90" else pytest.param(name, marks=pytest.mark.nightly) for name in CASES]
+    "name",
+    [name if name in ("sm_90", "sm_90-layer") else pytest.param(name, marks=pytest.mark.nightly) for name in CASES],
 )
 def test_resources(name):
     arch, dtypes, arguments = CASES[name]
@@ -114,8 +128,11 @@ def test_resources(name):
             faults.append(f"{what}: {row['shared']} bytes of shared memory")
         if arch == "sm_90" and row["dtype"] in MOST_INSTRUCTIONS and row["features"] <= 64 and row["kernel"] in LOOPS:
             faults += [f"{what}: {fault}" for fault in faults_of_loop(row)]
+        if row["kernel"].startswith("layer") and row["stages"] > 1:
+            waits = [min(loop["outstanding"]) for loop in row.get("loops", ()) if loop["outstanding"]]
+            faults += [f"{what}: waits for all loads"] * (0 in waits)
         multiplies = row["kernel"] not in NO_PRODUCT
-        cut = "tf32" in row["dtype"] and row["kernel"] != "gram, symmetric"  # norms are computed from that
+        cut = "tf32" in row["dtype"] and row["kernel"] not in SYMMETRIC  # norms are computed from that
         in_parts = arch.startswith("sm_") and row["features"] in (48, 64) and row["kernel"] in LOOPS
         if multiplies and not row["tensor_core"] and (not row["dtype"].startswith("float32") or cut or in_parts):
             faults.append(f"{what}: no tensor core")

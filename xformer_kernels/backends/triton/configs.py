@@ -63,6 +63,8 @@ ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 KERNELS = ("gram", "gram_normalised", "apply", "forward", "map_backward", "gradients", "channel_mix")
 IN_PARTS = ("gram_tf32x3", "apply_tf32x3", "forward_tf32x3", "gradients_tf32x3")
 """Variants of the kernels whose float32 products are three products of tf32."""
+LAYER_KERNELS = ("layer_statistics", "layer_gram", "layer_gram_tf32x3", "layer_mix", "layer_mix_backward")
+"""The passes of a layer in Gram form."""
 LINEAR_KERNELS = ("linear_maxima", "linear_sums", "linear_apply", "linear_queries", "linear_keys")
 """The kernels of linear attention. Each of their programs holds a whole map."""
 BLOCKS = (16, 32, 64, 128, 256)
@@ -188,6 +190,59 @@ _TABLE: dict[tuple[str, int], dict[Any, tuple[int, ...]]] = {
         256: (64, 64, 16, 8, 3),
     },
     ("channel_mix", 8): {d: (32, min(d, 32), 16, 4, 1) for d in BLOCKS},
+    ("layer_gram", 2): {
+        16: (128, 16, 0, 4, 3),
+        32: (64, 32, 0, 4, 3),
+        64: (64, 64, 0, 4, 3),
+        128: (32, 128, 0, 8, 3),
+        (128, "sm_90"): (64, 128, 0, 8, 3),
+        256: (32, 64, 0, 4, 3),
+        (256, "sm_90"): (32, 128, 0, 8, 3),
+    },
+    ("layer_gram", 4): {
+        16: (64, 16, 0, 4, 3, 255),
+        32: (32, 32, 0, 4, 3, 255),
+        64: (32, 64, 0, 8, 3),
+        (64, "sm_90"): (32, 64, 0, 4, 3, 255),
+        128: (32, 128, 0, 8, 3, 255),
+        256: (32, 64, 0, 8, 3),
+        (256, "sm_90"): (32, 128, 0, 8, 3, 255),
+    },
+    ("layer_gram", 8): {d: (16, min(d, 32), 0, 4, 2, 255) for d in BLOCKS},
+    **{("layer_statistics", size): {d: (4096 * 2 // (d * size), 0, 0, 4, 1) for d in BLOCKS} for size in (2, 4, 8)},
+    ("layer_mix", 2): {
+        16: (64, 16, 16, 4, 3),
+        32: (64, 32, 32, 4, 3),
+        64: (64, 64, 64, 4, 3),
+        128: (64, 128, 64, 4, 3),
+        256: (64, 256, 32, 8, 3, 128),
+    },
+    ("layer_mix", 4): {
+        16: (64, 16, 16, 4, 3),
+        32: (64, 32, 16, 4, 3),
+        64: (64, 64, 16, 8, 3),
+        128: (64, 128, 16, 8, 3),
+        256: (32, 256, 16, 8, 3),
+    },
+    # a program holds all features of its tokens
+    ("layer_mix_backward", 2): {
+        16: (64, 16, 16, 4, 3),
+        32: (64, 32, 32, 4, 3),
+        64: (64, 64, 64, 4, 3),
+        128: (64, 128, 64, 4, 3),
+        256: (64, 256, 32, 16, 3),
+    },
+    ("layer_mix_backward", 4): {
+        16: (64, 16, 16, 4, 3),
+        32: (64, 32, 16, 4, 3),
+        64: (64, 64, 16, 8, 3),
+        128: (64, 128, 16, 4, 3),
+        256: (32, 256, 16, 8, 3),
+    },
+    **{
+        (name, 8): {d: (16, min(d, 32) if name == "layer_mix" else d, 16, 4 if d < 128 else 8, 1) for d in BLOCKS}
+        for name in ("layer_mix", "layer_mix_backward")
+    },
     # each program holds a whole map; block_k of linear_queries: columns of S held in registers together with dS
     ("linear_maxima", 2): {d: (4096 // d, d, 0, 4, 3) for d in (16, 32, 64, 128)},
     ("linear_maxima", 4): {d: (2048 // d, d, 0, 4, 3) for d in (16, 32, 64)},
@@ -254,6 +309,10 @@ _TABLE |= {
         (128, "sm_100"): (32, 128, 0, 8, 3, 255),
         256: (32, 64, 0, 4, 3),
         (256, "sm_100"): (32, 128, 0, 8, 3, 255),
+    },
+    ("layer_gram_tf32x3", 4): {
+        **{d: (16, 64, 0, 4, 3) for d in (64, 128, 256)},
+        **{(d, "sm_90"): (32, 64, 0, 4, 3) for d in (64, 128, 256)},
     },
     ("apply_tf32x3", 4): {
         16: (64, 16, 16, 4, 3),

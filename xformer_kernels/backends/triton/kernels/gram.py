@@ -115,6 +115,26 @@ def accumulate(
     return G, tl.sum(squares_a, axis=0), tl.sum(squares_b, axis=0)
 
 
+@device
+def store_gram(G_ptr, G, i, j, DA: tl.constexpr, DB: tl.constexpr, SYMMETRIC: tl.constexpr):
+    """Stores a tile of a (DA, DB) matrix, rows i and columns j. SYMMETRIC: elements above the diagonal, also
+    transposed."""
+    inside = (i < DA)[:, None] & (j < DB)[None, :]
+    if SYMMETRIC:
+        upper = inside & (i[:, None] <= j[None, :])
+        tl.store(G_ptr + i[:, None] * DB + j[None, :], G, mask=upper)
+        tl.store(G_ptr + i[:, None] + j[None, :] * DB, G, mask=upper & (i[:, None] < j[None, :]))
+    else:
+        tl.store(G_ptr + i[:, None] * DB + j[None, :], G, mask=inside)
+
+
+@device
+def store_if(ptr, vector, i, D: tl.constexpr, condition):
+    """Stores the elements i < D of a vector if `condition`."""
+    # a bound that the condition chooses: Triton 3.9's interpreter does not take a block & a scalar as a mask
+    tl.store(ptr + i, vector, mask=i < tl.where(condition, D, 0))
+
+
 @kernel
 def gram_kernel(
     a_ptr,
@@ -222,20 +242,14 @@ def gram_kernel(
     record = (part * B + b) * H + h
     i = first_a + tl.arange(0, BLOCK_A)
     j = first_b + tl.arange(0, BLOCK_B)
-    inside = (i < DA)[:, None] & (j < DB)[None, :]
     G_ptr += record * step_G
     ssq_a_ptr += record * step_a
     ssq_b_ptr += record * step_b
+    store_gram(G_ptr, G, i, j, DA, DB, SYMMETRIC)
     if SYMMETRIC:
-        upper = inside & (i[:, None] <= j[None, :])
-        tl.store(G_ptr + i[:, None] * DB + j[None, :], G, mask=upper)
-        tl.store(G_ptr + i[:, None] + j[None, :] * DB, G, mask=upper & (i[:, None] < j[None, :]))
-        diagonal = inside & (i[:, None] == j[None, :])
+        diagonal = (i < DA)[:, None] & (i[:, None] == j[None, :])
         tl.store(ssq_a_ptr + i[:, None] + 0 * j[None, :], G, mask=diagonal)
         tl.store(ssq_b_ptr + i[:, None] + 0 * j[None, :], G, mask=diagonal)
-    else:
-        tl.store(G_ptr + i[:, None] * DB + j[None, :], G, mask=inside)
-        if SQUARES != "":
-            # bounds that the tile chooses: Triton 3.9's interpreter does not take a block & a scalar as a mask
-            tl.store(ssq_a_ptr + i, squares_a, mask=i < tl.where(tile_b == 0, DA, 0))
-            tl.store(ssq_b_ptr + j, squares_b, mask=j < tl.where(tile_a == 0, DB, 0))
+    elif SQUARES != "":
+        store_if(ssq_a_ptr, squares_a, i, DA, tile_b == 0)
+        store_if(ssq_b_ptr, squares_b, j, DB, tile_a == 0)

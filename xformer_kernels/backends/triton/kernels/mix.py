@@ -9,6 +9,7 @@ from xformer_kernels.backends.triton.kernels.tiles import (
     load_tokens,
     locate,
     narrow,
+    normalised,
     product,
     store_tokens,
 )
@@ -40,13 +41,25 @@ def multiply(
     ALIGN: tl.constexpr,
     FAR: tl.constexpr,
     PRECISION: tl.constexpr,
+    mean=None,
+    inverse=None,
+    center_ptr=None,
+    EPS: tl.constexpr = None,
+    CENTERED: tl.constexpr = False,
 ):
-    """y + x @ weight^T, BLOCK_K features per step. Operands have the dtype of y if WIDE_MAP, otherwise that of x."""
+    """y + x @ weight^T, BLOCK_K features per step. Operands have the dtype of y if WIDE_MAP, otherwise that of x.
+
+    Tokens are first layer-normalised with `mean` and `inverse` (BLOCK_N,) unless EPS is None, and centred if CENTERED.
+    """
     x_base = head_base(x_ptr, b, h, stride_xb, stride_xh, ALIGN)
     w_base = weight_ptr + b * stride_wb + h * stride_wh
     for first in range(0, I, BLOCK_K):
         i = (first + tl.arange(0, BLOCK_K)).to(tl.int64)
         x = load_tokens(x_base, start, rows, keep, first, stride_xn, stride_xd, I, BLOCK_K, ALIGN, FAR)
+        if EPS is not None or CENTERED:
+            center = tl.load(center_ptr + i, mask=i < I, other=0.0) if CENTERED else mean
+            there = keep[:, None] & (i < I)[None, :]
+            x = narrow(normalised(x, mean, inverse, center, there, y.dtype, EPS, CENTERED), x.dtype)
         inside = (i < I)[:, None] & (o < O)[None, :]
         w = tl.load(w_base + i[:, None] * stride_wi + o[None, :] * stride_wo, mask=inside, other=0.0)
         if WIDE_MAP:

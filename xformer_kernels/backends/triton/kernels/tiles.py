@@ -172,6 +172,63 @@ def token_norms(x, EPS: tl.constexpr):
 
 
 @device
+def mean_of(total, C: tl.constexpr):
+    """Sums of C numbers divided by C, with correct rounding where multiply-adds are fused."""
+    reciprocal = tl.full([], 1 / C, total.dtype)
+    mean = total * reciprocal
+    return tl.fma(tl.fma(mean, tl.full([], -C, total.dtype), total), reciprocal, mean)
+
+
+@device
+def mean_apart(
+    mean, base, start, rows, keep, stride_n, stride_d, C: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr,
+    FAR: tl.constexpr, SQUARED: tl.constexpr,
+):  # fmt: skip
+    """(BLOCK_N,): for each token, the mean over its features of their differences from `mean`, squared if SQUARED."""
+    for first in tl.static_range(0, C, BLOCK):
+        x = load_tokens(base, start, rows, keep, first, stride_n, stride_d, C, BLOCK, ALIGN, FAR).to(mean.dtype)
+        apart = tl.where((first + tl.arange(0, BLOCK) < C)[None, :], x - mean[:, None], 0.0)
+        part = apart * apart if SQUARED else apart
+        if first == 0:
+            total = part
+        else:
+            total += part
+    return mean_of(tl.sum(total, axis=1), C)
+
+
+@device
+def layer_norm_statistics(
+    base, start, rows, keep, stride_n, stride_d, C: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
+    EPS: tl.constexpr, ALIGN: tl.constexpr, FAR: tl.constexpr,
+):  # fmt: skip
+    """(BLOCK_N,): mean and 1 / sqrt(variance + eps) of each token, read BLOCK features at a time. Zeros if EPS is None.
+
+    The mean of equal features is exact, so that layer norm returns zeros for them: sums of up to 256 equal 16-bit
+    numbers are exact in float32; for wider numbers, the mean is corrected by that of the differences from it.
+    """
+    mean = tl.zeros((rows.shape[0],), ACC)
+    inverse = mean
+    if EPS is not None:
+        mean += mean_apart(mean, base, start, rows, keep, stride_n, stride_d, C, BLOCK, ALIGN, FAR, False)
+        if base.dtype.element_ty.primitive_bitwidth > 16:
+            mean += mean_apart(mean, base, start, rows, keep, stride_n, stride_d, C, BLOCK, ALIGN, FAR, False)
+        variance = mean_apart(mean, base, start, rows, keep, stride_n, stride_d, C, BLOCK, ALIGN, FAR, True)
+        inverse = tl.rsqrt(variance + tl.full([], EPS, ACC))
+    return mean, inverse
+
+
+@device
+def normalised(x, mean, inverse, center, inside, ACC: tl.constexpr, EPS: tl.constexpr, CENTERED: tl.constexpr):
+    """Tokens in ACC, layer-normalised unless EPS is None, minus `center` (BLOCK_D,) if CENTERED; 0 where not inside."""
+    u = x.to(ACC)
+    if EPS is not None:
+        u = (u - mean[:, None]) * inverse[:, None]
+    if CENTERED:
+        u -= center[None, :]
+    return tl.where(inside, u, 0.0)
+
+
+@device
 def sum_of_parts(ptr, offsets, mask, parts, stride, ACC: tl.constexpr, ALIGN: tl.constexpr):
     """The sum of `parts` tiles, `stride` apart, added in order, so that results are bitwise reproducible."""
     total = tl.load(ptr + offsets, mask=mask, other=0.0).to(ACC)
