@@ -17,15 +17,18 @@ from triton.testing import do_bench
 
 import xformer_kernels as xk
 from bench.workloads import OpShape
-from xformer_kernels.backends.triton import launch, linear, ops
+from xformer_kernels.backends.triton import launch, layer, linear, ops
 
 DTYPES = (torch.float32, torch.bfloat16)
-TOKENS = {"gram_kernel": 2, "apply_kernel": 2, "forward_kernel": 4, "gradients_kernel": 6, "map_backward_kernel": 0}
+TOKENS = {
+    "gram_kernel": 2, "apply_kernel": 2, "forward_kernel": 4, "gradients_kernel": 6, "map_backward_kernel": 0,
+    "layer_statistics_kernel": 1, "layer_gram_kernel": 1, "layer_mix_kernel": 2,
+}  # fmt: skip
 """Tensors of B H N D numbers that a kernel reads or writes, for ``map="query_key"`` and ``norm="token"``; none if the
-kernel is not named here."""
+kernel is not named here. In backward, the passes of a layer read one more; a residual is one that is read already."""
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
 PLANNED = tuple(
-    function for module in (ops, linear) for function in vars(module).values() if hasattr(function, "plans")
+    function for module in (ops, linear, layer) for function in vars(module).values() if hasattr(function, "plans")
 )
 
 
@@ -42,7 +45,23 @@ class Recorded:
     cubin: bytes
     again: Callable[[], object]
 
+    @property
+    def tokens(self) -> int:
+        """Tensors of tokens that it reads or writes, see :data:`TOKENS`."""
+        of_layer = self.name == "layer_gram_kernel" and not self.constants["SYMMETRIC"]
+        return TOKENS.get(self.name, 0) + (of_layer or (self.constants.get("I2", 0) > 0 and self.name in TOKENS))
 
+    @property
+    def tiles(self) -> tuple[int, int]:
+        """Programs for the same tokens, and how many of them compute something."""
+        if self.name != "layer_gram_kernel":
+            return 1, 1
+        rows, columns = (-(-self.constants[C] // self.constants[block]) for C, block in TILES)
+        tiles = rows * columns
+        return tiles, (tiles + rows) // 2 if self.constants["SYMMETRIC"] else tiles
+
+
+TILES = (("CA", "BLOCK_A"), ("C", "BLOCK_C"))
 Change = Callable[[str, dict[str, Any]], None]
 
 
@@ -138,6 +157,20 @@ def of_call(tensors: tuple[Tensor, ...], change: Change | None = None) -> list[t
         count = len(recorded)
         torch.autograd.grad(out, leaves, dout)
     return [("forward" if i < count else "backward", x) for i, x in enumerate(recorded)]
+
+
+def of_layer(shape: OpShape, dtype: torch.dtype) -> list[tuple[str, Recorded]]:
+    """The launches of the passes of a half block in Gram form, with D features and one head; nothing is computed."""
+    x = torch.empty(shape.B, 1, shape.N, shape.D, dtype=dtype)
+    weight = torch.empty(shape.B, 1, shape.D, shape.D)
+    bias, center = weight[:, :, 0].clone(), weight[:, 0, 0].clone()
+    with recording() as recorded:
+        layer.layer_gram(x, x, True, None, center, 1e-6)
+        layer.layer_mix(x, weight, bias, x, None, None, center, 1e-6, False)
+        count = len(recorded)
+        layer.layer_gram(x, x, False, None, center, 1e-6)
+        layer.layer_mix(x, weight, bias, x, x, weight, center, 1e-6, True)
+    return [("forward" if i < count else "backward", launched) for i, launched in enumerate(recorded)]
 
 
 _compiled = {False: 0, True: 0}

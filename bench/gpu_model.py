@@ -24,6 +24,8 @@ from bench.workloads import OP_SHAPES, OpShape
 
 BEGIN, END = "<!-- gpu-model: python -m bench.gpu_model --write docs/gpu.md -->", "<!-- end of gpu-model -->"
 SHAPES = OP_SHAPES["gpu"][:2]
+LAYER = OpShape(SHAPES[0].B, SHAPES[0].N, 1, SHAPES[0].channels)
+"""The features of a layer, of which SHAPES[0] has the heads."""
 LATENCY = 1e-6
 """Assumed seconds from a request of a loaded memory system to its answer: by Little's law 23 to 32 KB in flight keep a
 multiprocessor of an H100 or H200 at its share of the copy bandwidth."""
@@ -76,17 +78,18 @@ class Prediction(NamedTuple):
 
 def trips(constants: dict[str, Any]) -> int:
     """How often the loops inside the loop over tokens are taken: they are over features, some at a time."""
-    features = constants.get("D", 1)
+    features = constants.get("D") or max(constants.get("I", 1), constants.get("I2", 1))
     return ceil(features / min(features, *(constants.get(name) or features for name in ("BLOCK_K", "BLOCK_O"))))
 
 
 def look_at(recorded: Recorded, shape: OpShape, itemsize: int) -> Launch:
     code, registers = sass.of_cubin(recorded.cubin)
     constants, warps = recorded.constants, recorded.warps
-    tokens = gpu_launches.TOKENS.get(recorded.name, 0)
+    tokens, (tiles_of_tokens, computing) = recorded.tokens, recorded.tiles
+    programs = recorded.programs // tiles_of_tokens * computing
     moved = tokens * shape.B * shape.H * shape.N * shape.D * itemsize
     whole = range(len(code.instructions))
-    iterations = shape.B * shape.H * shape.N / recorded.programs / constants.get("BLOCK_N", shape.N)
+    iterations = shape.B * shape.H * shape.N * tiles_of_tokens / recorded.programs / constants.get("BLOCK_N", shape.N)
     over_tokens = code.over_tokens if tokens and iterations > 1 else ()
     bodies = over_tokens or (whole,)
     # the two loops of a forward in one launch move as many bytes, and may do so in tiles of different sizes
@@ -95,11 +98,11 @@ def look_at(recorded: Recorded, shape: OpShape, itemsize: int) -> Launch:
     units, loaded = sum(map(code.units, bodies)), sum(map(code.loaded, bodies))
     iterations = iterations if over_tokens else 1
     ahead = max(map(code.ahead, over_tokens), default=0)
-    requested = moved / recorded.programs / iterations * loaded / units if units else 0
+    requested = moved / programs / iterations * loaded / units if units else 0
     of_warp = ceil(registers * 32 / 256) * 256
     return Launch(
         moved,
-        recorded.programs,
+        programs,
         min(REGISTERS // of_warp // warps, WARPS // warps, PROGRAMS, SHARED // (recorded.shared + RESERVED)),
         iterations,
         body * warps,
@@ -143,6 +146,9 @@ def rows() -> Iterator[tuple[str, ...]]:
             for direction, recorded in gpu_launches.of_call(tensors):
                 launch = look_at(recorded, shape, dtype.itemsize)
                 yield _cells(f"{name_of(recorded)}, {direction}", dtype, shape, recorded, launch)
+        for direction, recorded in gpu_launches.of_layer(LAYER, dtype):
+            launch = look_at(recorded, LAYER, dtype.itemsize)
+            yield _cells(f"{name_of(recorded)}, {direction}", dtype, LAYER, recorded, launch)
 
 
 def name_of(recorded: Recorded) -> str:

@@ -125,6 +125,7 @@ def launched():
             for name, launch in aot.launches(aot.Job("sm_90", dtype, D, "query_key-token")).items():
                 if name in ("gram", "apply", "forward", "gram of dout", "map_backward", "gradients"):
                     found.add(launch.kernel.__name__)
+    found.update(x.kernel.__name__ for x in aot.launches(aot.Job("sm_90", torch.bfloat16, 256, aot.LAYER)).values())
     return found
 
 
@@ -141,7 +142,7 @@ def test_table_of_the_page_is_current_in_form(bench):
     assert {row["kernel"].split(",")[0] + "_kernel" for row in rows} == launched()
     assert launched() <= set(bench("gpu_launches").TOKENS), "how many tensors does a new kernel read and write?"
     assert {(row["dtype"], row["(B,N,H,D)"]) for row in rows} == {
-        (dtype, str(shape)) for dtype in ("float32", "bfloat16") for shape in model.SHAPES
+        (dtype, str(shape)) for dtype in ("float32", "bfloat16") for shape in (*model.SHAPES, model.LAYER)
     }
 
 

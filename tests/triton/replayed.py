@@ -17,7 +17,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from bench import host
-from xformer_kernels.backends.triton import linear, ops, plan
+from xformer_kernels.backends.triton import layer, linear, ops, plan
 from xformer_kernels.spec import Spec
 
 fake = host.install()
@@ -25,6 +25,8 @@ B, H, D = 2, 3, 16
 FUNCTIONS: dict[str, Any] = {
     **{name: getattr(ops, name) for name in ("xfa_forward", "xfa_backward", "gram", "channel_mix")},
     **{name: getattr(linear, name) for name in ("linear_attention_forward", "linear_attention_backward")},
+    "layer_gram": layer.layer_gram,
+    "layer_mix": layer._mix,
 }
 SPECS = (Spec(), Spec("key_value", "feature", "identity"), Spec("query_key", "none"))
 # dtype, tokens, layout, masked, plan.LONGEST
@@ -63,11 +65,27 @@ def calls(dtype: torch.dtype, N: int, layout: str, masked: bool, same: bool) -> 
     weight, vector = torch.randn(B, H, D, D).to(dtype), torch.randn(B, H, D).to(dtype)
     yield "channel_mix", (q, weight, vector, k, vector, v, weight)
     yield "channel_mix", (q, weight, None, None, None, None, None)
+    yield from layer_calls(dtype, N, mask, same)
     for feature_map in ("relu", "softmax_tokens"):
         spec = Spec.of_linear_attention(feature_map, True, 1.0, 1e-6)
         stats = torch.randn(B, H, spec.statistics(D, D), dtype=wide)
         yield "linear_attention_forward", (q, k, v, mask, mask, spec)
         yield "linear_attention_backward", (dout, q, k, v, stats, mask, mask, spec, False)
+
+
+def layer_calls(
+    dtype: torch.dtype, N: int, mask: torch.Tensor | None, same: bool
+) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """The passes of a layer of 160 features, more than a tile of layer_gram holds."""
+    C = 160
+    wide = torch.float64 if dtype is torch.float64 else torch.float32
+    x, dy = (torch.randn(B, 1, N, C).to(dtype) for _ in range(2))
+    weight, center = torch.randn(B, 1, C, C, dtype=wide), torch.randn(B, C, dtype=wide)
+    again = weight if same else weight.clone()
+    yield "layer_gram", (x, x, True, mask, center, 1e-6)
+    yield "layer_gram", (dy, x, False, mask, None, None)
+    yield "layer_mix", (x, weight, weight[:, :, 0].clone(), dy, None, None, center, 1e-6, False)
+    yield "layer_mix", (dy, weight, None, x if same else x.clone(), x, again, center, 1e-6, True)
 
 
 def launched(function: Any, args: tuple[Any, ...], memory: list[torch.Tensor]) -> tuple[Any, ...]:
@@ -104,7 +122,7 @@ def compare(cases: list[Any]) -> Counter[str]:
             function, memory = FUNCTIONS[name], []
             before = dict(function.plans)
             expected, found = launched(function.__wrapped__, args, memory), launched(function, args, memory)
-            copies_mask = masked and case[0] is torch.float64 and name != "channel_mix"
+            copies_mask = masked and case[0] is torch.float64 and name not in ("channel_mix", "layer_mix")
             if copies_mask:  # the temporary copy is not a recorded buffer, so there is no plan
                 expected, found = ([launch[:2] for launch in launches] for launches, _ in (expected, found))
             assert expected and found == expected, (case, name, args[-1], found, expected)

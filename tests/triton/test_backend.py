@@ -112,7 +112,7 @@ RECORDED = """
     import sys
     sys.path.insert(0, {tests!r})
     import torch, aot
-    from xformer_kernels.backends.triton import linear, ops
+    from xformer_kernels.backends.triton import layer, linear, ops
     from xformer_kernels.spec import Spec
 
     linear_spec = Spec.of_linear_attention("softmax_tokens", True, 1.0, 1e-6)
@@ -130,6 +130,9 @@ RECORDED = """
             tokens = (q[:, :, :99], k, v)
             out, stats = linear.linear_attention_forward(*tokens, None, None, linear_spec)
             linear.linear_attention_backward(out.transpose(1, 2), *tokens, stats, None, None, linear_spec)
+            x, M = q[:, :1], torch.empty(B, 1, 32, 32, device="meta")
+            layer.layer_gram(x, x, True, None, M[:, 0, 0], 1e-6)
+            layer.layer_mix(x, M, M[:, :, 0], x, x, M.mT, M[:, 0, 0], 1e-6, True)
         return {{
             (x.kernel.__name__, tuple(sorted(aot.signature(x).items())), str(sorted(x.constants.items())), x.config)
             for x in recorded
@@ -140,12 +143,14 @@ RECORDED = """
                             (7, 4097, 3, "contiguous")):
         assert variants(B, N, H, layout) == known, (B, N, H, layout)
     from xformer_kernels.backends.triton.kernels import backward, forward, gram, linear_backward, mix
-    from xformer_kernels.backends.triton.kernels import linear as linear_kernels
+    from xformer_kernels.backends.triton.kernels import layer as layer_kernels, linear as linear_kernels
 
     for kernel in (gram.gram_kernel, forward.apply_kernel, forward.forward_kernel, backward.map_backward_kernel,
                    backward.gradients_kernel, mix.channel_mix_kernel, linear_kernels.maxima_kernel,
                    linear_kernels.key_sums_kernel, linear_kernels.apply_sums_kernel,
-                   linear_backward.query_gradients_kernel, linear_backward.key_gradients_kernel):
+                   linear_backward.query_gradients_kernel, linear_backward.key_gradients_kernel,
+                   layer_kernels.layer_statistics_kernel, layer_kernels.layer_gram_kernel,
+                   layer_kernels.layer_mix_kernel):
         for p in kernel.params:
             assert p.is_constexpr or (p.do_not_specialize and p.do_not_specialize_on_alignment), p.name
             assert p.is_constexpr or p.name.endswith("_ptr") or p.annotation_type == "i64", p.name

@@ -31,11 +31,11 @@ def tuner(monkeypatch, tmp_path):
 def test_every_size_has_a_choice_that_covers_it(dtype, arch):
     """Kernels have a valid config for any number of features, on architectures with and without their own rows."""
     for features in (1, 15, 16, 17, 24, 36, 48, 100, 128, 129, 256):
-        for kernel in (*configs.KERNELS, *configs.IN_PARTS, *configs.LINEAR_KERNELS):
+        for kernel in (*configs.KERNELS, *configs.IN_PARTS, *configs.LAYER_KERNELS, *configs.LINEAR_KERNELS):
             if (
                 (kernel.startswith("forward") and configs.block(features) * max(4, dtype.itemsize) > 512)
-                or (kernel in configs.IN_PARTS and dtype is not torch.float32)
-                or (kernel == "gram_tf32x3" and features <= 32)
+                or (kernel.endswith("tf32x3") and dtype is not torch.float32)
+                or (kernel.endswith("gram_tf32x3") and features <= 32)
                 or (kernel == "apply_tf32x3" and features > launch.LONGEST_IN_PARTS)
                 or (kernel == "gram_normalised" and dtype.itemsize == 2)
                 or (kernel.startswith("linear") and not plan.fits_linear_attention(features, dtype.itemsize))

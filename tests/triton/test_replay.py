@@ -25,6 +25,7 @@ def test_planned_calls_launch_the_same():
     assert seen_by_hook == 1
     assert set(compared) == {
         "xfa_forward", "xfa_backward", "gram", "channel_mix", "linear_attention_forward", "linear_attention_backward",
+        "layer_gram", "layer_mix",
     } and min(compared.values()) >= 2 * len(cases) - 1  # fmt: skip
     # including the profiler's function that ends the count
     assert calls["forward"] <= 50 and calls["forward+backward"] <= 120, calls
