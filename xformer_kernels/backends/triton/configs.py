@@ -197,7 +197,7 @@ _TABLE: dict[tuple[str, int], dict[Any, tuple[int, ...]]] = {
         128: (32, 128, 0, 8, 3),
         (128, "sm_90"): (64, 128, 0, 8, 3),
         256: (32, 64, 0, 4, 3),
-        (256, "sm_90"): (32, 128, 0, 8, 3),
+        (256, "sm_90"): (32, 128, 0, 8, 4),
     },
     ("layer_gram", 4): {
         16: (64, 16, 0, 4, 3, 255),
@@ -209,7 +209,7 @@ _TABLE: dict[tuple[str, int], dict[Any, tuple[int, ...]]] = {
         (256, "sm_90"): (32, 128, 0, 8, 3, 255),
     },
     ("layer_gram", 8): {d: (16, min(d, 32), 0, 4, 2, 255) for d in BLOCKS},
-    **{("layer_statistics", size): {d: (4096 * 2 // (d * size), 0, 0, 4, 1) for d in BLOCKS} for size in (2, 4, 8)},
+    **{("layer_statistics", size): {d: (min(256, 16384 // (d * size)), 0, 0, 4, 1) for d in BLOCKS} for size in (2, 4, 8)},
     ("layer_mix", 2): {
         16: (64, 16, 16, 4, 3),
         32: (64, 32, 32, 4, 3),
@@ -230,7 +230,7 @@ _TABLE: dict[tuple[str, int], dict[Any, tuple[int, ...]]] = {
         32: (64, 32, 32, 4, 3),
         64: (64, 64, 64, 4, 3),
         128: (64, 128, 64, 4, 3),
-        256: (64, 256, 32, 16, 3),
+        256: (64, 256, 32, 8, 3),
     },
     ("layer_mix_backward", 4): {
         16: (64, 16, 16, 4, 3),

@@ -84,7 +84,9 @@ def layer_gram(
         statistics = None
         if layer_norm_eps is not None and block_c < C:
             statistics = _statistics(x, layer_norm_eps)
-        tiles = plan.cdiv(CA, block_a) * plan.cdiv(C, block_c)
+        rows, columns = plan.cdiv(CA, block_a), plan.cdiv(C, block_c)
+        # programs below the diagonal return at once
+        computing = rows * (rows + 1) // 2 if symmetric else rows * columns
         constants.update(BLOCK_A=block_a, BLOCK_C=block_c, BLOCK_N=config.block_n)
         constants["HAS_STATISTICS"] = statistics is not None
         args = (a, x, mask, x if center is None else center, x if statistics is None else statistics)
@@ -93,10 +95,10 @@ def layer_gram(
             x.device, layer_gram_kernel, config, *args, *of_results, *strides, N, B, H, 1, N, **constants
         )
         record, row = CA * C * acc.itemsize, C * x.element_size()
-        split = plan.split_sums(N, B * H * tiles, record, row, slots, config.block_n)
+        split = plan.split_sums(N, B * H * computing, record, row, slots, config.block_n)
         results = records(split.parts)
         ops._run(
-            layer_gram_kernel, B * H * split.parts * tiles, config,
+            layer_gram_kernel, B * H * split.parts * rows * columns, config,
             *args, *results, *strides, N, B, H, split.parts, split.chunk, **constants,
         )  # fmt: skip
         return split, results
