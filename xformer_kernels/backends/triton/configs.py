@@ -209,7 +209,10 @@ _TABLE: dict[tuple[str, int], dict[Any, tuple[int, ...]]] = {
         (256, "sm_90"): (32, 128, 0, 8, 3, 255),
     },
     ("layer_gram", 8): {d: (16, min(d, 32), 0, 4, 2, 255) for d in BLOCKS},
-    **{("layer_statistics", size): {d: (min(256, 16384 // (d * size)), 0, 0, 4, 1) for d in BLOCKS} for size in (2, 4, 8)},
+    **{
+        ("layer_statistics", size): {d: (min(256, 16384 // (d * size)), 0, 0, 4, 1) for d in BLOCKS}
+        for size in (2, 4, 8)
+    },
     ("layer_mix", 2): {
         16: (64, 16, 16, 4, 3),
         32: (64, 32, 32, 4, 3),
