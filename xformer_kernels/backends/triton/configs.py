@@ -197,7 +197,7 @@ _TABLE: dict[tuple[str, int], dict[Any, tuple[int, ...]]] = {
         128: (32, 128, 0, 8, 3),
         (128, "sm_90"): (64, 128, 0, 8, 3),
         256: (32, 64, 0, 4, 3),
-        (256, "sm_90"): (32, 128, 0, 8, 4),
+        (256, "sm_90"): (32, 128, 0, 8, 3),
     },
     ("layer_gram", 4): {
         16: (64, 16, 0, 4, 3, 255),
@@ -208,7 +208,7 @@ _TABLE: dict[tuple[str, int], dict[Any, tuple[int, ...]]] = {
         256: (32, 64, 0, 8, 3),
         (256, "sm_90"): (32, 128, 0, 8, 3, 255),
     },
-    ("layer_gram", 8): {d: (16, min(d, 32), 0, 4, 2, 255) for d in BLOCKS},
+    ("layer_gram", 8): {d: (16, min(d, 32), 0, 4, 3, 255) for d in BLOCKS},
     **{
         ("layer_statistics", size): {d: (min(256, 16384 // (d * size)), 0, 0, 4, 1) for d in BLOCKS}
         for size in (2, 4, 8)
