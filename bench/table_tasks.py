@@ -9,17 +9,20 @@ from typing import Any
 
 from bench.cells import END, cell, machine, opening, spread
 
-LEARNING = "<!-- learning: python -m bench.table {} -->"
+LEARNING = {
+    "learning": "<!-- learning: python -m bench.table {} -->",
+    "learning-cifar10": "<!-- learning of CIFAR-10: python -m bench.table {} -->",
+}
 SCENES = "<!-- scenes, {}: python -m bench.table {{}} -->"
 SEGMENTATION = "<!-- segmentation: python -m bench.table {} -->"
 # metrics of each task on the synthetic scenes, in percent: field of a row -> heading
 METRICS = {"detect": {"map50": "mAP at 0.5", "map": "mAP"}, "segment": {"miou": "mIoU", "pixels": "pixel accuracy"}}
 
 
-def render_learning(folder: Path) -> str:
+def render_learning(stem: str, folder: Path) -> str:
     """For the training page: accuracy of models of similar size trained with the same recipe, over seeds."""
-    begin = opening(LEARNING, folder)
-    path = folder / "learning.json"
+    begin = opening(LEARNING[stem], folder)
+    path = folder / f"{stem}.json"
     if not path.exists():
         return f"{begin}\nNot measured yet.\n{END}"
     run = json.loads(path.read_text())

@@ -68,7 +68,7 @@ def begins(table, page):
             table.GPU,
         ),
         "docs/backbone.md": (table.FORWARD, table.RUNTIMES, table.TRAINING),
-        "docs/training.md": (table.LEARNING,),
+        "docs/training.md": tuple(table.LEARNING.values()),
         "docs/detection.md": (table.SCENES.format("detect"),),
         "docs/segmentation.md": (table.SCENES.format("segment"), table.SEGMENTATION),
         "docs/integrations.md": (table.VARIANTS,),

@@ -19,7 +19,7 @@ from xformer_kernels import dispatch
 
 backend = pytest.importorskip("xformer_kernels.backends.triton", reason="triton is not installed")
 
-from xformer_kernels.backends.triton import configs, launch, plan  # noqa: E402
+from xformer_kernels.backends.triton import configs, launch, plan, table  # noqa: E402
 from xformer_kernels.reference import accumulate_dtype  # noqa: E402
 from xformer_kernels.testing import assert_bitwise, assert_close  # noqa: E402
 
@@ -415,7 +415,7 @@ def test_tf32_is_the_users_choice():
 
 def blocks(arch, dtype, D):
     """Block sizes of an architecture's rows. The interpreter ignores num_warps, num_stages and maxnreg."""
-    rows = [name for (name, size), row in configs._TABLE.items() if size == dtype.itemsize and configs.block(D) in row]
+    rows = [name for (name, size), row in table.TABLE.items() if size == dtype.itemsize and configs.block(D) in row]
     return [configs.shipped(configs.Key(name, dtype, D, ""), arch)[:3] for name in rows]
 
 

@@ -16,13 +16,14 @@ import warnings
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 import triton
 from triton.runtime.errors import OutOfResources, PTXASError
 
 from xformer_kernels.backends.triton import replay
+from xformer_kernels.backends.triton.table import TABLE
 
 Result = TypeVar("Result")
 AUTOTUNE = "XFORMER_KERNELS_AUTOTUNE"
@@ -61,13 +62,12 @@ class Key(NamedTuple):
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 KERNELS = ("gram", "gram_normalised", "apply", "forward", "map_backward", "gradients", "channel_mix")
-IN_PARTS = ("gram_tf32x3", "apply_tf32x3", "forward_tf32x3", "gradients_tf32x3")
+IN_PARTS = ("gram_tf32x3", "apply_tf32x3", "forward_tf32x3", "gradients_tf32x3", "layer_gram_tf32x3")
 """Variants of the kernels whose float32 products are three products of tf32."""
-LAYER_KERNELS = ("layer_statistics", "layer_gram", "layer_gram_tf32x3", "layer_mix", "layer_mix_backward")
+LAYER_KERNELS = ("layer_statistics", "layer_gram", "layer_mix", "layer_mix_backward")
 """The passes of a layer in Gram form."""
 LINEAR_KERNELS = ("linear_maxima", "linear_sums", "linear_apply", "linear_queries", "linear_keys")
 """The kernels of linear attention. Each of their programs holds a whole map."""
-BLOCKS = (16, 32, 64, 128, 256)
 REGISTERS = 65536
 """Registers per multiprocessor."""
 WIDEST_INTERPRETED = 64
@@ -83,7 +83,7 @@ def block(features: int) -> int:
 def shipped(key: Key, arch: str) -> Config:
     """The config from the table. Architectures and dtypes without their own row use the common row."""
     d = block(key.features)
-    rows = _TABLE[key.kernel, key.dtype.itemsize]
+    rows = TABLE[key.kernel, key.dtype.itemsize]
     config = Config(*rows.get((d, arch), rows.get((d, key.dtype), rows[d])))
     if arch == "interpreter":
         # run time depends on the number of operations, not on their size; wide tokens are still split into tiles
@@ -93,261 +93,6 @@ def shipped(key: Key, arch: str) -> Config:
         # half the shared memory, and loops are pipelined through registers
         return config._replace(stages=min(config.stages, 2), registers=0)
     return config
-
-
-# (kernel, element size in bytes): {features, or (features, arch or dtype): (block_n, block_o, block_k, warps, stages
-# [, registers])}
-# Chosen by the resource usage of compiled kernels, not yet by timing: no spills, shared memory that fits on every
-# architecture, tensor cores and 128-bit loads. Matrix products in ieee float32 use 16 features per step, because the
-# multiply-adds of a whole tile would not fit in registers.
-_TABLE: dict[tuple[str, int], dict[Any, tuple[int, ...]]] = {
-    ("gram", 2): {
-        16: (128, 16, 0, 4, 3, 255),
-        32: (128, 32, 0, 4, 3, 255),
-        64: (64, 64, 0, 4, 3, 255),
-        128: (64, 128, 0, 8, 3),
-        256: (64, 128, 0, 8, 3),
-    },
-    ("gram", 4): {
-        16: (64, 16, 0, 4, 3, 255),
-        32: (32, 32, 0, 2, 3, 255),
-        64: (32, 64, 0, 4, 3),
-        128: (32, 128, 0, 8, 3, 255),
-        256: (32, 128, 0, 8, 3, 255),
-    },
-    ("gram", 8): {d: (16, min(d, 32), 0, 4, 2, 255) for d in BLOCKS},
-    ("gram_normalised", 4): {d: (64 if d == 16 else 32, min(d, 64), 0, 4, 3, 255) for d in BLOCKS},
-    ("gram_normalised", 8): {d: (16, min(d, 32), 0, 4, 2, 255) for d in BLOCKS},
-    ("apply", 2): {
-        16: (64, 16, 16, 4, 3),
-        32: (64, 32, 32, 4, 3),
-        64: (64, 64, 64, 4, 3),
-        128: (64, 128, 128, 8, 3, 255),
-        256: (32, 64, 256, 8, 3, 255),
-        (256, "gfx942"): (32, 32, 256, 8, 1),
-    },
-    ("apply", 4): {
-        16: (64, 16, 16, 4, 3, 255),
-        32: (64, 32, 32, 4, 3),
-        64: (32, 64, 64, 4, 3, 255),
-        128: (32, 64, 128, 8, 3, 255),
-        256: (16, 64, 256, 8, 3, 255),
-        (256, "gfx942"): (16, 32, 256, 8, 1),
-    },
-    ("apply", 8): {d: (16, min(d, 32), d, 4, 1) for d in BLOCKS},
-    ("forward", 2): {
-        16: (64, 16, 16, 4, 3),
-        32: (64, 32, 32, 4, 3, 255),
-        64: (64, 64, 64, 4, 3),
-        128: (32, 128, 128, 8, 3, 255),
-        (128, "gfx942"): (64, 128, 128, 8, 1),
-    },
-    ("forward", 4): {
-        16: (32, 16, 16, 4, 3),
-        32: (32, 32, 32, 4, 3),
-        64: (32, 64, 64, 8, 3),
-        128: (16, 128, 128, 8, 2, 255),
-    },
-    ("forward", 8): {d: (16, d, d, 4, 1) for d in (16, 32, 64)},
-    ("map_backward", 2): {
-        16: (0, 16, 0, 4, 1),
-        32: (0, 32, 0, 4, 1),
-        64: (0, 32, 0, 4, 1, 255),
-        128: (0, 16, 0, 4, 1, 255),
-        256: (0, 16, 0, 8, 1, 255),
-    },
-    ("map_backward", 8): {d: (0, 8, 0, 16, 1) if d > 128 else (0, 8, 0, 8, 1, 255) for d in BLOCKS},
-    ("gradients", 2): {
-        16: (64, 16, 16, 4, 3),
-        32: (64, 32, 32, 4, 3),
-        64: (64, 64, 64, 4, 3),
-        (64, torch.float16): (32, 64, 64, 4, 3),
-        128: (32, 64, 64, 4, 3, 255),
-        256: (32, 64, 64, 8, 3, 255),
-        (128, "gfx942"): (32, 32, 32, 4, 1),
-        (256, "gfx942"): (32, 32, 32, 8, 1),
-    },
-    ("gradients", 4): {
-        16: (64, 16, 16, 4, 3),
-        32: (32, 32, 32, 4, 3, 255),
-        64: (32, 64, 16, 4, 2),
-        128: (32, 64, 16, 4, 2, 255),
-        256: (32, 64, 16, 8, 2, 255),
-    },
-    ("gradients", 8): {d: (32, 16, 16, 8, 1) for d in BLOCKS},
-    ("channel_mix", 2): {
-        16: (64, 16, 16, 4, 3),
-        32: (64, 32, 32, 4, 3),
-        64: (64, 64, 64, 4, 3, 255),
-        128: (64, 64, 64, 4, 3, 255),
-        256: (64, 64, 64, 8, 3, 255),
-    },
-    ("channel_mix", 4): {
-        16: (64, 16, 16, 4, 3, 255),
-        32: (64, 32, 16, 4, 3, 255),
-        64: (64, 64, 16, 8, 3),
-        128: (64, 64, 16, 8, 3),
-        256: (64, 64, 16, 8, 3),
-    },
-    ("channel_mix", 8): {d: (32, min(d, 32), 16, 4, 1) for d in BLOCKS},
-    ("layer_gram", 2): {
-        16: (128, 16, 0, 4, 3),
-        32: (64, 32, 0, 4, 3),
-        64: (64, 64, 0, 4, 3),
-        128: (32, 128, 0, 8, 3),
-        (128, "sm_90"): (64, 128, 0, 8, 3),
-        256: (32, 64, 0, 4, 3),
-        (256, "sm_90"): (32, 128, 0, 8, 3),
-    },
-    ("layer_gram", 4): {
-        16: (64, 16, 0, 4, 3, 255),
-        32: (32, 32, 0, 4, 3, 255),
-        64: (32, 64, 0, 8, 3),
-        (64, "sm_90"): (32, 64, 0, 4, 3, 255),
-        128: (32, 128, 0, 8, 3, 255),
-        256: (32, 64, 0, 8, 3),
-        (256, "sm_90"): (32, 128, 0, 8, 3, 255),
-    },
-    ("layer_gram", 8): {d: (16, min(d, 32), 0, 4, 3, 255) for d in BLOCKS},
-    **{
-        ("layer_statistics", size): {d: (min(256, 16384 // (d * size)), 0, 0, 4, 1) for d in BLOCKS}
-        for size in (2, 4, 8)
-    },
-    ("layer_mix", 2): {
-        16: (64, 16, 16, 4, 3),
-        32: (64, 32, 32, 4, 3),
-        64: (64, 64, 64, 4, 3),
-        128: (64, 128, 64, 4, 3),
-        256: (64, 256, 32, 8, 3, 128),
-    },
-    ("layer_mix", 4): {
-        16: (64, 16, 16, 4, 3),
-        32: (64, 32, 16, 4, 3),
-        64: (64, 64, 16, 8, 3),
-        128: (64, 128, 16, 8, 3),
-        256: (32, 256, 16, 8, 3),
-    },
-    # a program holds all features of its tokens
-    ("layer_mix_backward", 2): {
-        16: (64, 16, 16, 4, 3),
-        32: (64, 32, 32, 4, 3),
-        64: (64, 64, 64, 4, 3),
-        128: (64, 128, 64, 4, 3),
-        256: (64, 256, 32, 8, 3),
-    },
-    ("layer_mix_backward", 4): {
-        16: (64, 16, 16, 4, 3),
-        32: (64, 32, 16, 4, 3),
-        64: (64, 64, 16, 8, 3),
-        128: (64, 128, 16, 4, 3),
-        256: (32, 256, 16, 8, 3),
-    },
-    **{
-        (name, 8): {d: (16, min(d, 32) if name == "layer_mix" else d, 16, 4 if d < 128 else 8, 1) for d in BLOCKS}
-        for name in ("layer_mix", "layer_mix_backward")
-    },
-    # each program holds a whole map; block_k of linear_queries: columns of S held in registers together with dS
-    ("linear_maxima", 2): {d: (4096 // d, d, 0, 4, 3) for d in (16, 32, 64, 128)},
-    ("linear_maxima", 4): {d: (2048 // d, d, 0, 4, 3) for d in (16, 32, 64)},
-    ("linear_maxima", 8): {d: (1024 // d, d, 0, 4, 2) for d in (16, 32, 64)},
-    ("linear_sums", 2): {
-        16: (128, 16, 0, 4, 3),
-        32: (64, 32, 0, 4, 3),
-        64: (64, 64, 0, 4, 3, 255),
-        128: (32, 128, 0, 8, 2, 255),
-    },
-    ("linear_sums", 4): {
-        16: (64, 16, 0, 4, 3, 255),
-        32: (32, 32, 0, 4, 3, 255),
-        64: (32, 64, 0, 8, 3, 255),
-    },
-    ("linear_sums", 8): {d: (16, d, 0, 4, 2, 255) for d in (16, 32, 64)},
-    ("linear_apply", 2): {
-        16: (64, 16, 0, 4, 3),
-        32: (64, 32, 0, 4, 3),
-        64: (64, 64, 0, 4, 3, 255),
-        128: (32, 128, 0, 8, 2, 255),
-        (128, "gfx942"): (16, 128, 0, 8, 2),
-    },
-    ("linear_apply", 4): {
-        16: (64, 16, 0, 4, 3, 255),
-        32: (64, 32, 0, 4, 3),
-        64: (32, 64, 0, 8, 3, 255),
-    },
-    ("linear_apply", 8): {d: (16, d, 0, 4, 1) for d in (16, 32, 64)},
-    ("linear_queries", 2): {
-        16: (64, 16, 16, 4, 3, 255),
-        32: (64, 32, 32, 4, 3, 255),
-        64: (32, 64, 32, 4, 3, 255),
-        128: (16, 128, 64, 8, 2, 255),
-    },
-    ("linear_queries", 4): {
-        16: (32, 16, 16, 4, 3, 255),
-        32: (32, 32, 32, 4, 3, 255),
-        64: (16, 64, 64, 8, 3, 255),
-    },
-    ("linear_queries", 8): {d: (16, d, d, 8, 1, 255) for d in (16, 32, 64)},
-    ("linear_keys", 2): {
-        16: (64, 16, 0, 4, 3),
-        32: (64, 32, 0, 4, 3, 255),
-        64: (32, 64, 0, 4, 3, 255),
-        128: (16, 128, 0, 8, 2, 255),
-    },
-    ("linear_keys", 4): {
-        16: (32, 16, 0, 4, 3, 255),
-        32: (32, 32, 0, 4, 3, 255),
-        64: (16, 64, 0, 8, 3, 255),
-        (64, "gfx942"): (16, 64, 0, 4, 2),
-    },
-    ("linear_keys", 8): {d: (16, d, 0, 4 if d == 16 else 8, 1, 255) for d in (16, 32, 64)},
-}
-_TABLE["map_backward", 4] = _TABLE["map_backward", 2]
-# The tensor cores of sm_90 and sm_100 multiply 64 rows at a time (features of a Gram matrix, tokens of other products)
-# and read halves of operands from shared memory; elsewhere these take registers. Those of the three maps of gradients
-# fit in neither, so that these loads are not pipelined; programs overlap instead.
-_TABLE |= {
-    ("gram_tf32x3", 4): {
-        64: (32, 64, 0, 4, 3),
-        128: (32, 64, 0, 4, 3),
-        (128, "sm_100"): (32, 128, 0, 8, 3, 255),
-        256: (32, 64, 0, 4, 3),
-        (256, "sm_100"): (32, 128, 0, 8, 3, 255),
-    },
-    ("layer_gram_tf32x3", 4): {
-        64: (16, 64, 0, 4, 3),
-        (64, "sm_90"): (32, 64, 0, 4, 3),
-        128: (16, 64, 0, 4, 3),
-        (128, "sm_90"): (32, 64, 0, 4, 3),
-        256: (16, 64, 0, 4, 3),
-        (256, "sm_90"): (32, 64, 0, 4, 3),
-    },
-    ("apply_tf32x3", 4): {
-        16: (64, 16, 16, 4, 3),
-        32: (64, 32, 32, 4, 3),
-        64: (32, 64, 64, 4, 3),
-        (64, "sm_90"): (64, 64, 64, 4, 3),
-        (64, "sm_100"): (64, 64, 64, 4, 3),
-    },
-    ("forward_tf32x3", 4): {
-        16: (32, 16, 16, 4, 3),
-        32: (32, 32, 32, 4, 3),
-        64: (32, 64, 64, 4, 3),
-        128: (16, 128, 128, 8, 2, 255),
-    },
-    ("gradients_tf32x3", 4): {
-        16: (64, 16, 16, 4, 1),
-        32: (64, 16, 32, 4, 1),
-        64: (32, 16, 64, 4, 1),
-        (64, "sm_90"): (64, 32, 64, 4, 1),
-        (64, "sm_100"): (64, 32, 32, 4, 1),
-        128: (32, 32, 32, 4, 1),
-        (128, "sm_90"): (64, 32, 32, 4, 1),
-        (128, "sm_100"): (64, 32, 32, 4, 1),
-        256: (32, 32, 32, 4, 1),
-        (256, "sm_90"): (64, 32, 32, 4, 1),
-        (256, "sm_100"): (64, 32, 32, 4, 1),
-    },
-}
 
 
 def get(key: Key, arch: str) -> Config:
