@@ -384,7 +384,7 @@ def test_wide_linear_attention_is_composed(triton_runs, ran_backend):
             q, k, v = (randn(1, 1, 9, d, seed=d, dtype=dtype) for d in (dims[0], *dims))
             fused = max(dims) <= widest
             assert dispatch.fuses_linear_attention("triton", ("relu", "relu"), dtype, dims) == fused
-            with ran_backend("triton", *(("linear_attention_forward",) if fused else ("gram", "channel_mix"))):
+            with ran_backend("triton", *(("linear_attention_forward",) if fused else ("layer_gram", "channel_mix"))):
                 xk.linear_attention(q, k, v, backend="triton")
 
 
