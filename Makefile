@@ -60,12 +60,12 @@ lint: setup
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
 	$(BIN)/mypy
 
-# The site, in build/site; a link that leads nowhere is an error. Its packages are those of the extra "docs".
+# The site, in build/site; warnings are errors (not with --quiet, which hides them from --strict). Its packages are those of the extra "docs".
 docs: setup
 	@$(BIN)/python -c 'from importlib.metadata import requires; print(*(r.partition(";")[0] \
 	  for r in requires("xformer-kernels") if "docs" in r.partition(";")[2]), sep="\n")' > build/docs.txt
 	$(BIN)/python -m pip install -q -r build/docs.txt
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # The compiled kernels once more, instrumented, under the tests that reach all of them. Warnings are not errors in this
 # build: with sanitizers on, GCC warns of the deliberately undefined values in its own intrinsics. An instruction level

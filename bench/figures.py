@@ -6,6 +6,7 @@ a layer. Each file has the numbers that it shows in its description, by which a 
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Callable
@@ -161,4 +162,5 @@ def main(folder: Path = FOLDER) -> int:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(prog="python -m bench.figures", description=__doc__).parse_args()
     sys.exit(main())

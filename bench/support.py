@@ -7,6 +7,7 @@ the same everywhere.
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -123,4 +124,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(prog="python -m bench.support", description=__doc__).parse_args()
     sys.exit(main())

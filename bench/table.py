@@ -6,6 +6,7 @@ write its folder into the comment first.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import sys
@@ -361,7 +362,11 @@ ON_CPU: dict[str, tuple[Callable[[Path], str], ...]] = {
 
 
 def main() -> int:
-    folder = Path(sys.argv[1]).resolve()
+    parser = argparse.ArgumentParser(prog="python -m bench.table", description=__doc__)
+    parser.add_argument("folder", type=Path, help="bench/results/<machine>")
+    folder = parser.parse_args().folder.resolve()
+    if not any(folder.glob("*.json")):
+        parser.error(f"{folder} has no results")
     documents = ON_GPU if any(folder.glob("op-cuda-*.json")) else ON_CPU
     for name, tables in documents.items():
         path = ROOT / name

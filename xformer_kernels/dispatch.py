@@ -48,9 +48,7 @@ class Explanation:
             if reasons:
                 lines += [f"  {name}: no"] + [f"    - {reason}" for reason in reasons]
             else:
-                lines.append(
-                    f"  {name}: {'yes' if name == self.backend else 'could, comes later or was not asked for'}"
-                )
+                lines.append(f"  {name}: {'yes' if name == self.backend else 'available, not chosen'}")
         return "\n".join(lines)
 
 

@@ -198,7 +198,7 @@ def gram(
 
     Args:
         a, b: (B, H, N, Da) and (B, H, N, Db), or (B, N, Da) and (B, N, Db); dtypes, strides and device as in
-        :func:`xfa`.
+            :func:`xfa`.
         symmetric: ``b`` is ``a`` itself: half the work, and G is bitwise symmetric.
         token_mask: (B, N) bool; tokens where it is False are ignored.
         sums: whether to also return the sum of each feature, computed by PyTorch's ``sum``.
@@ -253,7 +253,7 @@ def channel_mix(
 
     Args:
         x, x2: (B, H, N, I) and (B, H, N, I2), or (B, N, I) and (B, N, I2); dtypes, strides and device as in
-        :func:`xfa`.
+            :func:`xfa`.
         weight, weight2: (..., O, I) and (..., O, I2), broadcast over batch and heads; in the dtype of x or in float32
             (float64 for float64).
         bias, add_scale: (..., O), broadcast likewise, in the same dtypes. Without add_scale, ``add`` is not scaled.

@@ -21,6 +21,10 @@ import torch
 from xformer_kernels import __version__, dispatch
 
 PACKAGE = Path(__file__).parent
+UNBUILT = (
+    "this is a source tree in which nothing is built, and Python prefers it in its folder: "
+    "pip install -e . builds here; an installed copy is used in any other folder"
+)
 
 
 def collect() -> dict[str, Any]:
@@ -85,7 +89,9 @@ def _compiled(name: str, note_of_build: str) -> dict[str, Any]:
         note = PACKAGE / note_of_build
         built = {"why it was not built": note.read_text().strip()} if note.exists() else {}
         files = [path.name for path in PACKAGE.glob(f"{name}*") if path.suffix in (".so", ".pyd")]
-        return {"loaded": False, "cause": str(error), "files": files, **built}
+        sources = not files and not built and (PACKAGE.parent / "csrc").is_dir()
+        cause = UNBUILT if sources else str(error)
+        return {"loaded": False, "cause": cause, "files": files, **built}
     level = {"level in use": module.cpu_level() or None} if hasattr(module, "cpu_level") else {}
     return {"loaded": True, "file": module.__file__, **level, **module.build_info()}
 

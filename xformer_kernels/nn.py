@@ -132,8 +132,8 @@ class XFABlock(nn.Module):
     None.
 
     Args:
-        dim, num_heads, qkv_bias, attn_drop, proj_drop, map, norm, activation, form, backend, device,
-            dtype: as in :class:`XFA`.
+        dim, num_heads, qkv_bias, attn_drop, proj_drop, map, norm, activation, form, backend, device, dtype: as
+            in :class:`XFA`.
         ln_eps: eps of the layer norm.
         layer_scale: initial value of the layer scale; None: no layer scale.
 

@@ -174,6 +174,14 @@ def test_extension_that_cannot_load_is_reported_with_its_cause(tmp_path):
         assert "_C" in text and ("ELF" in text or "file too short" in text or "mach-o" in text), text
 
 
+def test_sources_that_are_not_built_are_reported_as_such(tmp_path):
+    shutil.copytree(
+        ROOT / "xformer_kernels", tmp_path / "xformer_kernels", ignore=shutil.ignore_patterns("*.so", "_no_*.txt")
+    )
+    (tmp_path / "csrc").mkdir()
+    assert "pip install -e ." in use(tmp_path)["info"]["extension"]["cause"]
+
+
 def test_info_prints(capsys):
     from xformer_kernels import info
 
