@@ -104,6 +104,18 @@ def test_onnx_of_a_replaced_model(tmp_path):
     torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.nightly
+def test_onnx_of_a_backbone(tmp_path):
+    """Of any number of images and any size that its stride divides."""
+    import xformer
+
+    model, x = xformer.xformer_xxs(num_classes=7).eval(), torch.randn(3, 3, 96, 128)
+    B, H, W = torch.export.Dim("B"), torch.export.Dim("H", min=2), torch.export.Dim("W", min=2)
+    (found,) = onnx_outputs(model, (x[:2, :, :64, :64],), ({0: B, 2: 32 * H, 3: 32 * W},), (x,), tmp_path / "m.onnx")
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(found), model(x), rtol=1e-4, atol=1e-5)
+
+
 def test_onnx_of_functions(tmp_path):
     class All(nn.Module):
         def __init__(self):
