@@ -71,6 +71,7 @@ ATTENTION: dict[str, Factory] = {
     "softmax": SoftmaxHalf,
     "none": _none,
 }
+"""Factories of half blocks by name."""
 
 
 def factory(attention: str | Factory) -> Factory:

@@ -61,6 +61,7 @@ VARIANTS = {
         320,
     ),
 }
+"""The sizes by name."""
 
 
 POOLS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -6,6 +6,8 @@ features; it reads x once more.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -116,16 +118,9 @@ def layer_gram(
 
 
 def layer_mix(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    add: Tensor | None,
-    x2: Tensor | None,
-    weight2: Tensor | None,
-    center: Tensor | None,
-    layer_norm_eps: float | None,
-    differentiate: bool,
-) -> Tensor:
+    x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None, x2: Tensor | None, weight2: Tensor | None,
+    *choices: Any,
+) -> Tensor:  # fmt: skip
     """weight x + weight2 u + bias + add, or a gradient, see :mod:`xformer_kernels.layer.passes`.
 
     Weights are rounded to bfloat16 for bfloat16 tokens, as all maps are. They are made contiguous for vector loads.
@@ -136,7 +131,7 @@ def layer_mix(
 
     weight2 = None if weight2 is None else ready(weight2)
     bias = None if bias is None else bias.contiguous()
-    return _mix(x, ready(weight), bias, add, x2, weight2, center, layer_norm_eps, differentiate)
+    return _mix(x, ready(weight), bias, add, x2, weight2, *choices)
 
 
 @replay.planned
