@@ -122,8 +122,8 @@ class Call(NamedTuple):
     def costs(self, o: Operands) -> tuple[cost.Cost, cost.Cost, str]:
         """The costs of the Gram form and the direct form, and the source of the figures."""
         shape, (machine, source) = self._shape(o), self._machine(o)
-        if self._timed_at(o) and calibration.answer(shape, o.x.dtype):
-            source += "; both forms were timed for this shape"
+        if self._timed_at(o) and (faster := calibration.answer(shape, o.x.dtype)):
+            source += f"; both forms were timed for this shape, and {faster} was faster"
         return cost.gram(shape, machine), cost.direct(shape, machine), source
 
     def _machine(self, o: Operands) -> tuple[cost.Machine, str]:
