@@ -48,8 +48,9 @@ class Recorded:
     @property
     def tokens(self) -> int:
         """Tensors of tokens that it reads or writes, see :data:`TOKENS`."""
-        of_layer = self.name == "layer_gram_kernel" and not self.constants["SYMMETRIC"]
-        return TOKENS.get(self.name, 0) + (of_layer or (self.constants.get("I2", 0) > 0 and self.name in TOKENS))
+        of_gram = self.name == "layer_gram_kernel" and not self.constants["SYMMETRIC"]
+        of_mix = self.name == "layer_mix_kernel" and self.constants["I"] > 0
+        return TOKENS.get(self.name, 0) + (of_gram or of_mix)
 
     @property
     def tiles(self) -> tuple[int, int]:

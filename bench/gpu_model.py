@@ -78,7 +78,7 @@ class Prediction(NamedTuple):
 
 def trips(constants: dict[str, Any]) -> int:
     """How often the loops inside the loop over tokens are taken: they are over features, some at a time."""
-    features = constants.get("D") or max(constants.get("I", 1), constants.get("I2", 1))
+    features = constants.get("D") or max(constants.get("I", 1), constants.get("C", 1))
     return ceil(features / min(features, *(constants.get(name) or features for name in ("BLOCK_K", "BLOCK_O"))))
 
 

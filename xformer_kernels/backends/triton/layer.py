@@ -59,16 +59,13 @@ def layer_gram(
     acc = accumulate_dtype(x.dtype)
     sizes = ((CA, C), (CA,), (C,))
 
-    def records(parts: int) -> list[Tensor]:
+    def records(parts: int) -> tuple[Tensor, Tensor, Tensor]:
         leading = (B, H) if parts == 1 else (parts, B, H)
-        return [ops._empty((*leading, *size), acc, x) for size in sizes]
-
-    def found(results: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        G, sum_a, sum_u = results
+        G, sum_a, sum_u = (ops._empty((*leading, *size), acc, x) for size in sizes)
         return G, sum_a, sum_u
 
     if B * H == 0:
-        return found(records(1))
+        return records(1)
     target = launch.target(x.device)
     mask, mask_strides = ops._mask(token_mask, x)
     precision = launch.gram_precision(x.dtype, False, target.arch, max(CA, C), symmetric)
@@ -79,7 +76,7 @@ def layer_gram(
     }  # fmt: skip
     strides = (*a.stride(), *x.stride(), *mask_strides)
 
-    def run(config: configs.Config) -> tuple[plan.Split, list[Tensor]]:
+    def run(config: configs.Config) -> tuple[plan.Split, tuple[Tensor, Tensor, Tensor]]:
         if precision == "tf32" and ops.transposes(target.arch):
             config = config._replace(stages=1)
         block_a, block_c = (min(config.block_o, configs.block(D)) for D in (CA, C))
@@ -109,12 +106,12 @@ def layer_gram(
     key = _key(name, x.dtype, max(CA, C), "symmetric" if symmetric else "gram")
     with launch.on_device(x.device):
         split, results = configs.launch(key, target.arch, run)
-        if split.parts > 1:
-            results = [
-                ops._reduce(torch.sum, partial, ops._empty((B, H, *size), acc, x))
-                for partial, size in zip(results, sizes, strict=True)
-            ]
-    return found(results)
+        if split.parts == 1:
+            return results
+        G, sum_a, sum_u = (
+            ops._reduce(torch.sum, partial, total) for partial, total in zip(results, records(1), strict=True)
+        )
+    return G, sum_a, sum_u
 
 
 def layer_mix(
@@ -127,42 +124,44 @@ def layer_mix(
     """
 
     def ready(weight: Tensor) -> Tensor:
-        return (weight.to(x.dtype) if x.dtype is torch.bfloat16 else weight).contiguous()
+        dtype = x.dtype if x.dtype is torch.bfloat16 else weight.dtype
+        return weight.to(dtype, memory_format=torch.contiguous_format).contiguous()  # one copy at most
 
-    weight2 = None if weight2 is None else ready(weight2)
     bias = None if bias is None else bias.contiguous()
-    return _mix(x, ready(weight), bias, add, x2, weight2, *choices)
+    if x2 is None or weight2 is None:
+        return _mix(x, ready(weight), bias, add, None, None, *choices)
+    return _mix(x2, ready(weight2), bias, add, x, ready(weight), *choices)
 
 
 @replay.planned
 def _mix(
-    x: Tensor,
-    weight: Tensor,
+    u: Tensor,
+    weight_u: Tensor,
     bias: Tensor | None,
     add: Tensor | None,
-    x2: Tensor | None,
-    weight2: Tensor | None,
+    x: Tensor | None,
+    weight: Tensor | None,
     center: Tensor | None,
     layer_norm_eps: float | None,
     differentiate: bool,
 ) -> Tensor:
-    B, _, N, I = x.shape  # noqa: E741
-    O = weight.shape[-2]  # noqa: E741
-    I2 = 0 if x2 is None else x2.shape[-1]
-    C = I2 or I
-    y = ops._empty((B, N, 1, O), x.dtype, x)
+    """weight x + weight_u u + bias + add, with u computed from the tokens `u`."""
+    B, _, N, C = u.shape
+    O = weight_u.shape[-2]  # noqa: E741
+    I = 0 if x is None else x.shape[-1]  # noqa: E741
+    y = ops._empty((B, N, 1, O), u.dtype, u)
     if y.numel() == 0:
         return y
-    arch = launch.target(x.device).arch
-    own = weight.dtype == x.dtype
+    arch = launch.target(u.device).arch
+    own = weight_u.dtype == u.dtype
     differentiate = differentiate and layer_norm_eps is not None
     constants = {
-        **launch.alignment(x=x, x2=x2, add=add, weight=weight, weight2=weight2), "FAR": launch.far(x, x2, add, row=O),
-        "ACC": ops._ACC[accumulate_dtype(x.dtype)], "EPS": layer_norm_eps, "I": I, "I2": I2, "O": O,
+        **launch.alignment(x=x, u=u, add=add, weight=weight, weight_u=weight_u), "FAR": launch.far(x, u, add, row=O),
+        "ACC": ops._ACC[accumulate_dtype(u.dtype)], "EPS": layer_norm_eps, "I": I, "C": C, "O": O,
         "HAS_BIAS": bias is not None, "HAS_ADD": add is not None,
         "CENTERED": center is not None, "DIFFERENTIATE": differentiate,
-        "WIDE_MAP": not own, "OUT_ALIGN": launch.out_alignment(O, x.element_size()),
-        "PRECISION": (launch.tokens_precision if own else launch.map_precision)(x.dtype, arch),
+        "WIDE_MAP": not own, "OUT_ALIGN": launch.out_alignment(O, u.element_size()),
+        "PRECISION": (launch.tokens_precision if own else launch.map_precision)(u.dtype, arch),
     }  # fmt: skip
 
     def strides(t: Tensor | None) -> tuple[int, ...]:
@@ -173,14 +172,14 @@ def _mix(
         block_o = configs.block(C) if differentiate else min(config.block_o, configs.block(O))
         ops._run(
             layer_mix_kernel, B * blocks * plan.cdiv(O, block_o), config,
-            x, weight, x if x2 is None else x2, weight if weight2 is None else weight2,
-            weight if bias is None else bias, x if add is None else add, weight if center is None else center, y,
-            *strides(x), *strides(x2), *strides(add), N, blocks,
-            BLOCK_K=min(config.block_k, configs.block(max(I, I2))), BLOCK_O=block_o, BLOCK_N=config.block_n,
+            u if x is None else x, weight_u if weight is None else weight, u, weight_u,
+            weight_u if bias is None else bias, u if add is None else add, weight_u if center is None else center, y,
+            *strides(x), *strides(u), *strides(add), N, blocks,
+            BLOCK_K=min(config.block_k, configs.block(max(I, C))), BLOCK_O=block_o, BLOCK_N=config.block_n,
             **constants,
         )  # fmt: skip
 
-    key = _key("layer_mix_backward" if differentiate else "layer_mix", x.dtype, max(I, I2, O), "layer")
-    with launch.on_device(x.device):
+    key = _key("layer_mix_backward" if differentiate else "layer_mix", u.dtype, max(I, C, O), "layer")
+    with launch.on_device(u.device):
         configs.launch(key, arch, run)
     return y

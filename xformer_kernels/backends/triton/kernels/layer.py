@@ -174,8 +174,8 @@ def layer_gram_kernel(
 def layer_mix_kernel(
     x_ptr,
     weight_ptr,
-    x2_ptr,
-    weight2_ptr,
+    u_ptr,
+    weight_u_ptr,
     bias_ptr,
     add_ptr,
     center_ptr,
@@ -183,9 +183,9 @@ def layer_mix_kernel(
     stride_xb: tl.int64,
     stride_xn: tl.int64,
     stride_xd: tl.int64,
-    stride_x2b: tl.int64,
-    stride_x2n: tl.int64,
-    stride_x2d: tl.int64,
+    stride_ub: tl.int64,
+    stride_un: tl.int64,
+    stride_ud: tl.int64,
     stride_ab: tl.int64,
     stride_an: tl.int64,
     stride_ad: tl.int64,
@@ -194,7 +194,7 @@ def layer_mix_kernel(
     ACC: tl.constexpr,
     EPS: tl.constexpr,
     I: tl.constexpr,  # noqa: E741
-    I2: tl.constexpr,
+    C: tl.constexpr,
     O: tl.constexpr,  # noqa: E741
     BLOCK_K: tl.constexpr,
     BLOCK_O: tl.constexpr,
@@ -205,22 +205,23 @@ def layer_mix_kernel(
     DIFFERENTIATE: tl.constexpr,
     WIDE_MAP: tl.constexpr,
     ALIGN_X: tl.constexpr,
-    ALIGN_X2: tl.constexpr,
+    ALIGN_U: tl.constexpr,
     ALIGN_ADD: tl.constexpr,
     ALIGN_WEIGHT: tl.constexpr,
-    ALIGN_WEIGHT2: tl.constexpr,
+    ALIGN_WEIGHT_U: tl.constexpr,
     OUT_ALIGN: tl.constexpr,
     FAR: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Each program computes a (BLOCK_N, BLOCK_O) tile of y = weight x + weight2 u + bias + add, or for I2 = 0 of
-    weight u + bias + add. Weights (B, O, I) are contiguous; WIDE_MAP: products are in ACC.
+    """Each program computes a (BLOCK_N, BLOCK_O) tile of y = weight x + weight_u u + bias + add; without x if I is 0.
+
+    u is computed from the tokens at u_ptr. Weights (B, O, I) and (B, O, C) are contiguous; WIDE_MAP: products are in
+    ACC.
 
     DIFFERENTIATE: y without `add` is a gradient with respect to u, of which the tile holds all features; layer norm's
     backward is applied to it before `add` is added.
     """
     TILES: tl.constexpr = (O + BLOCK_O - 1) // BLOCK_O
-    C: tl.constexpr = I2 if I2 > 0 else I
     H = tl.full([], 1, tl.int64)
     b, h, rest = locate(H, blocks * TILES)
     first = (rest % TILES).to(tl.int32) * BLOCK_O
@@ -229,41 +230,27 @@ def layer_mix_kernel(
     present = existing(start, rows, N)
     o = (first + tl.arange(0, BLOCK_O)).to(tl.int64)
     center_ptr += b * C
-    weight_ptr = record_base(weight_ptr, b * O * I, ALIGN_WEIGHT)
-    if I2 > 0:
-        u_base = head_base(x2_ptr, b, 0, stride_x2b, 0, ALIGN_X2)
-        mean, inverse = layer_norm_statistics(
-            u_base, start, rows, present, stride_x2n, stride_x2d, C, BLOCK_K, ACC, EPS, ALIGN_X2, FAR
-        )
-    else:
-        u_base = head_base(x_ptr, b, 0, stride_xb, 0, ALIGN_X)
-        mean, inverse = layer_norm_statistics(
-            u_base, start, rows, present, stride_xn, stride_xd, C, BLOCK_K, ACC, EPS, ALIGN_X, FAR
-        )
+    u_base = head_base(u_ptr, b, 0, stride_ub, 0, ALIGN_U)
+    mean, inverse = layer_norm_statistics(
+        u_base, start, rows, present, stride_un, stride_ud, C, BLOCK_K, ACC, EPS, ALIGN_U, FAR
+    )
     y = tl.zeros((BLOCK_N, BLOCK_O), ACC)
-    if I2 > 0:
+    if I > 0:
+        weight_ptr = record_base(weight_ptr, b * O * I, ALIGN_WEIGHT)
         y = multiply(
             x_ptr, weight_ptr, y, b, 0, start, rows, present, o, stride_xb, 0, stride_xn, stride_xd, 0, 0, I, 1, I, O,
             BLOCK_K, WIDE_MAP, ALIGN_X, FAR, PRECISION,
         )  # fmt: skip
-        weight2_ptr = record_base(weight2_ptr, b * O * I2, ALIGN_WEIGHT2)
-        y = multiply(
-            x2_ptr, weight2_ptr, y, b, 0, start, rows, present, o, stride_x2b, 0, stride_x2n, stride_x2d, 0, 0, I2,
-            1, I2, O, BLOCK_K, WIDE_MAP, ALIGN_X2, FAR, PRECISION, mean, inverse, center_ptr, EPS, CENTERED,
-        )  # fmt: skip
-    else:
-        y = multiply(
-            x_ptr, weight_ptr, y, b, 0, start, rows, present, o, stride_xb, 0, stride_xn, stride_xd, 0, 0, I, 1, I, O,
-            BLOCK_K, WIDE_MAP, ALIGN_X, FAR, PRECISION, mean, inverse, center_ptr, EPS, CENTERED,
-        )  # fmt: skip
+    weight_u_ptr = record_base(weight_u_ptr, b * O * C, ALIGN_WEIGHT_U)
+    y = multiply(
+        u_ptr, weight_u_ptr, y, b, 0, start, rows, present, o, stride_ub, 0, stride_un, stride_ud, 0, 0, C, 1, C, O,
+        BLOCK_K, WIDE_MAP, ALIGN_U, FAR, PRECISION, mean, inverse, center_ptr, EPS, CENTERED,
+    )  # fmt: skip
     if HAS_BIAS:
         y += tl.load(bias_ptr + b * O + o, mask=o < O, other=0.0).to(ACC)[None, :]
     if DIFFERENTIATE:
         inside = present[:, None] & (o < C)[None, :]
-        if I2 > 0:
-            tokens = load_tokens(u_base, start, rows, present, 0, stride_x2n, stride_x2d, C, BLOCK_O, ALIGN_X2, FAR)
-        else:
-            tokens = load_tokens(u_base, start, rows, present, 0, stride_xn, stride_xd, C, BLOCK_O, ALIGN_X, FAR)
+        tokens = load_tokens(u_base, start, rows, present, 0, stride_un, stride_ud, C, BLOCK_O, ALIGN_U, FAR)
         unit = normalised(tokens, mean, inverse, 0.0, inside, ACC, EPS, False)
         along = mean_of(tl.sum(y * unit, axis=1), C)
         y = (y - mean_of(tl.sum(y, axis=1), C)[:, None] - unit * along[:, None]) * inverse[:, None]
