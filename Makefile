@@ -60,7 +60,8 @@ lint: setup
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
 	$(BIN)/mypy
 
-# The site, in build/site; warnings are errors (not with --quiet, which hides them from --strict). Its packages are those of the extra "docs".
+# The site, in build/site; warnings are errors (not with --quiet, which hides them from --strict). Its packages are
+# those of the extra "docs".
 docs: setup
 	@$(BIN)/python -c 'from importlib.metadata import requires; print(*(r.partition(";")[0] \
 	  for r in requires("xformer-kernels") if "docs" in r.partition(";")[2]), sep="\n")' > build/docs.txt

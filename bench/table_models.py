@@ -83,7 +83,8 @@ def render_runtimes(folder: Path) -> str:
     """For the backbone page: time of other runtimes over that of our fused models, for each run on a CPU."""
     runs = [json.loads(path.read_text()) for path in sorted(folder.parent.glob("*/backbones-forward-cpu-*.json"))]
     runs = [run for run in runs if any(row["variant"] in RUNTIME_NAMES for row in run["rows"])]
-    models = sorted({(row["model"], row["images"]) for run in runs for row in run["rows"] if _is_ours(row)})
+    rows = [row for run in runs for row in run["rows"]]
+    models = sorted({(row["model"], row["images"]) for row in rows if row["model"].startswith("xformer_")})
     lines = [
         opening(RUNTIMES, folder),
         f"| machine, date, allocator | runtime | {' | '.join(f'{model} {images}' for model, images in models)} |",
@@ -97,7 +98,3 @@ def render_runtimes(folder: Path) -> str:
             about = f"{run['machine']}, {run['date'][:10]}, {run['allocator']}"
             lines.append(f"| {about} | {name} | {' | '.join(ratios)} |")
     return "\n".join([*lines, END])
-
-
-def _is_ours(row: dict[str, Any]) -> bool:
-    return bool(row["model"].startswith("xformer_"))

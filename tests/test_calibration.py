@@ -62,6 +62,12 @@ def held(machines=None, timed=None, **others):
     }  # fmt: skip
 
 
+def test_calibrate_says_that_there_are_no_kernels(file, monkeypatch, capsys):
+    monkeypatch.setattr(calibrate.backends, "load", lambda name: (None, "not built"))
+    assert calibrate.main([]) == 1
+    assert "CPU kernels are not there (not built)" in capsys.readouterr().out and not file.exists()
+
+
 def test_measured_figures_are_kept_and_read_again(layer, file, timed):
     assert explained(layer).figures == "built-in"
     layer(torch.randn(CLOSE))

@@ -30,15 +30,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m xformer_kernels.calibrate", description=__doc__.split("\n\n")[0])
     parser.add_argument("--force", action="store_true", help="measure again, and forget the forms that were timed")
     force = parser.parse_args(arguments).force
-    kernels, cause = backends.load("cpp")
-    if kernels is None:
-        print(f"nothing is measured: the CPU kernels are not there ({cause}); see python -m xformer_kernels.info")
-        return 1
     known = calibration.in_use()
     if known is None:
         print(f"nothing is measured: {calibration.ENVIRONMENT}=off, deterministic algorithms, or a coarse clock")
         _print(cost.built_in("cpu"))
         return 0
+    kernels, cause = backends.load("cpp")
+    if kernels is None:
+        print(f"nothing is measured: the CPU kernels are not there ({cause}); see python -m xformer_kernels.info")
+        return 1
     if force:
         known = calibration.Known(calibration.path())
     of = calibration.key()
