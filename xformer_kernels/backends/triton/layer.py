@@ -22,7 +22,7 @@ from xformer_kernels.reference import accumulate_dtype
 
 def _key(kernel: str, dtype: torch.dtype, features: int, map: str) -> configs.Key:
     """More output features than a tile may hold take several tiles."""
-    return configs.Key(kernel, dtype, min(features, launch.WIDEST), map)
+    return configs.Key(kernel, dtype, min(features, plan.WIDEST), map)
 
 
 def _statistics(x: Tensor, eps: float) -> Tensor:
