@@ -93,7 +93,8 @@ def variants(name: str, compile: bool) -> dict[str, nn.Module]:
     import timm
 
     torch.manual_seed(0)
-    model = timm.create_model(name).eval().to(memory_format=torch.channels_last)
+    options = {"zero_init_last": False} if name in PEERS else {}
+    model = timm.create_model(name, **options).eval().to(memory_format=torch.channels_last)
     result: dict[str, Any] = {"unfused": model}
     if name in PEERS:
         result["folded"] = xformer.fuse_for_inference(model, kernels=False)
@@ -191,7 +192,7 @@ def with_attention(build: Callable[..., nn.Module]) -> dict[str, nn.Module]:
         return modules.HalfBlock(nn.LayerNorm(dim, eps=1e-6), XCA(dim, num_heads, qkv_bias=False), None)
 
     torch.manual_seed(0)
-    ours, plain, softmax = (build(attention=attention) for attention in ("xfa", eager, "softmax"))
+    ours, plain, softmax = (build(attention=attention, zero_init_last=False) for attention in ("xfa", eager, "softmax"))
     plain.load_state_dict(ours.state_dict())
     return {"xfa": ours, "eager": plain, "softmax": softmax}
 

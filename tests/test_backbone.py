@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 import xformer
 from xformer.attention import ATTENTION
-from xformer.layers import ConvNorm, XFBlock, to_image, to_tokens
+from xformer.layers import ConvNorm, MBConv, XFBlock, to_image, to_tokens
 from xformer_kernels import XFABlock, inference
 from xformer_kernels.testing import assert_bitwise
 
@@ -23,7 +23,8 @@ CHANNELS = {
 
 
 def small(**options):
-    return xformer.xformer_xxs(num_classes=10, **options)
+    """No branch is zero: outputs and gradients depend on all weights."""
+    return xformer.xformer_xxs(num_classes=10, zero_init_last=False, **options)
 
 
 def images(*shape, seed=0):
@@ -100,6 +101,18 @@ def test_every_parameter_gets_a_gradient(attention):
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
         assert parameter.grad.abs().max() > 0, name
+
+
+def test_residual_blocks_start_as_identities():
+    model = xformer.xformer_xxs(num_classes=10)
+    residual = [m for m in model.modules() if isinstance(m, XFBlock) or (isinstance(m, MBConv) and m.skip)]
+    assert len(residual) == 7
+    for block in residual:
+        channels = block.expand.conv.in_features if isinstance(block, MBConv) else block.local.conv.in_channels
+        x = images(2, channels, 8, 8)
+        assert torch.equal(block(x), x)
+    weights = xformer.xformer_xxs(num_classes=10, zero_init_last=False).state_dict()
+    assert all(value.abs().max() > 0 for name, value in weights.items() if name.endswith("bn.weight"))
 
 
 def test_blocks_of_attention_are_fused(ran_auto):

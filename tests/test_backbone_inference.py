@@ -34,7 +34,7 @@ def images(*size):
 
 def trained(name="xformer_xxs", **options):
     torch.manual_seed(0)
-    return as_trained(getattr(xformer, name)(**options))
+    return as_trained(getattr(xformer, name)(zero_init_last=False, **options))
 
 
 @pytest.mark.parametrize("kernels", [False, True])

@@ -117,6 +117,7 @@ class Trunk(nn.Module):
         proj_drop_rate: float = 0.0,
         attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        zero_init_last: bool = True,
         img_size: int | tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
@@ -152,6 +153,7 @@ class Trunk(nn.Module):
             reduction *= stride
             self.feature_info.append({"num_chs": channels, "reduction": reduction, "module": f"stages.{i}", "index": i})
         self.stages = nn.Sequential(*stages)
+        init_weights(self, zero_init_last)
         self._check_size(img_size, reduction)
 
     @staticmethod
@@ -215,6 +217,8 @@ class XFormer(Trunk):
         drop_rate: dropout before the classifier.
         proj_drop_rate: dropout after attention and MLPs. attn_drop_rate: dropout of the attention map.
         drop_path_rate: drop path rate of the last block; rates increase linearly from 0 at the first block.
+        zero_init_last: initialise the last batch norm of every residual block with weight 0, so that blocks start as
+            identities (timm's name).
         global_pool: "avg", "max", "avgmax" (their mean) or "catavgmax" (both), as in timm; "" for no pooling: logits
             (B, num_classes, H', W').
         img_size: only validated: any size is supported, also odd ones, that leaves at least two tokens.
@@ -238,7 +242,7 @@ class XFormer(Trunk):
         self.head_conv: nn.Module = ConvNorm(variant.stages[-1].channels, variant.head)
         self.head_drop = nn.Dropout(drop_rate)
         self.reset_classifier(num_classes, global_pool)
-        init_weights(self)
+        init_weights(self.head_conv)
 
     @property
     def num_pooled_features(self) -> int:
@@ -352,7 +356,6 @@ class XFormerFeatures(Trunk):
         self.out_indices = stage_indices(len(self.stages), out_indices, "out_indices")
         self.stages = self.stages[: max(self.out_indices) + 1]
         self.feature_info = FeatureInfo(self.feature_info[i] for i in self.out_indices)
-        init_weights(self)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         found = list(self.walk(x))

@@ -227,8 +227,11 @@ class XFBlock(nn.Module):
 
 
 @torch.no_grad()
-def init_weights(model: nn.Module) -> None:
-    """Convolutions, also 1x1: normal, scaled by fan-out; other linear layers: truncated normal, std 0.02; biases: 0."""
+def init_weights(model: nn.Module, zero_init_last: bool = False) -> None:
+    """Convolutions, also 1x1: normal, scaled by fan-out; other linear layers: truncated normal, std 0.02; biases: 0.
+
+    zero_init_last: set the weight of the last batch norm of each :class:`XFBlock` and residual :class:`MBConv` to 0.
+    """
     for module in model.modules():
         if isinstance(module, (nn.Conv2d, Pointwise)):
             fan_out = module.weight.shape[0] * module.weight[0, 0].numel()
@@ -238,5 +241,9 @@ def init_weights(model: nn.Module) -> None:
             nn.init.trunc_normal_(module.weight, std=0.02)
         elif isinstance(module, XFA):
             nn.init.ones_(module.temperature)
+        elif zero_init_last and isinstance(module, XFBlock):
+            nn.init.zeros_(module.expand.bn.get_parameter("weight"))
+        elif zero_init_last and isinstance(module, MBConv) and module.skip:
+            nn.init.zeros_(module.project.bn.get_parameter("weight"))
         if isinstance(module, (nn.Conv2d, nn.Linear)) and module.bias is not None:
             nn.init.zeros_(module.bias)

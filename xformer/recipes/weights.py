@@ -115,7 +115,7 @@ def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
     return None
 
 
-UNCOMPARED = ("drop_rate", "drop_path_rate", "proj_drop_rate", "attn_drop_rate", "img_size", "form")
+UNCOMPARED = ("drop_rate", "drop_path_rate", "proj_drop_rate", "attn_drop_rate", "zero_init_last", "img_size", "form")
 """Options that do not change the function of the weights in inference, except for rounding."""
 
 
