@@ -1,7 +1,8 @@
 """Measures the host time of a call of the Triton kernels: ``python -m bench.host``.
 
 Runs on any machine: kernels are compiled for a GPU, and Triton's driver is replaced by one that launches nothing.
-Tensors are on the CPU. The unit is the time of ``torch.empty(1)`` in the same run.
+Tensors are on the CPU. The units are the times of ``torch.empty(1)`` and, for a forward and backward, of an empty
+``torch.autograd.Function`` of the same tensors (:class:`Empty`) in the same run.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 os.environ.pop("TRITON_INTERPRET", None)
 
 import torch
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
@@ -51,7 +53,7 @@ class Driver:
 
             def __call__(self, x: int, y: int, z: int, *args: Any) -> None:
                 if outer.launches is not None:
-                    plain = (t.data_ptr() if isinstance(t, torch.Tensor) else t for t in args[6:])
+                    plain = (t.data_ptr() if isinstance(t, Tensor) else t for t in args[6:])
                     outer.launches.append(Launched(self.name, (x, y, z), tuple(plain)))
 
         self.launcher_cls = Launcher
@@ -116,6 +118,22 @@ def python_calls(call: Callable[[], object]) -> int:
     return count
 
 
+class Empty(torch.autograd.Function):
+    """What autograd alone costs: an op of q, k, v and temperature that saves them and allocates its results."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, temperature: Tensor) -> Tensor:
+        ctx.save_for_backward(q, k, v, temperature)
+        B, H, N, D = q.shape
+        return q.new_empty(B, N, H, D)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, ...]:
+        *tokens, temperature = ctx.saved_tensors
+        dqkv = dout.new_empty(3, *tokens[0].shape)
+        return *(dqkv.select(0, i) for i in range(3)), torch.empty_like(temperature)
+
+
 def cases(B: int, N: int, H: int, D: int) -> dict[str, Callable[[], object]]:
     """Calls of xfa with packed bfloat16 tokens; only the addresses of the tensors are used."""
     q, k, v = torch.zeros(B, N, 3, H, D, dtype=torch.bfloat16).permute(2, 0, 3, 1, 4).unbind(0)
@@ -130,7 +148,10 @@ def cases(B: int, N: int, H: int, D: int) -> dict[str, Callable[[], object]]:
     def both() -> object:
         return torch.autograd.grad(xk.xfa(*leaves, backend="triton"), leaves, dout)
 
-    return {"forward": forward, "forward+backward": both}
+    def empty() -> object:
+        return torch.autograd.grad(Empty.apply(*leaves).transpose(1, 2), leaves, dout)
+
+    return {"forward": forward, "forward+backward": both, "empty function": empty}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -149,8 +170,9 @@ def main(arguments: list[str] | None = None) -> None:
         times = seconds({"torch.empty(1)": lambda: torch.empty(1), **calls})
         unit = times.pop("torch.empty(1)")
         for name, taken in times.items():
+            of_empty = f"{taken / times['empty function']:.1f} x the empty function, " if "backward" in name else ""
             print(
-                f"{shape!s:20} {name:17} {taken * 1e6:6.1f} us, {taken / unit:5.1f} x torch.empty(1), "
+                f"{shape!s:20} {name:17} {taken * 1e6:6.1f} us, {taken / unit:5.1f} x torch.empty(1), {of_empty}"
                 f"{counted[name]} launches, {python_calls(calls[name])} Python calls"
             )
 
