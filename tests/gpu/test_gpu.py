@@ -85,7 +85,7 @@ def launches():
 def test_shapes_take_the_paths_that_they_stand_for(shape, count, gpu_backend):
     p = make(shape)
     if gpu_backend == "cuda":
-        from xformer_kernels import _cuda
+        from xformer_kernels.backends.cuda import _cuda
 
         xfa(p.q, p.k, p.v, p.temperature)
         names = _cuda.launched().split()
@@ -103,7 +103,7 @@ def test_clusters_take_what_one_block_cannot(gpu_backend):
         pytest.skip("Triton has no clusters")
     if torch.cuda.get_device_capability()[0] not in (9, 10):
         pytest.skip("needs clusters with the shared memory of sm_90 or sm_100")
-    from xformer_kernels import _cuda
+    from xformer_kernels.backends.cuda import _cuda
 
     eight = (((1, 4096, 4, 32), torch.bfloat16), ((1, 4096, 4, 64), torch.bfloat16), ((2, 1000, 3, 50), torch.float32))
     sixteen = ((1, 6400, 2, 64), torch.float16)

@@ -1,4 +1,4 @@
-"""GPU kernels of xfa in CUDA C++ (csrc/cuda), called through the compiled module ``xformer_kernels._cuda``.
+"""GPU kernels of xfa in CUDA C++ (csrc/cuda), called through the compiled module that ``cuda_module.py`` finds.
 
 They serve up to 64 features of float32, bfloat16 and float16, with ``norm="token"`` and ``norm="none"``, and masks.
 Other calls, ``gram`` and ``channel_mix`` among them, are for other backends. Each function has the signature of
@@ -12,21 +12,23 @@ torch allows tf32.
 
 from __future__ import annotations
 
+import ctypes
+import re
 from collections.abc import Iterable
 from contextlib import nullcontext
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from xformer_kernels import _cuda
-from xformer_kernels.backends import arguments, cuda_first, unsupported_numbers
+from xformer_kernels.backends import arguments, cuda_first, cuda_module, unsupported_numbers
 from xformer_kernels.backends.layouts import Results
 
 NAME = "cuda"
 NORMS = ("token", "none")
 comes_first = cuda_first.comes_first
+_cuda = cuda_module.load()
 _BUILD = _cuda.build_info()
 EMULATED: bool = _BUILD["emulated"]
 """Whether this is the test build, whose kernels run on the CPU."""
@@ -63,11 +65,22 @@ def _of_device() -> list[str]:
         return ["this torch is for AMD GPUs, the kernels are for NVIDIA's"]
     if not torch.cuda.is_available():
         return ["torch sees no CUDA device"]
+    release = re.search(r"nvcc (\d+)", _BUILD["compiler"])
+    if release and driver() < int(release[1]):
+        return [f"the driver is for CUDA {driver()}, the kernels were built with CUDA {release[1]}"]
     major, minor = torch.cuda.get_device_capability()
     if not runs_on(10 * major + minor):
         built = f"{_BUILD['archs']} and PTX of {_BUILD['ptx']}"
         return [f"the device is of compute capability {major}.{minor}, the kernels were built for sm_ {built}"]
     return []
+
+
+@cache
+def driver() -> int:
+    """The major version of CUDA that the driver is for, where torch sees a device."""
+    version = ctypes.c_int()
+    ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    return version.value // 1000
 
 
 def runs_on(capability: int) -> bool:
