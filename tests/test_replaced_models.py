@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import functools
 import pickle
+import shutil
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from xformer_kernels import dispatch
 from xformer_kernels.integrations import is_replaced, replace_attention, restore_attention
 
 pytest.importorskip("timm", reason="timm, whose models are converted, is not installed")
+import timm
 from replaced_cases import CALLS, HEADS, KINDS, SITUATIONS, TOKENS, C, Kind, Wrapped, note, results, wrap
 from test_nn import randomize
 from timm.models.xcit import XCA
@@ -184,3 +186,24 @@ def test_one_head_with_a_temperature_of_any_dimensions(shape):
     assert replace_attention(ours) == 1
     x = KINDS["XCA"].x()
     torch.testing.assert_close(ours(x), theirs(x), rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.nightly  # each program has to be compiled by the C++ compiler
+@pytest.mark.skipif(not shutil.which("g++"), reason="AOTInductor needs a C++ compiler")
+@pytest.mark.parametrize("name", ["xcit_nano_12_p16_224", "edgenext_xx_small"])
+def test_aotinductor_calls_the_kernels(name, ran_auto, tmp_path):
+    """A compiled program of a replaced model gives the results of the model and runs the same kernels."""
+    model = timm.create_model(name).eval()
+    for parameter in model.parameters():  # layer scales of 1e-6 would hide what the attention adds
+        parameter.data += 0.02 * torch.randn_like(parameter)
+    x = torch.randn(2, 3, 224, 224)
+    with torch.no_grad():
+        expected = model(x)
+        assert replace_attention(model)
+        program = torch.export.export(model, (x,))
+        with torch._inductor.config.patch("aot_inductor.compile_wrapper_opt_level", "O0"):
+            path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+        compiled = torch._inductor.aoti_load_package(path)
+        with ran_auto("xfa_forward"):
+            out = compiled(x)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
