@@ -8,11 +8,13 @@ import importlib.util
 import io
 import re
 import sys
+import typing
 from pathlib import Path
 
 import pytest
 import torch
 
+import xformer
 import xformer_kernels
 
 ROOT = Path(__file__).parents[1]
@@ -104,6 +106,11 @@ def test_public_names_are_documented():
         assert described, f"docs/api has no {name}"
         assert getattr(xformer_kernels, name).__doc__
         assert f"`{name}`" in PAGES["docs/index.md"], name
+    for name in xformer.__all__:
+        assert re.search(rf"xformer(\.\w+)*\.{name}\b", PAGES["docs/api/backbone.md"]), f"docs/api has no {name}"
+    for explain in (xformer_kernels.explain, xformer_kernels.explain_layer):
+        result = typing.get_type_hints(explain)["return"].__name__
+        assert any(path.endswith(f".{result}") for path in shown), f"docs/api has no {result}"
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if BLOCK.search(PAGES[page])])
