@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 
 import pytest
@@ -16,6 +17,7 @@ import xformer
 from xformer import __main__ as command
 from xformer.errors import UsageError
 from xformer.recipes.card import Card, read_card
+from xformer.recipes.files import write_json
 from xformer.recipes.weights import build_model, difference, load_weights, save_weights, start_from
 
 
@@ -145,6 +147,22 @@ def test_a_card_is_what_was_written(tmp_path):
     assert "NaN" not in text
     again = read_card(text[:-1] + ', "of_a_later_version": 1}', "x")
     assert json.loads(again.to_json()) == json.loads(text) and again.metrics["loss"] is None
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)], ids=oct)
+def test_files_have_the_mode_of_the_umask(umask, mode, tmp_path):
+    """Weights, and what else a run writes, may be read by those who may read other files of the user."""
+    card = Card("xformer_xxs", 1, classes=["a"])
+    before = os.umask(umask)
+    try:
+        save_weights(tmp_path / "new.safetensors", {"x": torch.ones(2)}, card)
+        write_json("out", tmp_path / "results.json", {})
+    finally:
+        os.umask(before)
+    assert {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {
+        "new.safetensors": mode,
+        "results.json": mode,
+    }
 
 
 def test_pickled_weights_are_told_how_to_become_safetensors(tmp_path, capsys):

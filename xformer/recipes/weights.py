@@ -44,7 +44,10 @@ def save_weights(path: str | Path, state: Mapping[str, Tensor], card: Card) -> N
     part = path.with_name(f"{PART}{path.name}")
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
     try:
+        part.touch()
+        mode = part.stat().st_mode  # that of any new file; safetensors replaces the file by one of mode 600
         save_file(tensors, part, metadata={KEY: card.to_json()})
+        part.chmod(mode)
         with open(part, "rb") as file:
             os.fsync(file.fileno())
         os.replace(part, path)
