@@ -251,6 +251,16 @@ def test_in_inference_mode():
                 each.head_conv.conv.weight.mul_(2)
 
 
+@pytest.mark.parametrize("grad", [False, True], ids=["no grad", "grad"])
+def test_traced(grad):
+    """With the check of torch.jit.trace, which runs the model without gradients."""
+    model = as_trained(xformer.xformer_xxs(num_classes=10, zero_init_last=False)).eval()
+    fused, x = fuse_for_inference(model), torch.randn(2, 3, 64, 64)
+    with torch.set_grad_enabled(grad):
+        y = torch.jit.trace(fused, x)(x)
+    torch.testing.assert_close(y, model(x), rtol=1e-5, atol=1e-5)
+
+
 def test_compiled():
     model = as_trained(xformer.xformer_xxs(num_classes=10, zero_init_last=False)).eval()
     fused, x = fuse_for_inference(model), torch.randn(2, 3, 64, 64)

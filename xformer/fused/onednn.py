@@ -31,9 +31,9 @@ def serves(x: Tensor, weight: Tensor) -> bool:
     return (
         IS_THERE
         and inference.eager_float32(x, weight)
-        and x.numel() > 0
         and torch._C._get_mkldnn_enabled()
         and ops.plain(x, weight)
+        and x.numel() > 0  # last: torch.jit.trace records it
     )
 
 
