@@ -46,7 +46,7 @@ def collect() -> dict[str, Any]:
         "backends": {
             name: dispatch.reasons_against(name, "cpu", (torch.float32,), (32,), "token") for name in dispatch.names()
         },
-        "auto": dispatch.choose("auto", "cpu", (torch.float32,), (32,), "token"),
+        "auto": _auto("cpu"),
         "gpu": _gpu(),
         "environment": {key: value for key, value in sorted(os.environ.items()) if key.startswith("XFORMER_KERNELS_")},
     }
@@ -59,6 +59,14 @@ def _version(package: str) -> str:
         return "not installed"
 
 
+def _auto(device_type: str) -> str:
+    """The backend of ``backend="auto"``, or why there is none: XFORMER_KERNELS_BACKEND is one that cannot serve."""
+    try:
+        return dispatch.choose("auto", device_type, (torch.float32,), (32,), "token")
+    except (RuntimeError, ValueError) as error:
+        return str(error)
+
+
 def _gpu() -> dict[str, Any]:
     """The GPU that torch detects and the backends for it, or that there is no GPU."""
     if not torch.cuda.is_available():
@@ -68,7 +76,7 @@ def _gpu() -> dict[str, Any]:
     }
     return {
         "device": torch.cuda.get_device_name(),
-        "auto": dispatch.choose("auto", "cuda", (torch.float32,), (32,), "token"),
+        "auto": _auto("cuda"),
         **{name: "; ".join(found) or "yes" for name, found in reasons.items()},
     }
 
@@ -106,6 +114,8 @@ def _print(facts: dict[str, Any]) -> None:
         print(f"{section}:")
         for key, value in facts[section].items():
             print(f"  {key}: " + str(value).replace("\n", "\n    "))
+    if facts["auto"] not in facts["backends"]:
+        print(f"auto: {facts['auto']}")
     print("backends (for float32 on the CPU):")
     for name, reasons in facts["backends"].items():
         print(

@@ -127,6 +127,14 @@ def test_info_prints(capsys):
     assert facts["versions"]["xformer_kernels"] and facts["auto"] in facts["backends"]
 
 
+@pytest.mark.parametrize("asked", ["cuda", "none"])
+def test_unusable_backend_is_reported(asked):
+    text = run(sys.executable, "-m", "xformer_kernels.info", cwd=ROOT, XFORMER_KERNELS_BACKEND=asked).stdout
+    assert f"XFORMER_KERNELS_BACKEND: {asked}" in text and "reference: yes" in text
+    auto = next(line for line in text.splitlines() if line.startswith("auto: "))
+    assert "XFORMER_KERNELS_BACKEND" in auto and asked in auto
+
+
 @pytest.mark.skipif(not X86, reason="one level only")
 def test_unusable_level_is_reported():
     """A level that is asked for and is not there turns the kernels off, with the reason."""
