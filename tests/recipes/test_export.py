@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 from torch.utils._pytree import tree_leaves
 
 import xformer
@@ -18,7 +19,7 @@ from xformer.backbone import VARIANTS, Stage, Variant
 from xformer.errors import UsageError
 from xformer.recipes import export as exporting
 from xformer.recipes.card import Card
-from xformer.recipes.export import Differs, export
+from xformer.recipes.export import Differs, export, random_model
 from xformer.recipes.preprocessing import Preprocessed
 from xformer.recipes.weights import build_model, save_weights
 
@@ -297,6 +298,20 @@ def test_models_of_timm(tmp_path, capsys):
     assert "test_vit with random weights" in printed and "batch x 3 x 160 x 160" in printed
     assert command.main(["export", "--model", "test_vit", "--size", "dynamic", "--to", to]) == 2
     assert "cannot be traced with batch and size dynamic: fix one of them" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["xformer_xxs", "resnet18"])
+def test_outputs_of_random_weights_depend_on_every_branch(name):
+    """Otherwise the comparison of outputs would not see an error in one."""
+    model, _ = random_model(Card(name, 5))
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        y = model(x)
+        for branch in (module for module in model.modules() if isinstance(module, nn.BatchNorm2d)):
+            weight = branch.weight.clone()
+            branch.weight.mul_(2)
+            assert not torch.equal(model(x), y)
+            branch.weight.copy_(weight)
 
 
 def test_command(tmp_path):

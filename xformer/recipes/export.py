@@ -344,9 +344,19 @@ def _model(options: argparse.Namespace) -> tuple[nn.Module, Card]:
         return load_model(os.path.expanduser(options.weights), options.model, **changes)
     if not options.model:
         raise UsageError("weights: give a safetensors file, or --model for a model with random weights")
-    card = Card(options.model, **{"num_classes": 1000, **changes})
+    print(f"{options.model} with random weights")
+    return random_model(Card(options.model, **{"num_classes": 1000, **changes}))
+
+
+def random_model(card: Card) -> tuple[nn.Module, Card]:
+    """A model with random weights in eval mode, and its card with the preprocessing that the model asks for.
+
+    No batch norm has weight 0, as ``zero_init_last`` sets it: errors in that branch would not change the outputs.
+    """
     model = build_model(card)
-    print(f"{card.model} with random weights")
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.ones_(module.weight)
     return model.eval(), replace(card, **preprocessing_of(model))
 
 
