@@ -235,6 +235,7 @@ BAD_GRAM = {
     "device": (lambda a, b: {"b": b.to("meta")}, ValueError, [r"\bb\b", "meta", "cpu"]),
     "integers": (lambda a, b: {"a": a.int(), "b": b.int()}, TypeError, [r"\ba\b", "int32", "float"]),
     "symmetric of two": (lambda a, b: {"b": a.clone(), "symmetric": True}, ValueError, ["symmetric", r"\bb\b"]),
+    "symmetric": (lambda a, b: {"symmetric": "no"}, TypeError, ["symmetric", "True or False", "'no'"]),
     "mask": (lambda a, b: {"token_mask": torch.ones(9, dtype=torch.bool)}, ValueError, ["token_mask", "9"]),
     "backend": (lambda a, b: {"backend": "gpu"}, ValueError, ["backend", "gpu", "cpp"]),
 }
@@ -338,6 +339,17 @@ def test_bad_tokens_of_modules(x, exception, words):
     for module in (xk.XFA(8, 2), xk.XFABlock(8, 2)):
         assert_refused(lambda module=module: module(x), exception, [r"\bx\b", *words])
         assert_refused(lambda module=module: module(nested()), TypeError, [r"\bx\b", "nested"])
+
+
+@pytest.mark.parametrize("hooked", [False, True], ids=["", "hooked"])
+def test_bad_masks_of_modules(hooked):
+    layer = xk.XFA(8, 2)
+    if hooked:
+        layer.qkv.register_forward_hook(lambda module, args, y: None)
+    x = torch.ones(2, 5, 8)
+    assert_refused(lambda: layer(x, torch.ones(2, 4).bool()), ValueError, ["token_mask", r"\(2, 5\)", r"\(2, 4\)"])
+    assert_refused(lambda: layer(x, torch.ones(2, 5)), TypeError, ["token_mask", "float32", "bool"])
+    assert_refused(lambda: layer(x, [1]), TypeError, ["token_mask", "list"])
 
 
 @pytest.mark.parametrize("shape", [(2, 9, 11), (9, 12), (2, 3, 4, 12)], ids=str)

@@ -113,6 +113,11 @@ def test_bad_arguments():
         xk.integrations.replace_attention(nn.Identity(), form="both")
     with pytest.raises(ValueError, match="ln_eps"):
         xk.XFABlock(8, 2, ln_eps=-1e-5)
+    with pytest.raises(TypeError, match="layer_scale must be a finite number, got str: 'a'"):
+        xk.XFABlock(8, 2, layer_scale="a")
+    with pytest.raises(TypeError, match="residual must be True or False, got str: 'no'"):
+        x, layer = torch.randn(1, 5, 8), xk.XFA(8, 2)
+        xk.xfa_block(x, None, None, 1e-6, *layer.weights(), residual="no")
     with pytest.raises(ValueError, match="form='gram' is not possible: norm='feature'"):
         xk.XFA(8, 2, norm="feature", form="gram")(torch.randn(1, 5, 8))
 

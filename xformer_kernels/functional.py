@@ -214,8 +214,7 @@ def gram(
     if isinstance(a, Tensor):
         a, b = autocast.cast_tokens(a) * 2 if a is b else autocast.cast_tokens(a, b)  # type: ignore[assignment]
     validate.gram(a, b, symmetric, token_mask)
-    if not isinstance(sums, bool):
-        raise TypeError(f"sums must be True or False, got {type(sums).__name__}: {sums!r}")
+    validate.boolean("sums", sums)
     name = backend_of(backend, (a, b), (a.dtype,), head_dims(a, b))
     single = a.dim() == 3
     if single:

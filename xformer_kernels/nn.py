@@ -168,6 +168,7 @@ class XFABlock(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=ln_eps, device=device, dtype=dtype)
         self.layer_scale = None
         if layer_scale is not None:
+            validate.finite("layer_scale", layer_scale)
             self.layer_scale = nn.Parameter(torch.full((dim,), float(layer_scale), device=device, dtype=dtype))
 
     def forward(self, x: Tensor, token_mask: Tensor | None = None, group: Any = None) -> Tensor:
@@ -241,6 +242,7 @@ def _through_modules(layer: Any, x: Tensor, call: Call, p: float | None) -> Tens
                 "plain torch.nn.Linear and torch.nn.Dropout, or have hooks"
             )
     if call.token_mask is not None:
+        validate.token_mask(call.token_mask, x, "x")
         x = torch.where(call.token_mask.unsqueeze(-1), x, 0)
     q, k, v = heads_of(layer.qkv(x), layer.num_heads)
 

@@ -68,8 +68,7 @@ class Spec(NamedTuple):
         of_q, of_k = self.feature_maps
         validate.choice("feature_map of k", of_k, FEATURE_MAPS)
         validate.choice("feature_map of q", of_q, tuple(name for name in FEATURE_MAPS if name != "softmax_tokens"))
-        if not isinstance(self.normalize, bool):
-            raise TypeError(f"normalize must be True or False, got {type(self.normalize).__name__}: {self.normalize!r}")
+        validate.boolean("normalize", self.normalize)
         validate.finite("scale", self.scale)
         if self.map != "key_value" or self.norm != "none":
             raise ValueError(

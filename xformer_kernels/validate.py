@@ -47,6 +47,11 @@ def choice(name: str, value: Any, accepted: Sequence[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, accepted))}, got {value!r}")
 
 
+def boolean(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {type(value).__name__}: {_short(value)}")
+
+
 def integer(name: str, value: Any) -> None:
     """Checks for an integer above 0."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):
@@ -178,6 +183,7 @@ def gram(a: Any, b: Any, symmetric: Any, mask: Any) -> None:
         raise ValueError(
             f"b must agree with a, {_dims(a.shape)}, in every dimension but the last (features), got {_dims(b.shape)}"
         )
+    boolean("symmetric", symmetric)
     if symmetric and b is not a:
         raise ValueError("symmetric=True needs b to be the same tensor as a, got another tensor for b")
     if mask is not None:

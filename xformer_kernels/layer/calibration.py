@@ -263,7 +263,7 @@ def _read(file: Path, of: Key) -> Known:
 def save(known: Known, of: Key, merge: bool = True) -> str:
     """Writes the file atomically, merged with timings that other processes have added. Returns the error, or ""."""
     if known.path is None:
-        return "the file there is not ours"
+        return "a file is there that cannot be used"
     try:
         if merge:
             with contextlib.suppress(*_BAD):

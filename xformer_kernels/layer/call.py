@@ -50,6 +50,7 @@ class Call(NamedTuple):
 
     def _check_block(self, o: Operands, ln_eps: Any, residual: Any) -> None:
         validate.not_negative("ln_eps", ln_eps)
+        validate.boolean("residual", residual)
         if residual and o.proj_weight.shape[0] != o.x.shape[-1]:
             raise ValueError(
                 f"proj_weight must have shape (C, I) with C = {o.x.shape[-1]} where x is added, "
