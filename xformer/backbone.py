@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from xformer.attention import Factory, factory
 from xformer.layers import ConvNorm, MBConv, XFBlock, init_weights, to_tokens
+from xformer_kernels import validate
 
 HEAD_DIM = 32
 STEM = 16
@@ -121,12 +122,16 @@ class Trunk(nn.Module):
         img_size: int | tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
-        if in_chans < 1:
-            raise ValueError(f"in_chans must be positive, got {in_chans}")
-        if stem_stride not in (1, 2) or len(stage_strides) != len(variant.stages) or set(stage_strides) - {1, 2}:
+        validate.integer("in_chans", in_chans)
+        validate.positive("mlp_ratio", mlp_ratio)
+        validate.probability("drop_path_rate", drop_path_rate)
+        validate.boolean("se", se)
+        validate.boolean("zero_init_last", zero_init_last)
+        strides = (stem_stride, *stage_strides) if isinstance(stage_strides, Sequence) else ()
+        if len(strides) != 1 + len(variant.stages) or any(type(s) is not int or s not in (1, 2) for s in strides):
             raise ValueError(
                 f"stem_stride must be 1 or 2 and stage_strides {len(variant.stages)} of them, "
-                f"got stem_stride={stem_stride}, stage_strides={tuple(stage_strides)}"
+                f"got stem_stride={stem_stride!r}, stage_strides={stage_strides!r}"
             )
         make = factory(attention)
 
@@ -160,7 +165,10 @@ class Trunk(nn.Module):
     def _check_size(img_size: int | tuple[int, int] | None, reduction: int) -> None:
         if img_size is None:
             return
-        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+        size = img_size if isinstance(img_size, Sequence) else (img_size, img_size)
+        if len(size) != 2 or any(type(side) is not int or side < 1 for side in size):
+            raise ValueError(f"img_size must be an integer above 0 or two of them, got {img_size!r}")
+        height, width = size
         tokens = -(-height // reduction) * -(-width // reduction)
         if tokens < 2:
             raise ValueError(
@@ -254,6 +262,8 @@ class XFormer(Trunk):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifier; none if num_classes is 0. Pooling is kept if global_pool is None."""
+        if isinstance(num_classes, bool) or not hasattr(num_classes, "__index__") or num_classes < 0:
+            raise ValueError(f"num_classes must be an integer of 0 or more, got {num_classes!r}")
         if global_pool is not None and global_pool != "" and global_pool not in POOLS:
             raise ValueError(f"global_pool must be '' or one of {', '.join(map(repr, POOLS))}, got {global_pool!r}")
         if global_pool is not None:

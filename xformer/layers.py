@@ -173,6 +173,8 @@ class Mlp(nn.Module):
     def __init__(self, dim: int, ratio: float = 2.0, drop: float = 0.0, drop_path: float = 0.0) -> None:
         super().__init__()
         hidden = int(dim * ratio)
+        if hidden < 1:
+            raise ValueError(f"ratio must leave a hidden feature of {dim} input features, got {ratio}")
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.fc1 = nn.Linear(dim, hidden)
         self.act = HardSwish()
