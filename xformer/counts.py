@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from xformer.backbone import VARIANTS
+from xformer.errors import UsageError
 from xformer.registry import build
 from xformer_kernels import XFA, XFABlock
 from xformer_kernels.flops import fvcore_handlers
@@ -114,6 +115,8 @@ def table(names: list[str], size: int = SIZE) -> str:
 def _timm(name: str) -> nn.Module:
     import timm
 
+    if not timm.is_model(name):
+        raise UsageError(f"models must be {', '.join(VARIANTS)} or names of timm.list_models(), got {name!r}")
     model: nn.Module = timm.create_model(name)
     return model
 
@@ -125,8 +128,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("models", nargs="*", help="ours or timm's; by default ours and the usual others")
     parser.add_argument("--size", type=int, default=SIZE, help="of the image")
     options = parser.parse_args(arguments)
+    if options.size < 1:
+        parser.error(f"--size must be 1 or more, got {options.size}")
     logging.getLogger("fvcore").setLevel(logging.ERROR)
-    print(table(options.models or [*VARIANTS, *OTHERS], options.size))
+    try:
+        print(table(options.models or [*VARIANTS, *OTHERS], options.size))
+    except UsageError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -310,7 +310,7 @@ def test_a_setting_twice_and_marks_of_byte_order(tmp_path):
 
 def test_the_command_line_changes_a_recipe(capsys):
     more = ["--show", "--attention", "softmax", "--sizes", "32", "48", "--no-tensorboard"]
-    done = run(["-m", "xformer", "train", "--config", "small", *more, "--model-options", "se=true", "mlp_ratio=3.0"])
+    done = run(["-m", "xformer", "train", "--config", "small", *more, "--model-options", "se=True", "mlp_ratio=3.0"])
     assert done.returncode == 0, done.stderr
     shown = json.loads(done.stdout)
     assert (shown["attention"], shown["sizes"], shown["tensorboard"]) == ("softmax", [32, 48], False)

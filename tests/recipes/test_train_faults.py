@@ -163,7 +163,11 @@ def one_class(root):
 
 @pytest.mark.parametrize("change, settings, message", [
     (unreadable, {}, "none of the first 12 evaluation images can be read"),
-    (one_class, {}, "must have two classes or more, got dark"),
+    (one_class, {}, "must have two classes or more, got one: 'dark'"),
+    (None, {"model_options": {"features_only": True}}, "model_options must not have features_only"),
+    (None, {"model_options": {"num_classes": 3, "global_pool": ""}}, "must not have num_classes, global_pool=''"),
+    (None, {"model_options": {"mlp_ratio": -1}}, "these options: mlp_ratio must be a finite number above"),
+    (None, {"model_options": {"attention": "none"}, "attention": "xfa"}, "attention must be given once, got attention"),
     (None, {"crop_pct": 100.0}, "crop_pct must be above 0 and at most 1, got 100"),
     (None, {"model": "vit_tiny_patch16_224", "model_options": {}, "image_size": 64}, "does not take images of 64 x 64"),
     (None, {"model": "vit_tiny_patch16_224", "model_options": {"img_size": 32}, "sizes": [32, 48]},

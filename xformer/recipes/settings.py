@@ -20,6 +20,8 @@ CONFIGS = Path(__file__).parent / "configs"
 
 
 PRECISIONS = ("no", "bf16", "fp16")
+INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "box", "hamming", "lanczos")
+"""timm's names."""
 PATHS = ("data", "out", "weights", "train_shards", "eval_shards", "classes")
 """Settings in which ``~`` is expanded."""
 # checks of numbers, by their description in error messages, and the settings they apply to; nan fails all
@@ -32,12 +34,12 @@ RANGES: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
         lambda v: 0 <= v < math.inf,
         (
             "seed", "workers", "threads", "checkpoint_every", "train_samples", "eval_samples", "color_jitter", "mixup",
-            "cutmix", "min_lr", "warmup_lr", "warmup_epochs", "weight_decay", "layer_decay", "clip_grad",
+            "cutmix", "min_lr", "warmup_lr", "warmup_epochs", "weight_decay", "clip_grad",
         ),
     ),
     "finite and above 0": (lambda v: 0 < v < math.inf, ("lr",)),
     "above 0 and at most 1": (lambda v: 0 < v <= 1, ("crop_pct",)),
-    "from 0 to 1": (lambda v: 0 <= v <= 1, ("hflip", "reprob")),
+    "from 0 to 1": (lambda v: 0 <= v <= 1, ("hflip", "reprob", "layer_decay")),
     "from 0 to below 1": (lambda v: 0 <= v < 1, ("drop_path", "smoothing", "ema")),
     "1 or more each": (lambda v: all(size >= 1 for size in v), ("sizes",)),
 }  # fmt: skip
@@ -119,6 +121,8 @@ class Recipe:
             setattr(self, name, os.path.expanduser(getattr(self, name)))
         if self.precision not in PRECISIONS:
             raise UsageError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
+        if self.interpolation not in INTERPOLATIONS:
+            raise UsageError(f"interpolation must be one of {', '.join(INTERPOLATIONS)}, got {self.interpolation!r}")
         for accepted, (right, names) in RANGES.items():
             for name in names:
                 if not right(getattr(self, name)):
@@ -248,14 +252,14 @@ def from_options(path: str, options: argparse.Namespace) -> Recipe:
 
 
 def pairs(given: list[str]) -> dict[str, Any]:
-    """Parse ``key=value`` pairs; values are TOML, or strings if they are not valid TOML."""
+    """Parse ``key=value`` pairs; values are TOML, True or False, or strings if they are none of these."""
     result: dict[str, Any] = {}
     for pair in given:
         key, equals, text = pair.partition("=")
         if not equals:
             raise UsageError(f"model-options must be KEY=VALUE, got {pair!r}")
         try:
-            result[key] = _toml().loads(f"value = {text}")["value"]
+            result[key] = _toml().loads(f"value = {text.lower() if text in ('True', 'False') else text}")["value"]
         except ValueError:
             result[key] = text
     return result

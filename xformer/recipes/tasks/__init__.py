@@ -185,6 +185,7 @@ class Task(ABC):
         Raises:
             UsageError: unknown model, or options that it does not support.
         """
+        check_options(card)
         try:
             return cls.model(card.model, card.num_classes, in_chans=card.in_chans, **card.options)
         except (TypeError, ValueError) as error:
@@ -210,6 +211,9 @@ class Task(ABC):
         """Card of the weights that the run writes."""
         recipe, options = self.recipe, dict(self.recipe.model_options)
         if recipe.attention:
+            if options.get("attention", recipe.attention) != recipe.attention:
+                both = f"attention={recipe.attention!r} and model_options attention={options['attention']!r}"
+                raise UsageError(f"attention must be given once, got {both}")
             options["attention"] = recipe.attention
         return Card(
             model=recipe.model, num_classes=len(self.data.classes), task=self.name, options=options,
@@ -240,6 +244,15 @@ class Task(ABC):
 
     @abstractmethod
     def metrics(self, device: Any) -> Metrics: ...
+
+
+def check_options(card: Card) -> None:
+    """Raise UsageError for options that a card does not have as options, or that change the kind of the outputs."""
+    names = ("num_classes", "in_chans", "features_only", "out_indices")
+    wrong = [str(name) for name in names if name in card.options]
+    wrong += ["global_pool=''"] if card.options.get("global_pool") == "" else []
+    if wrong:
+        raise UsageError(f"model_options must not have {', '.join(wrong)}: the task and the data determine the outputs")
 
 
 def backbone_defaults() -> dict[str, Any]:

@@ -17,7 +17,7 @@ from xformer.errors import UsageError
 from xformer.recipes.card import Card
 from xformer.recipes.data.classification import ClassificationData, open_data
 from xformer.recipes.data.transforms import eval_transform
-from xformer.recipes.tasks import Answer, Metrics, Option, Predictor, Task, register
+from xformer.recipes.tasks import Answer, Metrics, Option, Predictor, Task, check_options, register
 from xformer.registry import build, default_cfgs
 
 
@@ -98,6 +98,7 @@ class Classify(Task):
     def create(cls, card: Card) -> nn.Module:
         """Create one of our models, or one of timm's if timm is installed."""
         name, classes, channels = card.model, card.num_classes, card.in_chans
+        check_options(card)
         try:
             if name in default_cfgs:
                 return build(name, num_classes=classes, in_chans=channels, **card.options)
