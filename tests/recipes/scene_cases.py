@@ -7,7 +7,10 @@ from xformer.recipes.settings import load_recipe
 
 ANCHORS = [[6, 6], [8, 8], [10, 10], [12, 12], [14, 14], [16, 16], [20, 20], [24, 24], [30, 30]]
 LAYOUTS = {"detect": "coco", "segment": "cityscapes"}
-OPTIONS = {"detect": {"widths": [16, 16, 16], "anchors": ANCHORS, "centre_scale": 2.0}, "segment": {"width": 32}}
+OPTIONS = {  # predictions of random weights depend on all of them
+    "detect": {"widths": [16, 16, 16], "anchors": ANCHORS, "centre_scale": 2.0, "zero_init_last": False},
+    "segment": {"width": 32, "zero_init_last": False},
+}
 
 
 def make_scenes(folder):

@@ -134,7 +134,7 @@ def test_mistakes_in_folders(folder, tmp_path):
     refused(folder, "workers", -1, workers=-1)
     refused(folder, "sizes", 0, sizes=[0])
     refused(folder, "scale", scale=[0.5])
-    refused(folder, "timm", "nonsense", interpolation="nonsense")
+    refused(folder, "interpolation", "bicubic", "nonsense", interpolation="nonsense")
     refused(folder, "timm", "unheard-of", auto_augment="unheard-of")
     refused(folder, "classes", "nofile", classes="nofile")
     (tmp_path / "names.txt").write_text("one\ntwo\n")

@@ -51,7 +51,8 @@ def recipe(root, out="unused", **changes):
     settings = {
         "task": "detect", "data": str(root), "out": str(out), "image_size": 64, "batch_size": 4, "epochs": 2,
         "scale": [0.75, 1.5], "workers": 0, "threads": 1, "tensorboard": False, "log_every": 1, "lr": 1e-3,
-        "model_options": {"widths": [16, 16, 16], "anchors": ANCHORS}, "warmup_epochs": 0.0, "color_jitter": 0.2,
+        "model_options": {"widths": [16, 16, 16], "anchors": ANCHORS, "zero_init_last": False},
+        "warmup_epochs": 0.0, "color_jitter": 0.2,
     }  # fmt: skip
     return load_recipe("", settings | changes)
 
