@@ -355,7 +355,7 @@ def random_model(card: Card) -> tuple[nn.Module, Card]:
     """
     model = build_model(card)
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
+        if isinstance(module, nn.BatchNorm2d) and module.affine:
             nn.init.ones_(module.weight)
     return model.eval(), replace(card, **preprocessing_of(model))
 
