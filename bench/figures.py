@@ -17,7 +17,7 @@ from bench.cells import ROOT
 from xformer_kernels.layer import cost
 
 FOLDER = ROOT / "docs" / "figures"
-RESULTS = ROOT / "bench" / "results" / "amd-epyc-2-cores"
+RESULTS = ROOT / "bench" / "results" / "amd-zen3-2-cores-avx2"
 LAYERS = ("(1,65536,64,4)", "(1,16384,128,4)", "(8,3136,96,4)")
 STACK = "mdta_48 (1,3,128,128)"
 GREY, BLUE, ORANGE = "#8c8c8c", "#1f77b4", "#ff7f0e"
