@@ -120,7 +120,7 @@ def test_training_and_eval():
 
 def test_it_learns():
     """Where the image is bright."""
-    model = Segmenter("xformer_xxs", 2, 32, drop_rate=0.0, zero_init_last=False)
+    model = Segmenter("xformer_xxs", 2, 32, drop_rate=0.0)
     x = F.interpolate(images(4, 3, 8, 8), scale_factor=8)
     labels = (x.mean(1) > 0).long()
     optimizer = torch.optim.AdamW(model.parameters(), 2e-3)

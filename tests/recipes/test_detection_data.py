@@ -234,17 +234,20 @@ def test_training_batches_are_a_function_of_seed_epoch_and_start(root):
     assert whole[0][0].shape != other_epoch.shape or not torch.equal(whole[0][0], other_epoch)
 
 
-def test_a_box_is_learned(root, tmp_path):
-    """The loss of one batch decreases, with the task, loss and optimiser of training."""
+@pytest.mark.parametrize("zero_init_last, steps", [(False, 30), (True, 40)])
+def test_a_box_is_learned(root, zero_init_last, steps):
+    """The loss of one batch decreases, with the task, loss and optimiser of training; later if branches start at 0."""
     from xformer.recipes.tasks.detect import Detect
 
     torch.manual_seed(0)
-    task = Detect(recipe(root, scale=[1.0, 1.0], hflip=0.0, color_jitter=0.0))
+    settings = recipe(root, scale=[1.0, 1.0], hflip=0.0, color_jitter=0.0)
+    settings.model_options["zero_init_last"] = zero_init_last
+    task = Detect(settings)
     model = task.build().train()
     x, targets = next(task.data.train(0))
     optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
     losses = []
-    for _ in range(30):
+    for _ in range(steps):
         loss = task.loss(model(x), targets)
         optimizer.zero_grad()
         loss.backward()
