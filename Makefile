@@ -140,5 +140,5 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(ENV)
 
 clean:
-	rm -rf build dist *.egg-info tools/cuda_wheel/build tools/cuda_wheel/*.egg-info xformer_kernels/_C*.so xformer_kernels/_cuda*.so xformer_kernels/_no_*.txt \
-	  .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info tools/cuda_wheel/build tools/cuda_wheel/*.egg-info \
+	  xformer_kernels/_C*.so xformer_kernels/_cuda*.so xformer_kernels/_no_*.txt .pytest_cache .mypy_cache .ruff_cache .hypothesis

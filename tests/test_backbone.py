@@ -293,7 +293,7 @@ def test_bad_arguments():
     for x in (images(1, 4, 64, 64), images(3, 64, 64), images(1, 3, 1, 64, 64)):
         with pytest.raises(ValueError, match=r"x must have shape \(B, 3, H, W\), got"):
             small()(x)
-    with pytest.raises(ValueError, match="in_chans must be an integer above 0, got 0"):
+    with pytest.raises(ValueError, match="in_chans must be an integer of 1 or more, got 0"):
         small(in_chans=0)
     wrong = {
         "in_chans": 2.5, "num_classes": "10", "stem_stride": True, "stage_strides": 2, "se": "False", "img_size": "64",
@@ -302,6 +302,8 @@ def test_bad_arguments():
     for name, value in wrong.items():
         with pytest.raises((TypeError, ValueError), match=rf"\b{name}\b.* got .*{value}"):
             xformer.xformer_xxs(**{name: value})
+    with pytest.raises(ValueError, match=r"mlp_ratio must be at least 1 / 64 for 64 features, got 0\.001"):
+        small(mlp_ratio=0.001)
     with pytest.raises(ValueError, match="num_classes must be an integer of 0 or more, got -1"):
         xformer.xformer_xxs(num_classes=-1)
     with pytest.raises(ValueError, match=r"attention must be one of .*, got \['xfa'\]"):

@@ -262,8 +262,7 @@ class XFormer(Trunk):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifier; none if num_classes is 0. Pooling is kept if global_pool is None."""
-        if isinstance(num_classes, bool) or not hasattr(num_classes, "__index__") or num_classes < 0:
-            raise ValueError(f"num_classes must be an integer of 0 or more, got {num_classes!r}")
+        validate.integer("num_classes", num_classes, least=0)
         if global_pool is not None and global_pool != "" and global_pool not in POOLS:
             raise ValueError(f"global_pool must be '' or one of {', '.join(map(repr, POOLS))}, got {global_pool!r}")
         if global_pool is not None:

@@ -173,8 +173,6 @@ class Mlp(nn.Module):
     def __init__(self, dim: int, ratio: float = 2.0, drop: float = 0.0, drop_path: float = 0.0) -> None:
         super().__init__()
         hidden = int(dim * ratio)
-        if hidden < 1:
-            raise ValueError(f"ratio must leave a hidden feature of {dim} input features, got {ratio}")
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.fc1 = nn.Linear(dim, hidden)
         self.act = HardSwish()
@@ -214,6 +212,8 @@ class XFBlock(nn.Module):
         drop_path: tuple[float, ...] = (0.0,),
     ) -> None:
         super().__init__()
+        if dim * mlp_ratio < 1:
+            raise ValueError(f"mlp_ratio must be at least 1 / {dim} for {dim} features, got {mlp_ratio}")
         self.local = ConvNorm(channels, channels, 3, groups=channels, act=False)
         self.reduce = nn.Linear(channels, dim)
         self.layers = nn.Sequential(

@@ -52,12 +52,11 @@ def boolean(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be True or False, got {type(value).__name__}: {_short(value)}")
 
 
-def integer(name: str, value: Any) -> None:
-    """Checks for an integer above 0."""
+def integer(name: str, value: Any, least: int = 1) -> None:
     if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name} must be an integer above 0, got {type(value).__name__}: {_short(value)}")
-    if value <= 0:
-        raise ValueError(f"{name} must be an integer above 0, got {value}")
+        raise TypeError(f"{name} must be an integer of {least} or more, got {type(value).__name__}: {_short(value)}")
+    if value < least:
+        raise ValueError(f"{name} must be an integer of {least} or more, got {value}")
 
 
 def positive(name: str, value: Any) -> None:

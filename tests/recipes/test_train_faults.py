@@ -163,7 +163,7 @@ def one_class(root):
 
 @pytest.mark.parametrize("change, settings, message", [
     (unreadable, {}, "none of the first 12 evaluation images can be read"),
-    (one_class, {}, "must have two classes or more, got one: 'dark'"),
+    (one_class, {}, "must have two classes or more, got 1: dark"),
     (None, {"model_options": {"features_only": True}}, "model_options must not have features_only"),
     (None, {"model_options": {"num_classes": 3, "global_pool": ""}}, "must not have num_classes, global_pool=''"),
     (None, {"model_options": {"mlp_ratio": -1}}, "these options: mlp_ratio must be a finite number above"),

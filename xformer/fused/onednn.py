@@ -33,7 +33,7 @@ def serves(x: Tensor, weight: Tensor) -> bool:
         and inference.eager_float32(x, weight)
         and torch._C._get_mkldnn_enabled()
         and ops.plain(x, weight)
-        and x.numel() > 0  # last: torch.jit.trace records it
+        and x.numel() > 0  # after plain, since torch.jit.trace records numel
     )
 
 

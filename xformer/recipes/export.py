@@ -344,8 +344,9 @@ def _model(options: argparse.Namespace) -> tuple[nn.Module, Card]:
         return load_model(os.path.expanduser(options.weights), options.model, **changes)
     if not options.model:
         raise UsageError("weights: give a safetensors file, or --model for a model with random weights")
-    print(f"{options.model} with random weights")
-    return random_model(Card(options.model, **{"num_classes": 1000, **changes}))
+    model, card = random_model(Card(options.model, **{"num_classes": 1000, **changes}))
+    print(f"{card.model} with random weights")
+    return model, card
 
 
 def random_model(card: Card) -> tuple[nn.Module, Card]:

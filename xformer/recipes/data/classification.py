@@ -77,7 +77,8 @@ def open_data(recipe: Recipe, replica: Replica = SINGLE, weights: Card | None = 
     if weights is not None:
         classes = Classes(classes.names, weights.mean, weights.std)
     elif len(classes.names) < 2:
-        raise UsageError(f"data: {recipe.data} must have two classes or more, got one: {', '.join(classes.names)!r}")
+        found = f"{len(classes.names)}: {', '.join(classes.names)}"
+        raise UsageError(f"data: {recipe.data} must have two classes or more, got {found}")
     return ClassificationData(recipe, replica, content, classes, skipped)
 
 

@@ -247,10 +247,11 @@ class Task(ABC):
 
 
 def check_options(card: Card) -> None:
-    """Raise UsageError for options that a card does not have as options, or that change the kind of the outputs."""
-    names = ("num_classes", "in_chans", "features_only", "out_indices")
-    wrong = [str(name) for name in names if name in card.options]
-    wrong += ["global_pool=''"] if card.options.get("global_pool") == "" else []
+    """Raise UsageError for options that are fields of the card, or that change the shape of the outputs."""
+    names: tuple[str, ...] = ("num_classes", "in_chans", "features_only", "out_indices")
+    wrong = [name for name in names if name in card.options]
+    if card.options.get("global_pool") == "":
+        wrong.append("global_pool=''")
     if wrong:
         raise UsageError(f"model_options must not have {', '.join(wrong)}: the task and the data determine the outputs")
 
