@@ -1,8 +1,9 @@
-"""Measures the host time of a call of the Triton kernels: ``python -m bench.host``.
+"""Measures the host time of calls of the Triton kernels: ``python -m bench.host``.
 
 Runs on any machine: kernels are compiled for a GPU, and Triton's driver is replaced by one that launches nothing.
-Tensors are on the CPU. The units are the times of ``torch.empty(1)`` and, for a forward and backward, of an empty
-``torch.autograd.Function`` of the same tensors (:class:`Empty`) in the same run.
+Tensors are on the CPU. The units are the times of ``torch.empty(1)`` and, for a forward and backward of xfa, of an
+empty ``torch.autograd.Function`` of the same tensors (:class:`Empty`) in the same run. Layers are compared with timm's
+``XCA``; their tokens are so few that PyTorch's own operators, which do run, take little more than their overhead.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 os.environ.pop("TRITON_INTERPRET", None)
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
@@ -28,6 +30,7 @@ from xformer_kernels.backends.triton import launch
 
 PROCESSORS = 132
 SHAPES = ((1, 196, 8, 48), (8, 3136, 4, 24), (2, 16384, 8, 32))
+LAYER = (1, 16, 2, 16)
 
 
 class Launched(NamedTuple):
@@ -142,8 +145,7 @@ def cases(B: int, N: int, H: int, D: int) -> dict[str, Callable[[], object]]:
     dout = torch.zeros(B, N, H, D, dtype=torch.bfloat16).transpose(1, 2)
 
     def forward() -> object:
-        with torch.no_grad():
-            return xk.xfa(q, k, v, temperature, backend="triton")
+        return xk.xfa(q, k, v, temperature, backend="triton")
 
     def both() -> object:
         return torch.autograd.grad(xk.xfa(*leaves, backend="triton"), leaves, dout)
@@ -154,27 +156,55 @@ def cases(B: int, N: int, H: int, D: int) -> dict[str, Callable[[], object]]:
     return {"forward": forward, "forward+backward": both, "empty function": empty}
 
 
+def layer_cases(B: int, N: int, H: int, D: int) -> dict[str, Callable[[], object]]:
+    """Calls of a layer in both forms and of timm's, forward and with backward."""
+    from timm.models.xcit import XCA
+
+    x, dy = torch.randn(B, N, H * D), torch.randn(B, N, H * D)
+    layers: dict[str, nn.Module] = {"XCA of timm": XCA(H * D, H, qkv_bias=True)}
+    for form in ("direct", "gram"):
+        layers[f"{form} form"] = xk.XFA(H * D, H, True, form=form, backend="triton")
+
+    def forward(layer: nn.Module) -> object:
+        with torch.no_grad():
+            return layer(x)
+
+    def both(layer: nn.Module) -> object:
+        return torch.autograd.grad(layer(x), list(layer.parameters()), dy)
+
+    return {
+        f"{name}, {what}": partial(call, layer)
+        for what, call in (("forward", forward), ("forward+backward", both))
+        for name, layer in layers.items()
+    }
+
+
+def show(shape: tuple[int, ...], calls: dict[str, Callable[[], object]], fake: Driver, empty: str = "") -> None:
+    """Prints a line for each call; `empty`: the name of the one that the others with backward are compared with."""
+    counted = {}
+    for name, call in calls.items():
+        call()
+        fake.launches = []
+        call()
+        counted[name], fake.launches = len(fake.launches), None
+    times = seconds({"torch.empty(1)": lambda: torch.empty(1), **calls})
+    unit = times.pop("torch.empty(1)")
+    for name, taken in times.items():
+        of_empty = f"{taken / times[empty]:.1f} x the {empty}, " if empty and "backward" in name else ""
+        print(
+            f"{shape!s:20} {name:29} {taken * 1e6:6.1f} us, {taken / unit:6.1f} x torch.empty(1), {of_empty}"
+            f"{counted[name]} launches, {python_calls(calls[name])} Python calls"
+        )
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.host", description=__doc__)
     parser.parse_args(arguments)
     torch.set_num_threads(1)
     fake = install()
     for shape in SHAPES:
-        calls = cases(*shape)
-        counted = {}
-        for name, call in calls.items():
-            call()
-            fake.launches = []
-            call()
-            counted[name], fake.launches = len(fake.launches), None
-        times = seconds({"torch.empty(1)": lambda: torch.empty(1), **calls})
-        unit = times.pop("torch.empty(1)")
-        for name, taken in times.items():
-            of_empty = f"{taken / times['empty function']:.1f} x the empty function, " if "backward" in name else ""
-            print(
-                f"{shape!s:20} {name:17} {taken * 1e6:6.1f} us, {taken / unit:5.1f} x torch.empty(1), {of_empty}"
-                f"{counted[name]} launches, {python_calls(calls[name])} Python calls"
-            )
+        show(shape, cases(*shape), fake, "empty function")
+    show(LAYER, layer_cases(*LAYER), fake)
 
 
 if __name__ == "__main__":

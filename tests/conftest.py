@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).parent / "cuda"))
 import emulated  # noqa: E402
 from cases import THOROUGH  # noqa: E402
 
-from xformer_kernels import backends, dispatch  # noqa: E402
+from xformer_kernels import backends, dispatch, repeated  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))  # for bench and experiments, which are not installed
@@ -98,6 +98,19 @@ def emulated_cuda(need_backend):
     if not module.EMULATED:
         pytest.skip("the kernels run on a GPU here")
     return module
+
+
+@pytest.fixture
+def forget():
+    """``forget()`` discards the remembered choices of backends; also done before and after the test."""
+
+    def now():
+        dispatch._chosen.clear()
+        repeated.forget()
+
+    now()
+    yield now
+    now()
 
 
 @pytest.fixture

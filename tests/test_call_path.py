@@ -10,7 +10,7 @@ import torch
 from cases import CONFIGS, make_problem, randn
 
 import xformer_kernels as xk
-from xformer_kernels import backends, dispatch, reference
+from xformer_kernels import backends, dispatch, reference, repeated
 from xformer_kernels.spec import Spec
 
 
@@ -53,25 +53,47 @@ def test_number_of_frames_to_the_kernel(monkeypatch, need_backend):
     assert in_gram_form[1] == "xfa_layer" and len(in_gram_form[1:]) <= 5
 
 
-def test_python_calls_of_a_repeated_call(need_backend):
+def python_calls(call):
+    count = 0
+
+    def profile(_, event, __):
+        nonlocal count
+        count += event == "call"
+
+    sys.setprofile(profile)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+def test_python_calls_of_a_repeated_call(need_backend, forget):
     """The checks and the choice of a backend are not repeated, so that small tensors are not dominated by Python."""
     need_backend("cpp")
     q, k, v = (randn(1, 2, 9, 4, seed=i) for i in range(3))
-    t, counted = torch.ones(2), []
+    t, layer, x = torch.ones(2), xk.XFA(8, 2, form="direct").eval(), randn(1, 9, 8, seed=4)
+    with torch.no_grad():
+        for most, call in (
+            (36, lambda: xk.xfa(q, k, v, t)),
+            (36, lambda: xk.xfa(q, k, v, t.view(2, 1, 1))),
+            (36, lambda: xk.linear_attention(q, k, v)),
+            (36, lambda: xk.gram(q, k)),
+            (44, lambda: xk.channel_mix(q, torch.eye(4))),
+            (92, lambda: layer(x)),
+        ):
+            first = python_calls(call)
+            call()
+            assert python_calls(call) <= most < first
+
+
+def refuses(call, arguments, changes):
+    """`call` accepts `arguments`, repeatedly, and raises if one of the changes is made to them."""
     for _ in range(2):
-        count = 0
-
-        def profile(_, event, __):
-            nonlocal count
-            count += event == "call"
-
-        sys.setprofile(profile)
-        try:
-            xk.xfa(q, k, v, t)
-        finally:
-            sys.setprofile(None)
-        counted.append(count)
-    assert counted[1] <= 45 < counted[0], counted
+        call(**arguments)
+    for change, error, said in changes:
+        with pytest.raises(error, match=said):
+            call(**(arguments | change))
 
 
 def test_repeated_calls_are_checked_and_served_as_new_ones(need_backend, monkeypatch):
@@ -81,25 +103,28 @@ def test_repeated_calls_are_checked_and_served_as_new_ones(need_backend, monkeyp
     t = torch.ones(2)
     for eps in (1e-12, 1, 1):
         xk.xfa(q, k, v, t, eps=eps)
-    for change, error, said in (
-        ({"eps": True}, TypeError, "eps"),
-        ({"dropout_p": True}, TypeError, "dropout_p"),
-        ({"dropout_p": torch.zeros(())}, TypeError, "dropout_p"),
-        ({"token_mask": torch.ones(1, 8, dtype=torch.bool)}, ValueError, "token_mask"),
-        ({"map_fn": 1}, TypeError, "map_fn"),
-        ({"backend": "gpu"}, ValueError, "backend must be one of"),
-        ({"backend": ["cpp"]}, ValueError, "backend must be one of"),
-        ({"map": ["query_key"]}, ValueError, "map must be one of"),
-        ({"q": None}, TypeError, "q must be a torch.Tensor"),
-        ({"temperature": None}, TypeError, "temperature must be a torch.Tensor"),
-        ({"k": k.to_sparse()}, TypeError, "k must be a dense tensor"),
-        ({"k": torch.nested.nested_tensor([k[0]])}, TypeError, "k must be a dense tensor"),
-        ({"k": k.to("meta")}, ValueError, "k must be on the device of q"),
-        ({"v": v[:, :, :8]}, ValueError, "v must have the shape of q"),
-        ({"v": v.double()}, TypeError, "v must have the dtype of q"),
-    ):
-        with pytest.raises(error, match=said):
-            xk.xfa(**({"q": q, "k": k, "v": v, "temperature": t} | change))
+    refuses(
+        xk.xfa,
+        {"q": q, "k": k, "v": v, "temperature": t},
+        (
+            ({"eps": True}, TypeError, "eps"),
+            ({"dropout_p": True}, TypeError, "dropout_p"),
+            ({"dropout_p": torch.zeros(())}, TypeError, "dropout_p"),
+            ({"token_mask": torch.ones(1, 8, dtype=torch.bool)}, ValueError, "token_mask"),
+            ({"map_fn": 1}, TypeError, "map_fn"),
+            ({"backend": "gpu"}, ValueError, "backend must be one of"),
+            ({"backend": ["cpp"]}, ValueError, "backend must be one of"),
+            ({"map": ["query_key"]}, ValueError, "map must be one of"),
+            ({"q": None}, TypeError, "q must be a torch.Tensor"),
+            ({"temperature": None}, TypeError, "temperature must be a torch.Tensor"),
+            ({"temperature": torch.ones(2, 1)}, ValueError, "temperature must have shape"),
+            ({"k": k.to_sparse()}, TypeError, "k must be a dense tensor"),
+            ({"k": torch.nested.nested_tensor([k[0]])}, TypeError, "k must be a dense tensor"),
+            ({"k": k.to("meta")}, ValueError, "k must be on the device of q"),
+            ({"v": v[:, :, :8]}, ValueError, "v must have the shape of q"),
+            ({"v": v.double()}, TypeError, "v must have the dtype of q"),
+        ),
+    )
     expected = xk.xfa(q, k, v, t)
 
     def backends_of(call):
@@ -109,10 +134,13 @@ def test_repeated_calls_are_checked_and_served_as_new_ones(need_backend, monkeyp
         return {backend for backend, _ in ran}
 
     assert backends_of(lambda: xk.xfa(q, k, v, t)) == {"cpp"}
+    assert backends_of(lambda: xk.xfa(q, k, v, t.view(2, 1, 1))) == {"cpp"}
+    assert backends_of(lambda: xk.xfa(q, k, v, torch.ones(()))) == {"cpp"}
     assert backends_of(lambda: torch.vmap(lambda q: xk.xfa(q, k, v, t))(q[None])[0]) == {"reference"}
     assert backends_of(lambda: xk.xfa(q, k, v, t, backend="reference")) == {"reference"}
-    with torch.autocast("cpu", torch.bfloat16):
-        assert xk.xfa(q, k, v, t).dtype == torch.bfloat16
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16):
+            assert xk.xfa(q, k, v, t).dtype == torch.bfloat16
     monkeypatch.setenv(dispatch.ENVIRONMENT, "reference")
     assert backends_of(lambda: xk.xfa(q, k, v, t)) == {"reference"}
     monkeypatch.setenv(dispatch.ENVIRONMENT, "nothing")
@@ -120,14 +148,101 @@ def test_repeated_calls_are_checked_and_served_as_new_ones(need_backend, monkeyp
         xk.xfa(q, k, v, t)
 
 
+def test_repeated_calls_of_other_functions_are_checked(need_backend):
+    need_backend("cpp")
+    q, k, v = (randn(1, 2, 9, 4, seed=i) for i in range(3))
+    refuses(
+        xk.gram,
+        {"a": q, "b": q, "symmetric": True},
+        (
+            ({"b": q.clone()}, ValueError, "symmetric"),
+            ({"symmetric": 1}, TypeError, "symmetric"),
+            ({"sums": 0}, TypeError, "sums"),
+            ({"token_mask": torch.ones(1, 8, dtype=torch.bool)}, ValueError, "token_mask"),
+            ({"b": None}, TypeError, "b must be a torch.Tensor"),
+        ),
+    )
+    refuses(
+        xk.channel_mix,
+        {"x": q, "weight": torch.ones(3, 4)},
+        (
+            ({"weight": torch.ones(3, 5)}, ValueError, "weight must have shape"),
+            ({"bias": torch.ones(4)}, ValueError, "bias must have a shape"),
+            ({"add_scale": torch.ones(3)}, ValueError, "add_scale"),
+            ({"weight": None}, TypeError, "weight must be a torch.Tensor"),
+        ),
+    )
+    refuses(
+        xk.linear_attention,
+        {"q": q, "k": k, "v": v, "normalize": True, "scale": 1.0},
+        (
+            ({"normalize": 1}, TypeError, "normalize"),
+            ({"scale": True}, TypeError, "scale"),
+            ({"feature_map": ["relu", "relu"]}, TypeError, "feature_map"),
+            ({"query_mask": torch.ones(1, 8, dtype=torch.bool)}, ValueError, "query_mask"),
+            ({"v": v[:, :, :8]}, ValueError, "v must have shape"),
+        ),
+    )
+
+
+def test_repeated_layers_are_checked_and_served_as_new_ones(need_backend, monkeypatch):
+    need_backend("cpp")
+    x, layer = randn(1, 9, 8, seed=0), xk.XFA(8, 2, form="direct").eval()
+    names = ("qkv_weight", "qkv_bias", "temperature", "proj_weight", "proj_bias")
+    weights = dict(zip(names, layer.weights(), strict=True))
+    wrong_of_layer = (
+        ({"x": randn(1, 9, 7, seed=0)}, ValueError, "qkv_weight must have shape"),
+        ({"x": x[0]}, ValueError, "x must have 3 dimensions"),
+        ({"temperature": torch.ones(3)}, ValueError, "qkv_weight must have shape"),
+        ({"proj_bias": torch.ones(9)}, ValueError, "proj_bias must have shape"),
+        ({"qkv_weight": None}, TypeError, "qkv_weight must be a torch.Tensor"),
+        ({"dropout_p": 2}, ValueError, "dropout_p"),
+        ({"dropout_p": False}, TypeError, "dropout_p"),
+        ({"dropout_p": torch.zeros(2)}, TypeError, "dropout_p"),
+        ({"eps": True}, TypeError, "eps"),
+        ({"form": "fast"}, ValueError, "form must be one of"),
+        ({"form": ["direct"]}, ValueError, "form must be one of"),
+        ({"form": "gram", "norm": "feature"}, ValueError, "form='gram' is not possible"),
+        ({"backend": None}, ValueError, "backend must be one of"),
+        ({"token_mask": torch.ones(1, 8, dtype=torch.bool)}, ValueError, "token_mask"),
+    )
+    refuses(xk.xfa_layer, {"x": x, **weights, "eps": 1}, wrong_of_layer)
+    block = {"ln_weight": None, "ln_bias": None, "ln_eps": 1.0, "residual": True}
+    wrong_of_block = (({"ln_eps": True}, TypeError, "ln_eps"), ({"residual": 1}, TypeError, "residual"))
+    refuses(xk.xfa_block, {"x": x, **weights, **block}, (*wrong_of_block, *wrong_of_layer))
+    expected = layer(x)
+
+    def ran_in(call):
+        with dispatch.record() as ran:
+            result = call()
+        torch.testing.assert_close(result, expected.to(result.dtype), rtol=2e-2, atol=2e-2)
+        return ran
+
+    for _ in range(2):
+        assert ran_in(lambda: layer(x)) == [("cpp", "xfa_forward")]
+        assert ("cpp", "layer_forward") in ran_in(lambda: xk.xfa_layer(x, **weights, form="gram"))
+        assert ran_in(lambda: torch.vmap(layer)(x[None])[0]) == [("reference", "xfa")]
+        with torch.autocast("cpu", torch.bfloat16):
+            assert layer(x).dtype == torch.bfloat16
+    handle = layer.qkv.register_forward_hook(lambda *_: seen.append(True))
+    seen = []
+    layer(x)
+    handle.remove()
+    assert seen
+    with pytest.raises(ValueError, match=r"x must have shape \(B, N, C\) with C = 8"):
+        layer(randn(1, 9, 7, seed=0))
+    monkeypatch.setenv(dispatch.ENVIRONMENT, "reference")
+    assert ran_in(lambda: layer(x)) == [("reference", "xfa")]
+
+
 def test_signatures_of_many_shapes_are_forgotten(need_backend, monkeypatch):
     need_backend("cpp")
-    monkeypatch.setattr(dispatch, "_chosen", {})
-    monkeypatch.setattr(dispatch, "_MOST_CHOSEN", 8)
+    monkeypatch.setattr(repeated, "_known", {})
+    monkeypatch.setattr(repeated, "_MOST", 8)
     for n in range(1, 30):
         q = randn(1, 1, n, 4, seed=n)
         xk.xfa(q, q, q, torch.ones(1))
-        assert len(dispatch._chosen) <= 8
+        assert len(repeated._known) <= 8
 
 
 def test_spec_checks_and_text():
@@ -188,12 +303,11 @@ def xfa_backward(dout, q, k, v, temperature, stats, token_mask, spec, packed):
 
 
 @pytest.fixture
-def slate(monkeypatch):
+def slate(monkeypatch, forget):
     functions = (unsupported, gram, channel_mix, xfa_forward, xfa_backward)
     monkeypatch.setitem(backends.PATHS, "slate", SimpleNamespace(**{f.__name__: f for f in functions}))
     yield "slate"
     backends._loaded.pop("slate", None)
-    dispatch._chosen.clear()
 
 
 @pytest.mark.parametrize(

@@ -114,7 +114,7 @@ def test_public_names_are_documented():
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if BLOCK.search(PAGES[page])])
-def test_code_blocks_run(page, monkeypatch, tmp_path):
+def test_code_blocks_run(page, monkeypatch, tmp_path, forget):
     """In their order, in one namespace per page; a text block after one is what it prints."""
     monkeypatch.chdir(tmp_path)
     for name, value in {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}.items():
@@ -136,7 +136,6 @@ def test_code_blocks_run(page, monkeypatch, tmp_path):
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
-        xformer_kernels.dispatch._chosen.clear()
         xformer_kernels.backends._loaded.pop("slate", None)
 
 

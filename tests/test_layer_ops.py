@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import xformer_kernels as xk
-from xformer_kernels import backends, dispatch
+from xformer_kernels import backends
 from xformer_kernels.layer import algebra, passes
 from xformer_kernels.layer import ops as layer_ops
 from xformer_kernels.spec import Spec
@@ -227,20 +227,20 @@ def test_named_backend_uses_the_form_that_it_supports(ran_backend, need_backend)
         layer.call(list(layer.tensors), backend="cpp", form="gram")
 
 
-def test_auto_prefers_the_form_with_kernels_to_the_reference(monkeypatch, need_backend, ran_backend):
+def test_auto_prefers_the_form_with_kernels_to_the_reference(monkeypatch, need_backend, ran_backend, forget):
     """The limit of a backend is for the features of x in the Gram form, and for those of a head in the direct form."""
     cpp = need_backend("cpp") or backends.load("cpp")[0].module
     layer = make_layer((1, 1800, 96, 8))
     for widest, form, op in ((96, "gram", "layer_forward"), (95, "direct", "xfa_forward")):
         monkeypatch.setattr(cpp, "_WIDEST", widest)
-        monkeypatch.setattr(dispatch, "_chosen", {})
+        forget()
         said = xk.explain_layer(*layer.tensors[:6])
         assert (said.form, said.backend.backend) == (form, "cpp")
         assert ("not taken, no kernel computes it for the 96 features of x" in str(said)) == (form == "direct")
         with ran_backend("cpp", op):
             layer.call(list(layer.tensors))
     monkeypatch.setattr(cpp, "_WIDEST", 11)  # supports neither form: the cheaper one is chosen
-    monkeypatch.setattr(dispatch, "_chosen", {})
+    forget()
     said = xk.explain_layer(*layer.tensors[:6])
     assert (said.form, said.reason, said.backend.backend) == ("gram", "", "reference")
     with pytest.warns(RuntimeWarning, match="96 features per head"):
@@ -248,10 +248,10 @@ def test_auto_prefers_the_form_with_kernels_to_the_reference(monkeypatch, need_b
 
 
 @pytest.mark.parametrize("form", ["gram", "direct", "auto"])
-def test_compiled_graph_checks_the_number_of_features(form, monkeypatch, need_backend):
+def test_compiled_graph_checks_the_number_of_features(form, monkeypatch, need_backend, forget):
     cpp = need_backend("cpp") or backends.load("cpp")[0].module
     monkeypatch.setattr(cpp, "_WIDEST", 2)
-    monkeypatch.setattr(dispatch, "_chosen", {})
+    forget()
     layer = make_layer((1, 300, 24, 3))
     compiled = torch.compile(
         lambda *args: layer.call(list(args), form=form, backend="cpp"), backend="aot_eager", dynamic=True

@@ -319,12 +319,11 @@ def test_models_without_weights_are_replaced(state, kind):
     )
 
 
-def test_environment_does_not_affect_trials(kind, untried, monkeypatch):
+def test_environment_does_not_affect_trials(kind, untried, monkeypatch, forget):
     """Also if the environment requests a backend that supports GPUs only: the trial runs on the CPU."""
     module = backends.load("cuda")[0].module
     if module is None:
         pytest.skip("the CUDA backend is not built here, not even emulated")
-    monkeypatch.setattr(dispatch, "_chosen", {})
     monkeypatch.setattr(module, "unsupported", lambda *_: ["tensors are on cpu"])
     monkeypatch.setenv("XFORMER_KERNELS_BACKEND", "cuda")
     assert replace_attention(kind.model()) == 1

@@ -24,7 +24,6 @@ def names() -> tuple[str, ...]:
 
 
 _chosen: dict[tuple[Any, ...], str] = {}
-_MOST_CHOSEN = 4096
 _records: list[list[tuple[str, str]]] = []
 
 
@@ -233,19 +232,6 @@ def choose(
             name = explain(backend, device_type, dtypes, head_dims, norm).backend
         _chosen[key] = name
     return name
-
-
-def chosen(signature: tuple[Any, ...] | None) -> str | None:
-    """The backend that was remembered for the signature of a call; None if there is none."""
-    return None if signature is None else _chosen.get(signature)
-
-
-def remember(signature: tuple[Any, ...] | None, backend: str) -> None:
-    """Keeps the backend of a call with this signature, see :func:`chosen`."""
-    if signature is not None:
-        if len(_chosen) >= _MOST_CHOSEN:  # images of many sizes
-            _chosen.clear()
-        _chosen[signature] = backend
 
 
 def _warn_of_slow_path(explanation: Explanation) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -12,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xformer_kernels import autocast, dispatch, ops, parallel, reference, validate
+from xformer_kernels import autocast, dispatch, ops, parallel, reference, repeated, validate
 from xformer_kernels.spec import Spec
 
 
@@ -84,39 +83,30 @@ def xfa(
         ValueError: an argument has an invalid shape, device or value; the backend is unknown.
         RuntimeError: the backend requested by name cannot serve the call; the message lists every reason.
     """
-    spec = Spec(map, norm, activation, eps).check()
+    if isinstance(q, Tensor):
+        q, k, v = autocast.cast_tokens(q, k, v)  # type: ignore[assignment]
     signature = None
-    if token_mask is None and map_fn is None and type(dropout_p) is float and dropout_p == 0:
-        signature = _signature(backend, spec, q, k, v, temperature)
-        serving = dispatch.chosen(signature)
-        if serving is not None:
-            spec = spec.with_normal_eps(reference.accumulate_dtype(q.dtype))
-            tensors = (q, k, v, temperature)
-            out: Tensor = ops.call("xfa_forward", serving, tensors, None, spec, known_plain=True)[0]
+    if token_mask is None and map_fn is None:
+        operands = (q, k, v, temperature)
+        signature = repeated.signature(operands, "xfa", map, norm, activation, eps, dropout_p, backend)
+        served = repeated.known(signature)
+        if served is not None:
+            operands = (q, k, v, temperature if temperature.dim() == 1 else temperature.reshape(-1))
+            out: Tensor = ops.call("xfa_forward", served.backend, operands, None, served.spec, known_plain=True)[0]
             return out.transpose(1, 2)
-    q, k, v, per_head = _prepare(q, k, v, temperature, token_mask, dropout_p, map_fn)
+    spec = Spec(map, norm, activation, eps).check()
+    validate.xfa(q, k, v, temperature, token_mask, dropout_p, map_fn)
+    per_head = of_heads(temperature, q.shape[1])
     arguments = Arguments(q, k, v, per_head, spec, token_mask, dropout_p, map_fn)
-    out = prepared(arguments, backend, signature if per_head is temperature else None)()[0]
-    return out.transpose(1, 2)
+    keep = partial(repeated.remember, signature) if per_head.numel() == temperature.numel() else None
+    return prepared(arguments, backend, keep)()[0].transpose(1, 2)
 
 
-def _signature(backend: Any, spec: Spec, q: Any, k: Any, v: Any, temperature: Any) -> tuple[Any, ...] | None:
-    """Everything that the checks of a call and its backend depend on; None unless in plain eager mode without autocast.
+class Served(NamedTuple):
+    """The backend whose single op computes a call of :func:`xfa`, and the spec for that op."""
 
-    A call with the signature of an earlier one is not checked again.
-    """
-    if type(backend) is not str or q is None or k is None or v is None or temperature is None:
-        return None
-    if not ops.plain(q, k, v, temperature) or autocast.is_on(q):
-        return None
-    asked = os.environ.get(dispatch.ENVIRONMENT) if backend == "auto" else None
-    return (
-        backend, asked, spec,
-        q.shape, q.dtype, q.device, q.layout,
-        k.shape, k.dtype, k.device, k.layout,
-        v.shape, v.dtype, v.device, v.layout,
-        temperature.shape, temperature.dtype, temperature.device, temperature.layout,
-    )  # fmt: skip
+    backend: str
+    spec: Spec
 
 
 class Arguments(NamedTuple):
@@ -146,10 +136,12 @@ class Arguments(NamedTuple):
         return self.temperature.dtype is torch.float64 and self.q.dtype is not torch.float64
 
 
-def prepared(a: Arguments, backend: str, signature: tuple[Any, ...] | None = None) -> Callable[[], Sequence[Tensor]]:
+def prepared(
+    a: Arguments, backend: str, keep: Callable[[Served], None] | None = None
+) -> Callable[[], Sequence[Tensor]]:
     """A callable that computes :func:`xfa`; its first result is out (B, N, H, D).
 
-    If a single op computes the call, the backend is remembered for its signature.
+    `keep` is called with what serves the call, if that is a single op.
     """
     if a.promotes():
         return partial(_rounded, a, backend)
@@ -159,7 +151,8 @@ def prepared(a: Arguments, backend: str, signature: tuple[Any, ...] | None = Non
     name = backend_of(backend, tensors, (q.dtype, a.temperature.dtype), head_dims(q), norm, first)
     spec = a.spec.with_normal_eps(reference.accumulate_dtype(q.dtype))
     if fusible and name != "reference" and dispatch.fuses(name, spec):
-        dispatch.remember(signature, name)
+        if keep is not None:
+            keep(Served(name, spec))
         return partial(ops.call, "xfa_forward", name, tensors, a.token_mask, spec)
     a = a._replace(spec=spec)
     return partial(_reference, a) if name == "reference" else partial(composed, a, name)
@@ -213,9 +206,15 @@ def gram(
     """
     if isinstance(a, Tensor):
         a, b = autocast.cast_tokens(a) * 2 if a is b else autocast.cast_tokens(a, b)  # type: ignore[assignment]
-    validate.gram(a, b, symmetric, token_mask)
-    validate.boolean("sums", sums)
-    name = backend_of(backend, (a, b), (a.dtype,), head_dims(a, b))
+    signature = None
+    if token_mask is None:
+        signature = repeated.signature((a, b), "gram", a is b, symmetric, sums, backend)
+    name = repeated.known(signature)
+    if name is None:
+        validate.gram(a, b, symmetric, token_mask)
+        validate.boolean("sums", sums)
+        name = backend_of(backend, (a, b), (a.dtype,), head_dims(a, b))
+        repeated.remember(signature, name)
     single = a.dim() == 3
     if single:
         same = a is b
@@ -270,7 +269,11 @@ def channel_mix(
     if isinstance(x, Tensor):
         x, add, x2 = autocast.cast_tokens(x, add, x2)  # type: ignore[assignment]
         weight, bias, add_scale, weight2 = autocast.cast_weights(x, weight, bias, add_scale, weight2)
-    validate.channel_mix(x, weight, bias, add, add_scale, x2, weight2)
+    given = (x, weight, bias, add, add_scale, x2, weight2)
+    signature = repeated.signature(given, "channel_mix", backend)
+    name = repeated.known(signature)
+    if name is None:
+        validate.channel_mix(*given)
     heads = x.shape[1] if x.dim() == 4 else 1
     O = weight.shape[-2]  # noqa: E741
     weight = _broadcast("weight", weight, x, heads, (O, x.shape[-1]))
@@ -278,8 +281,10 @@ def channel_mix(
     bias = None if bias is None else _broadcast("bias", bias, x, heads, (O,))
     add_scale = None if add_scale is None else _broadcast("add_scale", add_scale, x, heads, (O,))
     operands = (x, weight, bias, add, add_scale, x2, weight2)
-    dims = head_dims(x, weight, weight.transpose(-2, -1), x if x2 is None else x2)
-    name = backend_of(backend, operands, (x.dtype,), dims)
+    if name is None:
+        dims = head_dims(x, weight, weight.transpose(-2, -1), x if x2 is None else x2)
+        name = backend_of(backend, operands, (x.dtype,), dims)
+        repeated.remember(signature, name)
     single = x.dim() == 3
     if single:
         x, add, x2 = (None if t is None else t.unsqueeze(1) for t in (x, add, x2))  # type: ignore[assignment]
@@ -312,7 +317,10 @@ def explain(
     Computes nothing. Raises the same errors as :func:`xfa` for the same arguments.
     """
     spec = Spec(map, norm, activation, eps).check()
-    q, k, v, temperature = _prepare(q, k, v, temperature, token_mask, dropout_p, map_fn)
+    if isinstance(q, Tensor):
+        q, k, v = autocast.cast_tokens(q, k, v)  # type: ignore[assignment]
+    validate.xfa(q, k, v, temperature, token_mask, dropout_p, map_fn)
+    temperature = of_heads(temperature, q.shape[1])
     a = Arguments(q, k, v, temperature, spec, token_mask, dropout_p, map_fn)
     if ops.torch_only(*a.tensors()):
         return dispatch.explain_reference(backend, TORCH_ONLY)
@@ -344,16 +352,11 @@ def backend_of(
     return dispatch.choose(asked, device_type, dtypes, dims, norm, first)
 
 
-def _prepare(q: Any, k: Any, v: Any, temperature: Any, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The arguments after autocast and checks, with the temperature as (H,)."""
-    if isinstance(q, Tensor):
-        q, k, v = autocast.cast_tokens(q, k, v)
-    validate.xfa(q, k, v, temperature, *others)
+def of_heads(temperature: Tensor, heads: int) -> Tensor:
+    """A checked temperature as (H,)."""
     if temperature.dim() != 1:
         temperature = temperature.reshape(-1)
-    if temperature.shape[0] != q.shape[1]:
-        temperature = shared(temperature, (q.shape[1],))
-    return q, k, v, temperature
+    return temperature if temperature.shape[0] == heads else shared(temperature, (heads,))
 
 
 def shared(t: Tensor, shape: tuple[Any, ...]) -> Tensor:

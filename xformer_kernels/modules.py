@@ -55,6 +55,11 @@ def dropout_p(module: Any) -> float | None:
     return p if p < 1 else None
 
 
+def dropped(module: Any, x: Any) -> Any:
+    """``module(x)`` of a dropout; it is not called if that would only return x."""
+    return x if dropout_p(module) == 0 else module(x)
+
+
 def drops_no_path(module: Any) -> bool:
     """Whether calling a drop path module only returns its input; True for None."""
     if module is None or runs_forward_of(module, nn.Identity):

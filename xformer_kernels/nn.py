@@ -8,13 +8,13 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
-from xformer_kernels import autocast, dispatch, parallel, reference, validate
+from xformer_kernels import dispatch, parallel, reference, validate
 from xformer_kernels.functional import shared, xfa
-from xformer_kernels.layer import xfa_block, xfa_layer
+from xformer_kernels.layer import xfa_layer
 from xformer_kernels.layer.call import FORMS, Call
-from xformer_kernels.layer.functional import prepared
+from xformer_kernels.layer.functional import checked
 from xformer_kernels.layer.ops import Operands
-from xformer_kernels.modules import dropout_p, runs_forward_of
+from xformer_kernels.modules import dropout_p, dropped, runs_forward_of
 from xformer_kernels.packed import heads_of
 from xformer_kernels.spec import Spec
 
@@ -91,10 +91,10 @@ class XFA(nn.Module):
         token_mask (B, N) bool: the attention ignores tokens where it is False. group: tokens are split over its ranks.
         """
         if isinstance(x, torch.fx.Proxy):
-            y = xfa_layer(x, *self.weights(), **self._traced_call(token_mask, group).keywords())
+            y = self.proj_drop(xfa_layer(x, *self.weights(), **self._traced_call(token_mask, group).keywords()))
         else:
-            y = attend(self, x, self.call(token_mask, group))
-        result: Tensor = self.proj_drop(y)
+            y = dropped(self.proj_drop, attend(self, x, self.call(token_mask, group)))
+        result: Tensor = y
         return result
 
     def weights(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None]:
@@ -203,11 +203,7 @@ def attend(layer: Any, x: Tensor, call: Call) -> Tensor:
     p = dropout_p(layer.attn_drop)
     if p is None or not has_plain_projections(layer):
         return _through_modules(layer, x, call, p)
-    call = call._replace(dropout_p=p)
-    if _may_skip_checks(layer, x, call):
-        (x,) = autocast.cast_tokens(x)  # type: ignore[assignment]
-        return prepared(call, Operands(x, *weights(layer)))()[0]
-    return xfa_layer(x, *weights(layer), **call.keywords())
+    return checked(call._replace(dropout_p=p) if p else call, Operands(x, *weights(layer)))()[0]
 
 
 def _check_tokens(x: Any, layer: Any, call: Call) -> None:
@@ -217,20 +213,6 @@ def _check_tokens(x: Any, layer: Any, call: Call) -> None:
     C = getattr(layer.qkv, "in_features", x.shape[-1])  # only nn.Linear has this attribute
     if x.dim() != 3 or x.shape[-1] != C:
         raise ValueError(f"x must have shape (B, N, C) with C = {C}, got {tuple(x.shape)}")
-
-
-def _may_skip_checks(layer: Any, x: Any, call: Call) -> bool:
-    """Whether the weights are as the constructor made them and x matches them, so that full checks are unnecessary."""
-    weight = layer.qkv.weight
-    return (
-        call.group is None
-        and call.token_mask is None
-        and type(x) is Tensor
-        and x.dim() == 3
-        and (x.shape[-1], x.dtype, x.device) == (weight.shape[1], weight.dtype, weight.device)
-        and layer.temperature.shape == (layer.num_heads, 1, 1)
-        and (call.form, call.spec.norm) != ("gram", "feature")
-    )
 
 
 def _through_modules(layer: Any, x: Tensor, call: Call, p: float | None) -> Tensor:
@@ -300,14 +282,7 @@ def fused_half_block(
     x: Tensor, norm: Any, attn: Any, layer_scale: Tensor | None, drop_path: nn.Module | None, call: Call
 ) -> Tensor:
     """``x + drop_path(layer_scale * attn(norm(x)))`` by :func:`xformer_kernels.xfa_block`, if :func:`may_fuse`."""
-    residual = drop_path is None
     call = call._replace(dropout_p=dropout_p(attn.attn_drop) or 0.0)
-    if _may_skip_checks(attn, x, call):
-        o = Operands(x, *weights(attn), norm.weight, norm.bias, layer_scale)
-        y = prepared(call, o, norm.eps, residual)()[0]
-    else:
-        y = xfa_block(
-            x, norm.weight, norm.bias, norm.eps, *weights(attn), layer_scale=layer_scale, residual=residual,
-            **call.keywords(),
-        )  # fmt: skip
+    o = Operands(x, *weights(attn), norm.weight, norm.bias, layer_scale)
+    y = checked(call, o, norm.eps, drop_path is None)()[0]
     return y if drop_path is None else x + drop_path(y)

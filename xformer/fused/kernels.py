@@ -18,7 +18,7 @@ from xformer.fused import onednn
 from xformer_kernels import dispatch, inference, ops
 from xformer_kernels.backends.program import Unrecordable, Value
 from xformer_kernels.layer.call import Call
-from xformer_kernels.layer.functional import prepared
+from xformer_kernels.layer.functional import checked
 from xformer_kernels.layer.ops import Operands
 from xformer_kernels.nn import XFABlock, weights
 
@@ -177,7 +177,7 @@ class AttentionKernel(Kernel):
             norm, attn = self.block.norm, self.block.attn
 
             def in_form_of(call: Call, o: Operands) -> Callable[[], Any]:
-                return prepared(call, o, norm.eps, True) if call.form == "gram" else lambda: (direct(o.x),)
+                return checked(call, o, norm.eps, True) if call.form == "gram" else lambda: (direct(o.x),)
 
             call = attn.call()._replace(kernels=True)
             x = torch.ones(shape, dtype=torch.float32, device="cpu")  # the defaults may be others

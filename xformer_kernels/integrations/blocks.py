@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from xformer_kernels.layer.call import Call
-from xformer_kernels.modules import drops_no_path
+from xformer_kernels.modules import dropped, drops_no_path
 from xformer_kernels.nn import attend, fused_half_block, has_plain_projections
 
 
@@ -20,7 +20,7 @@ def xca(module: Any, call: Call, x: Tensor) -> Tensor:
     """timm's ``XCA`` and ``CrossCovarianceAttn``, (B, N, C) to (B, N, C)."""
     if call.form == "gram" and not has_plain_projections(module):  # replaced projections must be called
         call = call._replace(form="direct")
-    y: Tensor = module.proj_drop(attend(module, x, call))
+    y: Tensor = dropped(module.proj_drop, attend(module, x, call))
     return y
 
 

@@ -104,6 +104,7 @@ def _serves_edgenext_block(module: Any, x: Any) -> bool:
     return serves_tensor(x, 4) and _serves_half_block(module.xca, module.norm_xca, module.gamma_xca)
 
 
+_SPEC = Spec()
 _SMALL = {"dim": 8, "num_heads": 2}
 FAMILIES: dict[str, Family] = {
     "XCA": Family(xca, _serves_xca, OfClass("timm.models.xcit", "XCA", _SMALL, ((2, 6, 8),))),
@@ -223,7 +224,7 @@ def compute(
 
 
 def _call(replaced: Replaced) -> Call:
-    return Call(Spec(), None, 0.0, replaced.form, None, replaced.backend)
+    return Call(_SPEC, None, 0.0, replaced.form, None, replaced.backend)
 
 
 def _by_reference(name: str) -> Callable[..., Tensor]:

@@ -37,8 +37,8 @@ from xformer_kernels import backends
 from xformer_kernels.layer import cost, timing
 
 ENVIRONMENT = "XFORMER_KERNELS_CALIBRATION"
-VERSION = 4
-"""Version of the format of the file and of the speed of the kernels: figures of slower kernels are measured again."""
+VERSION = 5
+"""Version of the format of the file and of the speed of the layers: figures of slower ones are measured again."""
 CLOSE = 3.0
 MOST_FORMS = 4096
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from xformer_kernels import dispatch, functional, ops, parallel, validate
+from xformer_kernels import dispatch, functional, ops, parallel, repeated, validate
 from xformer_kernels import torch_internals as internals
 from xformer_kernels.layer import calibration, cost, timing
 from xformer_kernels.layer.ops import Operands
@@ -32,6 +32,12 @@ class Call(NamedTuple):
         """The keyword arguments of :func:`xfa_layer` and :func:`xfa_block`."""
         others = {name: value for name, value in self._asdict().items() if name not in ("spec", "kernels")}
         return {**self.spec.of_xfa(), **others}
+
+    def signature(self, o: Operands, *block: Any) -> repeated.Signature | None:
+        """The signature of a call without masks, dropout and group; None for others. `block`: as for :meth:`check`."""
+        if self.token_mask is not None or self.group is not None or type(self.dropout_p) is not float or self.dropout_p:
+            return None
+        return repeated.signature(o, "layer", self.spec, self.spec.eps, self.dropout_p, self.form, self.backend, *block)
 
     def check(self, o: Operands, *block: Any) -> None:
         """Checks all arguments. `block`: ln_eps and residual of a half block."""
@@ -150,12 +156,19 @@ class Call(NamedTuple):
         return cost.Shape(B, N, C, o.temperature.numel(), I, O, o.x.element_size(), training, layer_norm, self.kernels)
 
     def choose(self, o: Operands, tokens: int | None = None, run: tuple[Any, ...] | None = None) -> str:
-        """The form. `tokens` overrides the number of tokens. `run`: :func:`prepared` and its block arguments, with
-        which both forms may be timed; None: nothing is timed."""
+        """The form. `tokens` overrides the number of tokens. `run`: a function as :func:`checked` and its block
+        arguments, with which both forms may be timed; None: nothing is timed."""
+        form = self.fixed_form(o)
+        return self.cheaper_form(o, tokens, run) if form == "auto" else form
+
+    def fixed_form(self, o: Operands) -> str:
+        """The form, if it does not depend on the costs; otherwise "auto"."""
         if self.form != "auto":
             return "direct" if self.always_direct(o) else self.form
-        if self.against_gram(o):
-            return "direct"
+        return "direct" if self.against_gram(o) else "auto"
+
+    def cheaper_form(self, o: Operands, tokens: int | None = None, run: tuple[Any, ...] | None = None) -> str:
+        """The form with the lower cost; the arguments of :meth:`choose`."""
         shape = self._shape(o, tokens)
         if not self._timed_at(o):
             machine = cost.built_in(o.x.device.type)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xformer_kernels import autocast, dispatch, functional, ops, parallel, reference
+from xformer_kernels import autocast, dispatch, functional, ops, parallel, reference, repeated
 from xformer_kernels.inference import LayerNorm
 from xformer_kernels.layer import cost
 from xformer_kernels.layer.call import Call
@@ -85,14 +85,8 @@ def xfa_layer(
             is no Gram form; ranks that disagree.
         RuntimeError: the backend requested by name cannot serve the call.
     """
-    if isinstance(x, Tensor):
-        (x,) = autocast.cast_tokens(x)  # type: ignore[assignment]
     call = Call(Spec(map, norm, activation, eps), token_mask, dropout_p, form, group, backend)
-    o = _as_autocast(Operands(x, qkv_weight, qkv_bias, temperature, proj_weight, proj_bias))
-    if group is not None:
-        return among_ranks(call, o)
-    call.check(o)
-    return prepared(call, o)()[0]
+    return checked(call, Operands(x, qkv_weight, qkv_bias, temperature, proj_weight, proj_bias))()[0]
 
 
 def xfa_block(
@@ -138,11 +132,7 @@ def xfa_block(
     """
     call = Call(Spec(map, norm, activation, eps), token_mask, dropout_p, form, group, backend)
     o = Operands(x, qkv_weight, qkv_bias, temperature, proj_weight, proj_bias, ln_weight, ln_bias, layer_scale)
-    o = _as_autocast(o)
-    if group is not None:
-        return among_ranks(call, o, ln_eps, residual)
-    call.check(o, ln_eps, residual)
-    return prepared(call, o, ln_eps, residual)()[0]
+    return checked(call, o, ln_eps, residual)()[0]
 
 
 class LayerExplanation(NamedTuple):
@@ -193,8 +183,6 @@ def explain_layer(
     communicate with a group: "auto" assumes that no other rank has more tokens. Raises the same errors as
     :func:`xfa_layer` for the same arguments.
     """
-    if isinstance(x, Tensor):
-        (x,) = autocast.cast_tokens(x)  # type: ignore[assignment]
     call = Call(Spec(map, norm, activation, eps), token_mask, dropout_p, form, group, backend)
     o = _as_autocast(Operands(x, qkv_weight, qkv_bias, temperature, proj_weight, proj_bias))
     call.check(o)
@@ -208,26 +196,69 @@ def explain_layer(
     return LayerExplanation(chosen, form, *call.costs(o), call.against_gram(o) if chosen == "direct" else "", served)
 
 
+class Repeated:
+    """What is kept for the signature of a call: its form, "auto" if the costs decide; and what serves the direct form's
+    xfa, once that is known, if it is a single op."""
+
+    __slots__ = ("form", "served")
+
+    def __init__(self, form: str) -> None:
+        self.form = form
+        self.served: functional.Served | None = None
+
+    def keep(self, served: functional.Served) -> None:
+        self.served = served
+
+
+def checked(call: Call, o: Operands, *block: Any) -> Callable[[], Sequence[Tensor]]:
+    """A callable that computes a layer, or a half block if ln_eps and residual are given; its first result is y.
+
+    Checks the arguments, unless the call repeats an earlier one.
+    """
+    signature = None
+    if isinstance(o.x, Tensor) and autocast.is_on(o.x):
+        o = _as_autocast(o, *block)
+    else:
+        signature = call.signature(o, *block)
+    if call.group is not None:
+        return partial(among_ranks, call, o, *block)
+    repeat: Repeated | None = repeated.known(signature)
+    if repeat is None:
+        call.check(o, *block)
+        form = call.fixed_form(o)
+        if signature is not None:
+            repeat = Repeated(form)
+            repeated.remember(signature, repeat)
+    else:
+        form = repeat.form
+    if form == "auto":
+        form = call.cheaper_form(o, run=(checked, *block))
+    return in_form(form, call, o, *block, repeat=repeat)
+
+
 @parallel.outside_graphs
-def among_ranks(call: Call, o: Operands, *block: Any) -> Tensor:
+def among_ranks(call: Call, o: Operands, *block: Any) -> Sequence[Tensor]:
     """A layer or half block whose tokens are split over the ranks of the call's group."""
     with parallel.together(call.group, o.x) as ranks:
         call.check(o, *block)
         call.tell(ranks, o, *block)
-    return prepared(call.agreed(ranks, o), o, *block)()[0]
+    return in_form(call.agreed(ranks, o).form, call, o, *block)()
 
 
-def prepared(
-    call: Call, o: Operands, ln_eps: float | None = None, residual: bool = False
+def in_form(
+    form: str,
+    call: Call,
+    o: Operands,
+    ln_eps: float | None = None,
+    residual: bool = False,
+    *,
+    repeat: Repeated | None = None,
 ) -> Callable[[], Sequence[Tensor]]:
-    """A callable that computes a layer, or with ``ln_eps`` a half block, in the call's form; its first result is y.
-
-    The arguments have been checked.
-    """
+    """The callable of :func:`checked` for a form, "gram" or "direct". `repeat`: None unless in plain eager mode."""
     ln_eps, residual = None if ln_eps is None else float(ln_eps), bool(residual)
     o = o._replace(temperature=o.temperature.reshape(-1))
-    if call.choose(o, run=(prepared, ln_eps, residual)) == "direct":
-        return partial(_direct, call, o, ln_eps, residual)
+    if form == "direct":
+        return partial(_direct, call, o, ln_eps, residual, repeat)
     x, dtype, keep = o.x, reference.accumulate_dtype(o.x.dtype), None
     backend = dispatch.choose(call.backend, x.device.type, (x.dtype,), functional.head_dims(x))
     if call.dropout_p:
@@ -236,12 +267,11 @@ def prepared(
         kept = F.dropout(x.new_ones((x.shape[0], H, D, D), dtype=dtype), call.dropout_p)
         keep = parallel.same(call.group, kept)
     spec, group = call.spec.with_normal_eps(dtype), parallel.name(call.group)
-    return partial(
-        ops.call, "layer_forward", backend, o, *Choices(keep, call.token_mask, spec, ln_eps, residual, group)
-    )
+    choices = Choices(keep, call.token_mask, spec, ln_eps, residual, group)
+    return partial(ops.call, "layer_forward", backend, o, *choices, known_plain=repeat is not None)
 
 
-def _direct(call: Call, o: Operands, ln_eps: float | None, residual: bool) -> tuple[Tensor]:
+def _direct(call: Call, o: Operands, ln_eps: float | None, residual: bool, repeat: Repeated | None) -> tuple[Tensor]:
     x, u = o.x, o.x
     if call.token_mask is not None:  # otherwise the gradients of the weights would read the values of masked tokens
         # features that differ, since layer norm with an eps of 0 would divide by zero for equal ones
@@ -250,19 +280,26 @@ def _direct(call: Call, o: Operands, ln_eps: float | None, residual: bool) -> tu
     norm = LayerNorm(_as(o.ln_weight, x), _as(o.ln_bias, x), ln_eps) if ln_eps is not None else None
     qkv = _linear(u, _as(o.qkv_weight, u), _as(o.qkv_bias, u), layer_norm=norm)
     q, k, v = heads_of(qkv, o.temperature.shape[0])
-    attention = functional.Arguments(q, k, v, o.temperature, call.spec, call.token_mask, call.dropout_p)
-    if call.group is None:
-        compute = functional.prepared(attention, call.backend)
-    else:
-        dtypes = (q.dtype, o.temperature.dtype)
-        backend = dispatch.choose(call.backend, x.device.type, dtypes, functional.head_dims(q))
-        compute = partial(functional.composed, attention, backend, call.group)
-    out = compute()[0].flatten(2)
+    out = _attention(call, q, k, v, o.temperature, repeat)
+    out = out.flatten(2)
     add = x if residual and o.layer_scale is None and out.dtype == x.dtype else None
     y = _linear(out, _as(o.proj_weight, out), _as(o.proj_bias, out), add=add)
     if o.layer_scale is not None:
         y = y * _as(o.layer_scale, y)
     return (y if add is not None or not residual else _as(x + y, x),)
+
+
+def _attention(call: Call, q: Tensor, k: Tensor, v: Tensor, temperature: Tensor, repeat: Repeated | None) -> Tensor:
+    """xfa of the direct form, as (B, N, H, D)."""
+    if repeat is not None and (served := repeat.served) is not None:
+        operands = (q, k, v, temperature)
+        out: Tensor = ops.call("xfa_forward", served.backend, operands, None, served.spec, known_plain=True)[0]
+        return out
+    attention = functional.Arguments(q, k, v, temperature, call.spec, call.token_mask, call.dropout_p)
+    if call.group is None:
+        return functional.prepared(attention, call.backend, None if repeat is None else repeat.keep)()[0]
+    backend = dispatch.choose(call.backend, q.device.type, (q.dtype, temperature.dtype), functional.head_dims(q))
+    return functional.composed(attention, backend, call.group)[0]
 
 
 def _linear(
@@ -279,13 +316,17 @@ def _linear(
     return y if add is None else add + y
 
 
-def _as_autocast(o: Operands) -> Operands:
-    """With autocast on, casts weights as torch's layers do; the temperature may have any dtype."""
-    if not isinstance(o.x, Tensor):
+def _as_autocast(o: Operands, *block: Any) -> Operands:
+    """With autocast on, casts the weights as torch's layers do, and x of a layer, but not that of a half `block`.
+
+    The temperature may have any dtype.
+    """
+    if not isinstance(o.x, Tensor) or not autocast.is_on(o.x):
         return o
+    x: Any = o.x if block else autocast.cast_tokens(o.x)[0]
     weights = dict(o._asdict(), x=None, temperature=None)
-    cast = dict(zip(weights, autocast.cast_weights(o.x, *weights.values()), strict=True))
-    return Operands(**dict(cast, x=o.x, temperature=o.temperature))
+    cast = dict(zip(weights, autocast.cast_weights(x, *weights.values()), strict=True))
+    return Operands(**dict(cast, x=x, temperature=o.temperature))
 
 
 def _as(t: Any, x: Tensor) -> Any:

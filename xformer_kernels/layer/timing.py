@@ -42,7 +42,7 @@ def clock() -> Callable[[], float]:
     return time.thread_time if alone else time.perf_counter
 
 
-def seconds(prepared: Callable[..., Any], call: Any, o: Operands, block: tuple[Any, ...], form: str) -> float:
+def seconds(checked: Callable[..., Any], call: Any, o: Operands, block: tuple[Any, ...], form: str) -> float:
     """The time of one call of a layer in a form, with backward if autograd records the call.
 
     Does not affect the operands' gradients, hooks and graph, nor saved tensor hooks and the random number generator.
@@ -59,7 +59,7 @@ def seconds(prepared: Callable[..., Any], call: Any, o: Operands, block: tuple[A
     ):
         now = clock()
         begun = now()
-        y = prepared(call._replace(form=form), leaves, *block)()[0]
+        y = checked(call._replace(form=form), leaves, *block)()[0]
         if wanted:
             torch.autograd.grad(y, wanted, y.detach(), allow_unused=True)
         return now() - begun
@@ -105,7 +105,7 @@ def measure(dtype: torch.dtype = torch.float32) -> cost.Machine | None:
 def _probes(dtype: torch.dtype) -> list[tuple[cost.Work, Callable[[], float]]]:
     """The work of each probe, and a function that times it: both forms of a layer, and a product by our kernels."""
     from xformer_kernels.layer.call import Call  # imported here because these modules import the figures
-    from xformer_kernels.layer.functional import prepared
+    from xformer_kernels.layer.functional import checked
 
     random = torch.Generator().manual_seed(0)
     calls: list[tuple[cost.Work, Callable[[], float]]] = []
@@ -117,7 +117,7 @@ def _probes(dtype: torch.dtype) -> list[tuple[cost.Work, Callable[[], float]]]:
         call = Call(Spec(), None, 0.0, "auto", None, "auto")
         s = cost.Shape(B, N, C, H, C, C, x.element_size(), False)
         for form, work in zip(FORMS, (cost.work_of_gram(s), cost.work_of_direct(s)), strict=True):
-            calls.append((work, partial(seconds, prepared, call, o, (), form)))
+            calls.append((work, partial(seconds, checked, call, o, (), form)))
         if inference.asked(x, qkv):
             calls.append((cost.work_of_linear(B * N, C, 3 * C), partial(_seconds_of_linear, x, o.qkv_weight)))
     return calls
