@@ -24,7 +24,7 @@ test: setup
 # The tests that other versions of Python and torch are tried with (docs/support.md), in the environment as it is.
 CORE_TESTS := tests/test_xfa.py tests/test_layer.py tests/test_nn.py tests/test_ops.py tests/test_primitives.py \
   tests/test_decompositions.py tests/test_backbone.py tests/recipes/test_export.py tests/test_replaced_models.py \
-  tests/triton/test_backend.py
+  tests/triton_kernels/test_backend.py
 test-core:
 	PATH="$(BIN):$$PATH" $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal $(CORE_TESTS)
 
@@ -94,7 +94,7 @@ sanitize: setup
 EMULATED_TESTS := cuda and not gpu and not packaging and not test_shim and not test_tsan and not test_resources \
   and not test_faults
 sanitize-emulated: setup
-	$(BIN)/python tests/cuda/emulated.py --sanitize address,undefined
+	$(BIN)/python tests/cuda_kernels/emulated.py --sanitize address,undefined
 	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  XFORMER_KERNELS_EMULATED_SANITIZE=address,undefined \

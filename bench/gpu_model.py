@@ -175,7 +175,7 @@ CUDA_HEADINGS = ("kernel", "instr/512 B, at least", "ahead", "instructions")
 def cuda_rows(module: Path, arch: str = "sm_90a") -> Iterator[tuple[str, ...]]:
     """The kernels of the module _cuda that have products in a loop over tokens. Their launches are known on a GPU
     alone, so there are no times. Loops inside that loop are counted once: the numbers are lower bounds."""
-    sys.path.insert(0, str(ROOT / "tests" / "cuda"))
+    sys.path.insert(0, str(ROOT / "tests" / "cuda_kernels"))
     import machine_code  # type: ignore[import-not-found]
 
     text = sass.output(machine_code.tool(), "-sass", "-arch", arch, module)

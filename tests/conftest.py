@@ -23,11 +23,11 @@ if not HAS_GPU:
     # Triton's kernels then run on CPU tensors. Read when kernels are defined.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
-# Without a GPU, the sources of the CUDA kernels are compiled for the CPU; see tests/cuda.
+# Without a GPU, the sources of the CUDA kernels are compiled for the CPU; see tests/cuda_kernels.
 EMULATING = not HAS_GPU
 SANITIZE = os.environ.get("XFORMER_KERNELS_EMULATED_SANITIZE", "")
 
-sys.path.insert(0, str(Path(__file__).parent / "cuda"))
+sys.path.insert(0, str(Path(__file__).parent / "cuda_kernels"))
 import emulated  # noqa: E402
 from cases import THOROUGH  # noqa: E402
 
@@ -178,7 +178,7 @@ def pytest_collection_modifyitems(config, items):
     for item in items if not THOROUGH else ():
         nightly, one_in = map(item.get_closest_marker, ("nightly", "one_in"))
         params = item.callspec.params if hasattr(item, "callspec") else {}
-        slow = is_slow(params) or ("triton" in item.path.parts and INTERPRETING)
+        slow = is_slow(params) or ("triton_kernels" in item.path.parts and INTERPRETING)
         late = nightly and (slow or "slow" not in nightly.kwargs)
         sampled = one_in and (slow or not one_in.kwargs.get("slow", True))
         if late or (sampled and zlib.crc32(item.name.encode()) % one_in.args[0]):

@@ -116,7 +116,7 @@ def test_results_are_judged(bench, need_backend, monkeypatch, capsys):
 
 def launched():
     """Names of the kernels that the model's calls launch now, and of their directions."""
-    sys.path.insert(0, str(ROOT / "tests" / "triton"))
+    sys.path.insert(0, str(ROOT / "tests" / "triton_kernels"))
     import aot
 
     found = set()

@@ -48,10 +48,7 @@ def split_qkv(packed: Tensor, dim: int) -> tuple[Tensor, ...]:
 
 def heads_of(qkv: Tensor, heads: int) -> Iterator[Tensor]:
     """q, k and v (B, H, N, D) as views of a (B, N, 3 H D) projection."""
-    packed = qkv.unflatten(-1, (3, heads, -1))
-    if not ops.wants_grad(qkv):
-        return iter(packed.transpose(1, 3).unbind(2))
-    return (t.transpose(1, 2) for t in split_qkv(packed, 2))
+    return (t.transpose(1, 2) for t in split_qkv(qkv.unflatten(-1, (3, heads, -1)), 2))
 
 
 class _Split(torch.autograd.Function):

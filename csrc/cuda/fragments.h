@@ -1,5 +1,5 @@
 // Register fragments (operands and accumulators) of mma.sync. Never run on a GPU: compiled by nvcc, and tested in the
-// emulation of tests/cuda/shim.
+// emulation of tests/cuda_kernels/shim.
 //
 // The features and tokens of a product may be in any order, as long as both operands use the same order. In the orders
 // of fragment_gram.h and fragment_mix.h, vector loads of 4 to 16 bytes of a token directly yield the registers of a

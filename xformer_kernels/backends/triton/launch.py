@@ -22,7 +22,7 @@ WARP_GROUPS = ("sm_90", "sm_100")
 """Architectures whose tensor cores are used by groups of four warps, with operands in shared memory."""
 LONGEST_IN_PARTS = 64
 """Maximum number of terms that tensor cores, which truncate, sum for a float32 product by tf32x3
-(tests/triton/test_tf32x3.py)."""
+(tests/triton_kernels/test_tf32x3.py)."""
 _LDS = 64 << 10
 """Bytes of shared memory (LDS) per compute unit on AMD."""
 _RESERVED = 1024

@@ -1,6 +1,6 @@
 """Compiles the kernels that the ops launch, for GPUs that need not be present, and reports their resource usage.
 
-python tests/triton/aot.py --arch sm_90 --dtype bfloat16 --features 32 [--maps query_key-token,...] [--out table.csv]
+python tests/triton_kernels/aot.py --arch sm_90 --dtype bfloat16 --features 32 [--maps query_key-token,...] [--out table.csv]
 
 The launches are recorded by calling the ops on meta tensors, so that exactly the kernels that the ops launch are
 compiled. This needs neither a GPU nor a driver; TRITON_INTERPRET must not be set. There is one row per kernel:
