@@ -21,6 +21,10 @@ LABEL = re.compile(r"^`?\(?(\.L_x_\d+)\)?:")
 INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*(.*?);")
 ACCESS = re.compile(r"^(LDGSTS|LDG|STG)\b")
 MULTIPLY = re.compile(r"^(HMMA|HGMMA|DMMA|QGMMA|IMMA|FFMA|DFMA|HFMA)")
+ASYNCHRONOUS = re.compile(r"^HGMMA\S* +R\d+, *R(\d+), *gdesc")
+"""A wgmma whose first operand is in registers."""
+MOST_GROUPS = 8
+NO_RESULT = re.compile(r"^(ST|RED|ATOM|LDGSTS|BAR|BRA|EXIT|HGMMA|WARPGROUP|\w*SETP|PLOP3|R2P|R2UR|U[A-Z])")
 WIDTHS = {"128": 1.0, "64": 0.5, "U16": 0.125, "S16": 0.125, "U8": 0.0625, "S8": 0.0625}
 """Access sizes as fractions of 16 bytes a thread; those not named are of 4 bytes."""
 
@@ -39,6 +43,17 @@ class Instruction(NamedTuple):
     @property
     def loads(self) -> bool:
         return self.name.startswith("LDG") and not self.name.startswith("LDGDEPBAR")
+
+    @property
+    def written(self) -> range:
+        """The registers that it writes; those of a wgmma are left out."""
+        if NO_RESULT.match(self.name) or not (first := re.match(r"(?:U?P(?:T|\d+), *)*R(\d+)\b", self.operands)):
+            return range(0)
+        if ".128" in self.name or self.name.startswith("HMMA") or re.match(r"LDSM.*\.4$", self.name):
+            count = 4
+        else:
+            count = 1 + bool(re.search(r"\.64|\.WIDE|^D[A-Z]+$|F64\.|LDSM.*\.2$", self.name))
+        return range(int(first[1]), int(first[1]) + count)
 
 
 @dataclass(frozen=True)
@@ -83,6 +98,40 @@ class Code:
     def products(self, where: range) -> int:
         """Number of instructions in `where` that multiply tokens."""
         return sum(bool(MULTIPLY.match(self.instructions[i].name)) for i in where)
+
+    def overwritten(self) -> list[str]:
+        """Instructions that write to registers from which a wgmma still reads an operand: before the wait for it."""
+        found = []
+        for first, product in enumerate(self.instructions):
+            operands = ASYNCHRONOUS.match(f"{product.name} {product.operands}")
+            if operands:
+                read = range(int(operands[1]), int(operands[1]) + 4)  # 16 bytes of each of 128 threads
+                found += [f"{self.instructions[i]} after {product}" for i in self._written_before_wait(first, read)]
+        return found
+
+    def _written_before_wait(self, first: int, registers: range) -> set[int]:
+        back = {loop[-1]: loop[0] for loop in self.loops}
+        found: set[int] = set()
+        seen: set[tuple[int, int]] = set()
+        # younger: groups of wgmma that were started after that of the first; -1 while its own is not complete
+        ways = [(first + 1, 0 if "gsb0" in self.instructions[first].operands else -1)]
+        while ways:
+            at, younger = ways.pop()
+            while at < len(self.instructions) and (at, younger) not in seen:
+                seen.add((at, younger))
+                name, operands = self.instructions[at]
+                younger += name.startswith("HGMMA") and "gsb0" in operands and younger < MOST_GROUPS
+                if (wait := re.match(r"WARPGROUP.DEPBAR.LE gsb0, (0x[0-9a-f]+)", f"{name} {operands}")) and (
+                    younger >= int(wait[1], 16)
+                ):
+                    break
+                if any(register in registers for register in self.instructions[at].written):
+                    found.add(at)
+                    break
+                if at in back:
+                    ways.append((back[at], younger))
+                at += 1
+        return found
 
 
 def _within(inner: range, outer: range) -> bool:

@@ -1,6 +1,6 @@
 """Compiles the kernels that the ops launch, for GPUs that need not be present, and reports their resource usage.
 
-python tests/triton_kernels/aot.py --arch sm_90 --dtype bfloat16 --features 32 [--maps query_key-token,...] [--out table.csv]
+python tests/triton_kernels/aot.py --arch sm_90 --dtype bfloat16 --features 32 [--maps query_key-token] [--out x.csv]
 
 The launches are recorded by calling the ops on meta tensors, so that exactly the kernels that the ops launch are
 compiled. This needs neither a GPU nor a driver; TRITON_INTERPRET must not be set. There is one row per kernel:
@@ -29,6 +29,7 @@ from triton.compiler import ASTSource
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from bench import gpu_model, sass
 from xformer_kernels.backends.triton import configs, launch, layer, linear, ops
+from xformer_kernels.backends.triton.workarounds import compiling
 from xformer_kernels.reference import accumulate_dtype
 from xformer_kernels.spec import Spec
 
@@ -175,7 +176,8 @@ def compile_one(job: Job, name: str, launched: Launch) -> dict[str, Any]:
     """A row of the table. Errors of the compiler are raised."""
     config = launched.config
     source = ASTSource(launched.kernel, signature(launched), launched.constants)
-    compiled = triton.compile(source, target=target(job.arch), options=config.options())
+    with compiling(launched.kernel, job.arch, launched.args):
+        compiled = triton.compile(source, target=target(job.arch), options=config.options())
     row = {
         "arch": job.arch,
         "dtype": str(job.dtype).removeprefix("torch.") + (" tf32" if job.tf32 else ""),
@@ -194,6 +196,7 @@ def compile_one(job: Job, name: str, launched: Launch) -> dict[str, Any]:
             "registers": numbers["REG"],
             "spilled": numbers["STACK"] + numbers["LOCAL"],
             "resident": launch.resident(resources, config.warps, numbers["REG"], row["shared"]),
+            "overwritten": kernel.overwritten(),
             "loops": [
                 {
                     "instructions": kernel.executed(where, gpu_model.trips(launched.constants)),

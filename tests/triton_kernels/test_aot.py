@@ -1,11 +1,11 @@
 """Every kernel with every shipped config, compiled for GPUs that need not be present; see aot.py.
 
 Each kernel must compile, its shared memory must fit, and no registers may spill. 16-bit and tf32 products must use
-tensor cores, and on NVIDIA contiguous tokens must be loaded with 128-bit loads. On sm_90 with up to 64 features, loads
-must overlap with products, with few instructions and enough bytes in flight to hide the memory latency. The table of
-registers, shared memory and spills is written to build/triton. Thorough tests compile everything; tests on a push
-compile the rows of 32, 64 and 128 features for one architecture, and the row of 128 features for another one and the
-oldest.
+tensor cores, and on NVIDIA contiguous tokens must be loaded with 128-bit loads. Registers must not be overwritten while
+an asynchronous product reads them (see workarounds.py). On sm_90 with up to 64 features, loads must overlap with
+products, with few instructions and enough bytes in flight to hide the memory latency. The table of registers, shared
+memory and spills is written to build/triton. Thorough tests compile everything; tests on a push compile the rows of 32,
+64 and 128 features for one architecture, and the row of 128 features for another one and the oldest.
 """
 
 from __future__ import annotations
@@ -126,6 +126,7 @@ def test_resources(name):
             faults.append(f"{what}: spills {row['spilled']} bytes of a thread's registers ({row['registers']})")
         if row["shared"] > SHARED[arch]:
             faults.append(f"{what}: {row['shared']} bytes of shared memory")
+        faults += [f"{what}: overwritten while read: {fault}" for fault in row.get("overwritten", ())]
         if arch == "sm_90" and row["dtype"] in MOST_INSTRUCTIONS and row["features"] <= 64 and row["kernel"] in LOOPS:
             faults += [f"{what}: {fault}" for fault in faults_of_loop(row)]
         if row["kernel"].startswith("layer") and row["stages"] > 1 and arch != "sm_100":

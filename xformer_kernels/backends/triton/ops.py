@@ -17,6 +17,7 @@ from xformer_kernels.backends.triton.kernels.backward import gradients_kernel, m
 from xformer_kernels.backends.triton.kernels.forward import apply_kernel, forward_kernel
 from xformer_kernels.backends.triton.kernels.gram import gram_kernel
 from xformer_kernels.backends.triton.kernels.mix import channel_mix_kernel
+from xformer_kernels.backends.triton.workarounds import compiling
 from xformer_kernels.reference import accumulate_dtype
 from xformer_kernels.spec import Spec
 
@@ -58,13 +59,14 @@ def _slots(device: torch.device, kernel: Any, config: configs.Config, *args: Any
     target = launch.target(device)
     if launch.INTERPRETING:
         return 2 * target.processors
-    compiled = kernel.run(*args, grid=(1,), warmup=True, **constants, **config.options())
+    with compiling(kernel, target.arch, args):
+        compiled = kernel.run(*args, grid=(1,), warmup=True, **constants, **config.options())
     compiled._init_handles()
     return target.processors * launch.resident(target, config.warps, compiled.n_regs, compiled.metadata.shared)
 
 
 def _run(kernel: Any, grid: int, config: configs.Config, *args: Any, **constants: Any) -> None:
-    with _one_at_a_time:
+    with _one_at_a_time, compiling(kernel, launch.target(args[0].device).arch, args):
         compiled = kernel[(grid,)](*args, **constants, **config.options())
     if recorder := replay.recorder():
         recorder.launched(kernel, compiled, grid, args, constants)
