@@ -13,23 +13,19 @@ pytest.importorskip("triton", reason="triton is not installed")
 from bench import sass
 from xformer_kernels.backends.triton import workarounds
 
-MIX, GRAM = (SimpleNamespace(__name__=name) for name in ("channel_mix_kernel", "gram_kernel"))
+GRAM, APPLY, MIX = (SimpleNamespace(__name__=f"{name}_kernel") for name in ("gram", "apply", "channel_mix"))
 
 
-def test_kernels_that_use_mma_sync(monkeypatch):
+@pytest.mark.parametrize("has_fences", [True, False])
+def test_kernels_that_use_mma_sync(has_fences, monkeypatch):
+    monkeypatch.setattr(workarounds, "HAS_FENCES", has_fences)
     halves, floats = ((torch.empty(1, dtype=dtype), 3) for dtype in (torch.bfloat16, torch.float32))
     of = workarounds.uses_mma_sync
-    for has_fences in (True, False):
-        monkeypatch.setattr(workarounds, "HAS_FENCES", has_fences)
-        for arch, args, without_fences in (
-            ("sm_80", halves, False),
-            ("sm_90", halves, True),
-            ("sm_90", floats, False),
-            ("sm_100", floats, True),
-            ("gfx942", halves, False),
-        ):
-            assert of(GRAM, arch, args) == (without_fences and not has_fences)
-            assert of(MIX, arch, args) == (arch == "sm_90" or (without_fences and not has_fences))
+    for kernel in (GRAM, APPLY, MIX):
+        assert not of(kernel, "sm_80", halves) and not of(kernel, "gfx942", halves)
+        assert of(kernel, "sm_100", floats) == of(kernel, "sm_100", halves) == (not has_fences)
+    assert [of(kernel, "sm_90", halves) for kernel in (GRAM, APPLY, MIX)] == [not has_fences, True, True]
+    assert [of(kernel, "sm_90", floats) for kernel in (GRAM, APPLY, MIX)] == [False, False, True]
 
 
 @pytest.mark.parametrize("before", [None, "0"])
