@@ -13,7 +13,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 from bench import sass
 from xformer_kernels.backends.triton import workarounds
 
-GRAM, APPLY, MIX = (SimpleNamespace(__name__=f"{name}_kernel") for name in ("gram", "apply", "channel_mix"))
+GRAM, MIX = (SimpleNamespace(__name__=f"{name}_kernel") for name in ("gram", "channel_mix"))
 
 
 @pytest.mark.parametrize("has_fences", [True, False])
@@ -21,11 +21,11 @@ def test_kernels_that_use_mma_sync(has_fences, monkeypatch):
     monkeypatch.setattr(workarounds, "HAS_FENCES", has_fences)
     halves, floats = ((torch.empty(1, dtype=dtype), 3) for dtype in (torch.bfloat16, torch.float32))
     of = workarounds.uses_mma_sync
-    for kernel in (GRAM, APPLY, MIX):
+    for kernel in (GRAM, MIX):
         assert not of(kernel, "sm_80", halves) and not of(kernel, "gfx942", halves)
         assert of(kernel, "sm_100", floats) == of(kernel, "sm_100", halves) == (not has_fences)
-    assert [of(kernel, "sm_90", halves) for kernel in (GRAM, APPLY, MIX)] == [not has_fences, True, True]
-    assert [of(kernel, "sm_90", floats) for kernel in (GRAM, APPLY, MIX)] == [False, False, True]
+    assert [of(kernel, "sm_90", halves) for kernel in (GRAM, MIX)] == [not has_fences, True]
+    assert [of(kernel, "sm_90", floats) for kernel in (GRAM, MIX)] == [False, True]
 
 
 @pytest.mark.parametrize("before", [None, "0"])

@@ -1,7 +1,7 @@
 """Kernels that must not use the asynchronous tensor core instructions of sm_90 (wgmma) or sm_100 (tcgen05).
 
-Triton or ptxas would, or might, compile them to code that computes wrong results. They use mma.sync instead, at a small
-cost: they are bound by memory.
+Triton or ptxas would compile them to code that may compute wrong results. They use mma.sync instead, at a small cost:
+they are bound by memory.
 
 - Triton before 3.7.1 has no fence between cp.async, which copies tokens to shared memory, and asynchronous products
   that read these copies (triton-lang/triton, pull request 10537). On sm_90, 16-bit tokens are read so; float32 tokens
@@ -9,9 +9,6 @@ cost: they are bound by memory.
 - ptxas before 13.3 overwrites registers that wgmma still reads (triton-lang/triton, issue 9433). With ptxas 12.9, which
   Triton 3.8 uses for sm_90, this happens in our kernels whose products are part of a loop over features;
   ``tests/triton_kernels/test_aot.py`` checks the machine code of all kernels for it.
-- ptxas before 13.1 was seen to compile kernels of others with several products to wrong code, for a reason that is not
-  known (fla-org/flash-linear-attention, pull requests 988 and 1262). For 16-bit tokens mma.sync takes about as many
-  instructions, except in the Gram pass, which has one product.
 """
 
 from __future__ import annotations
@@ -37,10 +34,8 @@ def uses_mma_sync(kernel: Any, arch: str, args: Sequence[Any]) -> bool:
         return False
     if arch == "sm_100":
         return not HAS_FENCES
-    if kernel.__name__ in LOOPS_OVER_FEATURES:
-        return True
     halves = any(isinstance(x, torch.Tensor) and x.element_size() == 2 for x in args)
-    return halves and not (HAS_FENCES and kernel.__name__ == "gram_kernel")
+    return kernel.__name__ in LOOPS_OVER_FEATURES or (halves and not HAS_FENCES)
 
 
 @contextmanager
