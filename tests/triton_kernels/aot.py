@@ -176,7 +176,7 @@ def compile_one(job: Job, name: str, launched: Launch) -> dict[str, Any]:
     """A row of the table. Errors of the compiler are raised."""
     config = launched.config
     source = ASTSource(launched.kernel, signature(launched), launched.constants)
-    with compiling(launched.kernel, job.arch, launched.args):
+    with compiling(job.arch, launched.args, launched.constants):
         compiled = triton.compile(source, target=target(job.arch), options=config.options())
     row = {
         "arch": job.arch,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 from bench import sass
 from xformer_kernels.backends.triton import workarounds
 
-GRAM, MIX = (SimpleNamespace(__name__=f"{name}_kernel") for name in ("gram", "channel_mix"))
+ONE_STEP, STEPS = {"D": 48, "BLOCK_K": 64}, {"I": 48, "I2": 96, "BLOCK_K": 64}
 
 
 @pytest.mark.parametrize("has_fences", [True, False])
@@ -21,11 +20,11 @@ def test_kernels_that_use_mma_sync(has_fences, monkeypatch):
     monkeypatch.setattr(workarounds, "HAS_FENCES", has_fences)
     halves, floats = ((torch.empty(1, dtype=dtype), 3) for dtype in (torch.bfloat16, torch.float32))
     of = workarounds.uses_mma_sync
-    for kernel in (GRAM, MIX):
-        assert not of(kernel, "sm_80", halves) and not of(kernel, "gfx942", halves)
-        assert of(kernel, "sm_100", floats) == of(kernel, "sm_100", halves) == (not has_fences)
-    assert [of(kernel, "sm_90", halves) for kernel in (GRAM, MIX)] == [not has_fences, True]
-    assert [of(kernel, "sm_90", floats) for kernel in (GRAM, MIX)] == [False, True]
+    for constants in ({"D": 48}, ONE_STEP, STEPS):
+        assert not of("sm_80", halves, constants) and not of("gfx942", halves, constants)
+        assert of("sm_100", floats, constants) == of("sm_100", halves, constants) == (not has_fences)
+        assert of("sm_90", halves, constants) == (constants is STEPS or not has_fences)
+        assert of("sm_90", floats, constants) == (constants is STEPS)
 
 
 @pytest.mark.parametrize("before", [None, "0"])
@@ -33,11 +32,11 @@ def test_environment_is_restored(before, monkeypatch):
     monkeypatch.delenv("DISABLE_MMA_V3", raising=False)
     if before is not None:
         monkeypatch.setenv("DISABLE_MMA_V3", before)
-    with pytest.raises(RuntimeError), workarounds.compiling(MIX, "sm_90", ()):
+    with pytest.raises(RuntimeError), workarounds.compiling("sm_90", (), STEPS):
         assert os.environ["DISABLE_MMA_V3"] == "1"
         raise RuntimeError
     assert os.environ.get("DISABLE_MMA_V3") == before
-    with workarounds.compiling(MIX, "sm_80", ()):
+    with workarounds.compiling("sm_80", (), STEPS):
         assert os.environ.get("DISABLE_MMA_V3") == before
 
 

@@ -280,8 +280,7 @@ def _direct(call: Call, o: Operands, ln_eps: float | None, residual: bool, repea
     norm = LayerNorm(_as(o.ln_weight, x), _as(o.ln_bias, x), ln_eps) if ln_eps is not None else None
     qkv = _linear(u, _as(o.qkv_weight, u), _as(o.qkv_bias, u), layer_norm=norm)
     q, k, v = heads_of(qkv, o.temperature.shape[0])
-    out = _attention(call, q, k, v, o.temperature, repeat)
-    out = out.flatten(2)
+    out = _attention(call, q, k, v, o.temperature, repeat).flatten(2)
     add = x if residual and o.layer_scale is None and out.dtype == x.dtype else None
     y = _linear(out, _as(o.proj_weight, out), _as(o.proj_bias, out), add=add)
     if o.layer_scale is not None:

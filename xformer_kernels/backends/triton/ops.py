@@ -59,14 +59,14 @@ def _slots(device: torch.device, kernel: Any, config: configs.Config, *args: Any
     target = launch.target(device)
     if launch.INTERPRETING:
         return 2 * target.processors
-    with compiling(kernel, target.arch, args):
+    with compiling(target.arch, args, constants):
         compiled = kernel.run(*args, grid=(1,), warmup=True, **constants, **config.options())
     compiled._init_handles()
     return target.processors * launch.resident(target, config.warps, compiled.n_regs, compiled.metadata.shared)
 
 
 def _run(kernel: Any, grid: int, config: configs.Config, *args: Any, **constants: Any) -> None:
-    with _one_at_a_time, compiling(kernel, launch.target(args[0].device).arch, args):
+    with _one_at_a_time, compiling(launch.target(args[0].device).arch, args, constants):
         compiled = kernel[(grid,)](*args, **constants, **config.options())
     if recorder := replay.recorder():
         recorder.launched(kernel, compiled, grid, args, constants)

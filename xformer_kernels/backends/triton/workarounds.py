@@ -7,8 +7,8 @@ they are bound by memory.
   that read these copies (triton-lang/triton, pull request 10537). On sm_90, 16-bit tokens are read so; float32 tokens
   are split in registers.
 - ptxas before 13.3 overwrites registers that wgmma still reads (triton-lang/triton, issue 9433). With ptxas 12.9, which
-  Triton 3.8 uses for sm_90, this happens in our kernels whose products are part of a loop over features;
-  ``tests/triton_kernels/test_aot.py`` checks the machine code of all kernels for it.
+  Triton 3.8 uses for sm_90, this happens in our kernels where a product is a loop over features, as it does not wait
+  for its last step; ``tests/triton_kernels/test_aot.py`` checks the machine code of all kernels for it.
 """
 
 from __future__ import annotations
@@ -25,23 +25,29 @@ import triton
 HAS_FENCES = tuple(map(int, re.findall(r"\d+", triton.__version__)[:3])) >= (3, 7, 1)
 VARIABLES = {"sm_90": "DISABLE_MMA_V3", "sm_100": "DISABLE_MMA_V5"}
 """Environment variables that Triton reads when it compiles, and that are part of the keys of its cache."""
-LOOPS_OVER_FEATURES = ("channel_mix_kernel", "layer_mix_kernel")
+FEATURES = ("D", "DV", "C", "I", "I2")
+"""Constexprs that are numbers of features."""
 
 
-def uses_mma_sync(kernel: Any, arch: str, args: Sequence[Any]) -> bool:
-    """Whether a kernel with these arguments must not use the asynchronous instructions."""
+def loops_over_features(constants: dict[str, Any]) -> bool:
+    """Whether products of a kernel with these constexprs take more than one step of BLOCK_K features."""
+    return any(constants["BLOCK_K"] < constants.get(name, 0) for name in FEATURES) if "BLOCK_K" in constants else False
+
+
+def uses_mma_sync(arch: str, args: Sequence[Any], constants: dict[str, Any]) -> bool:
+    """Whether a kernel with these arguments and constexprs must not use the asynchronous instructions."""
     if arch not in VARIABLES:
         return False
     if arch == "sm_100":
         return not HAS_FENCES
     halves = any(isinstance(x, torch.Tensor) and x.element_size() == 2 for x in args)
-    return kernel.__name__ in LOOPS_OVER_FEATURES or (halves and not HAS_FENCES)
+    return loops_over_features(constants) or (halves and not HAS_FENCES)
 
 
 @contextmanager
-def compiling(kernel: Any, arch: str, args: Sequence[Any]) -> Iterator[None]:
+def compiling(arch: str, args: Sequence[Any], constants: dict[str, Any]) -> Iterator[None]:
     """Context in which a kernel is compiled. Triton has no option of a kernel for this, only the variables."""
-    if not uses_mma_sync(kernel, arch, args):
+    if not uses_mma_sync(arch, args, constants):
         yield
         return
     name = VARIABLES[arch]
