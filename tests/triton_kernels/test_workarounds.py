@@ -10,9 +10,14 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed")
 
 from bench import sass
-from xformer_kernels.backends.triton import workarounds
+from xformer_kernels.backends.triton import launch, workarounds
 
 ONE_STEP, STEPS = {"D": 48, "BLOCK_K": 64}, {"I": 48, "I2": 96, "BLOCK_K": 64}
+
+
+def test_architectures():
+    found = [launch.architecture(*capability) for capability in ((8, 9), (9, 0), (10, 0), (10, 3), (11, 0), (12, 1))]
+    assert found == ["sm_89", "sm_90", "sm_100", "sm_100", "sm_100", "sm_120"]
 
 
 @pytest.mark.parametrize("has_fences", [True, False])

@@ -40,6 +40,12 @@ class Target(NamedTuple):
     """Threads per multiprocessor."""
 
 
+def architecture(major: int, minor: int) -> str:
+    """The architecture of an NVIDIA GPU, in the names of the table of configs: sm_100 includes sm_103 and sm_110, and
+    sm_120 includes sm_121."""
+    return {10: "sm_100", 11: "sm_100", 12: "sm_120"}.get(major, f"sm_{major}{minor}")
+
+
 @cache
 def target(device: torch.device) -> Target:
     """The target of a device. The interpreter has 4 multiprocessors, although it runs programs serially."""
@@ -49,7 +55,7 @@ def target(device: torch.device) -> Target:
     processors, threads = properties.multi_processor_count, properties.max_threads_per_multi_processor
     if torch.version.hip:
         return Target(properties.gcnArchName.partition(":")[0], processors, _LDS, threads)
-    arch = f"sm_{properties.major}{properties.minor}"
+    arch = architecture(properties.major, properties.minor)
     return Target(arch, processors, properties.shared_memory_per_multiprocessor, threads)
 
 
