@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -25,6 +24,7 @@ from triton.runtime import driver
 
 import xformer_kernels as xk
 from bench import sass
+from bench.measure import python_calls
 from xformer_kernels.backends import triton as backend
 from xformer_kernels.backends.triton import launch
 
@@ -102,23 +102,6 @@ def seconds(calls: dict[str, Callable[[], object]], rounds: int = 15, repeat: in
                 call()
             taken[name].append((time.thread_time() - begun) / repeat)
     return {name: min(samples) for name, samples in taken.items()}
-
-
-def python_calls(call: Callable[[], object]) -> int:
-    """Number of Python function calls in a call, including itself."""
-    count = 0
-
-    def profile(_: Any, event: str, __: Any) -> None:
-        nonlocal count
-        count += event == "call"
-
-    call()
-    sys.setprofile(profile)
-    try:
-        call()
-    finally:
-        sys.setprofile(None)
-    return count
 
 
 class Empty(torch.autograd.Function):

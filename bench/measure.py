@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # silences the profiler; read when torch is imported
 
@@ -26,6 +28,22 @@ from bench.machine import give_memory_back
 Call = Callable[[], object]
 SHORTEST = {"cpu": 2e-4, "cuda": 2e-3}
 """Seconds; calls shorter than this are timed in groups."""
+
+
+def python_calls(call: Call) -> int:
+    """Number of Python function calls in a call, including itself."""
+    count = 0
+
+    def profile(_: Any, event: str, __: Any) -> None:
+        nonlocal count
+        count += event == "call"
+
+    sys.setprofile(profile)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    return count
 
 
 @dataclass(frozen=True)

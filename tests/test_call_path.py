@@ -10,6 +10,7 @@ import torch
 from cases import CONFIGS, make_problem, randn
 
 import xformer_kernels as xk
+from bench.measure import python_calls
 from xformer_kernels import backends, dispatch, reference, repeated
 from xformer_kernels.spec import Spec
 
@@ -52,21 +53,6 @@ def test_number_of_frames_to_the_kernel(monkeypatch, need_backend):
     assert len(mix[1:]) <= 4
     in_gram_form = frames(monkeypatch, of(xk.xfa_layer, x, *layer.weights(), form="gram"), "layer_gram")
     assert in_gram_form[1] == "xfa_layer" and len(in_gram_form[1:]) <= 5
-
-
-def python_calls(call):
-    count = 0
-
-    def profile(_, event, __):
-        nonlocal count
-        count += event == "call"
-
-    sys.setprofile(profile)
-    try:
-        call()
-    finally:
-        sys.setprofile(None)
-    return count
 
 
 def test_python_calls_of_a_repeated_call(need_backend, forget):
