@@ -1,5 +1,6 @@
 // Abstractions that differ between CUDA and the CPU emulation of the tests: shared memory, clusters and fault
-// injection. Kernels are otherwise plain CUDA. The emulation (tests/cuda_kernels/shim) defines the same names in emulation.h.
+// injection. Kernels are otherwise plain CUDA. The emulation (tests/cuda_kernels/shim) defines the same names in
+// emulation.h.
 //
 //   Shared<T>            a pointer into shared memory; supports [i] and + offset. &p[i] is a T*.
 //   Arena                bump allocator over the block's dynamic shared memory: Shared<T> a = arena.take<T>(count).
