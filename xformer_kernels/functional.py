@@ -225,7 +225,7 @@ def gram(
         with autocast.disabled(a):
             result: tuple[Tensor, ...] = reference.gram(a, b, symmetric=symmetric, token_mask=token_mask)
     else:
-        result = ops.call("gram", name, (a, b), bool(symmetric), token_mask)
+        result = ops.call("gram", name, (a, b), bool(symmetric), token_mask, known_plain=signature is not None)
     if sums:
         sum_a = reference.column_sums(a, token_mask)
         result = (*result, sum_a, sum_a if a is b else reference.column_sums(b, token_mask))
@@ -293,7 +293,8 @@ def channel_mix(
         with autocast.disabled(x):
             y = reference.channel_mix(x, weight, bias=bias, add=add, add_scale=add_scale, x2=x2, weight2=weight2)
     else:
-        y = ops.call("channel_mix", name, (x, weight, bias, add, add_scale, x2, weight2)).transpose(1, 2)
+        operands = (x, weight, bias, add, add_scale, x2, weight2)
+        y = ops.call("channel_mix", name, operands, known_plain=signature is not None).transpose(1, 2)
     return y.squeeze(1) if single else y
 
 

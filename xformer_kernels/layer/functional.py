@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -196,15 +197,13 @@ def explain_layer(
     return LayerExplanation(chosen, form, *call.costs(o), call.against_gram(o) if chosen == "direct" else "", served)
 
 
+@dataclass
 class Repeated:
     """What is kept for the signature of a call: its form, "auto" if the costs decide; and what serves the direct form's
     xfa, once that is known, if it is a single op."""
 
-    __slots__ = ("form", "served")
-
-    def __init__(self, form: str) -> None:
-        self.form = form
-        self.served: functional.Served | None = None
+    form: str
+    served: functional.Served | None = None
 
     def keep(self, served: functional.Served) -> None:
         self.served = served
