@@ -45,7 +45,7 @@ def build(
     options = {"XK_DTYPES": dtypes, "XK_SANITIZE": sanitize, "XK_PLANTED": planted}
     folder = BUILDS / "-".join(filter(None, (sanitize.replace(",", "-"), planted, dtypes.replace(";", "-"))))
     configure = [
-        "cmake", "-S", HERE, "-B", folder / "objects", "-G", "Ninja", f"-DXK_OUTPUT_DIRECTORY={folder}",
+        "cmake", "--fresh", "-S", HERE, "-B", folder / "objects", "-G", "Ninja", f"-DXK_OUTPUT_DIRECTORY={folder}",
         f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
         *(f"-D{name}={value}" for name, value in options.items()),
     ]  # fmt: skip

@@ -1,7 +1,8 @@
 """Compares replayed launches with those of the same functions without plans, with a driver that launches nothing.
 
 test_replay.py runs this script in a separate process with indices of CASES. It prints the number of compared calls of
-each function, the number of Python functions that a call of xfa enters, and the number of launches that a hook saw.
+each function, the number of Python functions that a call of xfa enters, the number of launches that a hook saw, and
+which kernels have asynchronous products.
 """
 
 from __future__ import annotations
@@ -152,5 +153,19 @@ def python_calls() -> dict[str, int]:
     return {name: measure.python_calls(call) for name, call in calls.items()}
 
 
+def asynchronous() -> dict[str, bool]:
+    """Whether the kernel that an op launches on sm_90 has wgmma; by the number of features."""
+    found = {}
+    for features in (64, 128):
+        x, weight = (torch.zeros(1, 1, n, features, dtype=torch.bfloat16) for n in (256, features))
+        for function, args in ((ops.gram, (x, x, False, None)), (ops.channel_mix, (x, weight, *[None] * 5))):
+            function.plans.clear()
+            function(*args)
+            (planned,) = function.plans.values()
+            name = f"{function.__name__} of {features}"
+            found[name] = any("wgmma" in step.compiled.asm["ptx"] for step in planned.steps)
+    return found
+
+
 if __name__ == "__main__":
-    print(json.dumps([compare([CASES[int(i)] for i in sys.argv[1:]]), python_calls(), hooks()]))
+    print(json.dumps([compare([CASES[int(i)] for i in sys.argv[1:]]), python_calls(), hooks(), asynchronous()]))
