@@ -149,6 +149,17 @@ class Problem:
         grads = torch.autograd.grad(out, inputs, self.dout.to(out.dtype))
         return {"out": out.detach(), **dict(zip(RESULTS[1:], grads, strict=True))}
 
+    def run_cuda(self, backend: Any) -> tuple[dict[str, Tensor], Any, Any]:
+        """Results of the functions of the CUDA backend, and the kernels that forward and backward launched."""
+        options = (self.token_mask, self.config.spec)
+        inputs = (self.q, self.k, self.v, self.temperature)
+        out, stats = backend.xfa_forward(*inputs, *options)
+        first = backend._cuda.launched()
+        dqkv, dtemperature = backend.xfa_backward(self.dout, *inputs, stats, *options)
+        second = backend._cuda.launched()
+        results = (out.transpose(1, 2), *dqkv.transpose(2, 3).unbind(0), dtemperature)
+        return dict(zip(RESULTS, results, strict=True)), first, second
+
     def eager(self) -> dict[str, Tensor]:
         return self.run(reference.xfa)
 

@@ -8,7 +8,7 @@ import emulated
 import guarded
 import pytest
 import torch
-from cases import LOW_PRECISION, RESULTS, Config, Problem, make_problem
+from cases import LOW_PRECISION, Config, Problem, make_problem
 
 import xformer_kernels as xk
 from xformer_kernels.backends import arguments, cuda_first
@@ -37,15 +37,9 @@ def forward(cuda, problem):
 
 def kernels(cuda, problem):
     """Those of forward and those of backward, which also are right."""
-    options = (problem.token_mask, problem.config.spec)
-    inputs = (problem.q, problem.k, problem.v, problem.temperature)
-    out, stats = cuda.xfa_forward(*inputs, *options)
-    first = cuda._cuda.launched()
-    dqkv, dtemperature = cuda.xfa_backward(problem.dout, *inputs, stats, *options)
-    second = cuda._cuda.launched()
-    results = (out.transpose(1, 2), *dqkv.transpose(2, 3).unbind(0), dtemperature)
-    problem.check(dict(zip(RESULTS, results, strict=True)))
-    return first, second
+    results, *launched = problem.run_cuda(cuda)
+    problem.check(results)
+    return tuple(launched)
 
 
 def run(problem):

@@ -128,18 +128,6 @@ def test_products_of_unlike_columns(cuda):
 # ------------------------------------------------------------------------------------------------------------------ xfa
 
 
-def passes(cuda, problem):
-    """Results, and the kernels of forward and of backward."""
-    options = (problem.token_mask, problem.config.spec)
-    inputs = (problem.q, problem.k, problem.v, problem.temperature)
-    out, stats = cuda.xfa_forward(*inputs, *options)
-    first = cuda._cuda.launched()
-    dqkv, dtemperature = cuda.xfa_backward(problem.dout, *inputs, stats, *options)
-    second = cuda._cuda.launched()
-    results = (out.transpose(1, 2), *dqkv.transpose(2, 3).unbind(0), dtemperature)
-    return dict(zip(RESULTS, results, strict=True)), first, second
-
-
 CONFIGS = tuple(
     Config(map, norm, activation)
     for map, activation in (("query_key", "softmax"), ("query_key", "identity"), ("key_value", "softmax"))
@@ -156,7 +144,7 @@ def test_xfa(cuda, monkeypatch, shape, dtype, config):
     problem = make_problem(shape, config, dtype=dtype, masked=masked)
     if config.norm == "none":
         problem.temperature *= shape[1] ** -0.5
-    results, *launched = passes(cuda, problem)
+    results, *launched = problem.run_cuda(cuda)
     gram = "fragment_gram fragment_gram" if (config.map, config.norm) == ("key_value", "token") else "fragment_gram"
     forward, backward = FORWARD.replace("fragment_gram", gram), BACKWARD
     if config.norm == "none" or (dtype == torch.float32 and shape[3] == 64):
@@ -166,12 +154,12 @@ def test_xfa(cuda, monkeypatch, shape, dtype, config):
     assert launched == [forward, backward]
     problem.check(results)
     monkeypatch.setenv("XK_EMULATION_SEED", "1")
-    for name, result in passes(cuda, problem)[0].items():
+    for name, result in problem.run_cuda(cuda)[0].items():
         assert_bitwise(results[name], result, name)
     if masked:
         for x in (problem.q, problem.k, problem.v, problem.dout):
             x.masked_fill_(~problem.token_mask[:, None, :, None], float("nan"))
-        for name, result in passes(cuda, problem)[0].items():
+        for name, result in problem.run_cuda(cuda)[0].items():
             assert_bitwise(results[name], result, name)
 
 
@@ -180,7 +168,7 @@ def test_masked_tokens_are_zero_beside_a_map_of_nan(cuda, dtype):
     problem = make_problem((1, 40, 1, 24), dtype=dtype, masked=True)
     kept = problem.token_mask[0].nonzero()[0, 0]
     problem.q[0, 0, kept, 3] = problem.dout[0, 0, kept, 5] = float("nan")
-    results, *_ = passes(cuda, problem)
+    results, *_ = problem.run_cuda(cuda)
     for name in RESULTS[:4]:
         assert results[name].isnan().any(), name
         assert (results[name][:, :, ~problem.token_mask[0]] == 0).all(), name
@@ -190,7 +178,7 @@ def test_masked_tokens_are_zero_beside_a_map_of_nan(cuda, dtype):
 def test_xfa_of_many_tokens(cuda, dtype):
     """fp32 by tensor cores keeps the rule where sums are long."""
     problem = make_problem((1, 4096, 1, 48), dtype=dtype)
-    results, *launched = passes(cuda, problem)
+    results, *launched = problem.run_cuda(cuda)
     assert launched == [FORWARD, BACKWARD]
     problem.check(results)
 
@@ -206,7 +194,7 @@ def test_xfa_of_many_tokens(cuda, dtype):
 def test_what_is_not_aligned_is_copied(cuda, copied, layout, features, dtype):
     """And only that: views of a packed projection are read in place."""
     problem = make_problem((2, 47, 2, features), layout=layout, dtype=dtype)
-    results, *launched = passes(cuda, problem)
+    results, *launched = problem.run_cuda(cuda)
     assert launched == [FORWARD, BACKWARD]
     problem.check(results)
     in_place = layout in ("packed", "token_major") and features * dtype.itemsize % 16 == 0
@@ -224,7 +212,7 @@ def test_what_follows_a_token_is_not_read(cuda, copied, dtype):
             wide[..., :5] = getattr(problem, name)
             setattr(problem, name, ends_at_page(wide)[..., :5])
         problem.dout = ends_at_page(problem.dout)
-        results, *_ = passes(cuda, problem)
+        results, *_ = problem.run_cuda(cuda)
         problem.check(results)
         assert len(copied) == 7
         copied.clear()
@@ -243,6 +231,6 @@ def test_copies_leave_strides_as_they_are(cuda):
 def test_one_launch_copies_nothing(cuda, copied, monkeypatch):
     monkeypatch.setattr(cuda, "path", "any")
     problem = make_problem((2, 47, 2, 7), layout="padded")
-    results, *launched = passes(cuda, problem)
+    results, *launched = problem.run_cuda(cuda)
     assert launched == ["fused_forward", "fused_backward temperature"] and not copied
     problem.check(results)
