@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,19 +17,25 @@ from triton.runtime.jit import JITFunction
 from triton.testing import do_bench
 
 import xformer_kernels as xk
-from bench.workloads import OpShape
-from xformer_kernels.backends.triton import launch, layer, linear, ops
+from bench.workloads import LayerShape, OpShape
+from xformer_kernels.backends.triton import launch, layer, linear, maps, ops
+from xformer_kernels.layer.maps import Rule
+from xformer_kernels.reference import accumulate_dtype
 
 DTYPES = (torch.float32, torch.bfloat16)
 TOKENS = {
     "gram_kernel": 2, "apply_kernel": 2, "forward_kernel": 4, "gradients_kernel": 6, "map_backward_kernel": 0,
+    "layer_sample_kernel": 0, "layer_maps_kernel": 0, "layer_maps_backward_kernel": 0, "layer_rows_kernel": 0,
     "layer_statistics_kernel": 1, "layer_gram_kernel": 1, "layer_mix_kernel": 2,
 }  # fmt: skip
 """Tensors of B H N D numbers that a kernel reads or writes, for ``map="query_key"`` and ``norm="token"``; none if the
 kernel is not named here. In backward, the passes of a layer read one more; a residual is one that is read already."""
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
 PLANNED = tuple(
-    function for module in (ops, linear, layer) for function in vars(module).values() if hasattr(function, "plans")
+    function
+    for module in (ops, linear, layer, maps)
+    for function in vars(module).values()
+    if hasattr(function, "plans")
 )
 
 
@@ -160,18 +167,47 @@ def of_call(tensors: tuple[Tensor, ...], change: Change | None = None) -> list[t
     return [("forward" if i < count else "backward", x) for i, x in enumerate(recorded)]
 
 
-def of_layer(shape: OpShape, dtype: torch.dtype) -> list[tuple[str, Recorded]]:
-    """The launches of the passes of a half block in Gram form, with D features and one head; nothing is computed."""
-    x = torch.empty(shape.B, 1, shape.N, shape.D, dtype=dtype)
-    weight = torch.empty(shape.B, 1, shape.D, shape.D)
-    bias, center = weight[:, :, 0].clone(), weight[:, 0, 0].clone()
-    with recording() as recorded:
-        layer.layer_gram(x, x, True, None, center, 1e-6)
-        layer.layer_mix(x, weight, bias, x, None, None, center, 1e-6, False)
-        count = len(recorded)
-        layer.layer_gram(x, x, False, None, center, 1e-6)
-        layer.layer_mix(x, weight, bias, x, x, weight, center, 1e-6, True)
-    return [("forward" if i < count else "backward", launched) for i, launched in enumerate(recorded)]
+def calls_of_layer(
+    x: Tensor, heads: int, mask: Tensor | None = None, map: str = "query_key"
+) -> dict[str, list[Callable[[], object]]]:
+    """The calls of the kernels of a half block in Gram form by direction, for tokens (B, N, C); computes no values that
+    make sense."""
+    B, C, wide, eps = x.shape[0], x.shape[-1], accumulate_dtype(x.dtype), 1e-6
+    rule = Rule(map, "softmax", 1e-12)
+
+    def empty(*size: int) -> Tensor:
+        return torch.empty(size, dtype=wide, device=x.device)
+
+    size = (heads, C // heads, C)
+    weight, bias, c, n = empty(B, 1, C, C), empty(B, 1, C), empty(B, C), empty(B, 1)
+    weights, sums = (empty(3, *size), empty(3, *size[:2]), empty(heads)), (c, n, c)
+    P, T, e, cos = empty(B, rule.rows, *size), empty(B, *size), empty(B, *size[:2]), empty(B, *size[:2], size[1])
+    one = x.unsqueeze(1)
+    return {
+        "forward": [
+            partial(layer.layer_sample, x, mask, eps),
+            partial(layer.layer_gram, one, one, True, mask, c, eps),
+            partial(maps.layer_maps, P, *weights, *sums, None, rule),
+            partial(layer.layer_mix, one, weight, bias, one, None, None, c, eps, False),
+        ],
+        "backward": [
+            partial(layer.layer_gram, one, one, False, mask, c, eps),
+            partial(maps.layer_maps_backward, T, e, *weights, cos, empty(B, 2, *size[:2]), *sums, None, rule),
+            partial(layer.layer_mix, one, weight.mT, bias, one, one, weight, c, eps, True),
+        ],
+    }
+
+
+def of_layer(shape: LayerShape, dtype: torch.dtype) -> list[tuple[str, Recorded]]:
+    """The launches of :func:`calls_of_layer`; nothing is computed."""
+    found = []
+    x = torch.empty(shape.B, shape.N, shape.C, dtype=dtype)
+    for direction, calls in calls_of_layer(x, shape.heads).items():
+        with recording() as recorded:
+            for call in calls:
+                call()
+        found += [(direction, launched) for launched in recorded]
+    return found
 
 
 _compiled = {False: 0, True: 0}

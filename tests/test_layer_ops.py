@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import xformer_kernels as xk
 from xformer_kernels import backends
-from xformer_kernels.layer import algebra, passes
+from xformer_kernels.layer import algebra, maps, passes
 from xformer_kernels.layer import ops as layer_ops
 from xformer_kernels.spec import Spec
 from xformer_kernels.testing import assert_bitwise
@@ -286,7 +286,7 @@ def test_tf32_is_not_used_for_norms(tf32, map, monkeypatch):
             S, _, s = (t.squeeze(1) for t in passes.of("reference").gram(one, one, True, None, None, None))
             assert S.dtype == s.dtype == torch.float32
             sums = algebra.Sums(S, s, torch.empty(2, 1), torch.empty(2, 24))
-            algebra.forward(sums, w, None, algebra.Rule(map, "softmax", 1e-12))
+            algebra.forward(sums, w, None, maps.Rule(map, "softmax", 1e-12), maps.layer_maps)
     wide = torch.float64 if tf32 else torch.float32
     assert seen.dtypes[700, 24] == seen.dtypes[24, 24] == {wide}
 

@@ -27,8 +27,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from bench import gpu_model, sass
-from xformer_kernels.backends.triton import configs, launch, layer, linear, ops
+from bench import gpu_launches, gpu_model, sass
+from xformer_kernels.backends.triton import configs, launch, linear, maps, ops
 from xformer_kernels.backends.triton.workarounds import compiling
 from xformer_kernels.reference import accumulate_dtype
 from xformer_kernels.spec import Spec
@@ -135,23 +135,27 @@ def of_linear_attention(
 
 
 def of_layer(job: Job) -> dict[str, Launch]:
-    """The passes of a half block, forward and backward."""
-    B, N, C, wide = 8, 4096, job.features, accumulate_dtype(job.dtype)
+    """The kernels of a half block, forward and backward, with the widest heads; and the maps of key_value."""
+    B, N, C = 8, 4096, job.features
     matmul = torch.backends.cuda.matmul
     before, matmul.allow_tf32 = matmul.allow_tf32, job.tf32
-    x = torch.empty(B, 1, N, C, dtype=job.dtype, device="meta")
+    x = torch.empty(B, N, C, dtype=job.dtype, device="meta")
     mask = torch.empty(B, N, dtype=torch.bool, device="meta") if job.masked else None
-    weight, bias, center = (torch.empty(B, *size, dtype=wide, device="meta") for size in ((1, C, C), (1, C), (C,)))
-    with recording(job.arch) as recorded:
-        layer.layer_gram(x, x, True, mask, center, 1e-6)
-        layer.layer_mix(x, weight, bias, x, None, None, center, 1e-6, False)
-        layer.layer_gram(x, x, False, mask, center, 1e-6)
-        layer.layer_mix(x, weight.mT, bias, x, x, weight, center, 1e-6, True)
-    matmul.allow_tf32 = before
+    widest = maps.WIDEST_MAP[accumulate_dtype(job.dtype).itemsize]
+    heads = next(heads for heads in range(1, C + 1) if C % heads == 0 and C // heads <= widest)
     found: dict[str, Launch] = {}
-    for launched in recorded:
-        name = launched.kernel.__name__.removesuffix("_kernel")
-        found[f"{name}, backward" if name in found else name] = launched
+    for map in ("query_key", "key_value"):
+        with recording(job.arch) as recorded:
+            for calls in gpu_launches.calls_of_layer(x, heads, mask, map).values():
+                for call in calls:
+                    call()
+        for launched in recorded:
+            name = launched.kernel.__name__.removesuffix("_kernel")
+            if name in configs.MAPS_KERNELS:
+                found[name if map == "query_key" else f"{name}, {map}"] = launched
+            elif map == "query_key":
+                found[f"{name}, backward" if name in found else name] = launched
+    matmul.allow_tf32 = before
     return found
 
 

@@ -18,7 +18,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from bench import host, measure
-from xformer_kernels.backends.triton import layer, linear, ops, plan
+from xformer_kernels.backends.triton import layer, linear, maps, ops, plan
+from xformer_kernels.layer.maps import Rule
 from xformer_kernels.spec import Spec
 
 fake = host.install()
@@ -26,9 +27,13 @@ B, H, D = 2, 3, 16
 FUNCTIONS: dict[str, Any] = {
     **{name: getattr(ops, name) for name in ("xfa_forward", "xfa_backward", "gram", "channel_mix")},
     **{name: getattr(linear, name) for name in ("linear_attention_forward", "linear_attention_backward")},
+    "layer_sample": layer.layer_sample,
     "layer_gram": layer.layer_gram,
+    "layer_maps": maps._forward,
+    "layer_maps_backward": maps._backward,
     "layer_mix": layer._mix,
 }
+WITHOUT_MASK = ("channel_mix", "layer_mix", "layer_maps", "layer_maps_backward")
 SPECS = (Spec(), Spec("key_value", "feature", "identity"), Spec("query_key", "none"))
 # dtype, tokens, layout, masked, plan.LONGEST
 CASES = (
@@ -77,16 +82,27 @@ def calls(dtype: torch.dtype, N: int, layout: str, masked: bool, same: bool) -> 
 def layer_calls(
     dtype: torch.dtype, N: int, mask: torch.Tensor | None, same: bool
 ) -> Iterator[tuple[str, tuple[Any, ...]]]:
-    """The passes of a layer of 160 features, more than a tile of layer_gram holds."""
-    C = 160
+    """The kernels of a layer of 160 features, more than a tile of layer_gram holds, and heads of 16."""
+    C, heads = 160, 10
     wide = torch.float64 if dtype is torch.float64 else torch.float32
     x, dy = (torch.randn(B, 1, N, C).to(dtype) for _ in range(2))
     weight, center = torch.randn(B, 1, C, C, dtype=wide), torch.randn(B, C, dtype=wide)
     again = weight if same else weight.clone()
+    yield "layer_sample", (x.squeeze(1), mask, 1e-6)
     yield "layer_gram", (x, x, True, mask, center, 1e-6)
     yield "layer_gram", (dy, x, False, mask, None, None)
     yield "layer_mix", (x, weight, weight[:, :, 0].clone(), dy, None, None, center, 1e-6, False)
     yield "layer_mix", (dy, weight, None, x if same else x.clone(), x, again, center, 1e-6, True)
+    keep = torch.rand(B, heads, D, D, dtype=wide) if mask is not None else None
+    for map in ("query_key", "key_value"):
+        rule = Rule(map, "softmax", 1e-12)
+        rows, T = (torch.randn(n, heads, D, C, dtype=wide) for n in (3, B))
+        P = torch.randn(B, rule.rows, heads, D, C, dtype=wide)
+        vectors = (rows[..., 0].clone(), torch.ones(heads, dtype=wide))
+        sums = (center, torch.ones(B, 1, dtype=wide), center if same else center.clone(), keep, rule)
+        yield "layer_maps", (P, rows, *vectors, *sums)
+        cos, norms = torch.randn(B, heads, D, D, dtype=wide), torch.randn(B, 2, heads, D, dtype=wide)
+        yield "layer_maps_backward", (T, T[..., 0].clone(), rows, *vectors, cos, norms, *sums)
 
 
 def launched(function: Any, args: tuple[Any, ...], memory: list[torch.Tensor]) -> tuple[Any, ...]:
@@ -123,7 +139,7 @@ def compare(cases: list[Any]) -> Counter[str]:
             function, memory = FUNCTIONS[name], []
             before = dict(function.plans)
             expected, found = launched(function.__wrapped__, args, memory), launched(function, args, memory)
-            copies_mask = masked and case[0] is torch.float64 and name not in ("channel_mix", "layer_mix")
+            copies_mask = masked and case[0] is torch.float64 and name not in WITHOUT_MASK
             if copies_mask:  # the temporary copy is not a recorded buffer, so there is no plan
                 expected, found = ([launch[:2] for launch in launches] for launches, _ in (expected, found))
             assert expected and found == expected, (case, name, args[-1], found, expected)

@@ -12,6 +12,7 @@ import xformer_kernels as xk
 
 configs = pytest.importorskip("xformer_kernels.backends.triton.configs", reason="triton is not installed")
 launch = pytest.importorskip("xformer_kernels.backends.triton.launch", reason="triton is not installed")
+maps = pytest.importorskip("xformer_kernels.backends.triton.maps", reason="triton is not installed")
 plan = pytest.importorskip("xformer_kernels.backends.triton.plan", reason="triton is not installed")
 KEY = configs.Key("gradients", torch.float32, 24, "query_key-token")
 
@@ -31,16 +32,19 @@ def tuner(monkeypatch, tmp_path):
 def test_every_size_has_a_choice_that_covers_it(dtype, arch):
     """Kernels have a valid config for any number of features, on architectures with and without their own rows."""
     for features in (1, 15, 16, 17, 24, 36, 48, 100, 128, 129, 256):
-        for kernel in (*configs.KERNELS, *configs.IN_PARTS, *configs.LAYER_KERNELS, *configs.LINEAR_KERNELS):
+        for kernel in (
+            *configs.KERNELS, *configs.IN_PARTS, *configs.LAYER_KERNELS, *configs.MAPS_KERNELS, *configs.LINEAR_KERNELS,
+        ):  # fmt: skip
             if (
                 (kernel.startswith("forward") and configs.block(features) * max(4, dtype.itemsize) > 512)
                 or (kernel.endswith("tf32x3") and dtype is not torch.float32)
                 or (kernel.endswith("gram_tf32x3") and features <= 32)
                 or (kernel == "apply_tf32x3" and features > launch.LONGEST_IN_PARTS)
                 or (kernel == "gram_normalised" and dtype.itemsize == 2)
+                or (kernel in configs.MAPS_KERNELS and features > maps.WIDEST_MAP.get(dtype.itemsize, 0))
                 or (kernel.startswith("linear") and not plan.fits_linear_attention(features, dtype.itemsize))
             ):
-                continue  # not used: two launches; normalised 16-bit tokens are wider; composed of other ops
+                continue  # not used: two launches; wider than 16-bit tokens; composed of other ops
             config = configs.get(configs.Key(kernel, dtype, features, "any"), arch)
             assert config.block_o & (config.block_o - 1) == 0
             assert config.block_n & (config.block_n - 1) == 0 and config.block_n <= 256

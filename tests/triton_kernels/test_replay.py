@@ -28,7 +28,7 @@ def test_planned_calls_launch_the_same():
     assert asynchronous["gram of 64"] == workarounds.HAS_FENCES
     assert set(compared) == {
         "xfa_forward", "xfa_backward", "gram", "channel_mix", "linear_attention_forward", "linear_attention_backward",
-        "layer_gram", "layer_mix",
+        "layer_sample", "layer_gram", "layer_maps", "layer_maps_backward", "layer_mix",
     } and min(compared.values()) >= 2 * len(cases) - 1  # fmt: skip
     # including the profiler's function that ends the count
     assert calls["forward"] <= 42 and calls["forward+backward"] <= 115, calls

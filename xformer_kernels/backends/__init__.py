@@ -3,12 +3,13 @@
 A backend module defines the ops' functions (``xfa_forward``, ``xfa_backward``, and usually ``gram`` and
 ``channel_mix``) with the schemas of :mod:`xformer_kernels.ops` without the ``backend`` argument, and
 ``unsupported(device_type, dtypes, head_dims)``, which returns every reason why it cannot serve a call. Without ``gram``
-and ``channel_mix`` it serves only the calls that its other functions compute. If it defines
-the string ``ONLY_BY_NAME``, ``backend="auto"`` skips it for that reason. Optional are ``layer_gram`` and ``layer_mix``
-(see :mod:`xformer_kernels.layer.passes`); ``NORMS``, the norms that its ``xfa_forward`` supports;
-``linear_attention_forward``, ``linear_attention_backward`` and ``FEATURE_MAPS``, the feature maps that these support,
-with ``takes_linear_attention(dtype, head_dims)``; ``KEEPS_LAYOUT``; ``comes_first(q, spec)`` and ``decisions(tokens)``
-(see :class:`Backend`). To add a backend, add a module and a line in :data:`PATHS`.
+and ``channel_mix`` it serves only the calls that its other functions compute. If it defines the string
+``ONLY_BY_NAME``, ``backend="auto"`` skips it for that reason. Optional are ``layer_sample``, ``layer_gram``,
+``layer_mix``, ``layer_maps`` and ``layer_maps_backward`` (see :mod:`xformer_kernels.layer.passes`); ``NORMS``, the
+norms that its ``xfa_forward`` supports; ``linear_attention_forward``, ``linear_attention_backward`` and
+``FEATURE_MAPS``, the feature maps that these support, with ``takes_linear_attention(dtype, head_dims)``;
+``KEEPS_LAYOUT``; ``comes_first(q, spec)`` and ``decisions(tokens)`` (see :class:`Backend`). To add a backend, add a
+module and a line in :data:`PATHS`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The layer in Gram form as two ops, layer_forward and layer_backward, with their autograd and fake functions.
 
-They are composed of the two passes (passes.py) and the algebra between them (algebra.py). x, the weights and statistics
-of size C x C are saved for backward; q, k and v are never computed, neither in forward nor in backward.
+They are composed of the two passes (passes.py) and the algebra between them (algebra.py and maps.py). x, the weights
+and statistics of size C x C are saved for backward; q, k and v are never computed, neither in forward nor in backward.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from xformer_kernels import autocast, dispatch, ops, parallel, reference
-from xformer_kernels.layer import algebra, passes
+from xformer_kernels.layer import algebra, maps, passes
 from xformer_kernels.reference import accumulate_dtype
 from xformer_kernels.spec import Spec
 
@@ -64,8 +64,8 @@ class Choices(NamedTuple):
     residual: bool
     group: str
 
-    def rule(self) -> algebra.Rule:
-        return algebra.Rule(self.spec.map, self.spec.activation, self.spec.eps, self.spec.norm == "token")
+    def rule(self) -> maps.Rule:
+        return maps.Rule(self.spec.map, self.spec.activation, self.spec.eps, self.spec.norm == "token")
 
 
 def _weights(o: Operands) -> algebra.Weights:
@@ -120,18 +120,18 @@ def _gradients(o: Operands, g: algebra.Gradients) -> tuple[Tensor, ...]:
 def _forward(backend: str, *args: Any) -> tuple[Tensor, ...]:
     o, choices, _ = ops.records(args, Operands, Choices)
     dispatch.note(backend, "layer_forward")
-    x, mask, (gram, mix) = o.x, choices.token_mask, passes.of(backend)
+    x, mask, use = o.x, choices.token_mask, passes.of(backend)
     heads = x.unsqueeze(1)
     with autocast.disabled(x):
         w = _weights(o)
-        around, count = parallel.total(choices.group, *passes.sample(x, mask, choices.ln_eps))
+        around, count = parallel.total(choices.group, *use.sample(x, mask, choices.ln_eps))
         c = (around / count.clamp_min(1)).contiguous()  # the kernels assume contiguous memory
-        S, _, s = (t.squeeze(1) for t in gram(heads, heads, True, mask, c, choices.ln_eps))
+        S, _, s = (t.squeeze(1) for t in use.gram(heads, heads, True, mask, c, choices.ln_eps))
         n = s.new_full((x.shape[0], 1), x.shape[1]) if mask is None else mask.sum(1, keepdim=True).to(s.dtype)
         S, s, n = parallel.total(choices.group, S, s, n)
-        m, statistics = algebra.forward(algebra.Sums(S, s, n, c), w, choices.keep, choices.rule())
+        m, statistics = algebra.forward(algebra.Sums(S, s, n, c), w, choices.keep, choices.rule(), use.maps)
         operands = passes.with_head(x, statistics.M, m, x if choices.residual else None, None, None)
-        y = passes.without_head(mix(*operands, c, choices.ln_eps, False))
+        y = passes.without_head(use.mix(*operands, c, choices.ln_eps, False))
         if mask is not None:
             masked = w.proj_bias.to(x.dtype) + x if choices.residual else w.proj_bias.to(x.dtype)
             y = torch.where(mask.unsqueeze(-1), y, masked)
@@ -142,7 +142,7 @@ def _forward(backend: str, *args: Any) -> tuple[Tensor, ...]:
 def _backward(backend: str, dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
     o, saved, choices, _ = ops.records(args, Operands, Saved, Choices)
     dispatch.note(backend, "layer_backward")
-    x, mask, (gram, mix) = o.x, choices.token_mask, passes.of(backend)
+    x, mask, use = o.x, choices.token_mask, passes.of(backend)
     with autocast.disabled(x):
         w = _weights(o)
         C, (H, D) = x.shape[-1], w.qkv.shape[1:3]
@@ -151,12 +151,12 @@ def _backward(backend: str, dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
         sums = algebra.Sums(saved.S, s, n, c)
         statistics = algebra.Statistics(saved.M, saved.cos, norms.unflatten(1, (2, H, D)))
         tokens = (dy.unsqueeze(1), x.unsqueeze(1))
-        dM, dm, _ = (t.squeeze(1) for t in gram(*tokens, False, mask, c, choices.ln_eps))
+        dM, dm, _ = (t.squeeze(1) for t in use.gram(*tokens, False, mask, c, choices.ln_eps))
         dM, dm = parallel.total(choices.group, dM, dm)
-        R, r, g = algebra.backward(dM, dm, sums, w, choices.keep, choices.rule(), statistics)
+        R, r, g = algebra.backward(dM, dm, sums, w, choices.keep, choices.rule(), statistics, use.maps_backward)
         add = dy if choices.residual else None
         operands = passes.with_head(dy, saved.M.transpose(-2, -1), r, add, x, R)
-        dx = passes.without_head(mix(*operands, c, choices.ln_eps, True))
+        dx = passes.without_head(use.mix(*operands, c, choices.ln_eps, True))
         g = algebra.Gradients(*(t / parallel.size(choices.group) for t in g)) if choices.group else g
         if mask is not None:
             keep = mask.unsqueeze(-1)

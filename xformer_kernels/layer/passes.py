@@ -1,15 +1,22 @@
-"""The two passes over tokens that the layer is made of: from a backend, or composed of its gram and channel_mix.
+"""What a layer in Gram form is made of, besides products of matrices: functions of a backend, or composed ones.
+
+    sample(x, token_mask, layer_norm_eps)
+        sum of a few tokens u (B, C), and their number (B, 1), in the accumulate dtype
 
     gram(a, x, symmetric, token_mask, center, layer_norm_eps)
         G = sum_n a u^T (B, 1, Ca, C), sum_n a (B, 1, Ca), sum_n u (B, 1, C), in the accumulate dtype
     mix(x, weight, bias, add, x2, weight2, center, layer_norm_eps, differentiate)
         y = weight x + weight2 u + bias + add, (B, N, 1, O) in the dtype of x
+    maps, maps_backward
+        :func:`xformer_kernels.layer.maps.layer_maps` and :func:`xformer_kernels.layer.maps.layer_maps_backward`
 
 u is computed from x (in mix from x2 if given, and otherwise in place of x) while tokens are read: x is layer-normalised
 unless ``layer_norm_eps`` is None, then ``center`` (B, C), contiguous, is subtracted if given. Tokens are (B, 1, N, C),
 weights (B, 1, O, C), bias (B, 1, O). symmetric: `a` is x, and is replaced by u as well. differentiate: the sum without
 ``add`` is a gradient with respect to u; y is the gradient with respect to the tokens that u is computed from, plus
-``add``. Backends may implement them as ``layer_gram`` and ``layer_mix``.
+``add``. Backends may implement them as ``layer_sample``, ``layer_gram``, ``layer_mix``, ``layer_maps`` and
+``layer_maps_backward``. Without these, gram and mix are composed of the backend's ``gram`` and ``channel_mix``, and the
+others are eager PyTorch.
 """
 
 from __future__ import annotations
@@ -24,6 +31,7 @@ from torch import Tensor
 
 from xformer_kernels import backends, dispatch, reference
 from xformer_kernels.backends import uncut
+from xformer_kernels.layer import maps
 from xformer_kernels.reference import accumulate_dtype
 
 
@@ -60,17 +68,25 @@ def sample(x: Tensor, token_mask: Tensor | None, layer_norm_eps: float | None) -
 
 
 class Passes(NamedTuple):
-    """The two functions of a backend."""
+    """The functions of a backend."""
 
+    sample: Callable[..., tuple[Tensor, Tensor]]
     gram: Callable[..., tuple[Tensor, Tensor, Tensor]]
     mix: Callable[..., Tensor]
+    maps: Callable[..., maps.Maps]
+    maps_backward: Callable[..., maps.MapGradients]
 
 
 def of(backend: str) -> Passes:
-    """A backend's own passes, or passes composed of its gram and channel_mix."""
     found = None if backend == "reference" else backends.load(backend)[0]
-    gram, mix = (None if found is None else found.function(name) for name in ("layer_gram", "layer_mix"))
-    return Passes(gram or partial(_gram, backend), mix or partial(_mix, backend))
+    otherwise: dict[str, Callable[..., Any]] = {
+        "layer_sample": sample,
+        "layer_gram": partial(_gram, backend),
+        "layer_mix": partial(_mix, backend),
+        "layer_maps": maps.layer_maps,
+        "layer_maps_backward": maps.layer_maps_backward,
+    }
+    return Passes(*((found and found.function(name)) or other for name, other in otherwise.items()))
 
 
 def with_head(*tensors: Tensor | None) -> list[Tensor | None]:

@@ -23,20 +23,21 @@ if tuple(int(part) for part in triton.__version__.split(".")[:2]) < OLDEST:
 from xformer_kernels.backends import precision_of_products, unsupported_numbers  # noqa: E402
 from xformer_kernels.backends.triton import launch  # noqa: E402
 from xformer_kernels.backends.triton.launch import INTERPRETING  # noqa: E402
-from xformer_kernels.backends.triton.layer import layer_gram, layer_mix  # noqa: E402
+from xformer_kernels.backends.triton.layer import layer_gram, layer_mix, layer_sample  # noqa: E402
 from xformer_kernels.backends.triton.linear import (  # noqa: E402
     FEATURE_MAPS,
     linear_attention_backward,
     linear_attention_forward,
     takes_linear_attention,
 )
+from xformer_kernels.backends.triton.maps import layer_maps, layer_maps_backward  # noqa: E402
 from xformer_kernels.backends.triton.ops import channel_mix, gram, xfa_backward, xfa_forward  # noqa: E402
 from xformer_kernels.backends.triton.plan import WIDEST  # noqa: E402
 
 __all__ = [
-    "FEATURE_MAPS", "NAME", "NORMS", "ONLY_BY_NAME", "channel_mix", "decisions", "gram", "layer_gram", "layer_mix",
-    "linear_attention_backward", "linear_attention_forward", "takes_linear_attention", "unsupported", "xfa_backward",
-    "xfa_forward",
+    "FEATURE_MAPS", "NAME", "NORMS", "ONLY_BY_NAME", "channel_mix", "decisions", "gram", "layer_gram", "layer_maps",
+    "layer_maps_backward", "layer_mix", "layer_sample", "linear_attention_backward", "linear_attention_forward",
+    "takes_linear_attention", "unsupported", "xfa_backward", "xfa_forward",
 ]  # fmt: skip
 
 NAME = "triton"

@@ -64,8 +64,10 @@ ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 KERNELS = ("gram", "gram_normalised", "apply", "forward", "map_backward", "gradients", "channel_mix")
 IN_PARTS = ("gram_tf32x3", "apply_tf32x3", "forward_tf32x3", "gradients_tf32x3", "layer_gram_tf32x3")
 """Variants of the kernels whose float32 products are three products of tf32."""
-LAYER_KERNELS = ("layer_statistics", "layer_gram", "layer_mix", "layer_mix_backward")
-"""The passes of a layer in Gram form."""
+LAYER_KERNELS = ("layer_sample", "layer_statistics", "layer_gram", "layer_mix", "layer_mix_backward")
+"""The kernels of a layer in Gram form that read tokens."""
+MAPS_KERNELS = ("layer_maps", "layer_maps_backward", "layer_rows")
+"""The kernels of a layer in Gram form that compute maps. Each of their programs holds whole maps."""
 LINEAR_KERNELS = ("linear_maxima", "linear_sums", "linear_apply", "linear_queries", "linear_keys")
 """The kernels of linear attention. Each of their programs holds a whole map."""
 REGISTERS = 65536

@@ -15,8 +15,10 @@ from xformer_kernels.backends.triton import configs, launch, ops, plan, replay
 from xformer_kernels.backends.triton.kernels.layer import (
     layer_gram_kernel,
     layer_mix_kernel,
+    layer_sample_kernel,
     layer_statistics_kernel,
 )
+from xformer_kernels.layer.passes import FEW
 from xformer_kernels.reference import accumulate_dtype
 
 
@@ -42,6 +44,28 @@ def _statistics(x: Tensor, eps: float) -> Tensor:
 
     configs.launch(configs.Key("layer_statistics", x.dtype, C, "layer"), launch.target(x.device).arch, run)
     return statistics
+
+
+@replay.planned
+def layer_sample(x: Tensor, token_mask: Tensor | None, layer_norm_eps: float | None) -> tuple[Tensor, Tensor]:
+    """The sum of sampled tokens and their number, see :mod:`xformer_kernels.layer.passes`."""
+    B, N, C = x.shape
+    acc = accumulate_dtype(x.dtype)
+    total, count = ops._empty((B, C), acc, x), ops._empty((B, 1), acc, x)
+    mask, mask_strides = ops._mask(token_mask, x)
+
+    def run(config: configs.Config) -> None:
+        ops._run(
+            layer_sample_kernel, B, config,
+            x, mask, total, count, *x.stride(), *mask_strides, N,
+            ACC=ops._ACC[acc], EPS=layer_norm_eps, C=C, FEW=FEW, BLOCK_C=min(config.block_o, configs.block(C)),
+            HAS_MASK=token_mask is not None, **launch.alignment(x=x), FAR=True,
+        )  # fmt: skip
+
+    if B > 0:
+        with launch.on_device(x.device):
+            configs.launch(configs.Key("layer_sample", x.dtype, C, "layer"), launch.target(x.device).arch, run)
+    return total, count
 
 
 @replay.planned

@@ -131,6 +131,17 @@ TABLE: dict[tuple[str, int], dict[Any, tuple[int, ...]]] = {
         ("layer_statistics", size): {d: (min(256, 16384 // (d * size)), 0, 0, 4, 1) for d in BLOCKS}
         for size in (2, 4, 8)
     },
+    **{
+        ("layer_sample", size): {d: (0, min(d, 256 // size), 0, 4 if d < 64 else 8, 1) for d in BLOCKS}
+        for size in (2, 4, 8)
+    },
+    # block_k: of the C features, at a time; float64 maps of a program are in registers
+    ("layer_maps", 4): {16: (0, 0, 64, 4, 1), 32: (0, 0, 16, 4, 1), 64: (0, 0, 16, 8, 1, 255)},
+    ("layer_maps", 8): {16: (0, 0, 64, 4, 1), 32: (0, 0, 32, 4, 1)},
+    ("layer_maps_backward", 4): {16: (0, 0, 64, 4, 1), 32: (0, 0, 32, 8, 1), 64: (0, 0, 16, 8, 1)},
+    ("layer_maps_backward", 8): {16: (0, 0, 64, 4, 1), 32: (0, 0, 32, 8, 1)},
+    ("layer_rows", 4): {16: (0, 0, 64, 4, 1), 32: (0, 0, 32, 4, 1), 64: (0, 0, 16, 4, 1)},
+    ("layer_rows", 8): {16: (0, 0, 64, 4, 1), 32: (0, 0, 32, 4, 1)},
     ("layer_mix", 2): {
         16: (64, 16, 16, 4, 3),
         32: (64, 32, 32, 4, 3),

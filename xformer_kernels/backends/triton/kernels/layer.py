@@ -61,6 +61,48 @@ def layer_statistics_kernel(
 
 
 @kernel
+def layer_sample_kernel(
+    x_ptr,
+    mask_ptr,
+    total_ptr,
+    count_ptr,
+    stride_xb: tl.int64,
+    stride_xn: tl.int64,
+    stride_xd: tl.int64,
+    stride_mb: tl.int64,
+    stride_mn: tl.int64,
+    N: tl.int64,
+    ACC: tl.constexpr,
+    EPS: tl.constexpr,
+    C: tl.constexpr,
+    FEW: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    ALIGN_X: tl.constexpr,
+    FAR: tl.constexpr,
+):
+    """Each program sums FEW tokens of one image, those of `sampled` in layer/passes.py, or all if there are fewer."""
+    b = tl.program_id(0).to(tl.int64)
+    rows = tl.arange(0, FEW).to(tl.int64)
+    if N > FEW:
+        rows = rows * N // FEW + rows * 39 % FEW * (N // FEW) // FEW
+    keep = rows < N
+    if HAS_MASK:
+        keep = keep & (tl.load(mask_ptr + b * stride_mb + rows * stride_mn, mask=keep, other=0) != 0)
+    x_base = record_base(x_ptr, b * stride_xb, ALIGN_X if ALIGN_X > 0 else 1)
+    start = tl.full([], 0, tl.int64)
+    mean, inverse = layer_norm_statistics(
+        x_base, start, rows, keep, stride_xn, stride_xd, C, BLOCK_C, ACC, EPS, ALIGN_X, FAR
+    )
+    for first in tl.static_range(0, C, BLOCK_C):
+        j = first + tl.arange(0, BLOCK_C)
+        x = load_tokens(x_base, start, rows, keep, first, stride_xn, stride_xd, C, BLOCK_C, ALIGN_X, FAR)
+        u = normalised(x, mean, inverse, 0.0, keep[:, None] & (j < C)[None, :], ACC, EPS, False)
+        tl.store(total_ptr + b * C + j, tl.sum(u, axis=0), mask=j < C)
+    tl.store(count_ptr + b, tl.sum(keep.to(ACC), axis=0))
+
+
+@kernel
 def layer_gram_kernel(
     a_ptr,
     x_ptr,

@@ -1,0 +1,118 @@
+"""The maps of a layer in Gram form, in one launch, and their derivatives, in two: see
+:mod:`xformer_kernels.layer.maps`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from xformer_kernels.backends.triton import configs, launch, ops, plan, replay
+from xformer_kernels.backends.triton.kernels.maps import (
+    layer_maps_backward_kernel,
+    layer_maps_kernel,
+    layer_rows_kernel,
+)
+from xformer_kernels.layer import maps
+from xformer_kernels.layer.maps import MapGradients, Maps, Rule
+
+WIDEST_MAP = {4: 64, 8: 32}
+"""Maximum features per head, by element size: a program holds several D x D matrices in float64. Wider maps are eager
+PyTorch."""
+
+
+def takes_maps(qkv: Tensor) -> bool:
+    """Whether the kernels compute the maps of these weights (3, H, D, C)."""
+    return qkv.shape[2] <= WIDEST_MAP[qkv.element_size()]
+
+
+def layer_maps(P: Tensor, qkv: Tensor, qkv_bias: Tensor, temperature: Tensor, *others: Any) -> Maps:
+    if not takes_maps(qkv):
+        return maps.layer_maps(P, qkv, qkv_bias, temperature, *others)
+    tensors = (x.contiguous() for x in (P.to(qkv.dtype), qkv, qkv_bias, temperature))
+    return Maps(*_forward(*tensors, *others))
+
+
+def layer_maps_backward(
+    dT: Tensor, de: Tensor, qkv: Tensor, qkv_bias: Tensor, temperature: Tensor, *others: Any
+) -> MapGradients:
+    if not takes_maps(qkv):
+        return maps.layer_maps_backward(dT, de, qkv, qkv_bias, temperature, *others)
+    tensors = (x.contiguous() for x in (dT, de, qkv, qkv_bias, temperature))
+    return MapGradients(*_backward(*tensors, *others))
+
+
+def _constants(qkv: Tensor, other: Tensor, rule: Rule) -> dict[str, Any]:
+    """Constexprs of all kernels. `other`: the other tensor of D x C matrices that they read."""
+    D, C = qkv.shape[2:]
+    align = min(launch.alignment(qkv=qkv, other=other).values())
+    return {
+        "ACC": ops._ACC[qkv.dtype], "D": D, "C": C, "BLOCK_D": configs.block(D), "ALIGN": align,
+        "MAP_ALIGN": launch.out_alignment(D, qkv.element_size()), "KEY_VALUE": rule.map == "key_value",
+    }  # fmt: skip
+
+
+def _of_map(rule: Rule, keep: Tensor | None) -> dict[str, Any]:
+    """Constexprs of the kernels that compute maps."""
+    softmax = rule.activation == "softmax" and rule.map == "query_key"
+    return {"EPS": rule.eps, "NORMALISED": rule.normalised, "SOFTMAX": softmax, "HAS_KEEP": keep is not None}
+
+
+def _precision(qkv: Tensor) -> str:
+    return launch.map_precision(qkv.dtype, launch.target(qkv.device).arch, qkv.shape[2])
+
+
+def _launch(name: str, kernel: Any, qkv: Tensor, per_head: bool, *args: Any, **constants: Any) -> None:
+    """Launches one program per image and head, or one for each block of its C features."""
+    (B, *_), (_, H, D, C), device = args[0].shape, qkv.shape, qkv.device
+
+    def run(config: configs.Config) -> None:
+        programs = B * H * (1 if per_head else plan.cdiv(C, config.block_k))
+        ops._run(kernel, programs, config, *args, H, BLOCK_K=config.block_k, **constants)
+
+    if B > 0:
+        with launch.on_device(device):
+            configs.launch(configs.Key(name, qkv.dtype, D, "layer"), launch.target(device).arch, run)
+
+
+def _buffers(like: Tensor, *sizes: tuple[int, ...]) -> tuple[Tensor, ...]:
+    return tuple(ops._empty(size, like.dtype, like) for size in sizes)
+
+
+@replay.planned
+def _forward(
+    P: Tensor, qkv: Tensor, qkv_bias: Tensor, temperature: Tensor, s: Tensor, n: Tensor, c: Tensor,
+    keep: Tensor | None, rule: Rule,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    B, (_, H, D, C) = P.shape[0], qkv.shape
+    found = _buffers(qkv, (B, H, D, C), (B, H, D), (B, H, D, D), (B, 2, H, D))
+    _launch(
+        "layer_maps", layer_maps_kernel, qkv, True,
+        P, qkv, qkv_bias, temperature, s, n, c, P if keep is None else keep, *found,
+        s.stride(0), n.stride(0), c.stride(0),
+        **_constants(qkv, P, rule), **_of_map(rule, keep), PRECISION=_precision(qkv),
+    )  # fmt: skip
+    return found
+
+
+@replay.planned
+def _backward(
+    dT: Tensor, de: Tensor, qkv: Tensor, qkv_bias: Tensor, temperature: Tensor, cos: Tensor, norms: Tensor,
+    s: Tensor, n: Tensor, c: Tensor, keep: Tensor | None, rule: Rule,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    B, (_, H, D, C), rows = dT.shape[0], qkv.shape, rule.rows
+    dG, E, scale = _buffers(qkv, (B, H, D, D), (B, H, D, D), (B, 2, H, D))
+    x, e, shifted, dtemperature = _buffers(qkv, (B, rows, H, D), (B, H, D), (B, 3, H, D), (B, H))
+    X, T, dz = _buffers(qkv, (B, rows, H, D, C), (B, H, D, C), (B, H, D, C))
+    constants = _constants(qkv, dT, rule)
+    _launch(
+        "layer_maps_backward", layer_maps_backward_kernel, qkv, True,
+        dT, de, qkv, qkv_bias, temperature, cos, norms, s, n, c, dT if keep is None else keep,
+        dG, E, scale, x, e, shifted, dtemperature, norms.stride(0), s.stride(0), n.stride(0), c.stride(0),
+        **constants, **_of_map(rule, keep),
+    )  # fmt: skip
+    _launch(
+        "layer_rows", layer_rows_kernel, qkv, False,
+        dT, qkv, dG, E, scale, X, T, dz, **constants, PRECISION=_precision(qkv),
+    )  # fmt: skip
+    return X, x, T, e, dz, shifted, dtemperature
