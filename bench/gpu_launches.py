@@ -17,7 +17,7 @@ from triton.runtime.jit import JITFunction
 from triton.testing import do_bench
 
 import xformer_kernels as xk
-from bench.workloads import LayerShape, OpShape
+from bench.workloads import OpShape
 from xformer_kernels.backends.triton import launch, layer, linear, maps, ops
 from xformer_kernels.layer.maps import Rule
 from xformer_kernels.reference import accumulate_dtype
@@ -170,8 +170,8 @@ def of_call(tensors: tuple[Tensor, ...], change: Change | None = None) -> list[t
 def calls_of_layer(
     x: Tensor, heads: int, mask: Tensor | None = None, map: str = "query_key"
 ) -> dict[str, list[Callable[[], object]]]:
-    """The calls of the kernels of a half block in Gram form by direction, for tokens (B, N, C); computes no values that
-    make sense."""
+    """The calls of the kernels of a half block in Gram form by direction, for tokens (B, N, C). Other tensors are
+    uninitialised."""
     B, C, wide, eps = x.shape[0], x.shape[-1], accumulate_dtype(x.dtype), 1e-6
     rule = Rule(map, "softmax", 1e-12)
 
@@ -198,11 +198,11 @@ def calls_of_layer(
     }
 
 
-def of_layer(shape: LayerShape, dtype: torch.dtype) -> list[tuple[str, Recorded]]:
-    """The launches of :func:`calls_of_layer`; nothing is computed."""
+def of_layer(shape: OpShape, heads: int, dtype: torch.dtype) -> list[tuple[str, Recorded]]:
+    """The launches of :func:`calls_of_layer` for tokens of D features; nothing is computed."""
     found = []
-    x = torch.empty(shape.B, shape.N, shape.C, dtype=dtype)
-    for direction, calls in calls_of_layer(x, shape.heads).items():
+    x = torch.empty(shape.B, shape.N, shape.D, dtype=dtype)
+    for direction, calls in calls_of_layer(x, heads).items():
         with recording() as recorded:
             for call in calls:
                 call()

@@ -20,12 +20,12 @@ import triton
 from bench import gpu_launches, sass
 from bench.gpu_launches import Recorded
 from bench.machine import ROOT
-from bench.workloads import OP_SHAPES, LayerShape, OpShape
+from bench.workloads import OP_SHAPES, OpShape
 
 BEGIN, END = "<!-- gpu-model: python -m bench.gpu_model --write docs/gpu.md -->", "<!-- end of gpu-model -->"
 SHAPES = OP_SHAPES["gpu"][:2]
-LAYER = LayerShape(SHAPES[0].B, SHAPES[0].N, SHAPES[0].channels, SHAPES[0].H)
-"""The layer of which SHAPES[0] has the heads."""
+LAYER = OpShape(SHAPES[0].B, SHAPES[0].N, 1, SHAPES[0].channels)
+"""The features of a layer, of which SHAPES[0] has the heads."""
 LATENCY = 1e-6
 """Assumed seconds from a request of a loaded memory system to its answer: by Little's law 23 to 32 KB in flight keep a
 multiprocessor of an H100 or H200 at its share of the copy bandwidth."""
@@ -146,10 +146,9 @@ def rows() -> Iterator[tuple[str, ...]]:
             for direction, recorded in gpu_launches.of_call(tensors):
                 launch = look_at(recorded, shape, dtype.itemsize)
                 yield _cells(f"{name_of(recorded)}, {direction}", dtype, shape, recorded, launch)
-        for direction, recorded in gpu_launches.of_layer(LAYER, dtype):
-            whole = OpShape(LAYER.B, LAYER.N, 1, LAYER.C)
-            launch = look_at(recorded, whole, dtype.itemsize)
-            yield _cells(f"{name_of(recorded)}, {direction}", dtype, whole, recorded, launch)
+        for direction, recorded in gpu_launches.of_layer(LAYER, SHAPES[0].H, dtype):
+            launch = look_at(recorded, LAYER, dtype.itemsize)
+            yield _cells(f"{name_of(recorded)}, {direction}", dtype, LAYER, recorded, launch)
 
 
 def name_of(recorded: Recorded) -> str:
