@@ -1,6 +1,7 @@
 // Python module _C: the CPU functions of the C API, and information about the build.
 #include "bindings.h"
 
+#include <array>
 #include <new>
 #include <optional>
 #include <stdexcept>
@@ -61,6 +62,23 @@ auto layer_mix(xk_channel_mix_args (*build)(P...)) {
     xk_layer_mix_args args = {build(p...), prologue(center, layer_norm_eps), differentiate};
     args.mix.threads = threads;
     call(xk_layer_mix, args);
+  };
+}
+
+// A Python function of the sizes (batch, heads, dim, features), the choices, the addresses of what is read and of what
+// is written, in the order of the fields of xk_layer_maps_args, and the number of threads.
+auto layer_maps(int (*function)(const xk_layer_maps_args*)) {
+  return [=](const Strides& sizes, int dtype, int map, int activation, bool normalised, double eps,
+             const std::array<uintptr_t, 10>& in, const std::array<uintptr_t, 9>& out, int threads) {
+    xk_layer_maps_args p = {};
+    p.batch = sizes.b, p.heads = sizes.h, p.dim = sizes.n, p.features = sizes.d;
+    p.dtype = dtype, p.map = map, p.activation = activation, p.normalised = normalised, p.eps = eps;
+    const void** const read[] = {&p.qkv, &p.bias, &p.temperature, &p.s, &p.n, &p.c, &p.keep, &p.P, &p.dT, &p.de};
+    void** const written[] = {&p.T, &p.e, &p.cos, &p.norms, &p.X, &p.x, &p.dz, &p.shifted, &p.dtemperature};
+    for (size_t i = 0; i < in.size(); ++i) *read[i] = reinterpret_cast<const void*>(in[i]);
+    for (size_t i = 0; i < out.size(); ++i) *written[i] = reinterpret_cast<void*>(out[i]);
+    p.threads = threads;
+    call(function, p);
   };
 }
 
@@ -134,6 +152,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("channel_mix", on_cpu(channel_mix_args, xk_channel_mix));
   m.def("layer_gram", layer_gram(gram_args));
   m.def("layer_mix", layer_mix(channel_mix_args));
+  m.def("layer_maps", layer_maps(xk_layer_maps));
+  m.def("layer_maps_backward", layer_maps(xk_layer_maps_backward));
   m.def("xfa_forward", on_cpu(xfa_forward_args, xk_xfa_forward));
   m.def("xfa_backward", on_cpu(xfa_backward_args, xk_xfa_backward));
   m.def("linear_attention_forward", on_cpu(linear_attention_args, xk_linear_attention_forward));

@@ -11,6 +11,8 @@
   int run_channel_mix(const xk_channel_mix_args*);                    \
   int run_layer_gram(const xk_layer_gram_args*);                      \
   int run_layer_mix(const xk_layer_mix_args*);                        \
+  int run_layer_maps(const xk_layer_maps_args*);                      \
+  int run_layer_maps_backward(const xk_layer_maps_args*);             \
   int run_xfa_forward(const xk_xfa_args*);                            \
   int run_xfa_backward(const xk_xfa_args*);                           \
   int run_linear_attention_forward(const xk_linear_attention_args*);  \
@@ -27,6 +29,8 @@
    xk::level::run_channel_mix,               \
    xk::level::run_layer_gram,                \
    xk::level::run_layer_mix,                 \
+   xk::level::run_layer_maps,                \
+   xk::level::run_layer_maps_backward,       \
    xk::level::run_xfa_forward,               \
    xk::level::run_xfa_backward,              \
    xk::level::run_linear_attention_forward,  \
@@ -76,6 +80,8 @@ struct Level {
   int (*channel_mix)(const xk_channel_mix_args*);
   int (*layer_gram)(const xk_layer_gram_args*);
   int (*layer_mix)(const xk_layer_mix_args*);
+  int (*layer_maps)(const xk_layer_maps_args*);
+  int (*layer_maps_backward)(const xk_layer_maps_args*);
   int (*xfa_forward)(const xk_xfa_args*);
   int (*xfa_backward)(const xk_xfa_args*);
   int (*linear_attention_forward)(const xk_linear_attention_args*);
@@ -158,6 +164,10 @@ int xk_layer_gram(const xk_layer_gram_args* p) {
 }
 int xk_layer_mix(const xk_layer_mix_args* p) {
   return call(level_for(p->mix.dim_out, p->mix.y.dtype), &Level::layer_mix, p);
+}
+int xk_layer_maps(const xk_layer_maps_args* p) { return call(level_for(p->dim, p->dtype), &Level::layer_maps, p); }
+int xk_layer_maps_backward(const xk_layer_maps_args* p) {
+  return call(level_for(p->dim, p->dtype), &Level::layer_maps_backward, p);
 }
 int xk_xfa_forward(const xk_xfa_args* p) { return call(level_for(p->dim, p->q.dtype, true), &Level::xfa_forward, p); }
 int xk_xfa_backward(const xk_xfa_args* p) { return call(level_for(p->dim, p->q.dtype, true), &Level::xfa_backward, p); }

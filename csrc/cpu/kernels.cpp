@@ -3,6 +3,7 @@
 // levels.
 #include "../include/xformer_kernels.h"
 #include "depthwise.h"
+#include "layer_maps.h"
 #include "linear.h"
 #include "linear_attention.h"
 #include "xfa.h"
@@ -176,6 +177,14 @@ int run_layer_mix(const xk_layer_mix_args* p) {
   if (m.dim_in < 1 || m.dim_out < 1 || m.dim_in2 < 0) return XK_BAD_ARGUMENT;
   if (p->differentiate && m.dim_out != (m.dim_in2 ? m.dim_in2 : m.dim_in)) return XK_BAD_ARGUMENT;
   return m.x.dtype == XK_F64 ? channel_mix<double>(m, p) : channel_mix<float>(m, p);
+}
+int run_layer_maps(const xk_layer_maps_args* p) {
+  if (p->dim < 1 || p->features < 1) return XK_BAD_ARGUMENT;
+  return p->dtype == XK_F64 ? LayerMaps<double>(*p).forward() : LayerMaps<float>(*p).forward();
+}
+int run_layer_maps_backward(const xk_layer_maps_args* p) {
+  if (p->dim < 1 || p->features < 1) return XK_BAD_ARGUMENT;
+  return p->dtype == XK_F64 ? LayerMaps<double>(*p).backward() : LayerMaps<float>(*p).backward();
 }
 int run_xfa_forward(const xk_xfa_args* p) {
   if (p->dim < 1) return XK_BAD_ARGUMENT;

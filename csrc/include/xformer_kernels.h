@@ -96,6 +96,20 @@ typedef struct {
   int32_t differentiate;
 } xk_layer_mix_args;
 
+// The maps of a layer in Gram form, and their derivatives, for each (b, h): the functions layer_maps and
+// layer_maps_backward of xformer_kernels/layer/maps.py, which has the formulas, names and shapes. All arrays are
+// contiguous, of `dtype` (XK_F32 or XK_F64); `features` is C. normalised: whether q and k are divided by their norms.
+// keep may be null. Forward reads P and writes T, e, cos and norms; backward reads dT, de, cos and norms, and writes X,
+// x, T, e, dz, shifted and dtemperature (batch, heads). CPU only.
+typedef struct {
+  int64_t batch, heads, dim, features;
+  int32_t dtype, map, activation, normalised;
+  double eps;
+  const void *qkv, *bias, *temperature, *s, *n, *c, *keep, *P, *dT, *de;
+  void *T, *e, *cos, *norms, *X, *x, *dz, *shifted, *dtemperature;
+  int32_t threads;
+} xk_layer_maps_args;
+
 // Forward writes out and stats; backward reads stats and writes dq, dk, dv and dtemperature.
 // stats: contiguous (batch, heads, dim * dim + 2 * dim), in the accumulate dtype: the normalised map with key features
 // as rows, then the norms of the features of q and of k over the tokens (token norm only, before the clamp by eps).
@@ -175,6 +189,8 @@ int xk_gram(const xk_gram_args* args);
 int xk_channel_mix(const xk_channel_mix_args* args);
 int xk_layer_gram(const xk_layer_gram_args* args);
 int xk_layer_mix(const xk_layer_mix_args* args);
+int xk_layer_maps(const xk_layer_maps_args* args);
+int xk_layer_maps_backward(const xk_layer_maps_args* args);
 int xk_xfa_forward(const xk_xfa_args* args);
 int xk_xfa_backward(const xk_xfa_args* args);
 int xk_linear_attention_forward(const xk_linear_attention_args* args);  // this and the following: CPU only

@@ -134,6 +134,100 @@ void xfa(const Shape& s, int dtype, Layout layout, bool masked, int map, int nor
   judge.near(dt, r.dt, what + " dtemperature", dtype, gradient * size);  // of products of such sums
 }
 
+// The maps of a layer, compared with xfa of q, k and v projected from tokens u, which are centred at c.
+void layer_maps(const Shape& s, int dtype, int map, bool normalised, int activation) {
+  const int64_t C = s.D + 3, rows = map == XK_KEY_VALUE ? 3 : 2, mixed = map == XK_KEY_VALUE ? 0 : 2;
+  auto tensor = [&](int64_t B, int64_t H, int64_t N, int64_t D) { return Tensor(B, H, N, D, dtype, kHeadsFirst); };
+  Tensor w = tensor(3, s.H, s.D, C).randomise(), bias = tensor(3, s.H, 1, s.D).randomise();
+  Tensor t = tensor(1, 1, 1, s.H).randomise(), c = tensor(s.B, 1, 1, C).randomise();
+  Tensor u = tensor(s.B, 1, s.N, C).randomise(), dout = tensor(s.B, s.H, s.N, s.D).randomise();
+  const Array W = w.values(), b = bias.values(), tokens = u.values(), center = c.values(), g = dout.values();
+  Array parts[3];
+  for (int i = 0; i < 3; ++i) {
+    parts[i] = Array(s.B, s.H, s.N, s.D);
+    heads(parts[i], [&](auto B, auto H) {
+      pairs_of(s.N, s.D, [&](auto n, auto d) {
+        parts[i](B, H, n, d) = b(i, H, 0, d);
+        for (int64_t k = 0; k < C; ++k)
+          parts[i](B, H, n, d) += W(i, H, d, k) * (tokens(B, 0, n, k) + center(B, 0, 0, k));
+      });
+    });
+  }
+  const int norm = normalised ? XK_TOKEN_NORM : XK_NO_NORM;
+  const Attention r = xfa(parts[0], parts[1], parts[2], t.values(), g, map, norm, activation == XK_SOFTMAX, kEps);
+
+  const Array S = gram_of(tokens, tokens), sums = sums_of(tokens, 1);
+  Array over_heads(s.B, s.H, s.N, C);  // u for each head
+  over_heads.data.clear();
+  for (int64_t B = 0; B < s.B; ++B)
+    for (int64_t H = 0; H < s.H; ++H)
+      over_heads.data.insert(over_heads.data.end(), tokens.data.begin() + B * s.N * C,
+                             tokens.data.begin() + (B + 1) * s.N * C);
+  Tensor n = tensor(s.B, 1, 1, 1), sum = tensor(s.B, 1, 1, C), P = tensor(s.B, rows * s.H, s.D, C);
+  Tensor dT = tensor(s.B, s.H, s.D, C), de = tensor(s.B, s.H, 1, s.D);
+  auto fill = [](Tensor& to, auto f) { to.each([&](auto... i) { encode(to.at(i...), to.dtype, f(i...)); }); };
+  const Array dT_exact = gram_of(g, over_heads), de_exact = sums_of(g, 1);
+  fill(n, [&](auto...) { return double(s.N); });
+  fill(sum, [&](auto B, auto, auto, auto k) { return sums(B, 0, 0, k); });
+  fill(P, [&](auto B, auto row, auto d, auto k) {
+    double x = 0;
+    for (int64_t j = 0; j < C; ++j) x += W(row / s.H, row % s.H, d, j) * S(B, 0, j, k);
+    return x;
+  });
+  fill(dT, [&](auto... i) { return dT_exact(i...); });
+  fill(de, [&](auto... i) { return de_exact(i...); });
+
+  Tensor T = tensor(s.B, s.H, s.D, C), e = tensor(s.B, s.H, 1, s.D), cos = tensor(s.B, s.H, s.D, s.D);
+  Tensor norms = tensor(s.B, 2 * s.H, 1, s.D), X = tensor(s.B, rows * s.H, s.D, C), x = tensor(s.B, rows * s.H, 1, s.D);
+  Tensor dz = tensor(s.B, s.H, s.D, C), shifted = tensor(s.B, 3 * s.H, 1, s.D), dt = tensor(s.B, 1, 1, s.H);
+  xk_layer_maps_args p = {};
+  p.batch = s.B, p.heads = s.H, p.dim = s.D, p.features = C, p.dtype = dtype, p.map = map, p.activation = activation;
+  p.normalised = normalised, p.eps = kEps, p.threads = kThreads;
+  p.qkv = w.bytes.data(), p.bias = bias.bytes.data(), p.temperature = t.bytes.data(), p.s = sum.bytes.data();
+  p.n = n.bytes.data(), p.c = c.bytes.data(), p.P = P.bytes.data(), p.dT = dT.bytes.data(), p.de = de.bytes.data();
+  p.T = T.bytes.data(), p.e = e.bytes.data(), p.cos = cos.bytes.data(), p.norms = norms.bytes.data();
+  const std::string what = name("layer_maps", s, dtype, kPacked, false) + (map ? " key_value" : " query_key") +
+                           (normalised ? "" : " not normalised") + (activation ? " identity" : " softmax");
+  judge.status(xk_layer_maps(&p), XK_OK, what);
+  // T u + e is the output of xfa
+  const Array mix = T.values(), plus_e = e.values();
+  Tensor out = tensor(s.B, s.H, s.N, s.D);
+  fill(out, [&](auto B, auto H, auto row, auto d) {
+    double y = plus_e(B, H, 0, d);
+    for (int64_t k = 0; k < C; ++k) y += mix(B, H, d, k) * tokens(B, 0, row, k);
+    return y;
+  });
+  const double size = normalised ? 1 : std::max(double(s.N), 1.), gradient = size * std::max(double(s.N), 1.) * 40;
+  judge.near(out, r.out, what, dtype, size * C * 4);
+
+  p.X = X.bytes.data(), p.x = x.bytes.data(), p.dz = dz.bytes.data(), p.shifted = shifted.bytes.data();
+  p.dtemperature = dt.bytes.data();
+  judge.status(xk_layer_maps_backward(&p), XK_OK, what + " backward");
+  const Array of_X = X.values(), of_x = x.values(), of_z = dz.values();
+  const Array* gradients[] = {&r.dq, &r.dk, &r.dv};
+  for (int i = 0; i < 3; ++i) {
+    Tensor of_weight = tensor(s.B, s.H, s.D, C), of_shift = tensor(s.B, s.H, 1, s.D);
+    fill(of_weight, [&](auto B, auto H, auto d, auto k) {
+      double y = i == mixed ? of_z(B, H, d, k) : 0;
+      for (int64_t j = 0; i < rows && j < C; ++j) y += of_X(B, i * s.H + H, d, j) * S(B, 0, j, k);
+      return i < rows ? y + of_x(B, i * s.H + H, 0, d) * sums(B, 0, 0, k) : y;
+    });
+    const Array all = shifted.values();
+    fill(of_shift, [&](auto B, auto H, auto, auto d) { return all(B, i * s.H + H, 0, d); });
+    const std::string which = what + describe(" gradient %d", i);
+    judge.near(of_weight, gram_of(*gradients[i], over_heads), which + " of weights", dtype, gradient * C);
+    judge.near(of_shift, sums_of(*gradients[i], 1), which + " of shifts", dtype, gradient * C);
+  }
+  Tensor total = tensor(1, 1, 1, s.H);
+  const Array of_t = dt.values();
+  fill(total, [&](auto, auto, auto, auto H) {
+    double y = 0;
+    for (int64_t B = 0; B < s.B; ++B) y += of_t(B, 0, 0, H);
+    return y;
+  });
+  judge.near(total, r.dt, what + " dtemperature", dtype, gradient * size * C);
+}
+
 void linear_attention(const Shape& s, int dtype, Layout layout, bool masked, int features_q, int features_k) {
   const int64_t M = s.N + 5, E = s.D + 2;
   const Layout to = layout == kStrided ? kPadded : layout;
@@ -287,6 +381,12 @@ int main() {
       gram(s, dtype, layout, masked);
       channel_mix(s, dtype, layout, masked);
       attention(s, dtype, layout, masked);
+      if (accumulated(dtype) != dtype) continue;
+      for (bool normalised : {true, false}) {
+        layer_maps(s, dtype, XK_KEY_VALUE, normalised, XK_IDENTITY);
+        layer_maps(s, dtype, XK_QUERY_KEY, normalised, XK_IDENTITY);
+        if (normalised || s.N < 50) layer_maps(s, dtype, XK_QUERY_KEY, normalised, XK_SOFTMAX);
+      }
     }
   const int64_t sizes[][3] = {{1, 1, 1}, {7, 5, 3}, {50, 16, 48}, {100, 67, 131}, {3, 600, 40}, {2, 48, 1000}};
   for (auto [tokens, in, out] : sizes) linear(tokens, in, out, false), linear(tokens, in, out, true);

@@ -10,10 +10,8 @@ from layer_cases import make_layer
 pytest.importorskip("triton", reason="triton is not installed")
 
 from xformer_kernels import dispatch
-from xformer_kernels.backends.triton import launch, layer, maps, ops, plan
+from xformer_kernels.backends.triton import launch, layer, ops, plan
 from xformer_kernels.backends.triton.maps import WIDEST_MAP
-from xformer_kernels.layer import passes
-from xformer_kernels.layer.maps import Rule
 from xformer_kernels.testing import assert_bitwise
 
 pytestmark = [
@@ -81,42 +79,3 @@ def test_more_output_features_than_a_tile_holds(launched, ran_backend):
     with ran_backend("triton", "layer_forward", "layer_backward"):
         run.check(run.run(form="gram", backend="triton"))
     assert "layer_mix_kernel" in launched
-
-
-RULES = (
-    Rule("query_key", "softmax", 1e-12),
-    Rule("query_key", "identity", 1e-12),
-    Rule("query_key", "softmax", 0.3),
-    Rule("query_key", "softmax", 1e-12, normalised=False),
-    Rule("key_value", "softmax", 1e-12),
-    Rule("key_value", "identity", 0.3),
-    Rule("key_value", "identity", 1e-12, normalised=False),
-)
-
-
-@pytest.mark.parametrize("kept", [False, True], ids=["", "dropout"])
-@pytest.mark.parametrize("rule", RULES, ids=lambda rule: "-".join(map(str, rule)))
-@pytest.mark.parametrize("D", [1, 17, 32])
-def test_maps(D, rule, kept):
-    """Float64 kernels agree with eager PyTorch, the oracle of whose results is the reference (tests/test_layer.py)."""
-    B, H, C = 2, 3, 40
-    u = randn(B, C + 60, C, dtype=torch.float64, seed=1)
-    S, s, n, c = u.mT @ u, u.sum(1), torch.full((B, 1), C + 60.0).double(), randn(B, C, dtype=torch.float64, seed=2)
-    qkv, bias, temperature = (randn(*size, dtype=torch.float64, seed=3) for size in ((3, H, D, C), (3, H, D), (H,)))
-    P = torch.einsum("rhdc,bce->brhde", qkv[: rule.rows], S)
-    keep = torch.rand(B, H, D, D, dtype=torch.float64) if kept else None
-    if not rule.normalised:
-        temperature = temperature / 1000
-    scale = S.abs().max().item()
-
-    def close(ours, theirs):
-        for name, result in ours._asdict().items():
-            expected = getattr(theirs, name)
-            assert (result - expected).abs().max() <= 1e-10 * (scale + expected.abs().max()), name
-
-    forward = (P, qkv, bias, temperature, s, n, c, keep, rule)
-    found = maps.layer_maps(*forward)
-    close(found, passes.maps.layer_maps(*forward))
-    dT, de = randn(B, H, D, C, dtype=torch.float64, seed=4), randn(B, H, D, dtype=torch.float64, seed=5)
-    backward = (dT, de, qkv, bias, temperature, found.cos, found.norms, s, n, c, keep, rule)
-    close(maps.layer_maps_backward(*backward), passes.maps.layer_maps_backward(*backward))

@@ -57,6 +57,11 @@ def gram(
     return arguments, (G, ssq_a, ssq_b)
 
 
+def layer_maps(dtype: torch.dtype, map: str, activation: str) -> tuple[int, int, int]:
+    """The codes of the choices of a layer's maps."""
+    return _DTYPES[dtype], _MAPS[map], _ACTIVATIONS[activation]
+
+
 def channel_mix(
     results: Results,
     x: Tensor,

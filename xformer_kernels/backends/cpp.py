@@ -16,6 +16,7 @@ from xformer_kernels import _C
 from xformer_kernels.backends import arguments, unsupported_numbers
 from xformer_kernels.backends.layouts import Results
 from xformer_kernels.backends.program import Program, Unrecordable
+from xformer_kernels.layer.maps import MapGradients, Maps, Rule
 from xformer_kernels.validate import DTYPES
 
 NAME = "cpp"
@@ -124,6 +125,50 @@ def layer_mix(
     addresses, result = arguments.channel_mix(_RESULTS, x, weight, bias, add, None, x2, weight2)
     _C.layer_mix(*addresses, *_prologue(center, layer_norm_eps), differentiate, torch.get_num_threads())
     return result
+
+
+def layer_maps(
+    P: Tensor, qkv: Tensor, qkv_bias: Tensor, temperature: Tensor, s: Tensor, n: Tensor, c: Tensor,
+    keep: Tensor | None, rule: Rule,
+) -> Maps:  # fmt: skip
+    """See :func:`xformer_kernels.layer.maps.layer_maps`."""
+    (B, _, H, D, _), dtype = P.shape, qkv.dtype
+    T, e = _empty((B, *qkv.shape[1:]), dtype), _empty((B, H, D), dtype)
+    cos, norms = _empty((B, H, D, D), dtype), _empty((B, 2, H, D), dtype)
+    read = (qkv, qkv_bias, temperature, s, n, c, keep, P, None, None)
+    _maps(_C.layer_maps, B, rule, read, (T, e, cos, norms, *(None,) * 5))
+    return Maps(T, e, cos, norms)
+
+
+def layer_maps_backward(
+    dT: Tensor, de: Tensor, qkv: Tensor, qkv_bias: Tensor, temperature: Tensor, cos: Tensor, norms: Tensor,
+    s: Tensor, n: Tensor, c: Tensor, keep: Tensor | None, rule: Rule,
+) -> MapGradients:  # fmt: skip
+    """See :func:`xformer_kernels.layer.maps.layer_maps_backward`."""
+    (B, H, D, C), rows = dT.shape, rule.rows
+    X, x, T, e, dz, shifted, dtemperature = (
+        _empty(size, qkv.dtype)
+        for size in (
+            (B, rows, H, D, C), (B, rows, H, D), (B, H, D, C), (B, H, D), (B, H, D, C), (B, 3, H, D), (B, H),
+        )
+    )  # fmt: skip
+    read = (qkv, qkv_bias, temperature, s, n, c, keep, None, dT, de)
+    cos, norms = cos.contiguous(), norms.contiguous()
+    _maps(_C.layer_maps_backward, B, rule, read, (T, e, cos, norms, X, x, dz, shifted, dtemperature))
+    return MapGradients(X, x, T, e, dz, shifted, dtemperature)
+
+
+def _maps(
+    function: Any, B: int, rule: Rule, read: tuple[Tensor | None, ...], written: tuple[Tensor | None, ...]
+) -> None:
+    """Calls a function of xk_layer_maps_args with the tensors that it reads and writes, in the order of its fields."""
+    qkv: Any = read[0]
+    dense = [None if t is None else t.contiguous() for t in read]
+    choices = arguments.layer_maps(qkv.dtype, rule.map, rule.activation)
+    function(
+        (B, *qkv.shape[1:]), *choices, rule.normalised, rule.eps, [*map(_address, dense)], [*map(_address, written)],
+        torch.get_num_threads(),
+    )  # fmt: skip
 
 
 def linear(

@@ -26,20 +26,29 @@ def takes_maps(qkv: Tensor) -> bool:
     return qkv.shape[2] <= WIDEST_MAP[qkv.element_size()]
 
 
-def layer_maps(P: Tensor, qkv: Tensor, qkv_bias: Tensor, temperature: Tensor, *others: Any) -> Maps:
+def layer_maps(
+    P: Tensor, qkv: Tensor, qkv_bias: Tensor, temperature: Tensor, s: Tensor, n: Tensor, c: Tensor,
+    keep: Tensor | None, rule: Rule,
+) -> Maps:  # fmt: skip
     if not takes_maps(qkv):
-        return maps.layer_maps(P, qkv, qkv_bias, temperature, *others)
-    tensors = (x.contiguous() for x in (P.to(qkv.dtype), qkv, qkv_bias, temperature))
-    return Maps(*_forward(*tensors, *others))
+        return maps.layer_maps(P, qkv, qkv_bias, temperature, s, n, c, keep, rule)
+    dense = _contiguous(P.to(qkv.dtype), qkv, qkv_bias, temperature)
+    return Maps(*_forward(*dense, s, n, c, *_contiguous(keep), rule))
 
 
 def layer_maps_backward(
-    dT: Tensor, de: Tensor, qkv: Tensor, qkv_bias: Tensor, temperature: Tensor, *others: Any
-) -> MapGradients:
+    dT: Tensor, de: Tensor, qkv: Tensor, qkv_bias: Tensor, temperature: Tensor, cos: Tensor, norms: Tensor,
+    s: Tensor, n: Tensor, c: Tensor, keep: Tensor | None, rule: Rule,
+) -> MapGradients:  # fmt: skip
     if not takes_maps(qkv):
-        return maps.layer_maps_backward(dT, de, qkv, qkv_bias, temperature, *others)
-    tensors = (x.contiguous() for x in (dT, de, qkv, qkv_bias, temperature))
-    return MapGradients(*_backward(*tensors, *others))
+        return maps.layer_maps_backward(dT, de, qkv, qkv_bias, temperature, cos, norms, s, n, c, keep, rule)
+    dense = _contiguous(dT, de, qkv, qkv_bias, temperature, cos)
+    return MapGradients(*_backward(*dense, norms, s, n, c, *_contiguous(keep), rule))
+
+
+def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    """The kernels read norms, s, n and c with a stride of images, and everything else as contiguous tensors."""
+    return [None if t is None else t.contiguous() for t in tensors]
 
 
 def _constants(qkv: Tensor, other: Tensor, rule: Rule) -> dict[str, Any]:

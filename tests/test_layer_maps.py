@@ -1,0 +1,88 @@
+"""The maps of a layer in Gram form and their derivatives, by each backend that computes them itself.
+
+The oracle is eager PyTorch in float64 (layer/maps.py), which test_layer.py compares with the reference.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import randn
+
+from xformer_kernels import backends
+from xformer_kernels.layer import maps
+from xformer_kernels.layer.maps import Rule
+from xformer_kernels.testing import assert_bitwise, assert_close
+
+RULES = (
+    Rule("query_key", "softmax", 1e-12),
+    Rule("query_key", "identity", 1e-12),
+    Rule("query_key", "softmax", 0.3),
+    Rule("query_key", "softmax", 1e-12, normalised=False),
+    Rule("key_value", "softmax", 1e-12),
+    Rule("key_value", "identity", 0.3),
+    Rule("key_value", "identity", 1e-12, normalised=False),
+)
+pytestmark = pytest.mark.needs(norm=None)
+
+
+def inputs(B, H, D, C, rule, kept, device):
+    """Arguments of layer_maps in float64, of tokens centred off their mean, and the gradients of its first results."""
+    u = randn(B, C + 60, C, dtype=torch.float64, seed=1)
+    s, n, c = u.sum(1), torch.full((B, 1), C + 60.0, dtype=torch.float64), randn(B, C, dtype=torch.float64, seed=2)
+    sizes = ((3, H, D, C), (3, H, D), (H,), (B, H, D, D), (B, H, D, C), (B, H, D))
+    qkv, bias, temperature, keep, dT, de = (randn(*size, dtype=torch.float64, seed=3) for size in sizes)
+    if not rule.normalised:
+        temperature = temperature / 1000
+    P = torch.einsum("rhdc,bce->brhde", qkv[: rule.rows], u.mT @ u).contiguous()
+    tensors = (P, qkv, bias, temperature, s, n, c, keep.abs() if kept else None, dT, de)
+    return [None if t is None else t.to(device) for t in tensors]
+
+
+def both(module, P, qkv, bias, temperature, s, n, c, keep, dT, de, rule, saved=None):
+    """The results of both functions by name; `saved`: cos and norms, by default those of the first function."""
+    forward = module.layer_maps(P, qkv, bias, temperature, s, n, c, keep, rule)
+    cos, norms = (forward.cos, forward.norms) if saved is None else saved
+    backward = module.layer_maps_backward(dT, de, qkv, bias, temperature, cos, norms, s, n, c, keep, rule)
+    return {**{f"forward {k}": v for k, v in forward._asdict().items()}, **backward._asdict()}
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["", "dropout"])
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: "-".join(map(str, rule)))
+@pytest.mark.parametrize("B, H, D, C", [(2, 3, 1, 5), (1, 2, 17, 40), (2, 1, 32, 67), (1, 2, 64, 130), (1, 1, 70, 9)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_maps(dtype, B, H, D, C, rule, kept, kernel, device):
+    module = backends.load(kernel)[0].module
+    exact = inputs(B, H, D, C, rule, kept, device)
+    rounded = [None if t is None else t.to(dtype) for t in exact]
+    wide = [None if t is None else t.double() for t in rounded]
+    oracle = both(maps, *wide, rule)
+    saved = tuple(oracle[f"forward {name}"].to(dtype) for name in ("cos", "norms"))
+    result, eager = both(module, *rounded, rule, saved), both(maps, *rounded, rule, saved)
+    for name, x in result.items():
+        assert_close(x, eager[name], oracle[name], name)
+    again = both(module, *rounded, rule, saved)
+    for name, x in result.items():
+        assert_bitwise(x, again[name], name)
+
+
+@pytest.mark.parametrize("rule", RULES[::4], ids=lambda rule: rule.map)
+def test_strided_arguments(rule, kernel, device):
+    """Sums and norms are parts of larger tensors in backward; weights may be views."""
+    module = backends.load(kernel)[0].module
+    plain = [None if t is None else t.float() for t in inputs(2, 3, 17, 40, rule, True, device)]
+    apart = [torch.stack((t, t), -1)[..., 0] if i < 4 or i > 6 else torch.cat((t, t), 1)[:, : t.shape[1]]
+             for i, t in enumerate(plain)]  # fmt: skip
+    assert not any(t.is_contiguous() for t in apart)
+    expected = both(module, *plain, rule)
+    for name, x in both(module, *apart, rule).items():
+        assert_bitwise(x, expected[name], name)
+
+
+def test_no_images(kernel, device):
+    module = backends.load(kernel)[0].module
+    rule = RULES[0]
+    tensors = [None if t is None else t.float() for t in inputs(1, 2, 8, 16, rule, False, device)]
+    empty = [t if t is None or i in (1, 2, 3) else t[:0] for i, t in enumerate(tensors)]
+    shapes = {name: x.shape for name, x in both(module, *tensors, rule).items()}
+    assert {name: (1, *x.shape[1:]) for name, x in both(module, *empty, rule).items()} == shapes
