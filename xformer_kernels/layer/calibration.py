@@ -37,7 +37,7 @@ from xformer_kernels import backends
 from xformer_kernels.layer import cost, timing
 
 ENVIRONMENT = "XFORMER_KERNELS_CALIBRATION"
-VERSION = 5
+VERSION = 6
 """Version of the format of the file and of the speed of the layers: figures of slower ones are measured again."""
 CLOSE = 3.0
 MOST_FORMS = 4096

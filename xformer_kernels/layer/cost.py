@@ -113,7 +113,7 @@ def work_of_gram(s: Shape) -> Work:
     numbers = tokens * (2 * s.C + s.out) + (tokens * (2 * s.C + 2 * s.out + s.C) if s.training else 0)
     # elementwise operations of the algebra on its C x I matrices between products: fitted to measurements
     numbers += (40 * s.B * s.inner * s.C + 2 * s.inner * (3 * s.C + s.out)) * times
-    return Work(s.B * per_image, passes, 0, numbers * s.itemsize, 130 if s.training else 45)
+    return Work(s.B * per_image, passes, 0, numbers * s.itemsize, 95 if s.training else 36)
 
 
 def direct(s: Shape, m: Machine) -> Cost:
