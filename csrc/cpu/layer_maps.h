@@ -89,7 +89,7 @@ class LayerMaps {
     T *A, *E, *G, *turned, *cos, *keep, *c[3], *s[3], *scale[2], *de, *packed;
   };
 
-  size_t size() const { return (size_t)(kMaps * D + kVectors) * ld + (size_t)(C > D ? C : D) * (ld > ldc ? ld : ldc); }
+  size_t size() const { return (size_t)(kMaps * D + kVectors) * ld + most((int64_t)C * ld, (int64_t)D * ldc); }
 
   template <class F>
   int run(F f) {

@@ -1,9 +1,8 @@
 """The maps of a layer in Gram form and their derivatives, head by head, in eager PyTorch.
 
-The formulas are those of algebra.py. A backend may implement both functions as ``layer_maps`` and
-``layer_maps_backward``: they are made of dozens of small operations, whose launches take a GPU longer than the passes
-over the tokens. The cosines and all gradients of D x D matrices are computed in float64: if the projections cancel x's
-dominant components, they are small differences of large numbers.
+The formulas are those of algebra.py. A backend may implement both functions: here they are dozens of small operators,
+which take longer to call than to compute. The cosines and all gradients of D x D matrices are computed in float64: if
+the projections cancel x's dominant components, they are small differences of large numbers.
 """
 
 from __future__ import annotations
