@@ -78,7 +78,8 @@ SANITIZED_LEVELS = $(shell $(BIN)/python -c "from xformer_kernels import _C; use
   zen = cpu.exists() and 'cpu family\t: 25\n' in cpu.read_text(); \
   print(used + ';zen4' * (zen and used == 'x86_64_v4' and 'zen4' in _C.build_info()['levels']))")
 SANITIZED_TESTS := tests/test_xfa.py tests/test_map_fn.py tests/test_primitives.py tests/test_determinism.py \
-  tests/test_layer.py tests/test_inference_kernels.py tests/test_linear_attention.py tests/test_layouts.py
+  tests/test_layer.py tests/test_layer_maps.py tests/test_inference_kernels.py tests/test_linear_attention.py \
+  tests/test_layouts.py
 # Left out: gradcheck repeats calls of other tests many times, and compilers call the same kernels.
 SANITIZED_CALLS := not reference and not triton and not cuda and not derivatives and not compile and not inductor
 sanitize: setup
