@@ -73,10 +73,11 @@ auto layer_maps(int (*function)(const xk_layer_maps_args*)) {
     xk_layer_maps_args p = {};
     p.batch = sizes.b, p.heads = sizes.h, p.dim = sizes.n, p.features = sizes.d;
     p.dtype = dtype, p.map = map, p.activation = activation, p.normalised = normalised, p.eps = eps;
-    const void** const read[] = {&p.qkv, &p.bias, &p.temperature, &p.s, &p.n, &p.c, &p.keep, &p.P, &p.dT, &p.de};
-    void** const written[] = {&p.T, &p.e, &p.cos, &p.norms, &p.X, &p.x, &p.dz, &p.shifted, &p.dtemperature};
+    const void** const read[] = {&p.qkv, &p.qkv_bias, &p.temperature, &p.s, &p.n, &p.c, &p.keep, &p.P, &p.dT, &p.de};
+    void** const written[] = {&p.T, &p.e, &p.cos, &p.norms, &p.X, &p.x, &p.dz, &p.dshifted};
     for (size_t i = 0; i < in.size(); ++i) *read[i] = reinterpret_cast<const void*>(in[i]);
-    for (size_t i = 0; i < out.size(); ++i) *written[i] = reinterpret_cast<void*>(out[i]);
+    for (size_t i = 0; i < out.size() - 1; ++i) *written[i] = reinterpret_cast<void*>(out[i]);
+    p.dtemperature = reinterpret_cast<double*>(out.back());
     p.threads = threads;
     call(function, p);
   };

@@ -10,7 +10,7 @@ import torch
 from cases import randn
 
 from xformer_kernels import backends
-from xformer_kernels.layer import maps
+from xformer_kernels.layer import maps, passes
 from xformer_kernels.layer.maps import Rule
 from xformer_kernels.testing import assert_bitwise, assert_close
 
@@ -60,23 +60,57 @@ def test_maps(dtype, B, H, D, C, rule, kept, kernel, device):
     saved = tuple(oracle[f"forward {name}"].to(dtype) for name in ("cos", "norms"))
     result, eager = both(module, *rounded, rule, saved), both(maps, *rounded, rule, saved)
     for name, x in result.items():
-        assert_close(x, eager[name], oracle[name], name)
+        assert (x.shape, x.dtype) == (eager[name].shape, eager[name].dtype), name
+        assert_close(x.to(dtype), eager[name], oracle[name], name)  # dtemperature is float64, but not its terms
     again = both(module, *rounded, rule, saved)
     for name, x in result.items():
         assert_bitwise(x, again[name], name)
 
 
 @pytest.mark.parametrize("rule", RULES[::4], ids=lambda rule: rule.map)
-def test_strided_arguments(rule, kernel, device):
-    """Sums and norms are parts of larger tensors in backward; weights may be views."""
+@pytest.mark.parametrize("D", [16, 17])
+def test_strided_and_unaligned_arguments(D, rule, kernel, device):
+    """Sums and norms are parts of larger tensors in backward; everything else may be a view, of any address."""
     module = backends.load(kernel)[0].module
-    plain = [None if t is None else t.float() for t in inputs(2, 3, 17, 40, rule, True, device)]
-    apart = [torch.stack((t, t), -1)[..., 0] if i < 4 or i > 6 else torch.cat((t, t), 1)[:, : t.shape[1]]
-             for i, t in enumerate(plain)]  # fmt: skip
-    assert not any(t.is_contiguous() for t in apart)
-    expected = both(module, *plain, rule)
-    for name, x in both(module, *apart, rule).items():
+    plain = [None if t is None else t.float() for t in inputs(2, 3, D, 40, rule, True, device)]
+    saved = [plain[7].clone(), torch.rand(2, 2, 3, D, device=device) + 0.5]  # cos and norms
+
+    def apart(t):
+        return torch.cat((t, t), 1)[:, : t.shape[1]]
+
+    def unaligned(t):
+        return torch.cat((t.new_zeros(1), t.flatten()))[1:].view(t.shape)
+
+    expected = both(module, *plain, rule, saved)
+    parts = [apart(t) if i in (4, 5, 6) else torch.stack((t, t), -1)[..., 0] for i, t in enumerate(plain)]
+    for arguments, more in ((parts, [apart(t) for t in saved]), ([*map(unaligned, plain)], [*map(unaligned, saved)])):
+        for name, x in both(module, *arguments, rule, more).items():
+            assert_bitwise(x, expected[name], name)
+
+
+def test_wider_sums(kernel, device):
+    """P may be wider than the weights."""
+    module = backends.load(kernel)[0].module
+    plain = [None if t is None else t.float() for t in inputs(1, 2, 8, 16, RULES[0], False, device)]
+    expected = both(module, *plain, RULES[0])
+    for name, x in both(module, plain[0].double(), *plain[1:], RULES[0]).items():
         assert_bitwise(x, expected[name], name)
+
+
+@pytest.mark.parametrize("N", [1, 2, 63, 64, 65, 300])
+@pytest.mark.parametrize("eps", [None, 1e-5], ids=["", "layer norm"])
+@pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_sample(dtype, masked, eps, N, kernel, device):
+    """The same tokens are sampled, whatever the strides, and those that are masked do not count."""
+    x = randn(2, 40, N, dtype=dtype, seed=N, device=device).mT
+    mask = torch.arange(N, device=device).expand(2, N) % 3 > 0 if masked else None
+    if masked:
+        x = x.masked_fill(~mask.unsqueeze(-1), float("nan"))
+    total, count = passes.of(kernel).sample(x, mask, eps)
+    expected, number = passes.sample(x, mask, eps)
+    assert torch.equal(count, number)
+    torch.testing.assert_close(total, expected, rtol=1e-5, atol=1e-4)
 
 
 def test_no_images(kernel, device):

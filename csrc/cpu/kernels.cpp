@@ -178,12 +178,15 @@ int run_layer_mix(const xk_layer_mix_args* p) {
   if (p->differentiate && m.dim_out != (m.dim_in2 ? m.dim_in2 : m.dim_in)) return XK_BAD_ARGUMENT;
   return m.x.dtype == XK_F64 ? channel_mix<double>(m, p) : channel_mix<float>(m, p);
 }
+static bool valid(const xk_layer_maps_args& p) {
+  return p.dim > 0 && p.features > 0 && (p.dtype == XK_F32 || p.dtype == XK_F64);
+}
 int run_layer_maps(const xk_layer_maps_args* p) {
-  if (p->dim < 1 || p->features < 1) return XK_BAD_ARGUMENT;
+  if (!valid(*p)) return XK_BAD_ARGUMENT;
   return p->dtype == XK_F64 ? LayerMaps<double>(*p).forward() : LayerMaps<float>(*p).forward();
 }
 int run_layer_maps_backward(const xk_layer_maps_args* p) {
-  if (p->dim < 1 || p->features < 1) return XK_BAD_ARGUMENT;
+  if (!valid(*p)) return XK_BAD_ARGUMENT;
   return p->dtype == XK_F64 ? LayerMaps<double>(*p).backward() : LayerMaps<float>(*p).backward();
 }
 int run_xfa_forward(const xk_xfa_args* p) {

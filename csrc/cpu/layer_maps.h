@@ -156,7 +156,7 @@ class LayerMaps {
   void project(const Scratch& t) const {
     const T *s = (const T*)p.s + t.b * C, *c = (const T*)p.c + t.b * C;
     for (int i = 0; i < 3; ++i) {
-      const T *w = weight(t, i), *bias = (const T*)p.bias + (i * p.heads + t.h) * D;
+      const T *w = weight(t, i), *bias = (const T*)p.qkv_bias + (i * p.heads + t.h) * D;
       for (int r = 0; r < D; ++r, w += C) {
         t.c[i][r] = bias[r] + dot(w, c, C);
         t.s[i][r] = dot(w, s, C);
@@ -244,17 +244,17 @@ class LayerMaps {
     transpose(t.E, t.turned, D, ld);
     const T *E = key_value ? t.turned : t.E, *E_turned = key_value ? t.E : t.turned;
     const T *dT = at(p.dT, t, (int64_t)D * C), *de = at(p.de, t, D), *z = weight(t, mixed);
-    T* shifted[3];
-    for (int i = 0; i < 3; ++i) shifted[i] = at(p.shifted, t, D, 3, i);
+    T* dshifted[3];
+    for (int i = 0; i < 3; ++i) dshifted[i] = at(p.dshifted, t, D, 3, i);
     apply(E, t.c[mixed], at(p.e, t, D));
-    apply(E_turned, de, shifted[mixed]);
+    apply(E_turned, de, dshifted[mixed]);
     mix(E, z, at(p.T, t, (int64_t)D * C), t);
     mix(E_turned, dT, at(p.dz, t, (int64_t)D * C), t);
 
     memcpy(t.de, de, D * sizeof(T));
     gram(key_value ? z : dT, key_value ? dT : z, t.G, t);
     gradient_of_gram(t, norms, key_value ? t.c[mixed] : t.de, key_value ? t.de : t.c[mixed]);
-    gradients_of_rows(t, shifted);
+    gradients_of_rows(t, dshifted);
   }
 
   // G: the gradient of the map, to which `of_row of_column^T` is added; replaced by dG. Writes scale.
@@ -268,6 +268,7 @@ class LayerMaps {
         V<double> d = load_wide(t.G + row + j) + from_row * load_wide(of_column + j);
         return p.keep ? d * load_wide(t.keep + row + j) : d;
       };
+      // Rows of A, which are rounded to T, do not sum to exactly 1: a large common part of the gradient would remain.
       double mean = 0;
       if (softmax) {
         V<double> sum{}, weights{};
@@ -297,14 +298,14 @@ class LayerMaps {
     }
     for (int j = 0; j < D && !key_value; ++j)
       t.scale[kKey][j] = norm_term(t.columns[j] * temperature, norms[kKey][j], t.inverse[kKey][j]);
-    *at(p.dtemperature, t, 1) = T(dtemperature);
+    p.dtemperature[t.b * p.heads + t.h] = dtemperature;
   }
   T norm_term(double along, double norm, double inverse) const {
     return !p.normalised || norm <= p.eps ? T(0) : T(-along * inverse * inverse);
   }
 
   // X = scale W + dG W', x = scale c + dG c' and X s = scale (W s) + dG (W' s), where W' is that of the other factor.
-  void gradients_of_rows(const Scratch& t, T* const (&shifted)[3]) const {
+  void gradients_of_rows(const Scratch& t, T* const (&dshifted)[3]) const {
     transpose(t.G, t.turned, D, ld);
     const T n = ((const T*)p.n)[t.b];
     for (int i = 0; i < rows; ++i) {
@@ -313,13 +314,23 @@ class LayerMaps {
       const T *d = i == left ? t.G : t.turned, *w = weight(t, i);
       const int other = i == left ? right : left;
       if (of_map) mix(d, weight(t, other), X, t);
+      const bool scaled = i < kValue && p.normalised;  // otherwise infinite weights would become NaN
       for (int r = 0; r < D; ++r, X += C, w += C) {
-        const T scale = i < kValue ? t.scale[i][r] : T(0);
-        const T dot_c = of_map ? dot(d + (ptrdiff_t)r * ld, t.c[other], D) : T(0);
-        const T dot_s = of_map ? dot(d + (ptrdiff_t)r * ld, t.s[other], D) : T(0);
-        x[r] = scale * t.c[i][r] + dot_c;
-        shifted[i][r] = (i == mixed ? shifted[i][r] : T(0)) + scale * t.s[i][r] + dot_s + n * x[r];
-        for (int k = 0; k < C; ++k) X[k] = (of_map ? X[k] : T(0)) + scale * w[k];
+        T of_c = 0, of_s = i == mixed ? dshifted[i][r] : T(0);
+        if (of_map) {
+          of_c = dot(d + (ptrdiff_t)r * ld, t.c[other], D);
+          of_s += dot(d + (ptrdiff_t)r * ld, t.s[other], D);
+        } else {
+          zero(X, C);
+        }
+        if (scaled) {
+          const T scale = t.scale[i][r];
+          of_c += scale * t.c[i][r];
+          of_s += scale * t.s[i][r];
+          for (int k = 0; k < C; ++k) X[k] += scale * w[k];
+        }
+        x[r] = of_c;
+        dshifted[i][r] = of_s + n * of_c;
       }
     }
   }

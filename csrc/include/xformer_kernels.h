@@ -97,16 +97,21 @@ typedef struct {
 } xk_layer_mix_args;
 
 // The maps of a layer in Gram form, and their derivatives, for each (b, h): the functions layer_maps and
-// layer_maps_backward of xformer_kernels/layer/maps.py, which has the formulas, names and shapes. All arrays are
-// contiguous, of `dtype` (XK_F32 or XK_F64); `features` is C. normalised: whether q and k are divided by their norms.
-// keep may be null. Forward reads P and writes T, e, cos and norms; backward reads dT, de, cos and norms, and writes X,
-// x, T, e, dz, shifted and dtemperature (batch, heads). CPU only.
+// layer_maps_backward of xformer_kernels/layer/maps.py, which has the formulas. All arrays are contiguous, of `dtype`
+// (XK_F32 or XK_F64), except dtemperature, which is double. D is dim, C features, and r is 3 for XK_KEY_VALUE, else 2:
+//   qkv (3, heads, D, C)   qkv_bias (3, heads, D)   temperature (heads)   s, c (batch, C)   n (batch)
+//   P, X (batch, r, heads, D, C)   x (batch, r, heads, D)   T, dT, dz (batch, heads, D, C)   e, de (batch, heads, D)
+//   cos, keep (batch, heads, D, D)   norms (batch, 2, heads, D)   dshifted (batch, 3, heads, D)
+//   dtemperature (batch, heads)
+// normalised: whether q and k are divided by their norms. keep may be null. Forward reads P and writes T, e, cos and
+// norms; backward reads dT, de, cos and norms, and writes X, x, T, e, dz, dshifted and dtemperature. CPU only.
 typedef struct {
   int64_t batch, heads, dim, features;
   int32_t dtype, map, activation, normalised;
   double eps;
-  const void *qkv, *bias, *temperature, *s, *n, *c, *keep, *P, *dT, *de;
-  void *T, *e, *cos, *norms, *X, *x, *dz, *shifted, *dtemperature;
+  const void *qkv, *qkv_bias, *temperature, *s, *n, *c, *keep, *P, *dT, *de;
+  void *T, *e, *cos, *norms, *X, *x, *dz, *dshifted;
+  double* dtemperature;
   int32_t threads;
 } xk_layer_maps_args;
 

@@ -179,11 +179,11 @@ void layer_maps(const Shape& s, int dtype, int map, bool normalised, int activat
 
   Tensor T = tensor(s.B, s.H, s.D, C), e = tensor(s.B, s.H, 1, s.D), cos = tensor(s.B, s.H, s.D, s.D);
   Tensor norms = tensor(s.B, 2 * s.H, 1, s.D), X = tensor(s.B, rows * s.H, s.D, C), x = tensor(s.B, rows * s.H, 1, s.D);
-  Tensor dz = tensor(s.B, s.H, s.D, C), shifted = tensor(s.B, 3 * s.H, 1, s.D), dt = tensor(s.B, 1, 1, s.H);
+  Tensor dz = tensor(s.B, s.H, s.D, C), shifted = tensor(s.B, 3 * s.H, 1, s.D), dt(s.B, 1, 1, s.H, XK_F64, kHeadsFirst);
   xk_layer_maps_args p = {};
   p.batch = s.B, p.heads = s.H, p.dim = s.D, p.features = C, p.dtype = dtype, p.map = map, p.activation = activation;
   p.normalised = normalised, p.eps = kEps, p.threads = kThreads;
-  p.qkv = w.bytes.data(), p.bias = bias.bytes.data(), p.temperature = t.bytes.data(), p.s = sum.bytes.data();
+  p.qkv = w.bytes.data(), p.qkv_bias = bias.bytes.data(), p.temperature = t.bytes.data(), p.s = sum.bytes.data();
   p.n = n.bytes.data(), p.c = c.bytes.data(), p.P = P.bytes.data(), p.dT = dT.bytes.data(), p.de = de.bytes.data();
   p.T = T.bytes.data(), p.e = e.bytes.data(), p.cos = cos.bytes.data(), p.norms = norms.bytes.data();
   const std::string what = name("layer_maps", s, dtype, kPacked, false) + (map ? " key_value" : " query_key") +
@@ -200,8 +200,8 @@ void layer_maps(const Shape& s, int dtype, int map, bool normalised, int activat
   const double size = normalised ? 1 : std::max(double(s.N), 1.), gradient = size * std::max(double(s.N), 1.) * 40;
   judge.near(out, r.out, what, dtype, size * C * 4);
 
-  p.X = X.bytes.data(), p.x = x.bytes.data(), p.dz = dz.bytes.data(), p.shifted = shifted.bytes.data();
-  p.dtemperature = dt.bytes.data();
+  p.X = X.bytes.data(), p.x = x.bytes.data(), p.dz = dz.bytes.data(), p.dshifted = shifted.bytes.data();
+  p.dtemperature = (double*)dt.bytes.data();
   judge.status(xk_layer_maps_backward(&p), XK_OK, what + " backward");
   const Array of_X = X.values(), of_x = x.values(), of_z = dz.values();
   const Array* gradients[] = {&r.dq, &r.dk, &r.dv};
@@ -395,6 +395,9 @@ int main() {
       for (int64_t channels : {1, 7, 33, 40}) depthwise(13, 21, channels, kernel, stride, channels % 2 == 0);
   xk_gram_args nothing = {};
   judge.status(xk_gram(&nothing), XK_BAD_ARGUMENT, "gram without features");
+  xk_layer_maps_args halves = {};
+  halves.dim = halves.features = 1, halves.dtype = XK_BF16;
+  judge.status(xk_layer_maps(&halves), XK_BAD_ARGUMENT, "layer_maps of bf16");
   printf("%s: %d elements compared, largest error %.2f of its tolerance, %d failures\n", level.c_str(), judge.compared,
          judge.worst, judge.failures);
   return judge.failures > 0;

@@ -141,8 +141,10 @@ def of_layer(job: Job) -> dict[str, Launch]:
     before, matmul.allow_tf32 = matmul.allow_tf32, job.tf32
     x = torch.empty(B, N, C, dtype=job.dtype, device="meta")
     mask = torch.empty(B, N, dtype=torch.bool, device="meta") if job.masked else None
-    widest = maps.WIDEST_MAP[accumulate_dtype(job.dtype).itemsize]
-    heads = next(heads for heads in range(1, C + 1) if C % heads == 0 and C // heads <= widest)
+    weights = {
+        heads: x.new_empty((3, heads, C // heads, C), dtype=accumulate_dtype(x.dtype)) for heads in range(1, C + 1)
+    }
+    heads = next(heads for heads, qkv in weights.items() if C % heads == 0 and maps.takes_maps(qkv))
     found: dict[str, Launch] = {}
     for map in ("query_key", "key_value"):
         with recording(job.arch) as recorded:

@@ -16,6 +16,7 @@ from xformer_kernels import _C
 from xformer_kernels.backends import arguments, unsupported_numbers
 from xformer_kernels.backends.layouts import Results
 from xformer_kernels.backends.program import Program, Unrecordable
+from xformer_kernels.layer import maps
 from xformer_kernels.layer.maps import MapGradients, Maps, Rule
 from xformer_kernels.validate import DTYPES
 
@@ -27,6 +28,7 @@ _LIKE = {dtype: torch.empty(0, dtype=dtype, device=_CPU) for dtype in DTYPES}
 _LARGE = 32 << 20
 # The products add their terms sequentially: for more terms than this, a blocked matrix product is more accurate.
 _WIDEST = 512
+_WIDEST_MAP = 128
 LEVEL = _C.cpu_level()
 NORMS = arguments.NORMS
 FEATURE_MAPS = arguments.FEATURE_MAPS
@@ -132,6 +134,8 @@ def layer_maps(
     keep: Tensor | None, rule: Rule,
 ) -> Maps:  # fmt: skip
     """See :func:`xformer_kernels.layer.maps.layer_maps`."""
+    if not _takes_maps(qkv):
+        return maps.layer_maps(P, qkv, qkv_bias, temperature, s, n, c, keep, rule)
     (B, _, H, D, _), dtype = P.shape, qkv.dtype
     T, e = _empty((B, *qkv.shape[1:]), dtype), _empty((B, H, D), dtype)
     cos, norms = _empty((B, H, D, D), dtype), _empty((B, 2, H, D), dtype)
@@ -145,25 +149,32 @@ def layer_maps_backward(
     s: Tensor, n: Tensor, c: Tensor, keep: Tensor | None, rule: Rule,
 ) -> MapGradients:  # fmt: skip
     """See :func:`xformer_kernels.layer.maps.layer_maps_backward`."""
+    if not _takes_maps(qkv):
+        return maps.layer_maps_backward(dT, de, qkv, qkv_bias, temperature, cos, norms, s, n, c, keep, rule)
     (B, H, D, C), rows = dT.shape, rule.rows
-    X, x, T, e, dz, shifted, dtemperature = (
+    X, x, T, e, dz, dshifted = (
         _empty(size, qkv.dtype)
-        for size in (
-            (B, rows, H, D, C), (B, rows, H, D), (B, H, D, C), (B, H, D), (B, H, D, C), (B, 3, H, D), (B, H),
-        )
-    )  # fmt: skip
+        for size in ((B, rows, H, D, C), (B, rows, H, D), (B, H, D, C), (B, H, D), (B, H, D, C), (B, 3, H, D))
+    )
+    dtemperature = _empty((B, H), torch.float64)
+    cos, norms = cos.contiguous(), norms.contiguous()  # these two are read
     read = (qkv, qkv_bias, temperature, s, n, c, keep, None, dT, de)
-    cos, norms = cos.contiguous(), norms.contiguous()
-    _maps(_C.layer_maps_backward, B, rule, read, (T, e, cos, norms, X, x, dz, shifted, dtemperature))
-    return MapGradients(X, x, T, e, dz, shifted, dtemperature)
+    _maps(_C.layer_maps_backward, B, rule, read, (T, e, cos, norms, X, x, dz, dshifted, dtemperature))
+    return MapGradients(X, x, T, e, dz, dshifted, dtemperature)
+
+
+def _takes_maps(qkv: Tensor) -> bool:
+    """Whether the maps of these weights (3, H, D, C) are not so wide that torch's products, which use all threads for a
+    head, are faster."""
+    return qkv.shape[2] <= _WIDEST_MAP
 
 
 def _maps(
     function: Any, B: int, rule: Rule, read: tuple[Tensor | None, ...], written: tuple[Tensor | None, ...]
 ) -> None:
-    """Calls a function of xk_layer_maps_args with the tensors that it reads and writes, in the order of its fields."""
+    """Calls a function with the tensors of xk_layer_maps_args, in the order of its fields."""
     qkv: Any = read[0]
-    dense = [None if t is None else t.contiguous() for t in read]
+    dense = [None if t is None else t.to(qkv.dtype).contiguous() for t in read]
     choices = arguments.layer_maps(qkv.dtype, rule.map, rule.activation)
     function(
         (B, *qkv.shape[1:]), *choices, rule.normalised, rule.eps, [*map(_address, dense)], [*map(_address, written)],

@@ -54,8 +54,8 @@ class MapGradients(NamedTuple):
     T: Tensor  # (B, H, D, C), as in Maps
     e: Tensor  # (B, H, D)
     dz: Tensor  # (B, H, D, C): gradient with respect to W_z through T
-    shifted: Tensor  # (B, 3, H, D): gradients with respect to c_q, c_k and c_v
-    temperature: Tensor  # (B, H)
+    dshifted: Tensor  # (B, 3, H, D): gradients with respect to c_q, c_k and c_v
+    dtemperature: Tensor  # (B, H), in float64
 
 
 def _apply(weight: Tensor, x: Tensor) -> Tensor:

@@ -78,6 +78,7 @@ class Passes(NamedTuple):
 
 
 def of(backend: str) -> Passes:
+    """A backend's own functions; where it has none, composed ones."""
     found = None if backend == "reference" else backends.load(backend)[0]
     otherwise: dict[str, Callable[..., Any]] = {
         "layer_sample": sample,
@@ -86,7 +87,8 @@ def of(backend: str) -> Passes:
         "layer_maps": maps.layer_maps,
         "layer_maps_backward": maps.layer_maps_backward,
     }
-    return Passes(*((found and found.function(name)) or other for name, other in otherwise.items()))
+    own = {name: None if found is None else found.function(name) for name in otherwise}
+    return Passes(*(own[name] or other for name, other in otherwise.items()))
 
 
 def with_head(*tensors: Tensor | None) -> list[Tensor | None]:

@@ -1,7 +1,7 @@
 """The two passes over tokens of a layer in Gram form, one launch each, and a sum of the parts of the first.
 
-Before the first pass, one more launch writes layer norm's statistics (8 bytes per token) if a tile does not hold all
-features; it reads x once more.
+Before them, one launch sums a few tokens. If a tile does not hold all features, one more launch before the first pass
+writes layer norm's statistics (8 bytes per token); it reads x once more.
 """
 
 from __future__ import annotations

@@ -132,7 +132,7 @@ TABLE: dict[tuple[str, int], dict[Any, tuple[int, ...]]] = {
         for size in (2, 4, 8)
     },
     **{
-        ("layer_sample", size): {d: (0, min(d, 256 // size), 0, 4 if d < 64 else 8, 1) for d in BLOCKS}
+        ("layer_sample", size): {d: (0, min(d, 256 // size), 0, 4 if d < 64 else 8, 1, 255) for d in BLOCKS}
         for size in (2, 4, 8)
     },
     # block_k: of the C features, at a time; float64 maps of a program are in registers

@@ -1,4 +1,4 @@
-"""The two passes over tokens of a layer in Gram form.
+"""The two passes over tokens of a layer in Gram form, and what precedes them.
 
 u (B, N, C) is computed from x while tiles are loaded, and nothing of its size is written: x is layer-normalised unless
 EPS is None, then `center` (B, C) is subtracted if CENTERED. For products, u is rounded to the dtype of x.

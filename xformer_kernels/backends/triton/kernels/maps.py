@@ -2,7 +2,8 @@
 
 Formulas and names are those of xformer_kernels/layer/maps.py. Matrices of shape D x C are read in tiles of shape
 (BLOCK_D, BLOCK_K), all features of the head by some of the tokens' C features; maps are whole tiles (BLOCK_D, BLOCK_D),
-which are 0 beyond D. Norms, cosines and gradients of maps are float64, everything else is ACC.
+which are 0 beyond D. Rows of D x C and of D x D matrices start at multiples of ALIGN and of MAP_ALIGN elements. Norms,
+cosines and gradients of maps are float64, everything else is ACC.
 """
 
 import triton.language as tl
@@ -176,7 +177,7 @@ def layer_maps_backward_kernel(
     scale_ptr,
     x_ptr,
     e_ptr,
-    shifted_ptr,
+    dshifted_ptr,
     dtemperature_ptr,
     stride_norms: tl.int64,
     stride_s: tl.int64,
@@ -286,7 +287,7 @@ def layer_maps_backward_kernel(
         squares_k = -temperature * tl.sum(dA * cos, axis=0) * inverse_k * inverse_k / 2
         dG = dA * inverse_q[:, None] * (temperature * inverse_k)[None, :]
     tl.store(e_ptr + head * D + i, e, mask=i < D)
-    tl.store(dtemperature_ptr + head, tl.sum(along, axis=0).to(ACC))
+    tl.store(dtemperature_ptr + head, tl.sum(along, axis=0))
     dG = tl.where(inside, dG, 0.0).to(ACC)
     tl.store(record_base(dG_ptr, head * D * D, MAP_ALIGN) + square, dG, mask=inside)
     scale_q = tl.zeros((BLOCK_D,), ACC)
@@ -316,10 +317,10 @@ def layer_maps_backward_kernel(
         Xs_k += tl.sum(dG * s_q[:, None], axis=0)
     tl.store(x_ptr, x_q, mask=i < D)
     tl.store(x_ptr + H * D, x_k, mask=i < D)
-    shifted_ptr += (b * 3 * H + h) * D + i
-    tl.store(shifted_ptr, d_q + Xs_q + n * x_q, mask=i < D)
-    tl.store(shifted_ptr + H * D, Xs_k + n * x_k, mask=i < D)
-    tl.store(shifted_ptr + 2 * H * D, d_v, mask=i < D)
+    dshifted_ptr += (b * 3 * H + h) * D + i
+    tl.store(dshifted_ptr, d_q + Xs_q + n * x_q, mask=i < D)
+    tl.store(dshifted_ptr + H * D, Xs_k + n * x_k, mask=i < D)
+    tl.store(dshifted_ptr + 2 * H * D, d_v, mask=i < D)
 
 
 @kernel

@@ -45,7 +45,7 @@ def tile_stride(stride, FAR: tl.constexpr):
 
 @device
 def record_base(ptr, offset, ALIGN: tl.constexpr):
-    """ptr + offset in a buffer that this backend allocated, where offsets are multiples of ALIGN elements."""
+    """ptr + offset, where both the address and the offset are multiples of ALIGN elements."""
     return tl.multiple_of(ptr + offset, ALIGN * (ptr.dtype.element_ty.primitive_bitwidth // 8))
 
 
