@@ -141,10 +141,9 @@ def of_layer(job: Job) -> dict[str, Launch]:
     before, matmul.allow_tf32 = matmul.allow_tf32, job.tf32
     x = torch.empty(B, N, C, dtype=job.dtype, device="meta")
     mask = torch.empty(B, N, dtype=torch.bool, device="meta") if job.masked else None
-    weights = {
-        heads: x.new_empty((3, heads, C // heads, C), dtype=accumulate_dtype(x.dtype)) for heads in range(1, C + 1)
-    }
-    heads = next(heads for heads, qkv in weights.items() if C % heads == 0 and maps.takes_maps(qkv))
+    wide = accumulate_dtype(x.dtype)
+    divisors = [heads for heads in range(1, C + 1) if C % heads == 0]
+    heads = next(H for H in divisors if maps.takes_maps(x.new_empty((3, H, C // H, C), dtype=wide)))
     found: dict[str, Launch] = {}
     for map in ("query_key", "key_value"):
         with recording(job.arch) as recorded:

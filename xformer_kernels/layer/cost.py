@@ -111,10 +111,9 @@ def work_of_gram(s: Shape) -> Work:
     if s.training:
         per_image += 2 * s.C * s.inner * (4 * s.C + 2 * s.out + 5 * D)
     numbers = tokens * (2 * s.C + s.out) + (tokens * (2 * s.C + 2 * s.out + s.C) if s.training else 0)
-    # elementwise operations of the algebra on its C x I matrices between products: fitted to measurements. The numbers
-    # of small operations are those with C++ maps.
+    # elementwise operations of the algebra on its C x I matrices between products: fitted to measurements
     numbers += (40 * s.B * s.inner * s.C + 2 * s.inner * (3 * s.C + s.out)) * times
-    return Work(s.B * per_image, passes, 0, numbers * s.itemsize, 95 if s.training else 36)
+    return Work(s.B * per_image, passes, 0, numbers * s.itemsize, 130 if s.training else 45)
 
 
 def direct(s: Shape, m: Machine) -> Cost:
