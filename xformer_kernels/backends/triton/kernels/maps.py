@@ -25,6 +25,22 @@ def load_rows(ptr, i, k, D: tl.constexpr, C: tl.constexpr, ALIGN: tl.constexpr):
 
 
 @device
+def projected(
+    W_ptr, bias_ptr, c_ptr, s_ptr, i, D: tl.constexpr, C: tl.constexpr, BLOCK_K: tl.constexpr, ALIGN: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """(BLOCK_D,) each: W c + bias and W s of one of q, k and v."""
+    c_i = tl.load(bias_ptr + i, mask=i < D, other=0.0)
+    s_i = tl.zeros((i.shape[0],), ACC)
+    for first in range(0, C, BLOCK_K):
+        k = first + tl.arange(0, BLOCK_K)
+        W = load_rows(W_ptr, i, k, D, C, ALIGN)
+        c_i += tl.sum(W * tl.load(c_ptr + k, mask=k < C, other=0.0)[None, :], axis=1)
+        s_i += tl.sum(W * tl.load(s_ptr + k, mask=k < C, other=0.0)[None, :], axis=1)
+    return c_i, s_i
+
+
+@device
 def inverse_of(norm, EPS: tl.constexpr, NORMALISED: tl.constexpr):
     """1 / max(norm, eps). NaN is propagated."""
     eps = tl.full([], EPS, norm.dtype)
@@ -74,8 +90,8 @@ def layer_maps_kernel(
     HAS_KEEP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Each program computes one (b, h). A first loop over C sums G = W_left P_right^T, the squares of the norms, W c
-    and W s; a second one stores T = E W_z."""
+    """Each program computes one (b, h). A loop over C sums G = W_left P_right^T and the squares of the norms; another
+    one stores T = E W_z."""
     ROWS: tl.constexpr = 3 if KEY_VALUE else 2
     b, h, _ = locate(H, 1)
     head = b * H + h
@@ -89,33 +105,22 @@ def layer_maps_kernel(
     Pk_ptr = record_base(Pq_ptr, H * D * C, ALIGN)
     Pv_ptr = record_base(Pk_ptr, H * D * C, ALIGN)
     bias_ptr += h * D
-    c_q = tl.load(bias_ptr + i, mask=i < D, other=0.0)
-    c_k = tl.load(bias_ptr + H * D + i, mask=i < D, other=0.0)
-    c_v = tl.load(bias_ptr + 2 * H * D + i, mask=i < D, other=0.0)
-    s_q = tl.zeros((BLOCK_D,), ACC)
-    s_k = tl.zeros((BLOCK_D,), ACC)
-    s_v = tl.zeros((BLOCK_D,), ACC)
+    c_ptr += b * stride_c
+    s_ptr += b * stride_s
+    c_q, s_q = projected(q_ptr, bias_ptr, c_ptr, s_ptr, i, D, C, BLOCK_K, ALIGN, ACC)
+    c_k, s_k = projected(k_ptr, bias_ptr + H * D, c_ptr, s_ptr, i, D, C, BLOCK_K, ALIGN, ACC)
+    c_v, s_v = projected(v_ptr, bias_ptr + 2 * H * D, c_ptr, s_ptr, i, D, C, BLOCK_K, ALIGN, ACC)
     squares_q = tl.zeros((BLOCK_D,), ACC)
     squares_k = tl.zeros((BLOCK_D,), ACC)
     G = tl.zeros((BLOCK_D, BLOCK_D), ACC)
     for first in range(0, C, BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)
-        c = tl.load(c_ptr + b * stride_c + k, mask=k < C, other=0.0)[None, :]
-        s = tl.load(s_ptr + b * stride_s + k, mask=k < C, other=0.0)[None, :]
         W_q = load_rows(q_ptr, i, k, D, C, ALIGN)
         W_k = load_rows(k_ptr, i, k, D, C, ALIGN)
-        W_v = load_rows(v_ptr, i, k, D, C, ALIGN)
-        P_q = load_rows(Pq_ptr, i, k, D, C, ALIGN)
         P_k = load_rows(Pk_ptr, i, k, D, C, ALIGN)
-        c_q += tl.sum(W_q * c, axis=1)
-        c_k += tl.sum(W_k * c, axis=1)
-        c_v += tl.sum(W_v * c, axis=1)
-        s_q += tl.sum(W_q * s, axis=1)
-        s_k += tl.sum(W_k * s, axis=1)
-        squares_q += tl.sum(W_q * P_q, axis=1)
+        squares_q += tl.sum(W_q * load_rows(Pq_ptr, i, k, D, C, ALIGN), axis=1)
         squares_k += tl.sum(W_k * P_k, axis=1)
         if KEY_VALUE:
-            s_v += tl.sum(W_v * s, axis=1)
             G = product(W_k, tl.trans(load_rows(Pv_ptr, i, k, D, C, ALIGN)), G, "ieee")
         else:
             G = product(W_q, tl.trans(P_k), G, "ieee")
@@ -197,8 +202,8 @@ def layer_maps_backward_kernel(
     SOFTMAX: tl.constexpr,
     HAS_KEEP: tl.constexpr,
 ):
-    """Each program computes one (b, h). A loop over C sums W c, W s and the gradient of the map, dT W_z^T or its
-    transpose for key_value.
+    """Each program computes one (b, h). A loop over C sums the gradient of the map, dT W_z^T or its transpose for
+    key_value.
 
     Stored are for layer_rows_kernel dG and E (B, H, D, D), or E^T for key_value, and the factors of W_q and W_k in X,
     `scale` (B, 2, H, D).
@@ -215,31 +220,19 @@ def layer_maps_backward_kernel(
     v_ptr = record_base(k_ptr, H * D * C, ALIGN)
     dT_ptr = record_base(dT_ptr, head * D * C, ALIGN)
     bias_ptr += h * D
-    c_q = tl.load(bias_ptr + i, mask=i < D, other=0.0)
-    c_k = tl.load(bias_ptr + H * D + i, mask=i < D, other=0.0)
-    c_v = tl.load(bias_ptr + 2 * H * D + i, mask=i < D, other=0.0)
-    s_q = tl.zeros((BLOCK_D,), ACC)
-    s_k = tl.zeros((BLOCK_D,), ACC)
-    s_v = tl.zeros((BLOCK_D,), ACC)
+    c_ptr += b * stride_c
+    s_ptr += b * stride_s
+    c_q, s_q = projected(q_ptr, bias_ptr, c_ptr, s_ptr, i, D, C, BLOCK_K, ALIGN, ACC)
+    c_k, s_k = projected(k_ptr, bias_ptr + H * D, c_ptr, s_ptr, i, D, C, BLOCK_K, ALIGN, ACC)
+    c_v, s_v = projected(v_ptr, bias_ptr + 2 * H * D, c_ptr, s_ptr, i, D, C, BLOCK_K, ALIGN, ACC)
     dA = tl.zeros((BLOCK_D, BLOCK_D), ACC)
     for first in range(0, C, BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)
-        c = tl.load(c_ptr + b * stride_c + k, mask=k < C, other=0.0)[None, :]
-        s = tl.load(s_ptr + b * stride_s + k, mask=k < C, other=0.0)[None, :]
-        W_q = load_rows(q_ptr, i, k, D, C, ALIGN)
-        W_k = load_rows(k_ptr, i, k, D, C, ALIGN)
-        W_v = load_rows(v_ptr, i, k, D, C, ALIGN)
-        c_q += tl.sum(W_q * c, axis=1)
-        c_k += tl.sum(W_k * c, axis=1)
-        c_v += tl.sum(W_v * c, axis=1)
-        s_q += tl.sum(W_q * s, axis=1)
-        s_k += tl.sum(W_k * s, axis=1)
-        s_v += tl.sum(W_v * s, axis=1)
         dT = load_rows(dT_ptr, i, k, D, C, ALIGN)
         if KEY_VALUE:
-            dA = product(W_q, tl.trans(dT), dA, "ieee")
+            dA = product(load_rows(q_ptr, i, k, D, C, ALIGN), tl.trans(dT), dA, "ieee")
         else:
-            dA = product(dT, tl.trans(W_v), dA, "ieee")
+            dA = product(dT, tl.trans(load_rows(v_ptr, i, k, D, C, ALIGN)), dA, "ieee")
 
     de = tl.load(de_ptr + head * D + i, mask=i < D, other=0.0)
     if KEY_VALUE:
