@@ -24,7 +24,7 @@ def calls(shape: LayerShape) -> dict[str, dict[str, measure.Call]]:
     x, dy = (torch.randn(shape.B, shape.N, shape.C, generator=numbers) for _ in range(2))
     M, R = (torch.randn(shape.B, shape.C, shape.C, generator=numbers) for _ in range(2))
     m = torch.randn(shape.B, shape.C, generator=numbers)
-    kernels = passes.of("cpp")
+    kernels = passes.of("cpp", torch.float32, shape.C)
     gram, mix = kernels.gram, kernels.mix
     heads, dheads = passes.with_head(x, dy)
     none = (None, None, None)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import randn
+from layer_cases import make_layer
 
 from xformer_kernels import backends
 from xformer_kernels.layer import maps, passes
@@ -24,6 +25,16 @@ RULES = (
     Rule("key_value", "identity", 1e-12, normalised=False),
 )
 pytestmark = pytest.mark.needs(norm=None)
+
+
+def own(kernel, dtype, D):
+    """The module of a backend, whose functions compute the maps of a layer."""
+    backend = backends.load(kernel)[0]
+    if not backend.takes_layer_maps(dtype, D):
+        pytest.skip(f"{kernel} leaves maps of {D} features in {dtype} to eager PyTorch")
+    found = passes.of(kernel, dtype, D)
+    assert (found.maps, found.maps_backward) == (backend.module.layer_maps, backend.module.layer_maps_backward)
+    return backend.module
 
 
 def inputs(B, H, D, C, rule, kept, device):
@@ -52,7 +63,7 @@ def both(module, P, qkv, bias, temperature, s, n, c, keep, dT, de, rule, saved=N
 @pytest.mark.parametrize("B, H, D, C", [(2, 3, 1, 5), (1, 2, 17, 40), (2, 1, 32, 67), (1, 2, 64, 130), (1, 1, 70, 9)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_maps(dtype, B, H, D, C, rule, kept, kernel, device):
-    module = backends.load(kernel)[0].module
+    module = own(kernel, dtype, D)
     exact = inputs(B, H, D, C, rule, kept, device)
     rounded = [None if t is None else t.to(dtype) for t in exact]
     wide = [None if t is None else t.double() for t in rounded]
@@ -107,10 +118,21 @@ def test_sample(dtype, masked, eps, N, kernel, device):
     mask = torch.arange(N, device=device).expand(2, N) % 3 > 0 if masked else None
     if masked:
         x = x.masked_fill(~mask.unsqueeze(-1), float("nan"))
-    total, count = passes.of(kernel).sample(x, mask, eps)
+    total, count = passes.of(kernel, torch.float32, 8).sample(x, mask, eps)
     expected, number = passes.sample(x, mask, eps)
     assert torch.equal(count, number)
     torch.testing.assert_close(total, expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("D", [66, 130])
+def test_wide_heads(D, kernel, device, ran):
+    """Eager PyTorch computes maps that are wider than the kernels take; nothing else changes."""
+    layer = make_layer((1, 40, D, 1), device=device)
+    with ran("layer_forward", "layer_backward"):
+        layer.check(layer.run(form="gram", backend=kernel))
+    backend = backends.load(kernel)[0]
+    taken = passes.of(kernel, torch.float32, D).maps is not maps.layer_maps
+    assert taken == backend.takes_layer_maps(torch.float32, D) == (kernel == "cpp" and D <= 128)
 
 
 def test_no_images(kernel, device):

@@ -283,7 +283,9 @@ def test_tf32_is_not_used_for_norms(tf32, map, monkeypatch):
         w = layer_ops._weights(layer_ops.Operands(x, W, None, torch.empty(2), P, None))
         with Products() as seen:
             one = x.unsqueeze(1)
-            S, _, s = (t.squeeze(1) for t in passes.of("reference").gram(one, one, True, None, None, None))
+            S, _, s = (
+                t.squeeze(1) for t in passes.of("reference", torch.float32, 5).gram(one, one, True, None, None, None)
+            )
             assert S.dtype == s.dtype == torch.float32
             sums = algebra.Sums(S, s, torch.empty(2, 1), torch.empty(2, 24))
             algebra.forward(sums, w, None, maps.Rule(map, "softmax", 1e-12), maps.layer_maps)

@@ -142,8 +142,7 @@ def of_layer(job: Job) -> dict[str, Launch]:
     x = torch.empty(B, N, C, dtype=job.dtype, device="meta")
     mask = torch.empty(B, N, dtype=torch.bool, device="meta") if job.masked else None
     wide = accumulate_dtype(x.dtype)
-    divisors = [heads for heads in range(1, C + 1) if C % heads == 0]
-    heads = next(H for H in divisors if maps.takes_maps(x.new_empty((3, H, C // H, C), dtype=wide)))
+    heads = next(H for H in range(1, C + 1) if C % H == 0 and maps.takes_layer_maps(wide, C // H))
     found: dict[str, Launch] = {}
     for map in ("query_key", "key_value"):
         with recording(job.arch) as recorded:

@@ -20,6 +20,7 @@ import pytest
 from cases import THOROUGH
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
+configs = pytest.importorskip("xformer_kernels.backends.triton.configs", reason="triton is not installed")
 
 HERE = Path(__file__).parent
 ARTEFACTS = HERE.parent.parent / "build" / "triton"
@@ -63,8 +64,6 @@ if not THOROUGH:  # each of these takes a minute of CPU time to compile
         del CASES[name]
 # reads only D x D elements, which do not need 128-bit loads
 NARROW = ("map_backward",)
-MAPS = ("layer_maps", "layer_maps_backward", "layer_rows")
-"""Kernels of float32 matrices, whatever the dtype of the tokens."""
 NO_PRODUCT = (*NARROW, "linear_maxima", "layer_sample", "layer_statistics", "layer_statistics, backward")
 
 
@@ -134,7 +133,9 @@ def test_resources(name):
         if row["kernel"].startswith("layer") and row["stages"] > 1 and arch != "sm_100":
             waits = [min(loop["outstanding"]) for loop in row.get("loops", ()) if loop["outstanding"]]
             faults += [f"{what}: waits for all loads"] * (0 in waits)
-        multiplies = row["kernel"] not in NO_PRODUCT and not row["kernel"].startswith(MAPS)
+        multiplies = row["kernel"] not in NO_PRODUCT and not row["kernel"].startswith(
+            configs.MAPS_KERNELS
+        )  # of float32
         cut = "tf32" in row["dtype"] and row["kernel"] not in SYMMETRIC  # norms are computed from that
         in_parts = arch.startswith("sm_") and row["features"] in (48, 64) and row["kernel"] in LOOPS
         if multiplies and not row["tensor_core"] and (not row["dtype"].startswith("float32") or cut or in_parts):

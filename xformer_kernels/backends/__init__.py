@@ -5,9 +5,10 @@ A backend module defines the ops' functions (``xfa_forward``, ``xfa_backward``, 
 ``unsupported(device_type, dtypes, head_dims)``, which returns every reason why it cannot serve a call. Without ``gram``
 and ``channel_mix`` it serves only the calls that its other functions compute. If it defines the string
 ``ONLY_BY_NAME``, ``backend="auto"`` skips it for that reason. Optional are ``layer_sample``, ``layer_gram``,
-``layer_mix``, ``layer_maps`` and ``layer_maps_backward`` (see :mod:`xformer_kernels.layer.passes`); ``NORMS``, the
-norms that its ``xfa_forward`` supports; ``linear_attention_forward``, ``linear_attention_backward`` and
-``FEATURE_MAPS``, the feature maps that these support, with ``takes_linear_attention(dtype, head_dims)``;
+``layer_mix``, ``layer_maps`` and ``layer_maps_backward`` with ``takes_layer_maps(dtype, head_dim)`` (see
+:mod:`xformer_kernels.layer.passes`); ``NORMS``, the norms that its ``xfa_forward`` supports;
+``linear_attention_forward``, ``linear_attention_backward`` and ``FEATURE_MAPS``, the feature maps that these support,
+with ``takes_linear_attention(dtype, head_dims)``;
 ``KEEPS_LAYOUT``; ``comes_first(q, spec)`` and ``decisions(tokens)`` (see :class:`Backend`). To add a backend, add a
 module and a line in :data:`PATHS`.
 """
@@ -78,6 +79,14 @@ class Backend:
             return False
         takes = getattr(self.module, "takes_linear_attention", None)
         return takes is None or bool(takes(dtype, head_dims))
+
+    def takes_layer_maps(self, dtype: torch.dtype, head_dim: int) -> bool:
+        """Whether ``layer_maps`` and ``layer_maps_backward`` support weights of this dtype; otherwise eager PyTorch
+        computes both."""
+        if self.function("layer_maps") is None:
+            return False
+        takes = getattr(self.module, "takes_layer_maps", None)
+        return takes is None or bool(takes(dtype, head_dim))
 
     @property
     def keeps_layout(self) -> bool:

@@ -16,7 +16,6 @@ from xformer_kernels import _C
 from xformer_kernels.backends import arguments, unsupported_numbers
 from xformer_kernels.backends.layouts import Results
 from xformer_kernels.backends.program import Program, Unrecordable
-from xformer_kernels.layer import maps
 from xformer_kernels.layer.maps import MapGradients, Maps, Rule
 from xformer_kernels.validate import DTYPES
 
@@ -129,13 +128,16 @@ def layer_mix(
     return result
 
 
+def takes_layer_maps(dtype: torch.dtype, head_dim: int) -> bool:
+    """Not for wide heads: torch's products, which use all threads for a head, are faster."""
+    return head_dim <= _WIDEST_MAP
+
+
 def layer_maps(
     P: Tensor, qkv: Tensor, qkv_bias: Tensor, temperature: Tensor, s: Tensor, n: Tensor, c: Tensor,
     keep: Tensor | None, rule: Rule,
 ) -> Maps:  # fmt: skip
     """See :func:`xformer_kernels.layer.maps.layer_maps`."""
-    if not _takes_maps(qkv):
-        return maps.layer_maps(P, qkv, qkv_bias, temperature, s, n, c, keep, rule)
     (B, _, H, D, _), dtype = P.shape, qkv.dtype
     T, e = _empty((B, *qkv.shape[1:]), dtype), _empty((B, H, D), dtype)
     cos, norms = _empty((B, H, D, D), dtype), _empty((B, 2, H, D), dtype)
@@ -149,8 +151,6 @@ def layer_maps_backward(
     s: Tensor, n: Tensor, c: Tensor, keep: Tensor | None, rule: Rule,
 ) -> MapGradients:  # fmt: skip
     """See :func:`xformer_kernels.layer.maps.layer_maps_backward`."""
-    if not _takes_maps(qkv):
-        return maps.layer_maps_backward(dT, de, qkv, qkv_bias, temperature, cos, norms, s, n, c, keep, rule)
     (B, H, D, C), rows = dT.shape, rule.rows
     X, x, T, e, dz, dshifted = (
         _empty(size, qkv.dtype)
@@ -161,12 +161,6 @@ def layer_maps_backward(
     read = (qkv, qkv_bias, temperature, s, n, c, keep, None, dT, de)
     _maps(_C.layer_maps_backward, B, rule, read, (T, e, cos, norms, X, x, dz, dshifted, dtemperature))
     return MapGradients(X, x, T, e, dz, dshifted, dtemperature)
-
-
-def _takes_maps(qkv: Tensor) -> bool:
-    """Whether the maps of these weights (3, H, D, C) are not so wide that torch's products, which use all threads for a
-    head, are faster."""
-    return qkv.shape[2] <= _WIDEST_MAP
 
 
 def _maps(

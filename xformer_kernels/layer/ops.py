@@ -68,6 +68,10 @@ class Choices(NamedTuple):
         return maps.Rule(self.spec.map, self.spec.activation, self.spec.eps, self.spec.norm == "token")
 
 
+def _passes(backend: str, o: Operands) -> passes.Passes:
+    return passes.of(backend, accumulate_dtype(o.x.dtype), o.proj_weight.shape[1] // o.temperature.shape[0])
+
+
 def _weights(o: Operands) -> algebra.Weights:
     dtype = accumulate_dtype(o.x.dtype)
     W, H = o.qkv_weight.to(dtype), o.temperature.shape[0]
@@ -120,7 +124,7 @@ def _gradients(o: Operands, g: algebra.Gradients) -> tuple[Tensor, ...]:
 def _forward(backend: str, *args: Any) -> tuple[Tensor, ...]:
     o, choices, _ = ops.records(args, Operands, Choices)
     dispatch.note(backend, "layer_forward")
-    x, mask, use = o.x, choices.token_mask, passes.of(backend)
+    x, mask, use = o.x, choices.token_mask, _passes(backend, o)
     heads = x.unsqueeze(1)
     with autocast.disabled(x):
         w = _weights(o)
@@ -142,7 +146,7 @@ def _forward(backend: str, *args: Any) -> tuple[Tensor, ...]:
 def _backward(backend: str, dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
     o, saved, choices, _ = ops.records(args, Operands, Saved, Choices)
     dispatch.note(backend, "layer_backward")
-    x, mask, use = o.x, choices.token_mask, passes.of(backend)
+    x, mask, use = o.x, choices.token_mask, _passes(backend, o)
     with autocast.disabled(x):
         w = _weights(o)
         C, (H, D) = x.shape[-1], w.qkv.shape[1:3]

@@ -77,8 +77,8 @@ class Passes(NamedTuple):
     maps_backward: Callable[..., maps.MapGradients]
 
 
-def of(backend: str) -> Passes:
-    """A backend's own functions; where it has none, composed ones."""
+def of(backend: str, dtype: torch.dtype, head_dim: int) -> Passes:
+    """A backend's own functions; where it has none, composed ones. `dtype`: that of the sums."""
     found = None if backend == "reference" else backends.load(backend)[0]
     otherwise: dict[str, Callable[..., Any]] = {
         "layer_sample": sample,
@@ -87,7 +87,10 @@ def of(backend: str) -> Passes:
         "layer_maps": maps.layer_maps,
         "layer_maps_backward": maps.layer_maps_backward,
     }
-    own = {name: None if found is None else found.function(name) for name in otherwise}
+    if found is None:
+        return Passes(*otherwise.values())
+    eager = () if found.takes_layer_maps(dtype, head_dim) else ("layer_maps", "layer_maps_backward")
+    own = {name: None if name in eager else found.function(name) for name in otherwise}
     return Passes(*(own[name] or other for name, other in otherwise.items()))
 
 

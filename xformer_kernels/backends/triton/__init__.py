@@ -30,14 +30,18 @@ from xformer_kernels.backends.triton.linear import (  # noqa: E402
     linear_attention_forward,
     takes_linear_attention,
 )
-from xformer_kernels.backends.triton.maps import layer_maps, layer_maps_backward  # noqa: E402
+from xformer_kernels.backends.triton.maps import (  # noqa: E402
+    layer_maps,
+    layer_maps_backward,
+    takes_layer_maps,
+)
 from xformer_kernels.backends.triton.ops import channel_mix, gram, xfa_backward, xfa_forward  # noqa: E402
 from xformer_kernels.backends.triton.plan import WIDEST  # noqa: E402
 
 __all__ = [
     "FEATURE_MAPS", "NAME", "NORMS", "ONLY_BY_NAME", "channel_mix", "decisions", "gram", "layer_gram", "layer_maps",
     "layer_maps_backward", "layer_mix", "layer_sample", "linear_attention_backward", "linear_attention_forward",
-    "takes_linear_attention", "unsupported", "xfa_backward", "xfa_forward",
+    "takes_layer_maps", "takes_linear_attention", "unsupported", "xfa_backward", "xfa_forward",
 ]  # fmt: skip
 
 NAME = "triton"

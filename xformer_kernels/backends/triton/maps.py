@@ -14,7 +14,6 @@ from xformer_kernels.backends.triton.kernels.maps import (
     layer_maps_kernel,
     layer_rows_kernel,
 )
-from xformer_kernels.layer import maps
 from xformer_kernels.layer.maps import MapGradients, Maps, Rule
 
 WIDEST_MAP = {4: 64, 8: 32}
@@ -24,30 +23,23 @@ ANY_WIDTH = 32
 """Wider maps must have rows of a multiple of 16 bytes, or registers would spill."""
 
 
-def takes_maps(qkv: Tensor) -> bool:
-    """Whether the kernels compute the maps of these weights (3, H, D, C)."""
-    D, size = qkv.shape[2], qkv.element_size()
-    return WIDEST_MAP[size] >= D and (D <= ANY_WIDTH or D * size % launch.VECTOR_BYTES == 0)
+def takes_layer_maps(dtype: torch.dtype, head_dim: int) -> bool:
+    size = dtype.itemsize
+    return head_dim <= WIDEST_MAP[size] and (head_dim <= ANY_WIDTH or head_dim * size % launch.VECTOR_BYTES == 0)
 
 
-def layer_maps(
-    P: Tensor, qkv: Tensor, qkv_bias: Tensor, temperature: Tensor, s: Tensor, n: Tensor, c: Tensor,
-    keep: Tensor | None, rule: Rule,
-) -> Maps:  # fmt: skip
-    if not takes_maps(qkv):
-        return maps.layer_maps(P, qkv, qkv_bias, temperature, s, n, c, keep, rule)
-    dense = _contiguous(P.to(qkv.dtype), qkv, qkv_bias, temperature)
-    return Maps(*_forward(*dense, *_by_images(s, n, c), *_contiguous(keep), rule))
+def layer_maps(P: Tensor, qkv: Tensor, qkv_bias: Tensor, temperature: Tensor, *others: Any) -> Maps:
+    *sums, keep, rule = others
+    tensors = _contiguous(P.to(qkv.dtype), qkv, qkv_bias, temperature)
+    return Maps(*_forward(*tensors, *_by_images(*sums), *_contiguous(keep), rule))
 
 
 def layer_maps_backward(
-    dT: Tensor, de: Tensor, qkv: Tensor, qkv_bias: Tensor, temperature: Tensor, cos: Tensor, norms: Tensor,
-    s: Tensor, n: Tensor, c: Tensor, keep: Tensor | None, rule: Rule,
-) -> MapGradients:  # fmt: skip
-    if not takes_maps(qkv):
-        return maps.layer_maps_backward(dT, de, qkv, qkv_bias, temperature, cos, norms, s, n, c, keep, rule)
-    dense = _contiguous(dT, de, qkv, qkv_bias, temperature, cos)
-    return MapGradients(*_backward(*dense, *_by_images(norms, s, n, c), *_contiguous(keep), rule))
+    dT: Tensor, de: Tensor, qkv: Tensor, qkv_bias: Tensor, temperature: Tensor, cos: Tensor, *others: Any
+) -> MapGradients:
+    *norms_and_sums, keep, rule = others
+    tensors = _contiguous(dT, de, qkv, qkv_bias, temperature, cos)
+    return MapGradients(*_backward(*tensors, *_by_images(*norms_and_sums), *_contiguous(keep), rule))
 
 
 def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
@@ -65,7 +57,7 @@ def _by_images(*tensors: Tensor) -> list[Tensor]:
             step *= size
         return True
 
-    return [t if dense(t) else t.contiguous() for t in tensors]
+    return [t if t.is_contiguous() or dense(t) else t.contiguous() for t in tensors]
 
 
 def _constants(qkv: Tensor, other: Tensor, rule: Rule, *of_maps: Tensor | None) -> dict[str, Any]:
